@@ -1,0 +1,263 @@
+"""GRPOConfig: transformers.TrainingArguments plus TRL's GRPO fields, with TRL's names and meaning.
+
+Where TRL asks for batch sizes that divide each other, this config derives them: `prompts_per_step` prompts, times
+`num_generations` completions each, are one optimizer step; `per_device_train_batch_size` only bounds how many of those
+completions go through the model at once. `BatchPlan` holds the arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from lowvram_grpo.errors import UserError
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+SCALE_REWARDS = ("group", "batch", "none")
+IMPORTANCE_LEVELS = ("token", "sequence")
+
+# Accepted so that a TRL script runs unchanged; each says on screen why it does nothing when it is set.
+INERT_FIELDS = {
+    "ds3_gather_for_generation": "DeepSpeed ZeRO-3 is not supported yet, so there are no sharded weights to gather",
+    "cache_implementation": "rollouts choose their own KV cache",
+    "cast_lm_head_to_fp32": "logits are always computed in float32 here, tile by tile",
+    "use_liger_kernel": "the loss head is already fused here",
+    "use_transformers_continuous_batching": "rollouts have their own engine",
+    "use_vllm": "vLLM is not supported yet; completions are sampled from the training weights themselves",
+}
+_VLLM_REASON = "vLLM is not supported yet"
+
+
+def _help(text: str, default: Any = None, **kwargs: Any) -> Any:
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one rollout becomes optimizer steps. All counts are per process.
+
+    Attributes:
+        prompts_per_rollout: prompts sampled from at once.
+        num_generations: completions per prompt (G).
+        updates_per_rollout: optimizer steps that share one rollout, each on its own slice of the completions.
+        num_iterations: passes over the whole rollout (mu in the GRPO paper).
+        micro_batch_size: completions in one forward and backward pass, at most.
+    """
+
+    prompts_per_rollout: int
+    num_generations: int
+    updates_per_rollout: int
+    num_iterations: int
+    micro_batch_size: int
+
+    @property
+    def completions_per_rollout(self) -> int:
+        return self.prompts_per_rollout * self.num_generations
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps between two rollouts."""
+        return self.updates_per_rollout * self.num_iterations
+
+
+@dataclass
+class GRPOConfig(TrainingArguments):
+    """Everything `GRPOTrainer` needs to know. Field names and meaning are TRL's; fields of our own say so.
+
+    Raises:
+        UserError: a value outside its range, with the range.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "generation_kwargs",
+                          "chat_template_kwargs"]  # fmt: skip
+
+    # Model and data
+    model_init_kwargs: dict[str, Any] | str | None = _help("Keyword arguments of AutoModelForCausalLM.from_pretrained.")
+    trust_remote_code: bool = _help("Allow model and tokenizer code from the hub.", False)
+    disable_dropout: bool = _help("Set every dropout of the model to 0.", False)
+    remove_unused_columns: bool | None = _help("Drop every column but `prompt`; rewards then see none.", False)
+    shuffle_dataset: bool = _help("Shuffle the prompts each epoch.", True)
+    max_prompt_length: int | None = _help("Longest prompt in tokens; longer ones lose their left end.", 512)
+    chat_template_kwargs: dict[str, Any] | str | None = _help("Extra arguments of the chat template.")
+
+    # Batch
+    prompts_per_step: int | None = _help(
+        "(ours) Prompts per optimizer step and process. Unset: per_device_train_batch_size x "
+        "gradient_accumulation_steps completions, as TRL counts them, rounded up to whole groups."
+    )
+    num_generations: int = _help("Completions per prompt (G).", 8)
+    num_generations_eval: int | None = _help("Completions per prompt in evaluation; as in training when unset.")
+    generation_batch_size: int | None = _help("Completions per rollout over all processes.")
+    steps_per_generation: int | None = _help("Micro-batches of per_device_train_batch_size served by one rollout.")
+
+    # Sampling
+    temperature: float = _help("Softmax temperature of the sampler, and of every log-prob. 0 samples greedily.", 0.9)
+    top_p: float = _help("Nucleus probability mass; 1 switches it off.", 1.0)
+    top_k: int | None = _help("Keep the k most likely tokens; 0 or None switches it off.", 0)
+    min_p: float | None = _help("Drop tokens below this share of the most likely one.")
+    repetition_penalty: float = _help("Above 1 discourages tokens already seen.", 1.0)
+    max_completion_length: int = _help("Longest completion in tokens.", 256)
+    generation_kwargs: dict[str, Any] | str | None = _help("Further arguments of generate().")
+    cache_implementation: str | None = _help("(no effect)")
+    use_transformers_continuous_batching: bool = _help("(no effect)", False)
+    ds3_gather_for_generation: bool = _help("(no effect yet)", True)
+
+    # vLLM: names kept, no effect yet
+    use_vllm: bool = _help("(no effect yet)", False)
+    vllm_mode: str = _help("(no effect yet)", "colocate")
+    vllm_model_impl: str = _help("(no effect yet)", "vllm")
+    vllm_enable_sleep_mode: bool = _help("(no effect yet)", False)
+    vllm_structured_outputs_regex: str | None = _help("(no effect yet)")
+    vllm_guided_decoding_regex: str | None = _help("(no effect yet)")
+    vllm_server_base_url: str | None = _help("(no effect yet)")
+    vllm_server_host: str = _help("(no effect yet)", "0.0.0.0")
+    vllm_server_port: int = _help("(no effect yet)", 8000)
+    vllm_server_timeout: float = _help("(no effect yet)", 240.0)
+    vllm_group_port: int = _help("(no effect yet)", 51216)
+    vllm_device: str | None = _help("(no effect yet)")
+    vllm_dtype: str | None = _help("(no effect yet)")
+    vllm_gpu_memory_utilization: float = _help("(no effect yet)", 0.3)
+    vllm_max_model_length: int | None = _help("(no effect yet)")
+    vllm_max_model_len: int | None = _help("(no effect yet)")
+    vllm_enable_prefix_caching: bool | None = _help("(no effect yet)")
+    vllm_tensor_parallel_size: int = _help("(no effect yet)", 1)
+    vllm_importance_sampling_correction: bool = _help("(no effect yet)", True)
+    vllm_importance_sampling_mode: str = _help("(no effect yet)", "token_truncate")
+    vllm_importance_sampling_cap: float | None = _help("(no effect yet)")
+    vllm_importance_sampling_clip_max: float | None = _help("(no effect yet)")
+    vllm_importance_sampling_clip_min: float | None = _help("(no effect yet)")
+
+    # Objective
+    learning_rate: float = _help("Peak learning rate.", 1e-6)
+    beta: float = _help("Weight of the KL term; 0 runs without a reference.", 0.04)
+    kl_estimator: str = _help("(ours) KL estimator: k1, k2 or k3 (Schulman 2020).", "k3")
+    num_iterations: int = _help("Optimization passes over one rollout (mu).", 1)
+    epsilon: float = _help("Lower clip range of the probability ratio.", 0.2)
+    epsilon_high: float | None = _help("Upper clip range; as epsilon when unset.")
+    delta: float | None = _help("Upper bound of the ratio for negative advantages too (INTELLECT-2).")
+    importance_sampling_level: str = _help("Ratio per token, or per sequence (GSPO).", "token")
+    reward_weights: list[float] | None = _help("One weight per reward function; all 1 when unset.")
+    scale_rewards: str | bool = _help("Divide advantages by the std of the group, of the batch, or not.", "group")
+    loss_type: str = _help("grpo, bnpo, dr_grpo or dapo: what the loss is averaged over.", "grpo")
+    mask_truncated_completions: bool = _help("Leave completions that hit the length limit out of the loss.", False)
+    sync_ref_model: bool = _help("Let the reference follow the policy.", False)
+    ref_model_mixup_alpha: float = _help("Share of the policy mixed into the reference at each sync.", 0.6)
+    ref_model_sync_steps: int = _help("Optimizer steps between two syncs.", 512)
+
+    # Memory and safety (ours)
+    workspace_mib: int = _help("(ours) Scratch memory of the sweep over the vocabulary, in MiB.", 64)
+    self_test: bool = _help("(ours) Before step 1, compare sampled with scored log-probs and policy with reference.", True)
+    signal_check: bool = _help("(ours) Say on the first rollouts whether there is anything to learn from.", True)
+    cold_start: str | int = _help("(ours) Supervised warm-up on the references: off, auto, or a number of steps.", "off")
+    cold_start_learning_rate: float = _help("(ours) Learning rate of the cold start.", 2e-4)
+    cold_start_max_steps: int = _help("(ours) Upper bound of an automatic cold start.", 60)
+    reward_timeout: float | None = _help("(ours) Seconds a reward function may take on one batch; unset: forever.")
+
+    # Logging
+    logging_steps: float = _help("Log every N optimizer steps.", 1)
+    log_completions: bool = _help("Show a sample completion at each log; completions.jsonl is always written.", False)
+    num_completions_to_print: int | None = _help("Completions shown at each log.")
+    log_unique_prompts: bool = _help("Show each prompt once.", False)
+
+    # TrainingArguments, with defaults for this job
+    gradient_checkpointing: bool = _help("Recompute activations in the backward pass.", True)
+    bf16: bool | None = _help("bfloat16 autocast; unset: on where the GPU has it in hardware.")
+    use_liger_kernel: bool = _help("(no effect)", False)
+    cast_lm_head_to_fp32: bool = _help("(no effect)", False)
+    warmup_ratio: float | None = _help("Share of the steps used to warm the learning rate up.")
+
+    def __post_init__(self):
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        self._check_ranges()
+        if self.warmup_ratio is not None and not self.warmup_steps:
+            self.warmup_steps = self.warmup_ratio
+        if self.bf16 is None:
+            self.bf16, self.fp16 = _pick_autocast(self.fp16, self.use_cpu)
+        # From here on checkpointing is ours to switch (policy.load), under one name in every transformers version.
+        checkpointing = self.gradient_checkpointing or bool(getattr(self, "activation_checkpointing", None))
+        self.gradient_checkpointing = None if hasattr(self, "activation_checkpointing") else False
+        super().__post_init__()
+        self.gradient_checkpointing = checkpointing
+        if isinstance(self.cold_start, str) and self.cold_start.isdigit():
+            self.cold_start = int(self.cold_start)
+
+    def _check_ranges(self) -> None:
+        def need(ok: bool, message: str) -> None:
+            if not ok:
+                raise UserError(message)
+
+        def one_of(name: str, allowed: tuple[str, ...]) -> None:
+            value = getattr(self, name)
+            need(value in allowed, f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+
+        one_of("loss_type", LOSS_TYPES)
+        one_of("kl_estimator", KL_ESTIMATORS)
+        one_of("scale_rewards", SCALE_REWARDS)
+        one_of("importance_sampling_level", IMPORTANCE_LEVELS)
+        need(self.num_generations >= 2, f"num_generations is {self.num_generations}; GRPO compares completions of one "
+             "prompt with each other, so it needs at least 2.")  # fmt: skip
+        need(self.max_completion_length >= 1, "max_completion_length must be at least 1 token.")
+        need(self.max_prompt_length is None or self.max_prompt_length >= 1, "max_prompt_length must be at least 1 token.")
+        need(self.temperature >= 0, f"temperature is {self.temperature}; it must be 0 (greedy) or more.")
+        need(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be in (0, 1].")
+        need(self.beta >= 0, f"beta is {self.beta}; it must be 0 or more.")
+        need(self.num_iterations >= 1, "num_iterations must be at least 1.")
+        need(self.prompts_per_step is None or self.prompts_per_step >= 1, "prompts_per_step must be at least 1.")
+        need(not (self.generation_batch_size and self.steps_per_generation),
+             "generation_batch_size and steps_per_generation say the same thing; set one of them.")  # fmt: skip
+        need(self.workspace_mib >= 1, "workspace_mib must be at least 1.")
+        cold = str(self.cold_start)
+        need(cold in ("auto", "off") or cold.isdigit(), f"cold_start is {cold!r}; it must be auto, off, or a number of steps.")
+
+    def batch_plan(self) -> BatchPlan:
+        """Derive prompts, updates and micro-batches from whichever of the fields were set. Never fails on divisibility:
+        completions are rounded up to whole groups."""
+        group, rows, accumulate = self.num_generations, self.per_device_train_batch_size, self.gradient_accumulation_steps
+        per_step = self.prompts_per_step * group if self.prompts_per_step else rows * accumulate
+        if self.steps_per_generation:
+            per_rollout = max(per_step, rows * self.steps_per_generation)
+        elif self.generation_batch_size:
+            per_rollout = max(per_step, self.generation_batch_size // max(self.world_size, 1))
+        else:
+            per_rollout = per_step
+        prompts = math.ceil(per_rollout / group)
+        updates = max(1, round(prompts * group / max(per_step, 1))) if per_rollout > per_step else 1
+        return BatchPlan(prompts, group, updates, self.num_iterations, max(1, min(rows, prompts * group)))
+
+    def notices(self) -> list[str]:
+        """One sentence for each setting that has no effect, or another effect than its digits say."""
+        default = {f.name: f.default for f in fields(type(self))}
+        said = [f"{name} has no effect: {why}." for name, why in INERT_FIELDS.items() if getattr(self, name) != default[name]]
+        vllm = [n for n in default if n.startswith("vllm_") and getattr(self, n) != default[n]]
+        if vllm:
+            said.append(f"{', '.join(vllm)} {'has' if len(vllm) == 1 else 'have'} no effect: {_VLLM_REASON}.")
+        plan, asked = self.batch_plan(), self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if self.prompts_per_step is None and plan.updates_per_rollout == 1 and plan.completions_per_rollout != asked \
+                and not (self.steps_per_generation or self.generation_batch_size):  # fmt: skip
+            said.append(f"{asked} completions a step do not make whole groups of {plan.num_generations}; "
+                        f"a step uses {plan.completions_per_rollout}.")  # fmt: skip
+        if self.temperature > 0 and (self.top_p < 1 or self.top_k or self.min_p):
+            said.append("top_p, top_k and min_p bias the sampler: log-probs are those of the full softmax at this temperature.")
+        if self.world_size > 1:
+            said.append("more than one process is not supported yet; results are only tested on one.")
+        return said
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, default=str)
+
+
+def _pick_autocast(fp16: bool, use_cpu: bool) -> tuple[bool, bool]:
+    """(bf16, fp16) for this device: bf16 from Ampere on, fp16 on older GPUs, float32 on a CPU.
+
+    `torch.cuda.is_bf16_supported()` says yes under emulation, hence the look at the compute capability.
+    """
+    if fp16 or use_cpu or not torch.cuda.is_available():
+        return False, fp16
+    has_bf16 = torch.cuda.get_device_capability()[0] >= 8
+    return has_bf16, not has_bf16
