@@ -152,9 +152,13 @@ class GRPOConfig(TrainingArguments):
 
     # Memory and safety (ours)
     workspace_mib: int = _help("(ours) Scratch memory of the sweep over the vocabulary, in MiB.", 64)
-    self_test: bool = _help("(ours) Before step 1, compare sampled with scored log-probs and policy with reference.", True)
+    self_test: bool = _help(
+        "(ours) Before step 1, compare sampled with scored log-probs and policy with reference.", True
+    )
     signal_check: bool = _help("(ours) Say on the first rollouts whether there is anything to learn from.", True)
-    cold_start: str | int = _help("(ours) Supervised warm-up on the references: off, auto, or a number of steps.", "off")
+    cold_start: str | int = _help(
+        "(ours) Supervised warm-up on the references: off, auto, or a number of steps.", "off"
+    )
     cold_start_learning_rate: float = _help("(ours) Learning rate of the cold start.", 2e-4)
     cold_start_max_steps: int = _help("(ours) Upper bound of an automatic cold start.", 60)
     reward_timeout: float | None = _help("(ours) Seconds a reward function may take on one batch; unset: forever.")
@@ -203,7 +207,9 @@ class GRPOConfig(TrainingArguments):
         need(self.num_generations >= 2, f"num_generations is {self.num_generations}; GRPO compares completions of one "
              "prompt with each other, so it needs at least 2.")  # fmt: skip
         need(self.max_completion_length >= 1, "max_completion_length must be at least 1 token.")
-        need(self.max_prompt_length is None or self.max_prompt_length >= 1, "max_prompt_length must be at least 1 token.")
+        need(
+            self.max_prompt_length is None or self.max_prompt_length >= 1, "max_prompt_length must be at least 1 token."
+        )
         need(self.temperature >= 0, f"temperature is {self.temperature}; it must be 0 (greedy) or more.")
         need(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be in (0, 1].")
         need(self.beta >= 0, f"beta is {self.beta}; it must be 0 or more.")
@@ -213,12 +219,19 @@ class GRPOConfig(TrainingArguments):
              "generation_batch_size and steps_per_generation say the same thing; set one of them.")  # fmt: skip
         need(self.workspace_mib >= 1, "workspace_mib must be at least 1.")
         cold = str(self.cold_start)
-        need(cold in ("auto", "off") or cold.isdigit(), f"cold_start is {cold!r}; it must be auto, off, or a number of steps.")
+        need(
+            cold in ("auto", "off") or cold.isdigit(),
+            f"cold_start is {cold!r}; it must be auto, off, or a number of steps.",
+        )
 
     def batch_plan(self) -> BatchPlan:
         """Derive prompts, updates and micro-batches from whichever of the fields were set. Never fails on divisibility:
         completions are rounded up to whole groups."""
-        group, rows, accumulate = self.num_generations, self.per_device_train_batch_size, self.gradient_accumulation_steps
+        group, rows, accumulate = (
+            self.num_generations,
+            self.per_device_train_batch_size,
+            self.gradient_accumulation_steps,
+        )
         per_step = self.prompts_per_step * group if self.prompts_per_step else rows * accumulate
         if self.steps_per_generation:
             per_rollout = max(per_step, rows * self.steps_per_generation)
@@ -233,7 +246,11 @@ class GRPOConfig(TrainingArguments):
     def notices(self) -> list[str]:
         """One sentence for each setting that has no effect, or another effect than its digits say."""
         default = {f.name: f.default for f in fields(type(self))}
-        said = [f"{name} has no effect: {why}." for name, why in INERT_FIELDS.items() if getattr(self, name) != default[name]]
+        said = [
+            f"{name} has no effect: {why}."
+            for name, why in INERT_FIELDS.items()
+            if getattr(self, name) != default[name]
+        ]
         vllm = [n for n in default if n.startswith("vllm_") and getattr(self, n) != default[n]]
         if vllm:
             said.append(f"{', '.join(vllm)} {'has' if len(vllm) == 1 else 'have'} no effect: {_VLLM_REASON}.")
@@ -243,7 +260,9 @@ class GRPOConfig(TrainingArguments):
             said.append(f"{asked} completions a step do not make whole groups of {plan.num_generations}; "
                         f"a step uses {plan.completions_per_rollout}.")  # fmt: skip
         if self.temperature > 0 and (self.top_p < 1 or self.top_k or self.min_p):
-            said.append("top_p, top_k and min_p bias the sampler: log-probs are those of the full softmax at this temperature.")
+            said.append(
+                "top_p, top_k and min_p bias the sampler: log-probs are those of the full softmax at this temperature."
+            )
         if self.world_size > 1:
             said.append("more than one process is not supported yet; results are only tested on one.")
         return said

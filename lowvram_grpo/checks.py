@@ -1,0 +1,103 @@
+"""Two questions before the first optimizer step: do sampler and trainer agree, and is there anything to learn from?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.experience import Rollout
+
+# Mean |difference| in nats. A missing position id costs 0.006 (bfloat16), a missing mask about 1.
+_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+DEAD_SHARE = 0.5
+
+
+def mean_gap(a: Tensor, b: Tensor, mask: Tensor) -> float:
+    """Mean absolute difference over the masked tokens, in nats."""
+    return float(((a - b).abs() * mask).sum() / mask.sum().clamp(min=1))
+
+
+def self_test(sampled: Tensor, scored: Tensor, reference: Tensor | None, mask: Tensor, dtype: torch.dtype) -> str:
+    """Compare (B, T) log-probs of one rollout as the sampler, the scorer and the reference see them.
+
+    Returns:
+        one sentence for the screen.
+
+    Raises:
+        UserError: they differ by more than rounding in `dtype` explains; training would follow a wrong gradient.
+    """
+    tolerance = _TOLERANCE.get(dtype, 0.1)
+    gap = mean_gap(sampled, scored, mask)
+    if not gap <= tolerance:
+        raise UserError(
+            f"Self-test failed: sampled and scored log-probs differ by {gap:.3g} nats a token (allowed {tolerance:g}), so "
+            "the model does not score what it sampled; report this model, or pass --no-self-test to train anyway."
+        )
+    text = f"self-test passed: sampled and scored log-probs differ by {gap:.1e} nats a token"
+    if reference is not None:
+        drift = mean_gap(scored, reference, mask)
+        if not drift <= tolerance / 10:
+            raise UserError(
+                f"Self-test failed: policy and reference differ by {drift:.3g} nats a token before the first step, "
+                "where they must be the same model; report this model, or pass --no-self-test to train anyway."
+            )
+        text += f", policy and reference by {drift:.1e}"
+    return text + "."
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What the first rollouts say about the job.
+
+    Attributes:
+        dead: share of groups whose completions all got the same reward: they teach nothing.
+        truncated: share of completions that hit the length limit.
+        silent: reward functions that gave 0 (or nothing) to every completion.
+        mean: mean reward.
+    """
+
+    dead: float
+    truncated: float
+    silent: tuple[str, ...]
+    mean: float
+
+    @property
+    def alive(self) -> bool:
+        """Enough groups differ for GRPO to learn from."""
+        return self.dead < DEAD_SHARE
+
+    @property
+    def absent(self) -> bool:
+        """No group differs: every gradient of the reward is exactly zero."""
+        return self.dead >= 1.0
+
+    def sentence(self, *, has_references: bool) -> str:
+        facts = f"signal check: {self.dead:.0%} of the groups are dead (all rewards equal), {self.truncated:.0%} of the completions truncated"
+        if self.silent:
+            facts += f", {', '.join(self.silent)} never fired"
+        if self.alive:
+            return facts + "."
+        if self.truncated > 0.5:
+            remedy = "raise max_completion_length, most completions never finish"
+        elif self.silent and has_references:
+            remedy = "warm the adapter up on the references first (--cold-start auto)"
+        elif self.silent:
+            remedy = (
+                "show the wanted form in the prompt (--few-shot, --system-prompt), or begin from a model that knows it"
+            )
+        else:
+            remedy = "raise num_generations or temperature, or use prompts the model gets right only sometimes"
+        return f"{facts}; GRPO learns only from groups that differ: {remedy}."
+
+
+def signal_of(rollout: Rollout, names: list[str]) -> Signal:
+    per_func = rollout.rewards_per_func.nan_to_num(0.0)
+    return Signal(
+        dead=float(rollout.advantages.dead.float().mean()),
+        truncated=sum(rollout.batch.truncated) / len(rollout.batch.truncated),
+        silent=tuple(name for name, column in zip(names, per_func.T) if not bool(column.any())),
+        mean=float(rollout.rewards.nanmean()),
+    )

@@ -1,0 +1,84 @@
+"""A few supervised steps on formatted references, so that GRPO has a reward to compare.
+
+As in DeepSeek-R1's recipe (arXiv:2501.12948, section 2.3.1): where a model never writes the form that the rewards look
+for, every group is dead and GRPO learns nothing. The same adapter is warmed up through the same model and the same
+sweep; the loss is the mean negative log-prob of the reference's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from lowvram_grpo.experience import pad_right
+from lowvram_grpo.rollout.engine import pad_left
+from lowvram_grpo.scoring import score
+
+REFERENCE_COLUMN = "reference_completion"
+
+
+def reference_ids(tokenizer, text: str, *, end_id: int, max_length: int) -> list[int]:
+    """Token ids of a reference as a completion: the text and the end of the turn, or its first `max_length` tokens."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*ids, end_id][:max_length]
+
+
+class ColdStart:
+    """Supervised steps over (prompt ids, completion ids) pairs, endless and in a fixed order.
+
+    The optimizer is its own and is dropped afterwards: GRPO starts with clean moments.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pairs: Callable[[int], list[tuple[list[int], list[int]]]],
+        *,
+        learning_rate: float,
+        micro_batch_size: int,
+        pad_id: int,
+        workspace_mib: int,
+        max_grad_norm: float = 1.0,
+    ):
+        """`pairs(step)` gives the batch of a step."""
+        self.model, self.pairs = model, pairs
+        self.micro_batch_size, self.pad_id, self.workspace_mib = micro_batch_size, pad_id, workspace_mib
+        self.max_grad_norm = max_grad_norm
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
+
+    def step(self, index: int, autocast: Callable) -> float:
+        """One optimizer step; returns the mean negative log-prob (nats a token) before it."""
+        batch = self.pairs(index)
+        tokens = sum(len(completion) for _, completion in batch)
+        self.model.train()
+        total = 0.0
+        for rows in self._micro_batches(batch):
+            prompt_ids, prompt_mask = pad_left([p for p, _ in rows], self.pad_id, self.parameters[0].device)
+            ids = [torch.tensor(c, device=prompt_ids.device) for _, c in rows]
+            width = max(map(len, ids))
+            completion_ids = pad_right(ids, width, self.pad_id)
+            mask = pad_right([torch.ones_like(row) for row in ids], width, 0)
+            with autocast():
+                logps = score(
+                    self.model,
+                    prompt_ids,
+                    prompt_mask,
+                    completion_ids,
+                    mask,
+                    temperature=1.0,
+                    workspace_mib=self.workspace_mib,
+                ).logps
+            loss = -logps.sum() / tokens
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _micro_batches(self, batch: list) -> Iterator[list]:
+        for first in range(0, len(batch), self.micro_batch_size):
+            yield batch[first : first + self.micro_batch_size]

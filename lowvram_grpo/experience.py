@@ -1,0 +1,130 @@
+"""From sampled completions to the micro-batches of the optimizer steps that learn from them.
+
+A rollout is cut into updates (optimizer steps), an update into micro-batches. Advantages, masks and loss weights are
+fixed for the whole update before it is cut, so that how it is cut cannot change the gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lowvram_grpo.objective import Advantages, token_weights
+from lowvram_grpo.rollout.engine import RolloutBatch, pad_left
+
+
+@dataclass
+class Rollout:
+    """Scored completions of one rollout, B in all, groups adjacent.
+
+    Attributes:
+        batch: ids and sampled log-probs.
+        prompts, completions: as the rewards saw them (strings or messages).
+        rewards: (B,) float32 weighted sum, NaN where no reward applies.
+        rewards_per_func: (B, F) float32, NaN for "not applicable".
+        advantages: of the whole rollout.
+        extras: columns that the rewards logged.
+    """
+
+    batch: RolloutBatch
+    prompts: list
+    completions: list
+    rewards: Tensor
+    rewards_per_func: Tensor
+    advantages: Advantages
+    extras: dict[str, list]
+
+
+@dataclass
+class MicroBatch:
+    """b completions that go through the model together. Trimmed to its own longest prompt and completion.
+
+    Attributes:
+        prompt_ids, prompt_mask: (b, P) left-padded.
+        completion_ids, completion_mask: (b, T) right-padded; the mask marks tokens that were sampled.
+        loss_mask: (b, T) bool, tokens the loss counts (truncated completions may be left out).
+        weights: (b, T) float32, see objective.token_weights.
+        advantages: (b,) float32.
+        sampling_per_token_logps: (b, T) float32.
+        old_per_token_logps, ref_per_token_logps: (b, T) float32, filled in by the trainer where the loss needs them.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    loss_mask: Tensor
+    weights: Tensor
+    advantages: Tensor
+    sampling_per_token_logps: Tensor
+    old_per_token_logps: Tensor | None = None
+    ref_per_token_logps: Tensor | None = None
+
+    def sequence(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The arguments of `scoring.score`."""
+        return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
+
+    def to(self, device: torch.device) -> MicroBatch:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return MicroBatch(**{k: None if v is None else v.to(device) for k, v in moved.items()})
+
+
+def pad_right(rows: list[Tensor], width: int, value: float) -> Tensor:
+    """(b, width) of the rows' dtype."""
+    out = rows[0].new_full((len(rows), width), value)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def split_evenly(n: int, parts: int) -> list[range]:
+    """Cut range(n) into at most `parts` runs whose lengths differ by at most one; never an empty one."""
+    parts = max(1, min(parts, n))
+    edges = [n * i // parts for i in range(parts + 1)]
+    return [range(a, b) for a, b in zip(edges, edges[1:])]
+
+
+def updates_of(
+    rollout: Rollout,
+    *,
+    updates: int,
+    micro_batch_size: int,
+    loss_type: str,
+    max_completion_length: int,
+    mask_truncated: bool,
+    pad_id: int,
+    device: torch.device,
+) -> list[list[MicroBatch]]:
+    """Cut a rollout into `updates` lists of micro-batches of at most `micro_batch_size` completions."""
+    batch = rollout.batch
+    width = max(map(len, batch.completion_ids))
+    ids = [torch.tensor(row) for row in batch.completion_ids]
+    completion_ids = pad_right(ids, width, pad_id)
+    completion_mask = pad_right([torch.ones(len(row), dtype=torch.long) for row in ids], width, 0)
+    logps = pad_right(batch.sampling_per_token_logps, width, 0.0)
+    truncated = torch.tensor(batch.truncated)
+    loss_mask = completion_mask.bool() & ~(truncated[:, None] & mask_truncated)
+    cut = []
+    for update in split_evenly(len(ids), updates):
+        weights = token_weights(loss_mask[update.start : update.stop], loss_type, max_completion_length)
+        micro = []
+        for first in range(update.start, update.stop, micro_batch_size):
+            rows = slice(first, min(first + micro_batch_size, update.stop))
+            t = int(completion_mask[rows].sum(1).max())
+            prompt_ids, prompt_mask = pad_left(batch.prompt_ids[rows], pad_id, torch.device("cpu"))
+            micro.append(
+                MicroBatch(
+                    prompt_ids,
+                    prompt_mask,
+                    completion_ids[rows, :t],
+                    completion_mask[rows, :t],
+                    loss_mask[rows, :t],
+                    weights[rows.start - update.start : rows.stop - update.start, :t],
+                    rollout.advantages.values[rows],
+                    logps[rows, :t],
+                ).to(device)
+            )
+        cut.append(micro)
+    return cut

@@ -1,0 +1,280 @@
+"""A resolved recipe becomes a run: check what is cheap to check, load, train, leave an adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowvram_grpo.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.experience import Rollout
+    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.trainer import GRPOTrainer
+
+
+def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
+    """Train what `recipe` says and return the run directory. `dry_run` stops before anything is written or loaded
+    beyond the tokenizer and the data, and prints what would run.
+
+    Raises:
+        UserError: anything a person can mend.
+    """
+    from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS, resolve_reward
+    from lowvram_grpo.run.directory import RunDirectory
+
+    _check_device(recipe)
+    if not recipe.model:
+        raise UserError("No model given; pass --model with a folder or a hub id.")
+    if not recipe.data:
+        raise UserError("No data given; pass --data with a folder, a json/jsonl/csv/parquet file or a hub id.")
+    specs = recipe.reward or TEMPLATE_REWARDS.get(_template_family(recipe.template), [])
+    if not specs:
+        raise UserError(
+            "No reward given; pass --reward with a built-in name or path/to/file.py:function, or a --template."
+        )
+    rewards = [resolve_reward(spec) for spec in specs]
+    tokenizer = _tokenizer(recipe)
+    train_data, eval_data = _data(recipe)
+    if dry_run:
+        _print_plan(recipe, specs, tokenizer, train_data, eval_data)
+        return Path(recipe.output_dir or "runs")
+    name = f"{Path(str(recipe.model)).name}-{Path(str(recipe.data)).stem}"
+    directory = RunDirectory.open(recipe.resume) if recipe.resume else RunDirectory.create(recipe.output_dir, name)
+    directory.recipe_path.write_text(recipe.to_toml(), encoding="utf-8")
+    args = _config(recipe, directory, weights=[weight for _, weight in rewards])
+    _train(recipe, args, directory, [f for f, _ in rewards], tokenizer, train_data, eval_data)
+    return directory.path
+
+
+def _template_family(template: str | None) -> str | None:
+    return template.split("-")[0] if template else None
+
+
+def _check_device(recipe: Recipe) -> None:
+    from lowvram_grpo.memory.devices import cuda_install_line, nvidia_card_without_cuda_torch
+
+    if recipe.training.get("use_cpu"):
+        return
+    card = nvidia_card_without_cuda_torch()
+    if card:
+        raise UserError(
+            f"This machine has an {card}, but the installed torch is a CPU-only build; install the CUDA build with "
+            f"`{cuda_install_line()}`, or pass --use-cpu to train on the CPU."
+        )
+
+
+def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    from lowvram_grpo.policy.load import load_tokenizer
+    from lowvram_grpo.templates import chat_template
+
+    tokenizer = load_tokenizer(recipe.model, **_hub_arguments(recipe))
+    if recipe.chat_template:
+        tokenizer.chat_template = chat_template(recipe.chat_template)
+    return tokenizer
+
+
+def _hub_arguments(recipe: Recipe) -> dict[str, Any]:
+    found = {"trust_remote_code": bool(recipe.training.get("trust_remote_code", False))}
+    if recipe.model_revision:
+        found["revision"] = recipe.model_revision
+    return found
+
+
+def _few_shot(path: str | None) -> list[dict] | None:
+    """A json list, or json lines, of {prompt, completion}."""
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+        turns = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--few-shot {path} is not a readable json list of {{prompt, completion}}: {error}") from error
+    if not all(isinstance(turn, dict) and {"prompt", "completion"} <= turn.keys() for turn in turns):
+        raise UserError(f"Each entry of --few-shot {path} needs a `prompt` and a `completion`.")
+    return turns
+
+
+def _data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
+    from lowvram_grpo.data import load, prepare
+
+    def prepared(path: str, split: str | None) -> Dataset:
+        return prepare(
+            load(path, config=recipe.data_config, split=split),
+            template=recipe.template,
+            prompt_column=recipe.prompt_column,
+            answer_column=recipe.answer_column,
+            system_prompt=recipe.system_prompt,
+            few_shot=_few_shot(recipe.few_shot),
+        )
+
+    evaluated = None
+    if recipe.eval_data or recipe.eval_split:
+        evaluated = prepared(recipe.eval_data or recipe.data, recipe.eval_split)
+    return prepared(recipe.data, recipe.split), evaluated
+
+
+def _config(recipe: Recipe, directory, *, weights: list[float]) -> GRPOConfig:
+    from lowvram_grpo.config import GRPOConfig
+
+    settings = {"reward_weights": weights, **recipe.training}
+    settings |= {"output_dir": str(directory.path), "disable_tqdm": True, "model_init_kwargs": None}
+    try:
+        return GRPOConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"The training settings do not fit together: {error}") from error
+
+
+def _model(recipe: Recipe, args: GRPOConfig):
+    from lowvram_grpo.policy.load import DTYPES, bitsandbytes_config, compute_dtype, load_adapter, load_causal_lm
+
+    dtype = compute_dtype(args.device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
+    init = {**_hub_arguments(recipe), **(recipe.training.get("model_init_kwargs") or {})}
+    if recipe.attn_implementation:
+        init["attn_implementation"] = recipe.attn_implementation
+    quantization = bitsandbytes_config(recipe.quantization, dtype)
+    model = load_causal_lm(
+        recipe.model, device=args.device, dtype=dtype, quantization_config=quantization, init_kwargs=init
+    )
+    return load_adapter(model, recipe.adapter) if recipe.adapter else model
+
+
+def _lora(recipe: Recipe):
+    from peft import LoraConfig
+
+    if recipe.adapter:
+        return None
+    return LoraConfig(
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=recipe.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -> None:
+    from transformers.trainer_callback import PrinterCallback
+
+    from lowvram_grpo.run.console import Console
+    from lowvram_grpo.run.interrupt import StopAfterStep
+    from lowvram_grpo.run.metrics import MetricsWriter
+    from lowvram_grpo.trainer import GRPOTrainer
+
+    checkpoint = directory.latest_checkpoint() if recipe.resume else None
+    directory.truncate_after(_step_of(checkpoint) if checkpoint else -1)
+    subtitle = f"{recipe.model} on {recipe.data}"
+    with Console("lowvram-grpo", subtitle, plain=recipe.plain or None, log_completions=args.log_completions) as console:
+        console.notice(f"run directory: {directory.path}")
+        if recipe.resume:
+            where = f"step {_step_of(checkpoint)}" if checkpoint else "the beginning: no whole checkpoint was found"
+            console.notice(f"resuming from {where}")
+        console.phase("loading the model")
+        interrupt = StopAfterStep(console.notice)
+        trainer = GRPOTrainer(
+            _model(recipe, args),
+            rewards,
+            args,
+            train_data,
+            eval_data,
+            tokenizer,
+            callbacks=[interrupt],
+            peft_config=_lora(recipe),
+            observer=console,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(MetricsWriter(directory.metrics_path))
+        trainer.add_callback(console)
+        trainer.completions_log = _completions_writer(directory, trainer, console)
+        with interrupt.armed():
+            _fit(trainer, checkpoint, directory, console)
+        if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
+            console.notice(f"stopped at step {trainer.state.global_step}; go on with --resume {directory.path}")
+            return
+        _leave_adapter(recipe, trainer, directory)
+        console.notice(f"adapter: {directory.adapter_dir}")
+
+
+def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory, console) -> None:
+    """Train; where a mistake in the data or a reward ends the run, keep the steps that were done."""
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except UserError as error:
+        done = trainer.state.global_step
+        if done and done > (_step_of(directory.latest_checkpoint()) if directory.latest_checkpoint() else 0):
+            trainer._save_checkpoint(trainer.model, trial=None)
+        if done:
+            raise UserError(
+                f"{error} ({done} steps are kept: mend it and go on with --resume {directory.path})"
+            ) from error
+        raise
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _completions_writer(directory, trainer: GRPOTrainer, console):
+    from lowvram_grpo.run.completions import CompletionsLog, as_text
+
+    log = CompletionsLog(directory.completions_path)
+
+    def write(step: int, rollout: Rollout) -> None:
+        none_for_nan = lambda values: [None if v != v else v for v in values]
+        per_func = {n: none_for_nan(c.tolist()) for n, c in zip(trainer.rewards.names, rollout.rewards_per_func.T)}
+        advantages = rollout.advantages.values.tolist()
+        log.write(step, rollout.prompts, rollout.completions, per_func, advantages, rollout.extras)
+        best = max(range(len(advantages)), key=lambda i: advantages[i])
+        console.sample(
+            as_text(rollout.prompts[best]), as_text(rollout.completions[best]), float(rollout.rewards[best]), step
+        )
+
+    return write
+
+
+def _leave_adapter(recipe: Recipe, trainer: GRPOTrainer, directory) -> None:
+    from lowvram_grpo.run.model_card import model_card
+
+    trainer._save(str(directory.adapter_dir))
+    (directory.adapter_dir / "training_args.bin").unlink(missing_ok=True)
+    card = model_card(asdict(recipe), directory.metrics())
+    (directory.adapter_dir / "README.md").write_text(card, encoding="utf-8")
+
+
+def _print_plan(recipe: Recipe, specs: list[str], tokenizer, train_data, eval_data) -> None:
+    from rich.console import Console as RichConsole
+    from rich.markup import escape
+
+    from lowvram_grpo.data import encode_prompts
+    from lowvram_grpo.run.directory import RunDirectory
+
+    args = _config(recipe, RunDirectory(Path(recipe.output_dir or "runs/dry-run")), weights=[1.0] * len(specs))
+    plan = args.batch_plan()
+    ids, _ = encode_prompts(
+        tokenizer,
+        [train_data[0]["prompt"]],
+        max_prompt_length=args.max_prompt_length,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    out = RichConsole(highlight=False)
+    out.print("[bold]What would run[/bold] (nothing was loaded or written)\n")
+    out.print(escape(recipe.to_toml()), soft_wrap=True)
+    out.print(f"rewards: {', '.join(specs)}")
+    out.print(f"data: {len(train_data)} prompts{f', {len(eval_data)} for evaluation' if eval_data else ''}")
+    out.print(
+        f"each step: {plan.prompts_per_rollout} prompts x {plan.num_generations} completions, at most "
+        f"{plan.micro_batch_size} at once; device {args.device}"
+    )
+    for notice in args.notices():
+        out.print(f"note: {notice}")
+    out.print("\nfirst prompt, as the model sees it:")
+    out.print(escape(tokenizer.decode(ids[0])), soft_wrap=True)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        out.print("note: only one process is supported yet.")

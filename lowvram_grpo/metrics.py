@@ -1,0 +1,119 @@
+"""Metrics between two log lines: everything that was added under a name is averaged when it is taken."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from lowvram_grpo.objective import LossTerms
+
+
+class MetricBook:
+    """Values by name. Minima and maxima (names ending in min or max) are folded as such; the rest are averaged."""
+
+    def __init__(self):
+        self._values: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._values[name].append(float(value))
+
+    def take(self) -> dict[str, float]:
+        """All metrics since the last call, and forget them. NaN (not applicable) counts in no mean."""
+        folded = {}
+        for name, values in self._values.items():
+            present = [v for v in values if v == v] or [float("nan")]
+            kind = name.rsplit("/", 1)[-1].rsplit("_", 1)[-1]
+            folded[name] = {"min": min, "max": max}.get(kind, lambda v: sum(v) / len(v))(present)
+        self._values.clear()
+        return folded
+
+
+def length_metrics(lengths: list[int], truncated: list[bool]) -> dict[str, float]:
+    """Completion lengths in tokens, before any masking; `terminated` are those that ended by themselves (0 if none)."""
+    ended = [n for n, cut in zip(lengths, truncated) if not cut] or [0]
+    return {
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": sum(truncated) / len(truncated),
+        "completions/mean_terminated_length": sum(ended) / len(ended),
+        "completions/min_terminated_length": min(ended),
+        "completions/max_terminated_length": max(ended),
+    }
+
+
+def reward_metrics(rewards: Tensor, per_func: Tensor, names: list[str], dead: Tensor) -> dict[str, float]:
+    """rewards (B,), per_func (B, F), dead (groups,); NaN entries count in no mean."""
+
+    def std(x: Tensor) -> float:
+        x = x[~x.isnan()]
+        return float(x.std()) if x.numel() > 1 else 0.0
+
+    found = {
+        "reward": float(rewards.nanmean()),
+        "reward_std": std(rewards),
+        "frac_reward_zero_std": float(dead.float().mean()),
+    }
+    for name, column in zip(names, per_func.T):
+        found[f"rewards/{name}/mean"] = float(column.nanmean())
+        found[f"rewards/{name}/std"] = std(column)
+    return found
+
+
+class UpdateSums:
+    """Sums over the micro-batches of one update, divided once at its end."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: Tensor | None = None
+        self._extremes: list[tuple[float, float]] = []
+
+    def add(self, terms: LossTerms, entropy: Tensor, mask: Tensor) -> None:
+        """terms of `objective.grpo_loss`; entropy and mask (b, T)."""
+        low, high = terms.low_clipped, terms.high_clipped
+        values = {
+            "entropy": entropy,
+            "clip_ratio/low_mean": low,
+            "clip_ratio/high_mean": high,
+            "clip_ratio/region_mean": low | high,
+        }
+        if terms.kl is not None:
+            values["kl"] = terms.kl
+        tokens = mask.sum()
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
+        for name, value in values.items():
+            total = (value * mask).sum()
+            self._sums[name] = total if name not in self._sums else self._sums[name] + total
+        share = lambda clipped: float(clipped.sum() / tokens.clamp(min=1))
+        self._extremes.append((share(low), share(high)))
+
+    def take(self) -> dict[str, float]:
+        tokens = self._tokens.clamp(min=1)
+        found = {name: float(total / tokens) for name, total in self._sums.items()}
+        found["clip_ratio/low_min"] = min(low for low, _ in self._extremes)
+        found["clip_ratio/high_max"] = max(high for _, high in self._extremes)
+        return found
+
+
+def sampler_metrics(scored: Tensor, sampled: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far the trainer's log-probs (b, T) are from the sampler's, before the first update on them."""
+    mask = mask.bool()
+    if not bool(mask.any()):
+        return {}
+    difference = (scored - sampled)[mask]
+    ratio = difference.clamp(-20, 20).exp()
+    return {
+        "sampling/sampling_logp_difference/mean": float(difference.abs().mean()),
+        "sampling/sampling_logp_difference/max": float(difference.abs().max()),
+        "sampling/importance_sampling_ratio/min": float(ratio.min()),
+        "sampling/importance_sampling_ratio/mean": float(ratio.mean()),
+        "sampling/importance_sampling_ratio/max": float(ratio.max()),
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """Peak allocated GiB on a GPU since the process started, None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None

@@ -1,0 +1,190 @@
+"""The policy made small: base weights in 16 or 4 bits, a LoRA adapter, recomputed activations."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.policy.head import head_of
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lowvram_grpo.config import GRPOConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 from Ampere on, float16 on older GPUs, float32 on a CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def bitsandbytes_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """`none`, `int8` (LLM.int8) or `nf4` (4-bit NormalFloat with double quantization, QLoRA: arXiv:2305.14314)."""
+    if quantization == "none":
+        return None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    raise UserError(f"quantization is {quantization!r}; it must be none, int8 or nf4.")
+
+
+def _explain(model: str, error: Exception) -> UserError:
+    """One sentence for whatever from_pretrained threw."""
+    if os.path.isdir(model):
+        return UserError(f"The folder {model!r} does not hold a loadable model: {str(error).strip().splitlines()[0]}")
+    if isinstance(error, ImportError):
+        return UserError(f"{model!r} needs a package that is missing: {error}")
+    return UserError(
+        f"Model {model!r} is neither a local folder nor reachable on the hub; check the name, pass a local folder, "
+        "or set HF_ENDPOINT to a mirror."
+    )
+
+
+def load_tokenizer(model: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Tokenizer of a model folder or hub id, padding on the left, with a pad token.
+
+    Raises:
+        UserError: no such model, or it has no tokenizer.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, **kwargs)
+    except (OSError, ValueError) as error:
+        raise _explain(model, error) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"The tokenizer of {model!r} has neither a pad nor an end-of-sequence token; set tokenizer.pad_token."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(
+    model: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization_config: Any = None,
+    init_kwargs: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model; `init_kwargs` go to from_pretrained and win over `dtype`.
+
+    Raises:
+        UserError: missing model, or one that is no causal language model.
+    """
+    kwargs = {"dtype": dtype, **(init_kwargs or {})}
+    if "torch_dtype" in kwargs:
+        kwargs["dtype"] = kwargs.pop("torch_dtype")
+    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] in DTYPES:
+        kwargs["dtype"] = DTYPES[kwargs["dtype"]]
+    if quantization_config is not None:
+        kwargs.setdefault("quantization_config", quantization_config)
+        kwargs.setdefault("device_map", {"": device.index or 0 if device.type == "cuda" else device.type})
+    try:
+        known = {k: kwargs[k] for k in ("revision", "trust_remote_code", "token", "cache_dir") if k in kwargs}
+        AutoConfig.from_pretrained(model, **known)
+        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise _explain(model, error) from error
+
+
+def build_policy(
+    model: str | nn.Module, args: GRPOConfig, quantization_config: Any, peft_config: PeftConfig | None
+) -> nn.Module:
+    """The model that GRPOTrainer trains, from whatever it was given.
+
+    Raises:
+        UserError: arguments that contradict each other, or a model that cannot be trained.
+    """
+    if isinstance(model, str):
+        # Training all weights needs float32 masters under autocast; frozen weights need no such room.
+        dtype = compute_dtype(args.device) if peft_config is not None else torch.float32
+        init = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        model = load_causal_lm(
+            model, device=args.device, dtype=dtype, quantization_config=quantization_config, init_kwargs=init
+        )
+    elif args.model_init_kwargs:
+        raise UserError("model_init_kwargs only apply to a model given by name; drop them or pass the model's name.")
+    if is_peft(model) and peft_config is not None:
+        raise UserError("The model carries an adapter already; drop peft_config, or merge the adapter first.")
+    if peft_config is not None:
+        model = attach_lora(model, peft_config)
+    elif getattr(model, "is_quantized", False) and not is_peft(model):
+        raise UserError("A quantized model cannot be trained directly; pass a peft_config to train an adapter on it.")
+    head_of(unwrap(model))
+    if args.disable_dropout:
+        disable_dropout(model)
+    if args.gradient_checkpointing:
+        checkpoint_activations(model, args.gradient_checkpointing_kwargs)
+    return model
+
+
+def attach_lora(model: PreTrainedModel, peft_config: PeftConfig) -> nn.Module:
+    """Wrap `model` with a fresh adapter; adapter weights are float32 whatever the base is in.
+
+    Raises:
+        UserError: the adapter covers lm_head, or no layer has the names in target_modules.
+    """
+    from peft import get_peft_model
+
+    try:
+        wrapped = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise UserError(f"The LoRA configuration does not fit the model: {error}") from error
+    head_of(wrapped.get_base_model())
+    return wrapped
+
+
+def load_adapter(model: PreTrainedModel, adapter: str) -> nn.Module:
+    """Wrap `model` with an existing adapter (folder or hub id), trainable."""
+    from peft import PeftModel
+
+    try:
+        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"Adapter {adapter!r} cannot be loaded onto this model: {str(error).strip().splitlines()[0]}"
+        ) from error
+    head_of(wrapped.get_base_model())
+    return wrapped
+
+
+def checkpoint_activations(model: nn.Module, kwargs: dict[str, Any] | None = None) -> None:
+    """Switch on activation checkpointing; with frozen embeddings the inputs must be made to require grad, or the first
+    checkpointed block would cut the graph off from the adapter."""
+    causal_lm = unwrap(model)
+    options = {"use_reentrant": False, **(kwargs or {})}
+    if hasattr(causal_lm, "activation_checkpointing_enable"):  # transformers >= 5.18 renames it
+        causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if causal_lm is not model:
+        causal_lm.enable_input_require_grads()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def is_peft(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face causal language model inside a PeftModel (its layers carry the adapter), or the model itself."""
+    return model.get_base_model() if is_peft(model) else model

@@ -1,0 +1,83 @@
+"""Prompts in, scored completions out: encode, sample, decode, reward, compare within groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lowvram_grpo.data import encode_prompts, is_conversational
+from lowvram_grpo.experience import Rollout
+from lowvram_grpo.objective import group_advantages
+from lowvram_grpo.rewards.runner import RewardRunner
+from lowvram_grpo.rollout.engine import GenerateEngine, RolloutBatch
+
+# What a reward function receives by name anyway, or must not see.
+_NOT_COLUMNS = {"prompt", "completion", "completion_ids", "reference_completion"}
+
+
+class Collector:
+    """Rows of a dataset to a `Rollout`.
+
+    Args:
+        tell: called with a short text at each phase ("sampling 16 completions").
+    """
+
+    def __init__(
+        self,
+        engine: GenerateEngine,
+        rewards: RewardRunner,
+        tokenizer,
+        *,
+        max_prompt_length: int | None,
+        chat_template_kwargs: dict[str, Any] | None,
+        scale_rewards: str,
+        only_prompts: bool,
+        tell: Callable[[str], None],
+    ):
+        self.engine, self.rewards, self.tokenizer, self.tell = engine, rewards, tokenizer, tell
+        self.max_prompt_length, self.chat_template_kwargs = max_prompt_length, chat_template_kwargs
+        self.scale_rewards, self.only_prompts = scale_rewards, only_prompts
+
+    def encode(self, prompts: list) -> list[list[int]]:
+        """Token ids of each prompt, cut on the left to max_prompt_length."""
+        ids, _ = encode_prompts(
+            self.tokenizer,
+            prompts,
+            max_prompt_length=self.max_prompt_length,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+        return ids
+
+    def collect(
+        self, rows: list[dict[str, Any]], num_generations: int, *, seed: int, trainer_state
+    ) -> tuple[Rollout, dict]:
+        """Sample G completions of each row and score them; also returns the metrics that rewards logged.
+
+        Raises:
+            UserError: a reward function failed.
+        """
+        prompts = [row["prompt"] for row in rows]
+        self.tell(f"sampling {len(rows) * num_generations} completions")
+        batch = self.engine.generate(self.encode(prompts), num_generations, seed=seed)
+        prompts = [p for p in prompts for _ in range(num_generations)]
+        completions = self._decode(batch, prompts)
+        self.tell("scoring")
+        scored = self.rewards(
+            prompts, completions, batch.completion_ids, self._columns(rows, num_generations), trainer_state
+        )
+        advantages = group_advantages(scored.total, num_generations, self.scale_rewards)
+        rollout = Rollout(batch, prompts, completions, scored.total, scored.per_func, advantages, scored.extras)
+        return rollout, scored.metrics
+
+    def _decode(self, batch: RolloutBatch, prompts: list) -> list:
+        texts = self.tokenizer.batch_decode(batch.completion_ids, skip_special_tokens=True)
+        return [
+            [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
+            for text, prompt in zip(texts, prompts)
+        ]
+
+    def _columns(self, rows: list[dict[str, Any]], num_generations: int) -> dict[str, list]:
+        if self.only_prompts:
+            return {}
+        names = [name for name in rows[0] if name not in _NOT_COLUMNS]
+        return {name: [row[name] for row in rows for _ in range(num_generations)] for name in names}

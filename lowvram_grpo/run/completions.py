@@ -1,0 +1,57 @@
+"""completions.jsonl: every sampled completion with its rewards, to be read by eye or with `jq`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowvram_grpo.run import jsonl
+
+
+def as_text(turns: str | Sequence[Mapping[str, Any]]) -> str:
+    """A prompt or completion as text; messages become `role: content` lines."""
+    if isinstance(turns, str):
+        return turns
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+class CompletionsLog:
+    """Appends one row a completion: step, prompt, completion, rewards (by function), advantage, extras."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def write(
+        self,
+        step: int,
+        prompts: Sequence[str | Sequence[Mapping[str, Any]]],
+        completions: Sequence[str | Sequence[Mapping[str, Any]]],
+        rewards: Mapping[str, Sequence[float | None]],
+        advantages: Sequence[float],
+        extras: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        """Write n rows. Every sequence, also each in `rewards` and `extras`, has length n.
+
+        `extras` are the columns that reward functions logged with `log_extra`.
+
+        Raises:
+            ValueError: the lengths differ.
+        """
+        extras = extras or {}
+        columns = {"completions": completions, "advantages": advantages, **rewards, **extras}
+        if wrong := {name: len(values) for name, values in columns.items() if len(values) != len(prompts)}:
+            raise ValueError(f"{len(prompts)} prompts, but {wrong}")
+        rows = []
+        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+            row = {
+                "step": step,
+                "prompt": as_text(prompt),
+                "completion": as_text(completion),
+                "rewards": {name: values[i] for name, values in rewards.items()},
+                "advantage": advantages[i],
+            }
+            if extras:
+                row["extras"] = {name: values[i] for name, values in extras.items()}
+            rows.append(row)
+        jsonl.append(self.path, rows)

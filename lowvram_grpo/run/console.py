@@ -1,0 +1,201 @@
+"""The live view of a run in a terminal; one plain line a logged step when piped, in CI, or asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping
+from time import monotonic
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.text import Text
+from transformers import TrainerCallback
+
+from lowvram_grpo.run.observer import Observer
+from lowvram_grpo.run.view import Glyphs, View, clean, decimal, duration, percent, small
+
+REFRESHES_PER_SECOND = 4
+# The time of a step wanders with the length of its completions; the ETA takes the mean over this many.
+ETA_WINDOW = 20
+
+
+class Console(Observer, TrainerCallback):
+    """Shows a run as it goes. Used as a context manager, so that the terminal is left whole after an exception:
+
+        with Console("lowvram-grpo", "model on data", total_steps=100) as console:
+            trainer.add_callback(console)
+            trainer.train()
+
+    Reads TRL's metric names, and beside them `tokens_per_second` and `memory/peak_gib`; a metric that is not logged has no
+    row. Outside the `with` block everything is printed as plain lines.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        subtitle: str = "",
+        total_steps: int | None = None,
+        plain: bool | None = None,
+        *,
+        log_completions: bool = False,
+    ):
+        """
+        Args:
+            total_steps: optimizer steps; None takes it from the trainer when training begins.
+            plain: None means plain unless stdout is a terminal that can redraw, and not in CI.
+            log_completions: print samples in plain mode too (the live view always shows one).
+        """
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a cp1252 or cp936 console can't carry what a model may write
+        self.plain = _must_be_plain() if plain is None else plain
+        self.log_completions = log_completions
+        glyphs = Glyphs.for_encoding(getattr(sys.stdout, "encoding", None))
+        self._view = View(title, subtitle, glyphs, total_steps=total_steps)
+        self._lock = threading.RLock()
+        self._live: Live | None = None
+        self._logs_back: list[tuple[logging.StreamHandler, Any]] = []
+        self._step_ends: deque[float] = deque(maxlen=ETA_WINDOW + 1)
+
+    def __enter__(self) -> Console:
+        if self.plain:
+            self._print(f"{self._view.title}  {self._view.subtitle}".rstrip())
+            return self
+        stderr = sys.stderr
+        rich = RichConsole(highlight=False)
+        self._live = Live(
+            console=rich, get_renderable=lambda: self._render(rich), refresh_per_second=REFRESHES_PER_SECOND
+        )
+        self._live.start()
+        self._logs_back = [(handler, handler.setStream(sys.stderr)) for handler in _handlers_of(stderr)]
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for handler, stream in self._logs_back:
+            handler.setStream(stream)
+        self._logs_back = []
+        if self._live is not None:
+            with self._lock:
+                self._view.phase = "" if kind is None else "stopped"
+            live, self._live = self._live, None
+            live.stop()
+
+    def notice(self, text: str) -> None:
+        """One line for the person at the screen: a warning, the result of a self-test. It stays in the scrollback."""
+        with self._lock:
+            self._view.notice = clean(text)
+        self._print(f"{self._view.glyphs.dot} {clean(text)}", style="yellow")
+
+    def phase(self, text: str) -> None:
+        """What is being done now, such as "sampling 16 completions"; shown by the live view only."""
+        with self._lock:
+            self._view.phase = text
+
+    def sample(self, prompt: str, completion: str, reward: float, step: int) -> None:
+        """A completion to look at; `prompt` is cut to its end."""
+        with self._lock:
+            self._view.sample = (prompt, completion, reward, step)
+        if self._live is None and self.log_completions:
+            tail = " ".join(clean(prompt).split())[-120:]
+            self._print(f"  sample of step {step}, reward {decimal(reward)}")
+            self._print(f"    prompt: {tail}\n    completion: {clean(completion).strip()}")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        with self._lock:
+            self._view.step = state.global_step
+            if self._view.total_steps is None and state.max_steps > 0:
+                self._view.total_steps = state.max_steps
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if not self._step_ends:
+            self._step_ends.append(monotonic())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._step_ends.append(monotonic())
+        with self._lock:
+            self._view.step = state.global_step
+            self._view.eta = self._eta(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            self.log(state.global_step, logs or {})
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Show one row of metrics. In plain mode rows without a reward, such as HF's summary, are passed over."""
+        numbers = {name: float(value) for name, value in values.items() if _is_number(value)}
+        with self._lock:
+            self._view.step = max(step, self._view.step)
+            for name, value in numbers.items():
+                self._view.history.setdefault(name, []).append(value)
+        if self._live is None and {"reward", "eval_reward"} & numbers.keys():
+            self._print(self._line(step, numbers))
+        elif self._live is None and "cold_start/reward" in numbers:
+            done, loss, reward, dead = (
+                numbers[f"cold_start/{name}"] for name in ("step", "loss", "reward", "dead_groups")
+            )
+            self._print(f"cold start {done:.0f}  loss {decimal(loss)}  reward {decimal(reward)}  dead {percent(dead)}")
+
+    def _line(self, step: int, numbers: dict[str, float]) -> str:
+        total = self._view.total_steps
+        parts = [f"step {step}/{total}" if total else f"step {step}"]
+        evaluation = "reward" not in numbers
+        prefix = "eval_" if evaluation else ""
+        for name, form in (
+            ("reward", lambda v: f"{'eval ' * evaluation}reward {decimal(v)} {self._view.arrow(prefix + 'reward')}"),
+            ("kl", lambda v: f"kl {small(v)}"),
+            ("entropy", lambda v: f"entropy {decimal(v)}"),
+            ("completions/mean_length", lambda v: f"length {v:.0f}"),
+            ("completions/clipped_ratio", lambda v: f"truncated {percent(v)}"),
+            ("frac_reward_zero_std", lambda v: f"dead {percent(v)}"),
+            ("tokens_per_second", lambda v: f"{v:.0f} tok/s"),
+        ):
+            if prefix + name in numbers:
+                parts.append(form(numbers[prefix + name]))
+        if self._view.eta is not None:
+            parts.append(f"eta {duration(self._view.eta)}")
+        return "  ".join(parts)
+
+    def _eta(self, step: int) -> float | None:
+        """Seconds left at the pace of the last steps."""
+        if self._view.total_steps is None or len(self._step_ends) < 2:
+            return None
+        pace = (self._step_ends[-1] - self._step_ends[0]) / (len(self._step_ends) - 1)
+        return max(self._view.total_steps - step, 0) * pace
+
+    def _render(self, rich: RichConsole):
+        with self._lock:
+            return self._view.render(rich)
+
+    def _print(self, text: str, style: str = "") -> None:
+        # Never called with the lock held: rich holds its own while it asks for the next frame, which takes ours.
+        if self._live is not None:
+            self._live.console.print(Text(text, style=style))
+        else:
+            print(text, flush=True)
+
+
+def _is_number(value: Any) -> bool:
+    """NaN is left out: a mean over nothing has no place in a curve."""
+    with contextlib.suppress(TypeError, ValueError):
+        return float(value) == float(value)
+    return False
+
+
+def _must_be_plain() -> bool:
+    terminal = bool(getattr(sys.stdout, "isatty", lambda: False)())
+    return not terminal or os.environ.get("TERM") in ("dumb", "unknown") or bool(os.environ.get("CI"))
+
+
+def _handlers_of(stream: Any) -> list[logging.StreamHandler]:
+    """Log handlers that write to `stream` itself (transformers' does), past the live view that would draw over them."""
+    loggers = [
+        logging.root,
+        *(item for item in logging.root.manager.loggerDict.values() if isinstance(item, logging.Logger)),
+    ]
+    handlers = (handler for logger in loggers for handler in logger.handlers)
+    return [h for h in handlers if isinstance(h, logging.StreamHandler) and h.stream is stream]

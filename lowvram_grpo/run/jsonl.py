@@ -1,0 +1,63 @@
+"""Append-only JSON lines that survive `kill -9` in the middle of a row."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write `rows` at the end of `path`, one a line; they are out of this process's buffers when this returns.
+
+    NaN and infinities become null (JSON has neither); tensor and NumPy scalars become numbers.
+    """
+    text = "".join(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    # A lone surrogate has no UTF-8 form; backslashreplace writes it as the JSON escape that it is.
+    with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.write(text)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of `path` in order; [] if it does not exist. A row torn by a killed process is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    # Not str.splitlines(): it also splits at U+2028, which JSON strings may hold.
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
+
+
+def keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the rows that are not `wanted`, and torn ones. The file is replaced in one step: never half written."""
+    if not path.is_file():
+        return
+    rows = [row for row in read(path) if wanted(row)]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    append(temporary, rows)
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if hasattr(value, "tolist"):  # tensors and arrays of any shape
+        return _plain(value.tolist())
+    return str(value)

@@ -1,0 +1,93 @@
+"""The README.md beside a trained adapter: what was trained, on what, how, and how to load it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowvram_grpo import __version__
+
+# hub ids are at most `owner/name`; anything else in `base_model` makes the hub refuse the card
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_METRICS = ["reward", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std"]
+_LAST = 10
+
+
+def model_card(recipe: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+    """Markdown with YAML front matter.
+
+    Args:
+        recipe: the resolved recipe as a flat dict; GRPOConfig's fields stand under `training`.
+        metrics: the rows of metrics.jsonl.
+    """
+    model, data = str(recipe.get("model") or "unknown"), str(recipe.get("data") or "unknown")
+    front: dict[str, Any] = {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["grpo", "lora", "lowvram-grpo"],
+    }
+    if _is_hub_id(model):
+        front["base_model"] = model
+    if _is_hub_id(data):
+        front["datasets"] = [data]
+    training = recipe.get("training") or {}
+    settings = {key: value for key, value in recipe.items() if key not in ("training", "output_dir", "resume", "plain")}
+    settings = {key: value for key, value in (settings | training).items() if value not in (None, "", [], {})}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---",
+        f"# LoRA adapter for {_shown(model)}, trained with GRPO",
+        f"Trained on `{_shown(data)}` with [lowvram-grpo](https://pypi.org/project/lowvram-grpo/) {__version__}: group "
+        "relative policy optimization ([arXiv:2402.03300](https://arxiv.org/abs/2402.03300)) of a LoRA adapter.",
+        *_results(metrics),
+        "## Settings",
+        _table(("setting", "value"), [(key, _cell(key, value)) for key, value in settings.items()]),
+        "## Use",
+        f"""```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")  # base: {_shown(model)}
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/adapter")
+```""",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _results(metrics: list[dict[str, Any]]) -> list[str]:
+    rows = [row for row in metrics if row.get("reward") is not None]
+    if not rows:
+        return []
+    names = _METRICS + sorted({k for row in rows for k in row if k.startswith("rewards/") and k.endswith("/mean")})
+    first, last = rows[:_LAST], rows[-_LAST:]
+    lines = [(name, _mean(first, name), _mean(last, name)) for name in names if _mean(last, name) != "-"]
+    count = min(_LAST, len(rows))
+    text = f"{rows[-1]['step']} optimizer steps. Means over the first and the last {count} logged rows:"
+    return ["## Results", text, _table(("metric", "first", "last"), lines)]
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> str:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return f"{sum(values) / len(values):.4g}" if values else "-"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(key: str, value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    text = _shown(text) if key in ("model", "data", "adapter") else text
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def _shown(name: str) -> str:
+    """A local path loses its folders: a card is made to be published."""
+    return name if _is_hub_id(name) else re.split(r"[\\/]", name.rstrip("\\/"))[-1]

@@ -1,0 +1,396 @@
+"""GRPOTrainer: TRL's trainer interface on transformers.Trainer. It conducts; the work is done in the rooms it imports.
+
+One HF "training step" is one optimizer step here: the data loader yields the prompts of a rollout, `training_step` samples
+and scores them when a rollout is due, cuts them into micro-batches and accumulates their gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, set_seed
+
+from lowvram_grpo.batching import PromptLoader, PromptSampler
+from lowvram_grpo.config import GRPOConfig
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.experience import MicroBatch, Rollout, updates_of
+from lowvram_grpo.metrics import (
+    MetricBook,
+    UpdateSums,
+    length_metrics,
+    peak_memory_gib,
+    reward_metrics,
+    sampler_metrics,
+)
+from lowvram_grpo.objective import Objective, grpo_loss
+from lowvram_grpo.policy.load import build_policy, is_peft, load_tokenizer, unwrap
+from lowvram_grpo.policy.reference import Reference
+from lowvram_grpo.rewards.runner import RewardRunner
+from lowvram_grpo.rollout.collect import Collector
+from lowvram_grpo.rollout.engine import GenerateEngine, end_ids
+from lowvram_grpo.rollout.sampler import Sampling
+from lowvram_grpo.run.observer import Observer
+from lowvram_grpo.scoring import Scores, score
+from lowvram_grpo.warmup import before_first_step, check_lengths
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_ROLLOUT_FILE = "rollout.pt"
+
+
+class GRPOTrainer(Trainer):
+    """Trains a causal language model with GRPO. Arguments mean what they mean in TRL.
+
+    Args:
+        model: folder, hub id, PreTrainedModel or PeftModel. A PeftModel that already carries a trained adapter keeps a
+            frozen copy of it as the reference.
+        reward_funcs: one or a list of functions `f(prompts, completions, completion_ids, **columns)`, async functions,
+            sequence-classification models, or ids of such models.
+        args: GRPOConfig.
+        train_dataset, eval_dataset: datasets with a `prompt` column (string or messages); other columns reach the rewards.
+        processing_class: tokenizer; that of `model` when left out.
+        reward_processing_classes: tokenizers of reward models.
+        callbacks, optimizers: as in transformers.Trainer.
+        peft_config: adapter to train; without one all weights are trained and the reference is a frozen copy.
+        quantization_config: bitsandbytes configuration for loading `model` from a name.
+        observer: receives notices, phases and sample completions; prints notices when left out.
+
+    Raises:
+        UserError: anything a person can mend, in one sentence.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        reward_funcs: Any,
+        args: GRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        observer: Observer | None = None,
+    ):
+        args = args or GRPOConfig(output_dir="grpo")
+        self.observer = observer or Observer()
+        _check_columns(train_dataset, "train_dataset")
+        set_seed(args.seed)
+        name = model if isinstance(model, str) else unwrap(model).config._name_or_path
+        tokenizer = processing_class or load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+        model = build_policy(model, args, quantization_config, peft_config)
+        self.plan, self.grpo_args = args.batch_plan(), args
+        super().__init__(
+            model=model,
+            args=_for_transformers(args),
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False
+        self.policy_adapter = model.active_adapters[0] if is_peft(model) else None
+        self.reference = Reference(model, follows=args.sync_ref_model) if args.beta > 0 else None
+        self.objective = Objective(
+            beta=args.beta,
+            epsilon=args.epsilon,
+            epsilon_high=args.epsilon_high,
+            delta=args.delta,
+            kl_estimator=args.kl_estimator,
+            importance_sampling_level=args.importance_sampling_level,
+        )
+        self.rewards = RewardRunner(
+            reward_funcs if isinstance(reward_funcs, list) else [reward_funcs],
+            weights=args.reward_weights,
+            processing_classes=reward_processing_classes
+            if isinstance(reward_processing_classes, list) or reward_processing_classes is None
+            else [reward_processing_classes],
+            device=args.device,
+            timeout=args.reward_timeout,
+        )
+        self.collector = Collector(
+            GenerateEngine(model, _sampling(args, model, tokenizer)),
+            self.rewards,
+            tokenizer,
+            max_prompt_length=args.max_prompt_length,
+            chat_template_kwargs=args.chat_template_kwargs,
+            scale_rewards=args.scale_rewards,
+            only_prompts=bool(args.remove_unused_columns),
+            tell=self.observer.phase,
+        )
+        self.metrics = {"train": MetricBook(), "eval": MetricBook()}
+        self.completions_log: Callable[[int, Rollout], None] | None = None
+        self.pending_rollout: Rollout | None = None
+        self._updates: list[list[MicroBatch]] | None = None
+
+    # Data
+
+    def get_train_dataloader(self) -> PromptLoader:
+        sampler = PromptSampler(
+            self.train_dataset,
+            prompts=self.plan.prompts_per_rollout,
+            repeats=self.plan.steps_per_rollout,
+            shuffle=self.grpo_args.shuffle_dataset,
+            seed=self.args.seed,
+        )
+        return PromptLoader(self.train_dataset, sampler)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> PromptLoader:
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data = self.eval_dataset[data] if isinstance(data, str) else data
+        _check_columns(data, "eval_dataset")
+        prompts = max(1, self.args.per_device_eval_batch_size // self.generations_eval)
+        return PromptLoader(data, PromptSampler(data, prompts=prompts, repeats=1, shuffle=False, seed=self.args.seed))
+
+    @property
+    def generations_eval(self) -> int:
+        return self.grpo_args.num_generations_eval or self.plan.num_generations
+
+    # The run
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        for notice in self.grpo_args.notices():
+            self.observer.notice(notice)
+        check_lengths(self)
+        if not resume_from_checkpoint:
+            before_first_step(self)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch=None) -> Tensor:
+        """One optimizer step's gradients, on the rollout that is due or already there."""
+        started = time.perf_counter()
+        step, args = self.state.global_step, self.grpo_args
+        if args.sync_ref_model and self.reference and step and step % args.ref_model_sync_steps == 0:
+            self.reference.sync(args.ref_model_mixup_alpha)
+        offset = step % self.plan.steps_per_rollout
+        tokens = 0
+        if offset == 0 or self._updates is None:
+            rollout = self.pending_rollout or self.collect(inputs, step)
+            self.pending_rollout = None
+            tokens = self._record(rollout)
+            self._updates = self._learnable(rollout)
+        update = self._updates[offset % self.plan.updates_per_rollout % len(self._updates)]
+        self.observer.phase("updating")
+        self.model.train()
+        self._sums, loss = UpdateSums(), torch.zeros((), device=self.args.device)
+        for micro in update:
+            with self.compute_loss_context_manager():
+                micro_loss = self.compute_loss(model, micro)
+            self.accelerator.backward(micro_loss)
+            loss += micro_loss.detach()
+        seconds = time.perf_counter() - started
+        self.metrics["train"].add({**self._sums.take(), "step_time": seconds})
+        if tokens:
+            self.metrics["train"].add({"tokens_per_second": tokens / seconds})
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, **kwargs) -> Tensor:
+        """This micro-batch's share of the update's loss."""
+        scores = self.score(inputs)
+        if inputs.old_per_token_logps is None and self.model.training:
+            gap = sampler_metrics(scores.logps.detach(), inputs.sampling_per_token_logps, inputs.completion_mask)
+            self.metrics["train"].add(gap)
+        terms = grpo_loss(
+            scores.logps,
+            inputs.old_per_token_logps,
+            inputs.ref_per_token_logps,
+            inputs.advantages,
+            inputs.loss_mask,
+            inputs.weights,
+            self.objective,
+        )
+        self._sums.add(terms, scores.entropy, inputs.loss_mask)
+        return (terms.loss, scores) if return_outputs else terms.loss
+
+    def score(self, micro: MicroBatch, model: nn.Module | None = None) -> Scores:
+        """Log-probs of a micro-batch under the policy, or under `model`."""
+        return score(
+            model or self.model,
+            *micro.sequence(),
+            temperature=self.grpo_args.temperature or 1.0,
+            workspace_mib=self.grpo_args.workspace_mib,
+        )
+
+    def collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
+        """Sample and score the rollout of `step`; its random numbers depend on (seed, step) alone."""
+        group = self.plan.num_generations if mode == "train" else self.generations_eval
+        seed = (self.args.seed * 1_000_003 + step * 2 + (mode == "eval")) % 2**63
+        with self.compute_loss_context_manager():
+            rollout, logged = self.collector.collect(rows, group, seed=seed, trainer_state=self.state)
+        lengths = [len(ids) for ids in rollout.batch.completion_ids]
+        self.metrics[mode].add(logged)
+        self.metrics[mode].add(length_metrics(lengths, rollout.batch.truncated))
+        self.metrics[mode].add(
+            reward_metrics(rollout.rewards, rollout.rewards_per_func, self.rewards.names, rollout.advantages.dead)
+        )
+        return rollout
+
+    def _record(self, rollout: Rollout) -> int:
+        """Count the rollout's tokens and hand its completions to whoever keeps them."""
+        completed = sum(map(len, rollout.batch.completion_ids))
+        self.state.num_input_tokens_seen += completed + sum(map(len, rollout.batch.prompt_ids))
+        if self.completions_log is not None:
+            self.completions_log(self.state.global_step + 1, rollout)
+        return completed
+
+    def cut(self, rollout: Rollout, updates: int) -> list[list[MicroBatch]]:
+        args = self.grpo_args
+        return updates_of(
+            rollout,
+            updates=updates,
+            micro_batch_size=self.plan.micro_batch_size,
+            loss_type=args.loss_type,
+            max_completion_length=args.max_completion_length,
+            mask_truncated=args.mask_truncated_completions,
+            pad_id=self.collector.engine.sampling.pad_id,
+            device=self.args.device,
+        )
+
+    def _learnable(self, rollout: Rollout) -> list[list[MicroBatch]]:
+        """Micro-batches with reference log-probs and, where a rollout serves several steps, old log-probs."""
+        updates = self.cut(rollout, self.plan.updates_per_rollout)
+        for micro in (micro for update in updates for micro in update):
+            if self.plan.steps_per_rollout > 1:
+                micro.old_per_token_logps = self.score_frozen(micro)
+            if self.reference is not None:
+                with self.reference.active() as reference:
+                    micro.ref_per_token_logps = self.score_frozen(micro, reference)
+        return updates
+
+    @torch.no_grad()
+    def score_frozen(self, micro: MicroBatch, model: nn.Module | None = None) -> Tensor:
+        """(b, T) log-probs without gradient and without dropout."""
+        model = model or self.model
+        was_training = model.training
+        model.eval()
+        try:
+            with self.compute_loss_context_manager():
+                return self.score(micro, model).logps
+        finally:
+            model.train(was_training)
+
+    # Evaluation and logging
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Sample, reward and score a batch of evaluation prompts; metrics go out under eval_*."""
+        rollout = self.collect(inputs, self.state.global_step, mode="eval")
+        self._sums, loss = UpdateSums(), torch.zeros((), device=self.args.device)
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for micro in self.cut(rollout, 1)[0]:
+                if self.reference is not None:
+                    with self.reference.active() as reference:
+                        micro.ref_per_token_logps = self.score_frozen(micro, reference)
+                loss += self.compute_loss(self.model, micro)
+        self.model.train(was_training)
+        self.metrics["eval"].add(self._sums.take())
+        return loss, None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if any(key.startswith("eval_") for key in logs):
+            logs.update({f"eval_{k}": v for k, v in self.metrics["eval"].take().items()})
+        elif "loss" in logs:
+            logs.update(self.metrics["train"].take())
+            logs["num_tokens"] = self.state.num_input_tokens_seen
+            memory = peak_memory_gib(self.args.device)
+            if memory is not None:
+                logs["memory_gib"] = memory
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs) -> int:
+        """Not counted: transformers' estimate knows nothing of rollouts."""
+        return 0
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """For an adapter: the policy's only, not the frozen reference beside it."""
+        if not is_peft(self.model):
+            return super()._save(output_dir, state_dict)
+        output_dir = output_dir or self.args.output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        self.model.save_pretrained(output_dir, selected_adapters=[self.policy_adapter], save_embedding_layers=False)
+        self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.reference is not None and (self.reference.kind == "frozen adapter" or self.grpo_args.sync_ref_model):
+            self.reference.save(output_dir)
+        if self.state.global_step % self.plan.steps_per_rollout and self._updates:
+            rows = [[asdict(micro) for micro in update] for update in self._updates]
+            torch.save(rows, os.path.join(output_dir, _ROLLOUT_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if is_peft(self.model):
+            folder = resume_from_checkpoint
+            if self.policy_adapter != "default":
+                folder = os.path.join(folder, self.policy_adapter)
+            self.model.load_adapter(folder, self.policy_adapter, is_trainable=True)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.reference is not None:
+            self.reference.restore(resume_from_checkpoint)
+        path = os.path.join(resume_from_checkpoint, _ROLLOUT_FILE)
+        if os.path.isfile(path):
+            saved = torch.load(path, map_location=self.args.device, weights_only=True)
+            self._updates = [[MicroBatch(**micro) for micro in update] for update in saved]
+
+
+def _for_transformers(args: GRPOConfig) -> GRPOConfig:
+    """The copy that transformers.Trainer runs on: one loader batch is one optimizer step, and activation checkpointing
+    is already switched on."""
+    inner = copy.copy(args)
+    inner.gradient_accumulation_steps = 1
+    inner.gradient_checkpointing = inner.activation_checkpointing = False
+    inner.remove_unused_columns = False
+    return inner
+
+
+def _sampling(args: GRPOConfig, model: nn.Module, tokenizer) -> Sampling:
+    return Sampling(
+        max_new_tokens=args.max_completion_length,
+        eos_ids=end_ids(model, tokenizer),
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k or 0,
+        min_p=args.min_p or 0.0,
+        repetition_penalty=args.repetition_penalty,
+        known_ids=len(tokenizer),
+        extra=args.generation_kwargs or {},
+    )
+
+
+def _check_columns(dataset: Any, name: str) -> None:
+    if dataset is None:
+        raise UserError(f"{name} is missing; GRPO needs a dataset with a `prompt` column.")
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            _check_columns(part, f"{name}[{key!r}]")
+        return
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise UserError(f"{name} has no length (it is a {type(dataset).__name__}); pass a map-style dataset.")
+    if len(dataset) == 0:
+        raise UserError(f"{name} is empty; GRPO needs at least one prompt.")
+    if "prompt" not in dataset[0]:
+        found = ", ".join(dataset[0])
+        raise UserError(
+            f"{name} has no `prompt` column (columns found: {found}); rename the column that holds the prompts."
+        )

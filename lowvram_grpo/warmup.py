@@ -1,0 +1,160 @@
+"""What happens between a loaded model and its first GRPO step: length check, signal check, cold start, self-test.
+
+The rollout that the checks look at is the very one that step 1 then learns from, so they cost nothing extra.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowvram_grpo.checks import Signal, self_test, signal_of
+from lowvram_grpo.cold_start import REFERENCE_COLUMN, ColdStart, reference_ids
+from lowvram_grpo.data import prompt_length_report
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.policy.load import unwrap
+
+if TYPE_CHECKING:
+    from lowvram_grpo.experience import Rollout
+    from lowvram_grpo.trainer import GRPOTrainer
+
+_PROBE_EVERY = 4
+_PAIRS_PER_STEP = 8
+
+
+def before_first_step(trainer: GRPOTrainer) -> None:
+    """Check the first rollout, warm the adapter up where that is asked for or needed, and test the plumbing.
+
+    Raises:
+        UserError: the self-test failed, or a cold start was asked for that the data cannot feed.
+    """
+    args = trainer.grpo_args
+    cold, steps = str(args.cold_start), None
+    if not (args.signal_check or args.self_test or cold != "off"):
+        return
+    rows = next(iter(trainer.get_train_dataloader()))
+    pairs = _references(trainer)
+    rollout, signal = _probe(trainer, rows)
+    trainer.observer.notice(signal.sentence(has_references=bool(pairs)))
+    if cold.isdigit():
+        steps = int(cold)
+        if steps and not pairs:
+            raise UserError(
+                f"cold_start is {steps}, but the data has no {REFERENCE_COLUMN!r} column; use a template with references "
+                "(--template tldr with an answer column), or --cold-start off."
+            )
+    elif cold == "auto" and signal.absent and pairs:
+        steps = args.cold_start_max_steps
+    if steps:
+        rollout = _cold_start(trainer, rows, pairs, steps, stop_early=cold == "auto")
+    if args.self_test:
+        _self_test(trainer, rollout)
+    trainer.pending_rollout = rollout
+
+
+def check_lengths(trainer: GRPOTrainer) -> None:
+    """Say how many prompts are cut, and stop where even a cut prompt and its completion exceed the model's positions."""
+    args, tokenizer = trainer.grpo_args, trainer.processing_class
+    report = prompt_length_report(
+        tokenizer,
+        trainer.train_dataset,
+        max_prompt_length=args.max_prompt_length,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    if report.cut:
+        of = f"{report.counted} prompts" if report.counted == report.total else f"the first {report.counted} prompts"
+        trainer.observer.notice(
+            f"{report.cut} of {of} are longer than max_prompt_length {args.max_prompt_length} and lose their left end."
+        )
+    longest = min(report.longest, args.max_prompt_length or report.longest)
+    limit = getattr(unwrap(trainer.model).config.get_text_config(), "max_position_embeddings", None)
+    if limit and longest + args.max_completion_length > limit:
+        raise UserError(
+            f"The longest prompt ({longest} tokens) and max_completion_length {args.max_completion_length} do not fit "
+            f"the model's {limit} positions; lower max_prompt_length or max_completion_length."
+        )
+
+
+def _probe(trainer: GRPOTrainer, rows: list) -> tuple[Rollout, Signal]:
+    """The rollout of step 1 as the model stands, and what it says. Metrics of an earlier probe are dropped."""
+    trainer.metrics["train"].take()
+    rollout = trainer.collect(rows, 0)
+    return rollout, signal_of(rollout, trainer.rewards.names)
+
+
+def _references(trainer: GRPOTrainer) -> list[int]:
+    """Indices of the rows that have a formatted reference."""
+    data = trainer.train_dataset
+    if REFERENCE_COLUMN not in data[0]:
+        return []
+    return [i for i, text in enumerate(data[REFERENCE_COLUMN]) if text]
+
+
+def _cold_start(trainer: GRPOTrainer, rows: list, pairs: list[int], steps: int, *, stop_early: bool) -> Rollout:
+    """Supervised steps until the signal check passes (or exactly `steps`), then freeze the adapter as the reference."""
+    args, data, tokenizer = trainer.grpo_args, trainer.train_dataset, trainer.processing_class
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(args.seed)).tolist()
+
+    def batch(step: int) -> list[tuple[list[int], list[int]]]:
+        picked = [
+            data[pairs[order[(step * _PAIRS_PER_STEP + i) % len(order)]]]
+            for i in range(min(_PAIRS_PER_STEP, len(order)))
+        ]
+        prompts = trainer.collector.encode([row["prompt"] for row in picked])
+        limit, end = args.max_completion_length, tokenizer.eos_token_id
+        return [
+            (p, reference_ids(tokenizer, row[REFERENCE_COLUMN], end_id=end, max_length=limit))
+            for p, row in zip(prompts, picked)
+        ]
+
+    warm = ColdStart(
+        trainer.model,
+        batch,
+        learning_rate=args.cold_start_learning_rate,
+        micro_batch_size=trainer.plan.micro_batch_size,
+        pad_id=trainer.collector.engine.sampling.pad_id,
+        workspace_mib=args.workspace_mib,
+    )
+    trainer.observer.notice(f"cold start: up to {steps} supervised steps on {len(pairs)} references.")
+    rollout, signal = None, None
+    for step in range(steps):
+        trainer.observer.phase(f"cold start {step + 1}/{steps}")
+        loss = warm.step(step, trainer.compute_loss_context_manager)
+        logs = {"phase": "cold_start", "cold_start/step": step + 1, "cold_start/loss": loss}
+        if (step + 1) % _PROBE_EVERY == 0 or step + 1 == steps:
+            rollout, signal = _probe(trainer, rows)
+            logs |= {"reward": signal.mean, "frac_reward_zero_std": signal.dead}
+        trainer.log(logs)
+        if stop_early and signal is not None and signal.alive:
+            break
+    outcome = "a live signal" if signal.alive else "still no live signal"
+    trainer.observer.notice(
+        f"cold start ended after {step + 1} steps with {outcome}: mean reward {signal.mean:.2f}, "
+        f"{signal.dead:.0%} of the groups dead."
+    )
+    if trainer.reference is not None:
+        trainer.reference.freeze()
+    trainer._save(os.path.join(trainer.args.output_dir, "cold_start"))
+    return rollout
+
+
+def _self_test(trainer: GRPOTrainer, rollout: Rollout) -> None:
+    micro = trainer.cut(rollout, 1)[0][0]
+    scored = trainer.score_frozen(micro)
+    reference = None
+    if trainer.reference is not None:
+        with trainer.reference.active() as model:
+            reference = trainer.score_frozen(micro, model)
+    text = self_test(micro.sampling_per_token_logps, scored, reference, micro.completion_mask, _coarsest_dtype(trainer))
+    trainer.observer.notice(text)
+
+
+def _coarsest_dtype(trainer: GRPOTrainer) -> torch.dtype:
+    """The dtype whose rounding separates a decode step from a full forward pass: autocast's, the weights', or, for
+    quantized weights, whose decode and prefill kernels differ, bfloat16."""
+    model = unwrap(trainer.model)
+    if trainer.args.bf16 or getattr(model, "is_quantized", False):
+        return torch.bfloat16
+    return torch.float16 if trainer.args.fp16 else model.dtype

@@ -1,0 +1,108 @@
+"""A language model small enough to train in a test, made from nothing: no network, no files in the repository."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789abcdefghijklmnopqrstuvwxyz"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def make_tokenizer(chat: bool = False):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(seed: int = 0, **overrides):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 41,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "initializer_range": 0.3,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).eval()
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    """A saved tiny model with its tokenizer, as a user would have one on disk."""
+    folder = tmp_path / "tiny-model"
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def dataset():
+    from datasets import Dataset
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    prompts = [" ".join(letters[(i + j) % 26] for j in range(1 + i % 5)) for i in range(12)]
+    return Dataset.from_dict({"prompt": prompts, "answer": [str(i % 10) for i in range(12)]})
+
+
+def digit_share(completions, **kwargs):
+    """Reward: the share of digits in the completion. Dense, so that groups differ."""
+    return [sum(w.isdigit() for w in c.split()) / max(len(c.split()), 1) for c in completions]
+
+
+@pytest.fixture
+def config(tmp_path):
+    from lowvram_grpo import GRPOConfig
+
+    def make(**overrides):
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "num_generations": 4,
+            "prompts_per_step": 2,
+            "per_device_train_batch_size": 8,
+            "max_completion_length": 6,
+            "temperature": 1.0,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+        }
+        return GRPOConfig(**{**settings, **overrides})
+
+    return make

@@ -1,0 +1,106 @@
+"""Sampling: the right tokens, the right log-probs, nothing inherited from the model's own defaults."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_model
+from transformers import GenerationConfig
+
+from lowvram_grpo.rollout.engine import GenerateEngine, end_ids, pad_left
+from lowvram_grpo.rollout.sampler import Sampling
+from lowvram_grpo.scoring import score
+
+PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
+
+
+def sampling(**overrides):
+    return Sampling(**{"max_new_tokens": 8, "eos_ids": (1,), "pad_id": 0, **overrides})
+
+
+def test_greedy_equals_generate_on_ragged_prompts(model):
+    batch = GenerateEngine(model, sampling(temperature=0)).generate(PROMPTS, 2, seed=0)
+    for i, prompt in enumerate(PROMPTS):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :].tolist()
+        assert batch.completion_ids[2 * i] == batch.completion_ids[2 * i + 1] == expected
+
+
+def test_sampled_logps_equal_scored_ones(model):
+    engine = GenerateEngine(model, sampling(temperature=0.7, repetition_penalty=1.3, top_k=5, known_ids=30))
+    batch = engine.generate(PROMPTS, 4, seed=3)
+    assert len({tuple(c) for c in batch.completion_ids}) > 6
+    for prompt, completion, logps in zip(batch.prompt_ids, batch.completion_ids, batch.sampling_per_token_logps):
+        ids, mask = pad_left([prompt], 0, torch.device("cpu"))
+        c = torch.tensor([completion])
+        scored = score(model, ids, mask, c, torch.ones_like(c), temperature=0.7, workspace_mib=1).logps[0].detach()
+        torch.testing.assert_close(scored, logps, rtol=0, atol=1e-4)
+
+
+def test_same_seed_same_completions_and_global_rng_untouched(model):
+    engine = GenerateEngine(model, sampling())
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    first, second, other = (engine.generate(PROMPTS, 3, seed=s).completion_ids for s in (5, 5, 6))
+    assert first == second != other
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_model_defaults_do_not_leak(model):
+    """Qwen2.5 ships top_k 20 and a repetition penalty; top_k 1 would make sampling greedy."""
+    plain = GenerateEngine(model, sampling()).generate(PROMPTS, 6, seed=1).completion_ids
+    model.generation_config = GenerationConfig(top_k=1, top_p=0.01, repetition_penalty=5.0, min_p=0.9, eos_token_id=1)
+    assert GenerateEngine(model, sampling()).generate(PROMPTS, 6, seed=1).completion_ids == plain
+    assert model.generation_config.top_k == 1
+
+
+def test_samples_in_eval_mode_even_while_training_with_checkpointing(model):
+    expected = GenerateEngine(model, sampling(temperature=0)).generate(PROMPTS, 1, seed=0).completion_ids
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert GenerateEngine(model, sampling(temperature=0)).generate(PROMPTS, 1, seed=0).completion_ids == expected
+    assert model.training
+
+
+def test_every_end_id_ends_and_pad_may_be_one_of_them(model):
+    free = GenerateEngine(model, sampling(eos_ids=(), temperature=0)).generate(PROMPTS, 1, seed=0)
+    assert all(free.truncated) and all(len(c) == 8 for c in free.completion_ids)
+    stop = free.completion_ids[0][2]
+    ended = GenerateEngine(model, sampling(eos_ids=(1, stop), pad_id=stop, temperature=0)).generate(PROMPTS, 1, seed=0)
+    first = free.completion_ids[0].index(stop)
+    assert ended.completion_ids[0] == free.completion_ids[0][: first + 1] and not ended.truncated[0]
+    assert [len(x) for x in ended.sampling_per_token_logps] == [len(c) for c in ended.completion_ids]
+
+
+def test_ids_without_a_token_are_never_sampled(model):
+    batch = GenerateEngine(model, sampling(known_ids=12, temperature=5.0, max_new_tokens=20)).generate(
+        PROMPTS, 8, seed=0
+    )
+    assert max(max(c) for c in batch.completion_ids) < 12
+
+
+@pytest.mark.parametrize("eos,expected", [(1, (1,)), ([3, 1], (1, 3)), (None, (1,))])
+def test_end_ids(tokenizer, eos, expected):
+    model = make_model()
+    model.generation_config.eos_token_id = eos
+    assert end_ids(model, tokenizer) == expected
+
+
+def test_padding_does_not_change_scores(model):
+    ids, mask = pad_left(PROMPTS, 0, torch.device("cpu"))
+    completions = torch.tensor([[4, 5, 6], [7, 8, 0], [9, 0, 0]])
+    completion_mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
+    together = score(model, ids, mask, completions, completion_mask, temperature=1.0, workspace_mib=1)
+    for i, prompt in enumerate(PROMPTS):
+        n = int(completion_mask[i].sum())
+        alone_ids, alone_mask = pad_left([prompt], 0, torch.device("cpu"))
+        alone = score(
+            model,
+            alone_ids,
+            alone_mask,
+            completions[i : i + 1, :n],
+            completion_mask[i : i + 1, :n],
+            temperature=1.0,
+            workspace_mib=1,
+        )
+        torch.testing.assert_close(together.logps[i, :n], alone.logps[0], rtol=0, atol=1e-5)
+    assert together.logps[completion_mask == 0].abs().max() == 0

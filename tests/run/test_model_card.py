@@ -1,0 +1,34 @@
+"""The model card: what the hub reads, and what it must not reveal."""
+
+from __future__ import annotations
+
+import yaml
+
+from lowvram_grpo.run.model_card import model_card
+
+METRICS = [{"step": i, "reward": float(i), "rewards/label/mean": 5.0, "kl": None} for i in range(1, 31)]
+
+
+def front_matter(card: str) -> dict:
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_hub_model():
+    recipe = {"model": "Qwen/Qwen2.5-0.5B", "data": "openai/gsm8k", "reward": ["accuracy", "a|b"], "system_prompt": None,
+              "training": {"learning_rate": 1e-6}}  # fmt: skip
+    card = model_card(recipe, METRICS)
+    front = front_matter(card)
+    assert front["base_model"] == "Qwen/Qwen2.5-0.5B" and front["datasets"] == ["openai/gsm8k"]
+    assert front["library_name"] == "peft" and "grpo" in front["tags"]
+    assert "| learning_rate | 1e-06 |" in card and "| reward | accuracy, a\\|b |" in card
+    assert "| reward | 5.5 | 25.5 |" in card and "30 optimizer steps" in card
+    assert "system_prompt" not in card and "| kl |" not in card
+
+
+def test_local_paths_stay_private():
+    recipe = {"model": "/home/me/models/small", "data": r"C:\Users\me\tldr", "output_dir": "/home/me/run"}
+    card = model_card(recipe, [])
+    assert "base_model" not in front_matter(card) and "datasets" not in front_matter(card)
+    assert "me/" not in card and "Users" not in card
+    assert "# LoRA adapter for small" in card and "## Results" not in card

@@ -1,0 +1,157 @@
+"""objective.py against a naive float64 implementation written from the papers, one token at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lowvram_grpo.objective import Objective, group_advantages, grpo_loss, kl_divergence, token_weights
+
+
+def naive_loss(logps, old, ref, advantages, mask, o: Objective, loss_type: str, t_max: int):
+    """Python loops over tokens; float64; gradients by autograd through the loops."""
+    B, T = logps.shape
+    total_tokens = sum(int(mask[i].sum()) for i in range(B))
+    loss = logps.new_zeros(())
+    for i in range(B):
+        length = int(mask[i].sum())
+        if not length:
+            continue
+        if o.importance_sampling_level == "sequence":
+            mean = sum(logps[i, t] - old[i, t] for t in range(T) if mask[i, t]) / length
+        for t in range(T):
+            if not mask[i, t]:
+                continue
+            ratio = torch.exp(mean if o.importance_sampling_level == "sequence" else logps[i, t] - old[i, t])
+            clipped = torch.clamp(ratio, 1 - o.epsilon, 1 + (o.epsilon if o.epsilon_high is None else o.epsilon_high))
+            bounded = ratio if o.delta is None else torch.clamp(ratio, max=o.delta)
+            term = -torch.min(bounded * advantages[i], clipped * advantages[i])
+            if ref is not None:
+                d = ref[i, t] - logps[i, t]
+                term = term + o.beta * {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - d - 1}[o.kl_estimator]
+            weight = {
+                "grpo": 1 / length / B,
+                "bnpo": 1 / total_tokens,
+                "dapo": 1 / total_tokens,
+                "dr_grpo": 1 / (B * t_max),
+            }
+            loss = loss + term * weight[loss_type]
+    return loss
+
+
+def batch(seed=0, B=6, T=7):
+    g = torch.Generator().manual_seed(seed)
+    logps = -torch.rand(B, T, generator=g, dtype=torch.float64) * 3
+    old = logps + torch.randn(B, T, generator=g, dtype=torch.float64) * 0.3
+    ref = logps + torch.randn(B, T, generator=g, dtype=torch.float64) * 0.3
+    lengths = [7, 1, 4, 0, 6, 2]
+    mask = torch.tensor([[t < n for t in range(T)] for n in lengths])
+    return logps, old, ref, torch.randn(B, generator=g, dtype=torch.float64), mask
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("extra", [{}, {"epsilon_high": 0.28}, {"delta": 1.1}])
+def test_loss_and_gradient(loss_type, estimator, level, extra):
+    logps, old, ref, advantages, mask = batch()
+    o = Objective(beta=0.3, kl_estimator=estimator, importance_sampling_level=level, **extra)
+    a, b = logps.clone().requires_grad_(), logps.clone().requires_grad_()
+    weights = token_weights(mask, loss_type, 9)
+    loss = grpo_loss(a, old, ref, advantages, mask, weights, o).loss
+    expected = naive_loss(b, old, ref, advantages, mask, o, loss_type, 9)
+    loss.backward(), expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)  # weights are float32
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-9)
+    assert a.grad[~mask].abs().max() == 0
+
+
+def test_first_update_has_ratio_exactly_one_and_the_policy_gradient():
+    logps, _, _, advantages, mask = batch()
+    logps.requires_grad_()
+    weights = token_weights(mask, "dapo", 9)
+    terms = grpo_loss(logps, None, None, advantages, mask, weights, Objective(beta=0.0))
+    assert bool((terms.ratio == 1).all()) and not terms.low_clipped.any() and not terms.high_clipped.any()
+    terms.loss.backward()
+    torch.testing.assert_close(logps.grad, -advantages[:, None] * weights.double() * mask)
+
+
+def test_kl_is_zero_for_equal_policies_and_k3_never_negative():
+    logps, _, ref, _, mask = batch()
+    for estimator in ("k1", "k2", "k3"):
+        assert kl_divergence(logps, logps, mask, estimator).abs().max() == 0
+    assert kl_divergence(logps, ref, mask, "k3").min() >= 0
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_masked_infinities_do_not_poison(estimator):
+    logps, old, ref, advantages, mask = batch()
+    weights = token_weights(mask, "grpo", 9)
+    clean = logps.clone().requires_grad_()
+    o = Objective(beta=0.1, kl_estimator=estimator)
+    grpo_loss(clean, old, ref, advantages, mask, weights, o).loss.backward()
+    old, ref = old.masked_fill(~mask, -math.inf), ref.masked_fill(~mask, math.inf)
+    dirty = logps.clone().requires_grad_()
+    grpo_loss(dirty, old, ref, advantages, mask, weights, o).loss.backward()
+    assert torch.equal(clean.grad, dirty.grad)
+
+
+def test_everything_masked_is_a_zero_loss_with_zero_gradient():
+    logps, old, ref, advantages, mask = batch()
+    nothing = torch.zeros_like(mask)
+    for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo"):
+        leaf = logps.clone().requires_grad_()
+        loss = grpo_loss(leaf, old, ref, advantages, nothing, token_weights(nothing, loss_type, 9), Objective()).loss
+        loss.backward()
+        assert loss.item() == 0 and leaf.grad.abs().max() == 0
+
+
+def test_clip_counts():
+    logps = torch.zeros(1, 4)
+    old = -torch.tensor([[0.5, -0.5, 0.5, -0.5]])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    up = grpo_loss(logps, old, None, torch.tensor([1.0]), mask, mask.float(), Objective(beta=0.0))
+    down = grpo_loss(logps, old, None, torch.tensor([-1.0]), mask, mask.float(), Objective(beta=0.0))
+    assert up.high_clipped.tolist() == [[True, False, True, False]] and not up.low_clipped.any()
+    assert down.low_clipped.tolist() == [[False, True, False, True]] and not down.high_clipped.any()
+
+
+def test_advantages_of_equal_rewards_are_exactly_zero():
+    result = group_advantages(torch.tensor([0.35] * 8), 8)
+    assert result.values.tolist() == [0.0] * 8 and result.dead.tolist() == [True]
+
+
+def test_advantages_are_per_group():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 5.0, 5.0, 5.0, 9.0])
+    result = group_advantages(rewards, 4)
+    first = rewards[:4].sub(0.5) / (rewards[:4].std() + 1e-4)
+    torch.testing.assert_close(result.values[:4], first)
+    torch.testing.assert_close(result.values[4:], (rewards[4:] - 6) / (rewards[4:].std() + 1e-4))
+    none = group_advantages(rewards, 4, "none").values
+    torch.testing.assert_close(none[4:], rewards[4:] - 6)
+    torch.testing.assert_close(group_advantages(rewards, 4, "batch").values, none / (rewards.std() + 1e-4))
+
+
+def test_a_reward_that_does_not_apply_changes_no_mean():
+    nan = float("nan")
+    result = group_advantages(torch.tensor([1.0, nan, 3.0, 2.0, nan, nan, nan, 1.0]), 4, "none")
+    assert result.values.tolist() == [-1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert result.dead.tolist() == [False, True]
+
+
+def test_k1_as_a_loss_has_no_expected_gradient_but_k2_has():
+    """Over all tokens of a softmax, weighted by their probability (Schulman 2020; Tang & Munos 2025)."""
+    logits = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    ref = torch.log_softmax(torch.randn(9, dtype=torch.float64), 0)
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    expected = {}
+    for estimator in ("k1", "k2"):
+        logp = torch.log_softmax(logits, 0)
+        kl = kl_divergence(logp[None], ref[None], mask, estimator)[0]
+        (expected[estimator],) = torch.autograd.grad((logp.detach().exp() * kl).sum(), logits)
+    logp = torch.log_softmax(logits, 0)
+    (true,) = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits)
+    assert expected["k1"].abs().max() < 1e-12
+    torch.testing.assert_close(expected["k2"], true)
