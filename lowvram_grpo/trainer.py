@@ -310,7 +310,7 @@ class GRPOTrainer(Trainer):
             logs["num_tokens"] = self.state.num_input_tokens_seen
             memory = peak_memory_gib(self.args.device)
             if memory is not None:
-                logs["memory_gib"] = memory
+                logs["memory/peak_gib"] = memory
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> int:

@@ -122,10 +122,10 @@ def _cold_start(trainer: GRPOTrainer, rows: list, pairs: list[int], steps: int, 
     for step in range(steps):
         trainer.observer.phase(f"cold start {step + 1}/{steps}")
         loss = warm.step(step, trainer.compute_loss_context_manager)
-        logs = {"phase": "cold_start", "cold_start/step": step + 1, "cold_start/loss": loss}
+        logs = {"cold_start/step": step + 1, "cold_start/loss": loss}
         if (step + 1) % _PROBE_EVERY == 0 or step + 1 == steps:
             rollout, signal = _probe(trainer, rows)
-            logs |= {"reward": signal.mean, "frac_reward_zero_std": signal.dead}
+            logs |= {"cold_start/reward": signal.mean, "cold_start/dead_groups": signal.dead}
         trainer.log(logs)
         if stop_early and signal is not None and signal.alive:
             break

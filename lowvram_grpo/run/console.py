@@ -32,8 +32,8 @@ class Console(Observer, TrainerCallback):
             trainer.add_callback(console)
             trainer.train()
 
-    Reads TRL's metric names, and beside them `tokens_per_second` and `memory/peak_gib`; a metric that is not logged has no
-    row. Outside the `with` block everything is printed as plain lines.
+    Reads TRL's metric names, and beside them `tokens_per_second` and `memory/peak_gib`; a metric that is not logged
+    has no row. Outside the `with` block everything is printed as plain lines.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ def plot(run_dir: Path, out: Path | None = None) -> Path:
 
     figure = Figure(figsize=(12, 10), layout="constrained")
     figure.suptitle(run.path.resolve().name)
-    axes = figure.subplots(3, 2)
+    axes = figure.subplots(3, 2, sharex=True)
     _reward(axes[0, 0], rows)
     _functions(axes[0, 1], rows)
     _lines(axes[1, 0], rows, {"kl": "KL to the reference (nats)"}, "KL")
@@ -60,8 +60,9 @@ def plot(run_dir: Path, out: Path | None = None) -> Path:
     _lines(axes[2, 1], rows, {"grad_norm": "gradient norm"}, "gradient norm")
     _share_legend(axes[1, 0], figure.axes[-1])
     has_cold_start = any(COLD_START_STEP in row for row in rows)
-    for axis in axes.flat:
+    for axis in axes[-1]:
         axis.set_xlabel("optimizer step (cold start: up to 0)" if has_cold_start else "optimizer step")
+    for axis in axes.flat:
         axis.grid(alpha=0.25)
         if has_cold_start:
             axis.axvline(0, color="grey", linestyle="--", linewidth=1)
@@ -77,13 +78,13 @@ def plot(run_dir: Path, out: Path | None = None) -> Path:
 
 def _reward(axis, rows: list[dict[str, Any]]) -> None:
     steps, values = series(rows, "reward")
-    window = max(1, min(10, len(values) // 5))
-    start = next((i for i, step in enumerate(steps) if step > 0), len(steps))
-    axis.plot(steps, values, color=FAINT, linewidth=1, marker="." if len(values) < 60 else None, label="reward")
-    # Each part is smoothed by itself: the boundary is a change of method, not a trend.
-    axis.plot(steps[:start], smooth(values[:start], window), color=COLD, linewidth=2,
-              label=f"cold start, mean of {window}" if start else None)  # fmt: skip
-    axis.plot(steps[start:], smooth(values[start:], window), color=INK, linewidth=2, label=f"GRPO, mean of {window}")
+    start = sum(step <= 0 for step in steps)
+    window = max(1, min(10, (len(values) - start) // 5))
+    cold, grpo = values[:start], values[start:]
+    if cold:
+        axis.plot(steps[:start], cold, color=COLD, linewidth=2, marker="o", label="cold start")
+    axis.plot(steps[start:], grpo, color=FAINT, linewidth=1, marker="." if len(grpo) < 60 else None, label="GRPO")
+    axis.plot(steps[start:], smooth(grpo, window), color=INK, linewidth=2, label=f"GRPO, mean of {window}")
     steps, values = series(rows, "eval_reward")
     if values:
         axis.plot(steps, values, "o", color="#2a7f3b", label="evaluation")

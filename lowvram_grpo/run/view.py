@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import fmean, pvariance
 from time import monotonic
 
 from rich import box
@@ -17,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 WIDE, TABLE_WIDTH, SIDE_BY_SIDE_SPARE_LINES = 90, 52, 8
-TREND_WINDOW, TREND_SHARE = 5, 0.05
+TREND_WINDOW = 5
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,14 @@ class Glyphs:
 
 
 def trend(history: Sequence[float]) -> int:
-    """-1, 0 or 1: the mean of the last values against that of those before, if they differ by 5 % of the range seen."""
+    """-1, 0 or 1: the mean of the last values against that of those before, if they differ by a standard error."""
     width = min(TREND_WINDOW, len(history) // 2)
     if not width:
         return 0
     recent, before = history[-width:], history[-2 * width : -width]
-    change = (sum(recent) - sum(before)) / width
-    return 0 if abs(change) <= TREND_SHARE * (max(history) - min(history)) else int(math.copysign(1, change))
+    change = fmean(recent) - fmean(before)
+    noise = math.sqrt((pvariance(recent) + pvariance(before)) / width)
+    return 0 if abs(change) <= noise + 1e-9 * abs(fmean(recent)) else int(math.copysign(1, change))
 
 
 def sparkline(history: Sequence[float], width: int, blocks: str) -> str:
@@ -159,7 +161,7 @@ class View:
             grid.add_row(table, self._sample(width - TABLE_WIDTH, body))
             return Group(self._header(width, self.subtitle), self._progress(width, self.phase), grid)
         # Notices stand above the view; in a low terminal they scroll away at once, so the newest is shown again.
-        pairs = self._pairs(rows, width)
+        pairs = self._pairs(rows, width, max(height - 4, 1))
         # The last line stays free: a frame as high as the terminal makes it scroll.
         lines = height - 3 - pairs.row_count
         notice = [self._one_line(f"{self.glyphs.dot} {self.notice}", width, "yellow")] if self.notice else []
@@ -180,12 +182,19 @@ class View:
 
     def _progress(self, width: int, beside: str = "") -> RenderableType:
         total = f"/{self.total_steps}" if self.total_steps else ""
+        step = f"step {self.step}{total}"
         times = f"{duration(monotonic() - self.started)} eta {duration(self.eta)}"
+        bar = width // 4
+        room = width - len(step) - bar - len(times) - 3 * 2
+        if bar < 8 or room < 0:
+            return self._one_line(f"{step}  {times}", width, "")
         grid = Table.grid(padding=(0, 2, 0, 0))
-        for _ in range(4):
-            grid.add_column(no_wrap=True)
-        bar = ProgressBar(total=self.total_steps or 1, completed=self.step, width=max(8, width // 4))
-        grid.add_row(Text(f"step {self.step}{total}"), bar, Text(times), Text(beside, style="yellow", overflow="crop"))
+        grid.add_row(
+            Text(step),
+            ProgressBar(total=self.total_steps or 1, completed=self.step, width=bar),
+            Text(times),
+            self._one_line(beside, room, "yellow"),
+        )
         return grid
 
     def _table(self, rows: list[tuple[str, str, str, str]]) -> RenderableType:
@@ -201,7 +210,7 @@ class View:
             table.add_row(label, Text(value, style="bold" if metric == "reward" else ""), arrow, spark)
         return table
 
-    def _pairs(self, rows: list[tuple[str, str, str, str]], width: int) -> Table:
+    def _pairs(self, rows: list[tuple[str, str, str, str]], width: int, lines: int) -> Table:
         """The compact form: reward with its course on a line of its own, the rest two (or three) to a line."""
         columns = 3 if width >= WIDE else 2
         cell = width // columns - 1
@@ -212,7 +221,7 @@ class View:
                  for _, label, value, arrow in rows]  # fmt: skip
         if rows and rows[0][0] == "reward":
             cells.insert(1, Text(sparkline(self.history["reward"], cell, self.glyphs.blocks), style="cyan"))
-        for first in range(0, len(cells), columns):
+        for first in range(0, min(len(cells), lines * columns), columns):
             table.add_row(*cells[first : first + columns])
         return table
 

@@ -15,8 +15,8 @@ def front_matter(card: str) -> dict:
 
 
 def test_hub_model():
-    recipe = {"model": "Qwen/Qwen2.5-0.5B", "data": "openai/gsm8k", "reward": ["accuracy", "a|b"], "system_prompt": None,
-              "training": {"learning_rate": 1e-6}}  # fmt: skip
+    recipe = {"model": "Qwen/Qwen2.5-0.5B", "data": "openai/gsm8k", "reward": ["accuracy", "a|b"],
+              "system_prompt": None, "training": {"learning_rate": 1e-6}}  # fmt: skip
     card = model_card(recipe, METRICS)
     front = front_matter(card)
     assert front["base_model"] == "Qwen/Qwen2.5-0.5B" and front["datasets"] == ["openai/gsm8k"]
