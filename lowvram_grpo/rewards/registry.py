@@ -1,0 +1,151 @@
+"""From what a person writes after `--reward` to a function or a reward model. Loads no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.rewards.language import language_consistency
+from lowvram_grpo.rewards.maths import accuracy
+from lowvram_grpo.rewards.tags import content, format, label, label_strict
+
+BUILTIN: dict[str, Callable] = {
+    "label": label,
+    "label_strict": label_strict,
+    "content": content,
+    "accuracy": accuracy,
+    "format": format,
+    "language_consistency": language_consistency,
+}
+
+TEMPLATE_REWARDS: dict[str | None, list[str]] = {
+    "tldr": ["label", "label_strict", "content"],
+    "tldr-zh": ["label", "label_strict", "content"],
+    "r1": ["accuracy", "format"],
+    None: [],
+}
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+class RewardSpec(NamedTuple):
+    """`target[:function][:weight]`, taken apart; target is a name, a file, a module or a model."""
+
+    target: str
+    function: str | None
+    weight: float
+
+
+def parse_spec(spec: str) -> RewardSpec:
+    r"""Take `spec` apart at its colons, that of a Windows drive (`C:\`) left alone. The weight is 1 when not given."""
+    head, weight = spec.strip(), 1.0
+    before, colon, last = head.rpartition(":")
+    if colon and _NUMBER.fullmatch(last):
+        head, weight = before, float(last)
+    target, colon, function = head.rpartition(":")
+    if not colon or (len(target) == 1 and function[:1] in ("\\", "/")):
+        return RewardSpec(head, None, weight)
+    return RewardSpec(target, function, weight)
+
+
+def resolve_reward(spec: str) -> tuple[Callable | str, float]:
+    """A reward function, or the folder or hub id of a reward model (as str), and its weight.
+
+    Args:
+        spec: a built-in's name, `path/file.py:function`, `package.module:function`, or a sequence-classification model
+            (a folder, or a hub id with a slash); each may end in `:weight`.
+
+    Raises:
+        UserError: nothing stands behind `spec`; the sentence names what was looked for and what was found.
+    """
+    target, function, weight = parse_spec(spec)
+    if function is None:
+        return _named(target), weight
+    if target in BUILTIN:
+        raise UserError(f"the weight {function!r} of the reward {target!r} is not a number; write e.g. {target}:0.5.")
+    module = _load_file(target) if target.endswith(".py") else _load_module(target, spec)
+    return _function_of(module, function, target), weight
+
+
+def _named(target: str) -> Callable | str:
+    if target in BUILTIN:
+        return BUILTIN[target]
+    if target.endswith(".py"):
+        names = ", ".join(_functions(_load_file(target))) or "none"
+        raise UserError(f"the reward file {target!r} needs a function: write {target}:NAME (functions found: {names}).")
+    if Path(target).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", target):
+        return target
+    if "/" in target or "\\" in target:
+        raise UserError(f"the reward model folder {target!r} does not exist (looked from {os.getcwd()}).")
+    raise UserError(
+        f"unknown reward {target!r}{did_you_mean(target, BUILTIN)}; built-in: {', '.join(BUILTIN)}; your own: "
+        "path/to/file.py:function, package.module:function, or the folder or hub id of a reward model."
+    )
+
+
+def _load_file(path: str) -> ModuleType:
+    """The module of a file, loaded once for all of its functions and anew when the file has changed."""
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise UserError(f"the reward file {path!r} does not exist (looked for {file}).")
+    version = hashlib.sha256(f"{file}:{file.stat().st_mtime_ns}".encode()).hexdigest()[:12]
+    name = f"lowvram_grpo_reward_{file.stem}_{version}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module_spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(module_spec)
+    _importable_from(file.parent)
+    # Registered first: dataclasses and pickle look a class's module up there.
+    sys.modules[name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(f"the reward file {path!r} does not import: {type(error).__name__}: {error}.") from error
+    return module
+
+
+def _load_module(name: str, spec: str) -> ModuleType:
+    if not re.fullmatch(r"\w+(\.\w+)*", name):
+        raise UserError(f"the reward {spec!r} is none of NAME, path/file.py:function, package.module:function, MODEL.")
+    _importable_from(Path.cwd())
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        hint = did_you_mean(name, BUILTIN) if isinstance(error, ModuleNotFoundError) else ""
+        raise UserError(
+            f"the reward {spec!r}: module {name!r} does not import: {type(error).__name__}: {error}{hint}."
+        ) from error
+
+
+def _importable_from(folder: Path) -> None:
+    # A reward may import its neighbours, as under `python file.py`; last, so that it shadows nothing installed.
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _function_of(module: ModuleType, function: str, target: str) -> Callable:
+    found = getattr(module, function, None)
+    if callable(found) and not inspect.isclass(found):
+        return found
+    names = _functions(module)
+    raise UserError(
+        f"the reward {target!r} has no function {function!r}{did_you_mean(function, names)}; "
+        f"functions found: {', '.join(names) or 'none'}."
+    )
+
+
+def _functions(module: ModuleType) -> list[str]:
+    """Public functions that the module itself defines."""
+    own = inspect.getmembers(module, lambda m: inspect.isfunction(m) and m.__module__ == module.__name__)
+    return [name for name, _ in own if not name.startswith("_")]

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.rewards.runner import RewardRunner
+
+PROMPTS = ["a b c", "d", "e f"] * 4
+COMPLETIONS = [" 1 2", " 3", " 4 5 6 7"] * 4
+
+
+def make_judge(**overrides):
+    torch.manual_seed(3)
+    settings = {
+        "vocab_size": 41,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+        "num_labels": 1,
+        "attention_dropout": 0.5,
+        "initializer_range": 0.3,
+    }
+    return LlamaForSequenceClassification(LlamaConfig(**{**settings, **overrides}))
+
+
+@pytest.fixture
+def judge_dir(tmp_path):
+    folder = tmp_path / "tiny-judge"
+    make_judge().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def alone(judge, tokenizer, text):
+    """The score of one unpadded text."""
+    with torch.no_grad():
+        return judge.eval()(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits.item()
+
+
+def run(judge, prompts=PROMPTS, completions=COMPLETIONS, **settings):
+    runner = RewardRunner([judge], **settings)
+    return runner, runner(prompts, completions, [[1]] * len(prompts), {}, None).total
+
+
+def test_a_folder_scores_each_row_as_it_would_alone(judge_dir):
+    runner, total = run(judge_dir)
+    judge, tokenizer = LlamaForSequenceClassification.from_pretrained(judge_dir), make_tokenizer()
+    expected = [alone(judge, tokenizer, p + c) for p, c in zip(PROMPTS, COMPLETIONS)]
+    assert runner.names == ["tiny-judge"]
+    assert len(set(expected)) == 3
+    torch.testing.assert_close(total, torch.tensor(expected))
+
+
+def test_a_module_in_train_mode_scores_messages_through_the_chat_template():
+    judge, tokenizer = make_judge().train(), make_tokenizer(chat=True)
+    prompts = [[{"role": "user", "content": p}] for p in PROMPTS]
+    completions = [[{"role": "assistant", "content": c}] for c in COMPLETIONS]
+    _, total = run(judge, prompts, completions, processing_classes=[tokenizer])
+    texts = [f"user {p} assistant {c} " for p, c in zip(PROMPTS, COMPLETIONS)]
+    torch.testing.assert_close(total, torch.tensor([alone(judge, tokenizer, t) for t in texts]))
+    assert not any(p.requires_grad for p in judge.parameters())
+
+
+def test_what_cannot_judge_is_named(tmp_path, judge_dir):
+    policy = tmp_path / "policy"
+    make_model().save_pretrained(policy)
+    with pytest.raises(UserError, match=r"policy' is not a trained reward model: its checkpoint lacks score.weight"):
+        RewardRunner([str(policy)])
+    with pytest.raises(UserError, match=r"nowhere' can't be loaded as a reward model"):
+        RewardRunner([str(tmp_path / "nowhere")])
+    two = tmp_path / "two"
+    make_judge(num_labels=2).save_pretrained(two)
+    with pytest.raises(UserError, match="two'"):
+        RewardRunner([str(two)])
+    with pytest.raises(UserError, match="has 2 outputs"):
+        run(make_judge(num_labels=2), processing_classes=[make_tokenizer()])
+    with pytest.raises(UserError, match="has no chat template"):
+        run(judge_dir, [[{"role": "user", "content": "a"}]], [[{"role": "assistant", "content": "b"}]])
+    with pytest.raises(UserError, match=r"make 40 tokens, but the reward model 'tiny-judge' reads 32"):
+        run(judge_dir, ["a " * 38], ["b b"])
