@@ -73,7 +73,7 @@ class RewardModel:
             return [p + c for p, c in zip(prompts, completions)], False
         if not self.tokenizer.chat_template:
             raise UserError(
-                f"the prompts are messages, but the tokenizer of the reward model {self.__name__!r} has no chat template; "
+                f"the prompts are messages, but the tokenizer of reward model {self.__name__!r} has no chat template; "
                 "set its chat_template or use plain-text prompts."
             )
         messages = [[*p, *c] for p, c in zip(prompts, completions)]

@@ -10,8 +10,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,14 +126,14 @@ class RewardRunner:
 
     def _run(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         start = time.monotonic()
-        pending = {i: self._submit(call) for i, call in enumerate(calls) if _is_async(self.funcs[i])}
+        pending = {i: self._submit(i, call) for i, call in enumerate(calls) if _is_async(self.funcs[i])}
         outputs: list[Any] = [None] * len(calls)
         try:
             for i, call in enumerate(calls):
                 if i not in pending:
                     outputs[i] = self._guarded(i, call if self.timeout is None else partial(self._in_thread, i, call))
             for i, future in pending.items():
-                outputs[i] = self._guarded(i, partial(self._wait, i, future, start))
+                outputs[i] = self._wait(i, future, start)
         finally:
             for future in pending.values():
                 future.cancel()
@@ -146,11 +145,12 @@ class RewardRunner:
         except UserError:
             raise
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{Path(frame.filename).name}, line {frame.lineno}"
-            raise UserError(
-                f"the reward function {self.names[i]!r} raised {type(error).__name__}: {error} ({place})."
-            ) from error
+            raise self._failure(i, error) from error
+
+    def _failure(self, i: int, error: Exception) -> UserError:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
+        return UserError(f"the reward function {self.names[i]!r} raised {type(error).__name__}: {error} ({place}).")
 
     def _in_thread(self, i: int, call: Callable[[], Any]) -> Any:
         future: Future = Future()
@@ -168,18 +168,15 @@ class RewardRunner:
 
     def _wait(self, i: int, future: Future, start: float) -> Any:
         while True:
-            try:
-                return future.result(_POLL_SECONDS)
-            except FutureTimeout:
-                if future.done():  # just now, or with a TimeoutError of its own
-                    return future.result()
+            if wait([future], _POLL_SECONDS).done:
+                return future.result()
             if self.timeout is not None and time.monotonic() - start > self.timeout:
                 raise UserError(
                     f"the reward function {self.names[i]!r} did not finish within {self.timeout:g} s; "
                     "make it faster or raise --reward-timeout."
                 )
 
-    def _submit(self, call: Callable[[], Any]) -> Future:
+    def _submit(self, i: int, call: Callable[[], Any]) -> Future:
         # One loop for the whole run, in its own thread: clients that a function keeps stay bound to their loop, and
         # a notebook has a loop running in this thread already.
         if self._loop is None:
@@ -187,7 +184,12 @@ class RewardRunner:
             threading.Thread(target=self._loop.run_forever, name="async-rewards", daemon=True).start()
 
         async def work() -> Any:
-            return await call()
+            try:
+                return await call()
+            except UserError:
+                raise
+            except Exception as error:  # named here: asyncio hands some on without their traceback
+                raise self._failure(i, error) from error
 
         return asyncio.run_coroutine_threadsafe(work(), self._loop)
 
@@ -197,8 +199,8 @@ class RewardRunner:
             for column, values in log.extras.items():
                 if len(values) != n:
                     raise UserError(
-                        f"the reward function {name!r} gave log_extra {len(values)} values of {column!r} for {n} completions; "
-                        "give one for each."
+                        f"the reward function {name!r} gave log_extra {len(values)} values of {column!r} for {n} "
+                        "completions; give one for each."
                     )
                 extras[column if column not in extras else f"{name}/{column}"] = values
         return extras

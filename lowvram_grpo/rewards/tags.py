@@ -49,7 +49,7 @@ def label_strict(completions: Sequence, **columns: Any) -> list[float]:
 
 
 def content(completions: Sequence, answer: Sequence[str | None], **columns: Any) -> list[float | None]:
-    """5 where the reply's answer is not empty and has fewer characters than the reference in column `answer`, else 0."""
+    """5 where the reply's answer is not empty and has fewer characters than the reference, `answer`; else 0."""
     return [None if ref is None else _content(completion_text(c), str(ref)) for c, ref in zip(completions, answer)]
 
 

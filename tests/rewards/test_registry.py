@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -70,13 +71,10 @@ def test_file(reward_file):
 
 
 def test_a_changed_file_is_loaded_again(tmp_path):
-    import os
-
     file = tmp_path / "edited.py"
     for second, value in enumerate(("1.0", "2.0")):
         file.write_text(f"def f(completions, **kwargs):\n    return [{value} for _ in completions]\n", encoding="utf-8")
         os.utime(file, (second, second))
-        (tmp_path / "__pycache__").exists() and [p.unlink() for p in (tmp_path / "__pycache__").iterdir()]
         assert resolve_reward(f"{file}:f")[0](completions=["a"]) == [float(value)]
 
 
