@@ -7,8 +7,8 @@ For N scored tokens with hidden state h, target t and temperature T, with l = so
 
 The sum over v is an attention with K = V = W, so an online softmax with rescaling (Milakov & Gimelshein 2018,
 arXiv:1805.02867; FlashAttention, Dao et al. 2022) yields it in the same pass: whatever the loss does with `logp`, its
-backward is one elementwise product `c * g`. Two products of N*V*H multiply-adds in all (4NVH FLOP), none in the backward.
-A trainable head needs dW as well and recomputes the tiles in its backward instead (8NVH).
+backward is one elementwise product `c * g`. Two products of N*V*H multiply-adds in all (4NVH FLOP), none in the
+backward. A trainable head needs dW as well and recomputes the tiles in its backward instead (8NVH).
 
 Memory: one tile of logits and probabilities (`workspace_mib` bounds it) plus the direction, N*H*4 bytes. Logits are
 float32 from float32 accumulation and no N x V tensor is ever made, on any device.
@@ -57,7 +57,7 @@ def plan_tiles(n: int, vocab: int, hidden: int, workspace_mib: int) -> TilePlan:
 def _logits_tile(
     h: Tensor, w: Tensor, b: Tensor | None, head: Head, temperature: float
 ) -> tuple[Tensor, Tensor | None]:
-    """float32 logits (R, C) of one tile after scale, soft-cap and temperature, and the soft-cap's slope (R, C) or None."""
+    """float32 logits (R, C) of one tile after scale, soft-cap and temperature; the soft-cap's slope (R, C) or None."""
     logits = h @ w.T
     if b is not None:
         logits += b.float()
@@ -224,7 +224,7 @@ def linear_logps(
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    if targets.numel() and not targets.is_cuda and not (0 <= int(targets.min()) and int(targets.max()) < vocab):
+    if targets.numel() and not targets.is_cuda and not (int(targets.min()) >= 0 and int(targets.max()) < vocab):
         raise ValueError(f"a target lies outside the vocabulary of {vocab}")
     if head.trainable and torch.is_grad_enabled():
         logps, ent = _TrainableHead.apply(hidden, head.weight, head.bias, targets, head, temperature, workspace_mib)

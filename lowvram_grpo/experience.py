@@ -7,6 +7,7 @@ fixed for the whole update before it is cut, so that how it is cut cannot change
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def split_evenly(n: int, parts: int) -> list[range]:
     """Cut range(n) into at most `parts` runs whose lengths differ by at most one; never an empty one."""
     parts = max(1, min(parts, n))
     edges = [n * i // parts for i in range(parts + 1)]
-    return [range(a, b) for a, b in zip(edges, edges[1:])]
+    return [range(a, b) for a, b in pairwise(edges)]
 
 
 def updates_of(

@@ -43,7 +43,7 @@ class Objective:
 
 
 class Advantages(NamedTuple):
-    """`values` (B,) float32; `dead` (B // G,) bool: groups whose rewards are all equal; `std` (B,) group std of the rewards."""
+    """`values` (B,) float32; `dead` (B // G,) bool: groups of equal rewards; `std` (B,) group std of the rewards."""
 
     values: Tensor
     dead: Tensor
@@ -68,7 +68,8 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str =
         num_generations: G; B is a multiple of it.
         scale_rewards: divide by the std of the `group`, of the whole `batch`, or `none`.
 
-    A group whose rewards are all equal gets exactly 0 whatever rounding says: eight times 0.35 has a std of 6e-8, not 0,
+    A group whose rewards are all equal gets exactly 0, whatever rounding says: eight
+    times 0.35 has a std of 6e-8, not 0,
     and dividing by it would invent advantages. NaN rewards count in no mean and get 0.
     """
     groups = rewards.float().view(-1, num_generations)

@@ -1,4 +1,4 @@
-"""Per-token log-probs of completions: one decoder pass, then one sweep over the vocabulary for the scored tokens only."""
+"""Per-token log-probs of completions: a decoder pass, then one sweep over the vocabulary for the scored tokens only."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def score(
     temperature: float,
     workspace_mib: int,
 ) -> Scores:
-    """Log-prob and entropy of each completion token at `temperature`, under `model` as it stands (adapter on or off)."""
+    """Log-prob and entropy of each completion token at `temperature`, under `model` with its adapter on or off."""
     mask = completion_mask.bool()
     input_ids = torch.cat([prompt_ids, completion_ids], 1)
     attention_mask = torch.cat([prompt_mask, completion_mask.to(prompt_mask.dtype)], 1)

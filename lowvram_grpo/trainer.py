@@ -1,7 +1,7 @@
 """GRPOTrainer: TRL's trainer interface on transformers.Trainer. It conducts; the work is done in the rooms it imports.
 
-One HF "training step" is one optimizer step here: the data loader yields the prompts of a rollout, `training_step` samples
-and scores them when a rollout is due, cuts them into micro-batches and accumulates their gradients.
+One HF "training step" is one optimizer step here: the data loader yields the prompts of a rollout, `training_step`
+samples and scores them when a rollout is due, cuts them into micro-batches and accumulates their gradients.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class GRPOTrainer(Trainer):
         reward_funcs: one or a list of functions `f(prompts, completions, completion_ids, **columns)`, async functions,
             sequence-classification models, or ids of such models.
         args: GRPOConfig.
-        train_dataset, eval_dataset: datasets with a `prompt` column (string or messages); other columns reach the rewards.
+        train_dataset, eval_dataset: datasets with a `prompt` column (string or messages); the rewards get the others.
         processing_class: tokenizer; that of `model` when left out.
         reward_processing_classes: tokenizers of reward models.
         callbacks, optimizers: as in transformers.Trainer.

@@ -42,8 +42,8 @@ def before_first_step(trainer: GRPOTrainer) -> None:
         steps = int(cold)
         if steps and not pairs:
             raise UserError(
-                f"cold_start is {steps}, but the data has no {REFERENCE_COLUMN!r} column; use a template with references "
-                "(--template tldr with an answer column), or --cold-start off."
+                f"cold_start is {steps}, but the data has no {REFERENCE_COLUMN!r} column; use a template with "
+                "references (--template tldr with an answer column), or --cold-start off."
             )
     elif cold == "auto" and signal.absent and pairs:
         steps = args.cold_start_max_steps
@@ -55,7 +55,7 @@ def before_first_step(trainer: GRPOTrainer) -> None:
 
 
 def check_lengths(trainer: GRPOTrainer) -> None:
-    """Say how many prompts are cut, and stop where even a cut prompt and its completion exceed the model's positions."""
+    """Say how many prompts are cut; stop where even a cut prompt and its completion exceed the model's positions."""
     args, tokenizer = trainer.grpo_args, trainer.processing_class
     report = prompt_length_report(
         tokenizer,
@@ -152,9 +152,11 @@ def _self_test(trainer: GRPOTrainer, rollout: Rollout) -> None:
 
 
 def _coarsest_dtype(trainer: GRPOTrainer) -> torch.dtype:
-    """The dtype whose rounding separates a decode step from a full forward pass: autocast's, the weights', or, for
-    quantized weights, whose decode and prefill kernels differ, bfloat16."""
+    """The dtype whose rounding separates a decode step from a full forward pass: that of quantized activations, of
+    autocast, or of the weights. Quantized weights count as bfloat16: their decode and prefill kernels differ."""
     model = unwrap(trainer.model)
+    if getattr(model, "is_loaded_in_8bit", False):
+        return torch.int8
     if trainer.args.bf16 or getattr(model, "is_quantized", False):
         return torch.bfloat16
     return torch.float16 if trainer.args.fp16 else model.dtype

@@ -47,14 +47,34 @@ def test_metrics_have_trl_names_and_start_at_the_reference(config, dataset, toke
     trainer = trainer_for(model, config(), dataset, tokenizer, peft_config=LORA)
     trainer.train()
     first, second, *_ = trainer.state.log_history
-    for name in (
-        "loss grad_norm learning_rate num_tokens step_time completions/mean_length completions/min_length "
-        "completions/max_length completions/clipped_ratio completions/mean_terminated_length "
-        "completions/min_terminated_length completions/max_terminated_length rewards/digit_share/mean "
-        "rewards/digit_share/std reward reward_std frac_reward_zero_std entropy kl clip_ratio/low_mean clip_ratio/low_min "
-        "clip_ratio/high_mean clip_ratio/high_max clip_ratio/region_mean "
-        "sampling/sampling_logp_difference/mean sampling/importance_sampling_ratio/mean"
-    ).split():
+    for name in [
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "num_tokens",
+        "step_time",
+        "completions/mean_length",
+        "completions/min_length",
+        "completions/max_length",
+        "completions/clipped_ratio",
+        "completions/mean_terminated_length",
+        "completions/min_terminated_length",
+        "completions/max_terminated_length",
+        "rewards/digit_share/mean",
+        "rewards/digit_share/std",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "entropy",
+        "kl",
+        "clip_ratio/low_mean",
+        "clip_ratio/low_min",
+        "clip_ratio/high_mean",
+        "clip_ratio/high_max",
+        "clip_ratio/region_mean",
+        "sampling/sampling_logp_difference/mean",
+        "sampling/importance_sampling_ratio/mean",
+    ]:
         assert name in first, name
     assert first["kl"] == 0 and first["clip_ratio/region_mean"] == 0
     assert first["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)

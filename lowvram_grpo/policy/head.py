@@ -59,7 +59,8 @@ def head_of(causal_lm: nn.Module) -> Head:
         )
     if not isinstance(layer, nn.Linear) or type(layer).__module__.startswith("bitsandbytes"):
         raise UserError(
-            f"lm_head of {kind} is a {type(layer).__name__}, which the vocabulary sweep does not support; load it unquantized."
+            f"lm_head of {kind} is a {type(layer).__name__}, which the vocabulary sweep does not support; "
+            "load it unquantized."
         )
     config = causal_lm.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)

@@ -96,9 +96,23 @@ def load_causal_lm(
     try:
         known = {k: kwargs[k] for k in ("revision", "trust_remote_code", "token", "cache_dir") if k in kwargs}
         AutoConfig.from_pretrained(model, **known)
-        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise _explain(model, error) from error
+    keep_differentiable(loaded)
+    return loaded
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for CPU inference.
+
+    On CPUs with AVX512-BF16, the first forward pass in eval mode (a rollout) repacks each Linear4bit for an operator
+    that has no backward. Later training passes use it too, and gradients to the layers below vanish with a mere warning
+    (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def build_policy(

@@ -1,4 +1,4 @@
-"""What the trainer tells a person while it works. The console is one observer; a script without a console gets this one."""
+"""What the trainer tells a person while it works. The console is one observer; a script gets this one."""
 
 from __future__ import annotations
 

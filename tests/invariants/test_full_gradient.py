@@ -1,4 +1,4 @@
-"""The whole step, model included, against a naive float64 one with full logits: loss and the gradient of every weight."""
+"""The whole step, model included, against a naive float64 one with full logits: loss and every gradient."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def naive_loss(model, reference, rollout, old, loss_type, masked, t_max):
 def test_loss_and_every_gradient(config, dataset, tokenizer, model, loss_type, peft_config, masked, off_policy):
     args = config(
         loss_type=loss_type, temperature=TEMPERATURE, beta=BETA, epsilon=EPSILON, mask_truncated_completions=masked,
-        per_device_train_batch_size=3, workspace_mib=1, gradient_checkpointing=True, num_iterations=2 if off_policy else 1,
+        per_device_train_batch_size=3, workspace_mib=1, gradient_checkpointing=True,
+        num_iterations=2 if off_policy else 1,
     )  # fmt: skip
     model.generation_config.eos_token_id = [1, *range(30, 41)]
     trainer = GRPOTrainer(model, digit_share, args, dataset, processing_class=tokenizer, peft_config=peft_config)

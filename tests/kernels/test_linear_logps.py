@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lowvram_grpo.kernels.linear_logps import linear_logps, linear_logps_ref, plan_tiles
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowvram_grpo.kernels.linear_logps import linear_logps, linear_logps_ref, plan_tiles
 from lowvram_grpo.policy.head import Head
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
