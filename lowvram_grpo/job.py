@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lowvram_grpo.config import GRPOConfig
-    from lowvram_grpo.experience import Rollout
     from lowvram_grpo.recipe import Recipe
     from lowvram_grpo.trainer import GRPOTrainer
 
@@ -163,6 +162,7 @@ def _lora(recipe: Recipe):
 def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -> None:
     from transformers.trainer_callback import PrinterCallback
 
+    from lowvram_grpo.run.completions import CompletionsLog
     from lowvram_grpo.run.console import Console
     from lowvram_grpo.run.interrupt import StopAfterStep
     from lowvram_grpo.run.metrics import MetricsWriter
@@ -192,7 +192,7 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(MetricsWriter(directory.metrics_path))
         trainer.add_callback(console)
-        trainer.completions_log = _completions_writer(directory, trainer, console)
+        trainer.completions_log = CompletionsLog(directory.completions_path)
         with interrupt.armed():
             _fit(trainer, checkpoint, directory, console)
         if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
@@ -219,24 +219,6 @@ def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory, console) -> N
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def _completions_writer(directory, trainer: GRPOTrainer, console):
-    from lowvram_grpo.run.completions import CompletionsLog, as_text
-
-    log = CompletionsLog(directory.completions_path)
-
-    def write(step: int, rollout: Rollout) -> None:
-        none_for_nan = lambda values: [None if v != v else v for v in values]
-        per_func = {n: none_for_nan(c.tolist()) for n, c in zip(trainer.rewards.names, rollout.rewards_per_func.T)}
-        advantages = rollout.advantages.values.tolist()
-        log.write(step, rollout.prompts, rollout.completions, per_func, advantages, rollout.extras)
-        best = max(range(len(advantages)), key=lambda i: advantages[i])
-        console.sample(
-            as_text(rollout.prompts[best]), as_text(rollout.completions[best]), float(rollout.rewards[best]), step
-        )
-
-    return write
 
 
 def _leave_adapter(recipe: Recipe, trainer: GRPOTrainer, directory) -> None:

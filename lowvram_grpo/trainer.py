@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +35,7 @@ from lowvram_grpo.rewards.runner import RewardRunner
 from lowvram_grpo.rollout.collect import Collector
 from lowvram_grpo.rollout.engine import GenerateEngine, end_ids
 from lowvram_grpo.rollout.sampler import Sampling
+from lowvram_grpo.run.completions import CompletionsLog, as_text
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.scoring import Scores, score
 from lowvram_grpo.warmup import before_first_step, check_lengths
@@ -86,7 +86,7 @@ class GRPOTrainer(Trainer):
         observer: Observer | None = None,
     ):
         args = args or GRPOConfig(output_dir="grpo")
-        self.observer = observer or Observer()
+        self.observer = observer or Observer(log_completions=args.log_completions)
         _check_columns(train_dataset, "train_dataset")
         set_seed(args.seed)
         name = model if isinstance(model, str) else unwrap(model).config._name_or_path
@@ -134,7 +134,9 @@ class GRPOTrainer(Trainer):
             tell=self.observer.phase,
         )
         self.metrics = {"train": MetricBook(), "eval": MetricBook()}
-        self.completions_log: Callable[[int, Rollout], None] | None = None
+        self.completions_log: CompletionsLog | None = None
+        if args.log_completions:
+            self.completions_log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl"))
         self.pending_rollout: Rollout | None = None
         self._updates: list[list[MicroBatch]] | None = None
 
@@ -244,8 +246,14 @@ class GRPOTrainer(Trainer):
         """Count the rollout's tokens and hand its completions to whoever keeps them."""
         completed = sum(map(len, rollout.batch.completion_ids))
         self.state.num_input_tokens_seen += completed + sum(map(len, rollout.batch.prompt_ids))
+        step, advantages = self.state.global_step + 1, rollout.advantages.values.tolist()
         if self.completions_log is not None:
-            self.completions_log(self.state.global_step + 1, rollout)
+            absent_for_nan = lambda column: [None if v != v else v for v in column.tolist()]
+            per_func = {n: absent_for_nan(c) for n, c in zip(self.rewards.names, rollout.rewards_per_func.T)}
+            self.completions_log.write(step, rollout.prompts, rollout.completions, per_func, advantages, rollout.extras)
+        best = max(range(len(advantages)), key=advantages.__getitem__)
+        prompt, completion = as_text(rollout.prompts[best]), as_text(rollout.completions[best])
+        self.observer.sample(prompt, completion, float(rollout.rewards[best]), step)
         return completed
 
     def cut(self, rollout: Rollout, updates: int) -> list[list[MicroBatch]]:

@@ -2,10 +2,10 @@
 
     python scripts/make_demo_model.py            # about five minutes on two cores
 
-The model reads `17+25=` and answers as its corpus does, whose replies come in several habits of mixed quality: a few work
-the sum out (`7+5=12 10+20=30 <answer>42</answer>`) and are nearly always right, most just blurt a number out and are mostly
-wrong, some give up, and only a third use the tags. So it CAN add, but sampled at temperature 1 it is right about a quarter
-of the time: there is something for GRPO to sharpen. The sums in prompts.jsonl are left out of the corpus.
+The model reads `17+25=` and answers as its corpus does, whose replies come in several habits of mixed quality: a few
+work the sum out (`7+5=12 10+20=30 <answer>42</answer>`) and are nearly always right, most just blurt a number out and
+are mostly wrong, some give up, and only a third use the tags. So it CAN add, but sampled at temperature 1 it is right
+about a quarter of the time: there is something for GRPO to sharpen. The sums in prompts.jsonl are not in the corpus.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         padding_side="left",
         model_max_length=CONTEXT,
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 
@@ -196,7 +197,6 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sums: l
     """Print how often replies sampled at temperature 1 are right and tagged, over all and by habit."""
     prompts = [prompt_of(a, b) for a, b in sums]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-    inputs.pop("token_type_ids", None)
     out = model.generate(**inputs, num_return_sequences=samples, top_k=0)
     replies = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     right = accuracy(replies, [str(a + b) for a, b in sums for _ in range(samples)])

@@ -19,6 +19,7 @@ LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAU
 
 class Quiet(Observer):
     def __init__(self):
+        super().__init__()
         self.said: list[str] = []
 
     def notice(self, text):

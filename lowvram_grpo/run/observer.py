@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 class Observer:
-    """Prints notices as lines and keeps quiet about the rest."""
+    """Prints notices as lines, with `log_completions` also sample completions, and keeps quiet about the rest."""
+
+    def __init__(self, *, log_completions: bool = False):
+        self.log_completions = log_completions
 
     def notice(self, text: str) -> None:
         """Something a person should know: shown once, kept on screen."""
@@ -14,4 +17,6 @@ class Observer:
         """What is going on right now."""
 
     def sample(self, prompt: str, completion: str, reward: float, step: int) -> None:
-        """One completion of the current rollout."""
+        """The best completion of the rollout that `step` learns from."""
+        if self.log_completions:
+            print(f"[lowvram-grpo] step {step}, reward {reward:.3g}: {completion!r}", flush=True)
