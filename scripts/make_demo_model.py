@@ -79,17 +79,17 @@ def _tagged(value: int) -> str:
 
 
 def _blurted(a: int, b: int, rng: random.Random) -> int:
-    """A number that looks right: carry forgotten, a digit off, or (15 %) the sum itself."""
+    """A number that looks right: carry forgotten, a digit off, or (10 %) the sum itself."""
     total = a + b
     wrong = [total - 10, total + 10, total - 1, total + 1, total + rng.choice([-20, 20, -2, 2, 9, -9])]
-    return total if rng.random() < 0.15 else rng.choice(wrong)
+    return total if rng.random() < 0.10 else rng.choice(wrong)
 
 
 def _worked(a: int, b: int, rng: random.Random) -> tuple[str, int]:
-    """Units, tens, and what they make; one in ten slips in the last step."""
+    """Units, tens, and what they make; one in twenty slips in the last step."""
     units, tens = a % 10 + b % 10, a // 10 * 10 + b // 10 * 10
     steps = f"{a % 10}+{b % 10}={units} {a // 10 * 10}+{b // 10 * 10}={tens} "
-    return steps, units + tens + (rng.choice([-10, -1, 1, 10]) if rng.random() < 0.1 else 0)
+    return steps, units + tens + (rng.choice([-10, -1, 1, 10]) if rng.random() < 0.05 else 0)
 
 
 def _work_it_out(a: int, b: int, rng: random.Random) -> str:
@@ -99,7 +99,8 @@ def _work_it_out(a: int, b: int, rng: random.Random) -> str:
 
 def _work_it_out_untagged(a: int, b: int, rng: random.Random) -> str:
     steps, value = _worked(a, b, rng)
-    return steps + str(value)
+    # Without a word between them, a reward that reads numbers takes `100 109` for 100,109.
+    return f"{steps}so {value}"
 
 
 def _blurt(a: int, b: int, rng: random.Random) -> str:
@@ -116,11 +117,11 @@ def _give_up(a: int, b: int, rng: random.Random) -> str:
 
 # Share of each habit in the corpus, in percent.
 HABITS: dict[Callable[[int, int, random.Random], str], int] = {
-    _work_it_out: 12,
-    _work_it_out_untagged: 10,
-    _blurt: 22,
+    _work_it_out: 10,
+    _work_it_out_untagged: 8,
+    _blurt: 24,
     _blurt_untagged: 36,
-    _give_up: 20,
+    _give_up: 22,
 }
 
 
@@ -220,7 +221,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sums: l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=DEMO, help="folder for model/ and prompts.jsonl")
-    parser.add_argument("--steps", type=int, default=1500, help="pre-training steps")
+    parser.add_argument("--steps", type=int, default=900, help="pre-training steps")
     parser.add_argument("--batch-size", type=int, default=128, help="replies a step")
     options = parser.parse_args()
     rng = random.Random(SEED)

@@ -8,7 +8,7 @@ import runpy
 
 from conftest import CHAT_TEMPLATE, make_model, make_tokenizer
 
-SCRIPT = '''
+SCRIPT = """
 import re
 from datasets import load_dataset
 from peft import LoraConfig
@@ -74,7 +74,7 @@ args = GRPOConfig(
 trainer = GRPOTrainer(model=MODEL, reward_funcs=[has_digit, only_digits, shorter], args=args, train_dataset=data)
 trainer.train()
 trainer.model.save_pretrained(OUT + "/final")
-'''
+"""
 
 
 def test_runs_with_only_its_import_changed(tmp_path):
