@@ -1,9 +1,9 @@
 """Make what `lowvram-grpo demo` trains: a language model of 0.86 M parameters that half knows how to add, and its sums.
 
-    python scripts/make_demo_model.py            # about five minutes on two cores
+    python scripts/make_demo_model.py            # about six minutes on one core
 
 The model reads `17+25=` and answers as its corpus does, whose replies come in several habits of mixed quality: a few
-work the sum out (`7+5=12 10+20=30 <answer>42</answer>`) and are nearly always right, most just blurt a number out and
+work the sum out (`7+5=12 10+20=30 <answer>42</answer>`) and are mostly right, more just blurt a number out and
 are mostly wrong, some give up, and only a third use the tags. So it CAN add, but sampled at temperature 1 it is right
 about a quarter of the time: there is something for GRPO to sharpen. The sums in prompts.jsonl are not in the corpus.
 """

@@ -1,0 +1,164 @@
+"""The command line. A command's module is imported when the command is called: `--help` loads neither torch nor
+transformers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from lowvram_grpo import __version__
+from lowvram_grpo.errors import UserError
+
+app = typer.Typer(
+    name="lowvram-grpo",
+    help="GRPO for language models on the GPU you already own.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_Out = Annotated[
+    Path | None, typer.Option("--output-dir", "-o", help="Run directory; default runs/<model>-<data>-<time>.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lowvram-grpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """GRPO for language models on the GPU you already own."""
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder or hub id of a causal language model.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", help="save_to_disk folder, json/jsonl/csv/parquet file or folder, or hub id."),
+    ] = None,
+    data_config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split to train on; default train.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Data to evaluate on.")] = None,
+    eval_split: Annotated[str | None, typer.Option(help="Split to evaluate on.")] = None,
+    template: Annotated[str | None, typer.Option("--template", "-t", help="tldr, tldr-zh or r1.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column with the prompts.")] = None,
+    answer_column: Annotated[str | None, typer.Option(help="Column with the reference answers.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="System prompt; replaces the template's.")] = None,
+    few_shot: Annotated[
+        str | None, typer.Option(help="json file with a list of {prompt, completion} shown first.")
+    ] = None,
+    chat_template: Annotated[str | None, typer.Option(help="`plain` (base models) or a .jinja file.")] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward",
+            "-r",
+            help="Built-in name, file.py:function, module:function or reward model; append :weight. Repeatable.",
+        ),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="auto, or one of `lowvram-grpo presets`.")] = None,
+    quantization: Annotated[str | None, typer.Option("--quantization", "-q", help="none, int8 or nf4.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Start from this LoRA adapter; it becomes the reference too.")
+    ] = None,
+    lora_r: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="Scale of the adapter.")] = None,
+    cold_start: Annotated[
+        str | None, typer.Option(help="auto, off, or a number of supervised steps on the references.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Recipe file, TOML or YAML (TRL's keys work).")
+    ] = None,
+    output_dir: _Out = None,
+    resume: Annotated[str | None, typer.Option(help="Run directory to go on with.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines instead of the live view.")] = False,
+) -> None:
+    """Train a LoRA adapter with GRPO. Every GRPOConfig field is a flag too, as in --learning-rate 1e-5."""
+    from lowvram_grpo.cli.train import start
+
+    options = {k: v for k, v in locals().items() if k not in ("context", "config", "resume", "dry_run", "start")}
+    start(options, context.args, config=config, resume=resume, dry_run=dry_run)
+
+
+@app.command()
+def demo(
+    output_dir: _Out = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines instead of the live view.")] = False,
+) -> None:
+    """Train the small bundled model on the bundled prompts: no network, no GPU, a minute or two."""
+    from lowvram_grpo.cli.demo import start
+
+    start(output_dir, steps, plain=plain)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what is missing, and which line mends it."""
+    from lowvram_grpo.cli.doctor import start
+
+    raise typer.Exit(start())
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Show this one whole.")] = None,
+) -> None:
+    """List the presets, or show one."""
+    from lowvram_grpo.cli.presets import start
+
+    start(name)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG to write; default RUN/curves.png.")] = None,
+) -> None:
+    """Plot the curves of a run."""
+    from lowvram_grpo.cli.report import report as start
+
+    start(run, output)
+
+
+def main() -> None:
+    """Entry point: one sentence and exit code 2 for a mistake that a person can mend, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except click.UsageError as error:
+        _fail(error.format_message())
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

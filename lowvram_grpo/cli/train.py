@@ -1,0 +1,77 @@
+"""`lowvram-grpo train`: flags to a recipe, a recipe to a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lowvram_grpo.cli.quiet import hush
+from lowvram_grpo.errors import UserError, did_you_mean
+
+
+def start(options: dict[str, Any], extra: list[str], *, config: Path | None, resume: str | None, dry_run: bool) -> None:
+    """Resolve and run. With `resume`, the recipe of that run is the recipe file.
+
+    Raises:
+        UserError: an unknown flag, or whatever the job finds wrong.
+    """
+    hush()
+    from lowvram_grpo.job import run
+    from lowvram_grpo.recipe import resolve
+    from lowvram_grpo.run.directory import RunDirectory
+
+    flags = {key: value for key, value in options.items() if value not in (None, [], False)}
+    flags |= parse_extra(extra)
+    if resume:
+        if config:
+            raise UserError("--resume takes the recipe of its run; drop --config.")
+        config = RunDirectory.open(resume).recipe_path
+    if "output_dir" in flags:
+        flags["output_dir"] = str(flags["output_dir"])
+    recipe = resolve(flags, config)
+    recipe.resume = resume
+    run(recipe, dry_run=dry_run)
+
+
+def parse_extra(arguments: list[str]) -> dict[str, Any]:
+    """GRPOConfig fields from `--learning-rate 1e-5`, `--learning_rate=1e-5`, `--bf16` and `--no-bf16`. A flag given
+    several times makes a list.
+
+    Raises:
+        UserError: an argument that is no flag, an unknown flag, or a flag without its value.
+    """
+    from lowvram_grpo.recipe import ALIASES, training_types
+
+    types = training_types()
+    found: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        raw = rest.pop(0)
+        if not raw.startswith("--"):
+            raise UserError(f"Unexpected argument {raw!r}; settings are flags, as in --learning-rate 1e-5.")
+        name, has_value, value = raw[2:].partition("=")
+        key = name.replace("-", "_")
+        if not has_value and key.startswith("no_") and key not in types and key[3:] in types:
+            key, value = key[3:], "false"
+        elif key not in types and key not in ALIASES and not key.startswith("load_in_"):
+            known = [f"--{n.replace('_', '-')}" for n in types]
+            raise UserError(f"Unknown flag {raw.partition('=')[0]}{did_you_mean('--' + key.replace('_', '-'), known)}.")
+        elif not has_value:
+            if rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            elif _is_bool(types.get(key)):
+                value = "true"
+            else:
+                raise UserError(f"--{name} needs a value.")
+        if key in found:
+            earlier = found[key] if isinstance(found[key], list) else [found[key]]
+            found[key] = [*earlier, value]
+        else:
+            found[key] = value
+    return found
+
+
+def _is_bool(hint: Any) -> bool:
+    import typing
+
+    return hint is bool or bool in typing.get_args(hint)

@@ -1,0 +1,261 @@
+"""One resolved recipe: defaults < preset < recipe file < flags.
+
+A recipe is a flat table. Keys of the job (model, data, rewards, adapter ...) are fields of `Recipe`; every other key is a
+field of GRPOConfig and lands in `Recipe.training`. Anything else is an error with a suggestion.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lowvram_grpo.errors import UserError, did_you_mean
+
+# Keys of TRL's and open-r1's recipes that have another name here.
+ALIASES = {
+    "model_name_or_path": "model",
+    "dataset_name": "data",
+    "dataset_config": "data_config",
+    "dataset_train_split": "split",
+    "dataset_test_split": "eval_split",
+    "dataset_prompt_column": "prompt_column",
+    "reward_funcs": "reward",
+    "torch_dtype": "dtype",
+    "adapter_name_or_path": "adapter",
+}
+# Accepted from TRL recipes; LoRA is always on and 4-bit is always NF4.
+IGNORED = ("use_peft", "bnb_4bit_quant_type", "use_bnb_nested_quant", "lora_task_type")
+CHOICES = {
+    "quantization": ("none", "int8", "nf4"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+# What the command line sets where nobody else does.
+JOB_DEFAULTS: dict[str, Any] = {"cold_start": "auto", "save_steps": 50, "save_total_limit": 2}
+
+
+@dataclass
+class Recipe:
+    """Everything a run needs. `training` holds the GRPOConfig fields that were set, cast to their types."""
+
+    model: str | None = None
+    model_revision: str | None = None
+    data: str | None = None
+    data_config: str | None = None
+    split: str | None = None
+    eval_data: str | None = None
+    eval_split: str | None = None
+    template: str | None = None
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    system_prompt: str | None = None
+    few_shot: str | None = None
+    chat_template: str | None = None
+    reward: list[str] = field(default_factory=list)
+    preset: str = "auto"
+    quantization: str = "none"
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    adapter: str | None = None
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: str | list[str] = "all-linear"
+    output_dir: str | None = None
+    resume: str | None = None
+    plain: bool = False
+    training: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def to_toml(self) -> str:
+        """As a recipe file that resolves to this recipe again; a comment on each line says who set it."""
+        import tomli_w
+
+        table = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_WRITTEN}
+        lines = ["# The resolved recipe of a lowvram-grpo run."]
+        for key, value in {**table, **self.training}.items():
+            if value is None:
+                continue
+            text = tomli_w.dumps({key: value}).strip()
+            origin = self.origin.get(key, "default")
+            lines.append(text if "\n" in text else f"{text}  # {origin}")
+        # Tables of TOML swallow every plain key after them.
+        lines.sort(key=lambda line: line.startswith("["))
+        return "\n".join(lines) + "\n"
+
+
+_NOT_WRITTEN = {"training", "origin", "resume", "output_dir"}
+_JOB_TYPES = {name: hint for name, hint in typing.get_type_hints(Recipe).items() if name not in ("training", "origin")}
+
+
+def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe:
+    """Merge defaults, preset, recipe file and flags; values are cast to the type of their field.
+
+    Raises:
+        UserError: unknown key (with a suggestion and where it stands), a value of the wrong type, an unreadable file.
+    """
+    from lowvram_grpo import preset
+
+    from_file = _named(read_file(config_file), f"in {config_file}") if config_file else {}
+    from_flags = _named(flags, "on the command line")
+    name = from_flags.get("preset") or from_file.get("preset") or "auto"
+    chosen = preset.pick() if name == "auto" else name
+    layers = {
+        "default": _named(JOB_DEFAULTS, "in the defaults"),
+        f"preset {chosen}": preset.load(chosen).settings,
+        "file": from_file,
+        "flag": from_flags,
+    }
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for layer, settings in layers.items():
+        values.update(settings)
+        origin.update(dict.fromkeys(settings, layer))
+    values["preset"] = chosen
+    job = {k: v for k, v in values.items() if k in _JOB_TYPES}
+    for key, allowed in CHOICES.items():
+        if key in job and job[key] not in allowed:
+            raise UserError(f"{key} is {job[key]!r}; it must be one of {', '.join(allowed)}.")
+    return Recipe(**job, training={k: v for k, v in values.items() if k not in _JOB_TYPES}, origin=origin)
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The table in a TOML or YAML recipe. `1e-6` is a number in both (PyYAML alone reads it as text)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"The recipe {str(path)!r} cannot be read: {error.strerror or error}.") from error
+    try:
+        table = _parse_yaml(text) if Path(path).suffix in (".yaml", ".yml") else _parse_toml(text)
+    except ValueError as error:
+        reason = str(error).strip().replace("\n", " ")
+        raise UserError(f"The recipe {str(path)!r} is not valid: {reason}") from error
+    if not isinstance(table, dict):
+        raise UserError(f"The recipe {str(path)!r} must be a table of keys and values.")
+    return table
+
+
+def _parse_toml(text: str) -> Any:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1 wants a dot in floats; recipes are written without."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)$"), list("-+0123456789")
+    )
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Keys under their own names, values cast. `where` names the place in errors."""
+    found: dict[str, Any] = {}
+    training = training_types()
+    for raw, value in table.items():
+        key = raw.replace("-", "_")
+        if key in IGNORED or value is None:
+            continue
+        if key in ("load_in_4bit", "load_in_8bit"):
+            if cast(key, value, bool):
+                found["quantization"] = "nf4" if key == "load_in_4bit" else "int8"
+            continue
+        key = ALIASES.get(key, key)
+        hint = _JOB_TYPES.get(key) or training.get(key)
+        if hint is None:
+            known = [*_JOB_TYPES, *training, *ALIASES]
+            raise UserError(f"Unknown setting {raw!r} {where}{did_you_mean(key, known)}.")
+        found[key] = cast(key, value, hint)
+    return found
+
+
+def training_types() -> dict[str, Any]:
+    """Field name -> type of every GRPOConfig field (imports torch and transformers)."""
+    from lowvram_grpo.config import GRPOConfig
+
+    hints = typing.get_type_hints(GRPOConfig)
+    return {f.name: hints[f.name] for f in fields(GRPOConfig) if f.init and f.name not in ("output_dir",)}
+
+
+def cast(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type: text from a flag or a file becomes a number, a bool, a list or a dict.
+
+    Raises:
+        UserError: it cannot.
+    """
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    kinds = [typing.get_origin(option) or option for option in options if option is not type(None)]
+    if isinstance(value, str) and type(None) in options:
+        # `none` is a value of some text fields (report_to), and no value of all others.
+        if value.lower() == "null" or (value.lower() == "none" and str not in kinds):
+            return None
+    one_text = isinstance(value, str) and "," not in value
+    for kind in sorted(kinds, key=_strictness):
+        if kind is list and str in kinds and one_text:
+            continue
+        try:
+            return _as(value, kind, next(o for o in options if (typing.get_origin(o) or o) is kind))
+        except (ValueError, TypeError):
+            continue
+    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+    raise UserError(f"{key} is {value!r}, which is not of type {wanted}.")
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _strictness(kind: Any) -> int:
+    """Try the narrow types first: every text is a str, few are an int."""
+    return {bool: 0, int: 1, float: 2, dict: 3, list: 4}.get(kind, 5 if kind is not str else 6)
+
+
+def _as(value: Any, kind: Any, hint: Any) -> Any:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "false": False, "yes": True, "no": False}[_lower_or_fail(value)]
+    if kind in (int, float):
+        if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
+            raise ValueError
+        return kind(value)
+    if kind is dict:
+        table = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(table, dict):
+            raise ValueError
+        return table
+    if kind is list:
+        items = value if isinstance(value, (list, tuple)) else [v.strip() for v in str(value).split(",")]
+        inner = (typing.get_args(hint) or (str,))[0]
+        return [cast("an entry", item, inner) for item in items]
+    if kind is str:
+        if isinstance(value, (dict, list)):
+            raise ValueError
+        return str(value)
+    if isinstance(kind, type) and hasattr(kind, "__members__"):  # an enum of transformers: keep its text
+        return str(value)
+    if kind is Any or value is None:
+        return value
+    raise ValueError
+
+
+def _lower_or_fail(value: Any) -> str:
+    text = str(value).lower()
+    if text not in ("true", "false", "yes", "no"):
+        raise ValueError
+    return text
