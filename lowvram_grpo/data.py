@@ -1,25 +1,349 @@
-"""Any dataset to a `prompt` column, plus whatever the rewards read; prompts to token ids."""
+"""Any dataset becomes a `prompt` column and whatever the rewards read; prompts become token ids."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowvram_grpo.errors import UserError
-from lowvram_grpo.templates import Template, find
+from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.templates import template as find_template
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedTokenizerBase
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "query", "text")
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_BATCH = 512
+_READERS = {
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+}
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+def load(path: str, *, config: str | None = None, split: str | None = None) -> Dataset:
+    """Read a dataset.
+
+    Args:
+        path: a `save_to_disk` folder, a json/jsonl/csv/tsv/parquet file, a folder of such files, or a hub id.
+        config: the dataset's configuration, for hub ids and folders that have several.
+        split: a split or a slice of one, as `datasets` writes it (`train[:1000]`); by default `train`, or the only one.
+
+    Raises:
+        UserError: nothing is there, it can't be read, it is empty, or it has no such split.
+    """
+    from datasets import DatasetDict
+
+    found = _read(path, config)
+    dataset = _pick_split(found if isinstance(found, DatasetDict) else DatasetDict(train=found), split, path)
+    if not len(dataset):
+        raise UserError(
+            f"The dataset {path} is empty{f' in split {split!r}' if split else ''}; GRPO needs one prompt or more."
+        )
+    return dataset
+
+
+def _read(path: str, config: str | None) -> Dataset | DatasetDict:
+    from datasets import load_dataset, load_from_disk
+
+    place = Path(path).expanduser()
+    suffix = place.suffix.lower()
+    try:
+        if place.is_dir():
+            saved = (place / "dataset_dict.json").is_file() or (place / "state.json").is_file()
+            return load_from_disk(str(place)) if saved else load_dataset(str(place), config)
+        if place.is_file():
+            if suffix not in _READERS:
+                raise UserError(
+                    f"The dataset {path} is a file of no known kind; give a {', '.join(k[1:] for k in _READERS)} file."
+                )
+            reader, options = _READERS[suffix]
+            return load_dataset(reader, data_files={"train": [str(place)]}, **options)
+        if suffix in _READERS or not _HUB_ID.fullmatch(path):
+            raise UserError(
+                f"The dataset {path} does not exist: no such file or folder, and it is no hub id (owner/name)."
+            )
+        return load_dataset(path, config)
+    except UserError:
+        raise
+    except (
+        StopIteration,
+        IndexError,
+    ) as error:  # what `datasets` raises for zero bytes, and for a saved split of no rows
+        raise UserError(
+            f"The dataset {path} is empty, or one of its splits is; GRPO needs one prompt or more."
+        ) from error
+    except Exception as error:  # a dozen libraries read for us, each with errors of its own
+        raise _unreadable(path, place, error) from error
+
+
+def _unreadable(path: str, place: Path, error: Exception) -> UserError:
+    from datasets.exceptions import DatasetNotFoundError
+
+    cause = error.__cause__ or error
+    reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+    reason = reason.rstrip(".")
+    hint = "; choose one with --data-config" if "config name" in reason.lower() else ""
+    if place.exists():
+        return UserError(f"The dataset {path} can't be read: {reason}{hint}.")
+    if isinstance(error, (DatasetNotFoundError, ConnectionError)):
+        return UserError(
+            f"The dataset {path} is neither a file nor a folder here, nor reachable on the hub ({reason}); "
+            "check the name, give a local path, or, where the hub is blocked, set HF_ENDPOINT to a mirror."
+        )
+    return UserError(f"The dataset {path} can't be loaded from the hub: {reason}{hint}.")
+
+
+def _pick_split(splits: DatasetDict, split: str | None, path: str) -> Dataset:
+    from datasets import ReadInstruction, concatenate_datasets
+
+    names = list(splits)
+    if split is None:
+        if "train" not in splits and len(splits) > 1:
+            raise UserError(f"The dataset {path} has no split 'train'; choose one of {', '.join(names)} with --split.")
+        return splits["train" if "train" in splits else names[0]]
+    asked = [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
+    for name in asked:
+        if name not in splits:
+            raise UserError(
+                f"The dataset {path} has no split {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}."
+            )
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({name: len(splits[name]) for name in names})
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"--split {split} can't be read ({error}); write it as train or train[:1000].") from error
+    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+# Preparing -----------------------------------------------------------------------------------------------------------
+
+
+def is_conversational(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages (`{"role": str, "content": str}`) rather than plain text."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict) and "role" in prompt[0]
+
+
+def prepare(
+    dataset: Dataset,
+    *,
+    template: str | None,
+    prompt_column: str | None,
+    answer_column: str | None,
+    system_prompt: str | None,
+    few_shot: list[dict[str, str]] | None,
+) -> Dataset:
+    """A dataset as the trainer and the rewards read it.
+
+    Plain text stays text unless there is a system prompt or an example to put before it; then it becomes a user turn.
+    Prompts that are conversations get the system prompt where they have none, and the examples where they have a
+    single turn. Conversations keep the roles and contents of their messages.
+
+    Args:
+        template: a name of `templates.TEMPLATES`.
+        prompt_column: by default the first of `PROMPT_COLUMNS` present.
+        answer_column: by default the first of the template's `answer_columns` present.
+        system_prompt: used instead of the template's; `""` means none.
+        few_shot: `{"prompt": str, "completion": str}` each, used instead of the template's; `[]` means none.
+
+    Returns:
+        the dataset with `prompt` (str, or a list of messages); with an answer column also `answer` (str or None; a
+        `completion` column that it came from goes, since rewards receive the model's completions under that name);
+        and where the template can format the row's answer, `reference_completion` (str or None), unless the dataset
+        brings that column itself. All other columns are kept.
+
+    Raises:
+        UserError: a column is missing, or a row has no usable prompt.
+    """
+    from datasets import Features, Value
+
+    form = find_template(template) if template else None
+    source = _prompt_column(dataset, prompt_column)
+    answer = _answer_column(dataset, answer_column, form.answer_columns if form else ())
+    if form and system_prompt is None:
+        system_prompt = form.system_prompt
+    if form and few_shot is None:
+        few_shot = list(form.few_shot)
+    before = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    shots = [
+        {"role": role, "content": shot[key]}
+        for shot in few_shot or []
+        for role, key in (("user", "prompt"), ("assistant", "completion"))
+    ]
+    conversational = bool(before or shots) or isinstance(dataset[0][source], list)
+    have = {*dataset.column_names, *(["answer"] if answer else [])}
+    makes_reference = form and {*form.reference_needs} <= have and "reference_completion" not in have
+
+    def columns(row: dict[str, Any], index: int) -> dict[str, Any]:
+        prompt = _checked(row[source], source, index)
+        if not conversational and not isinstance(prompt, str):
+            raise UserError(
+                f"Row {index} of column {source!r} is a conversation, but row 0 is text; use one kind only."
+            )
+        new = {"prompt": _with_turns(prompt, before, shots) if conversational else prompt}
+        if answer:
+            new["answer"] = None if row[answer] is None else str(row[answer])
+        if makes_reference:
+            new["reference_completion"] = form.reference({**row, **new})
+        return new
+
+    text = Value("string")
+    features = {**dataset.features, "prompt": [{"role": text, "content": text}] if conversational else text}
+    if answer:
+        features["answer"] = text
+    if makes_reference:
+        features["reference_completion"] = text
+    dropped = [answer] if answer == "completion" else []
+    for name in dropped:
+        del features[name]
+    # In memory: a cache on disk would be keyed on names of our functions, not their code, and outlive an upgrade.
+    return dataset.map(
+        columns,
+        with_indices=True,
+        remove_columns=dropped,
+        features=Features(features),
+        keep_in_memory=True,
+        desc="Preparing prompts",
+    )
+
+
+def _prompt_column(dataset: Dataset, asked: str | None) -> str:
+    names = dataset.column_names
+    if asked is None:
+        found = next((name for name in PROMPT_COLUMNS if name in names), None)
+        if found is None:
+            raise UserError(f"The data has no prompt column; name one with --prompt-column: {', '.join(names)}.")
+        return found
+    return _column(dataset, asked, "--prompt-column")
+
+
+def _answer_column(dataset: Dataset, asked: str | None, usual: Sequence[str]) -> str | None:
+    if asked is None:
+        return next((name for name in usual if name in dataset.column_names), None)
+    return _column(dataset, asked, "--answer-column")
+
+
+def _column(dataset: Dataset, name: str, flag: str) -> str:
+    names = dataset.column_names
+    if name not in names:
+        raise UserError(
+            f"The data has no column {name!r}{did_you_mean(name, names)}; choose {flag} from: {', '.join(names)}."
+        )
+    return name
+
+
+def _checked(prompt: Any, column: str, index: int) -> str | list[dict[str, str]]:
+    """The prompt itself, or its messages with role and content only."""
+    where = f"Row {index} of column {column!r}"
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise UserError(f"{where} is blank; drop such rows or name another --prompt-column.")
+        return prompt
+    if not is_conversational(prompt):
+        raise UserError(
+            f"{where} is {'empty' if prompt is None else type(prompt).__name__}, but a prompt must be text or a list "
+            "of messages with role and content; drop such rows or name another --prompt-column."
+        )
+    messages = [{"role": m.get("role"), "content": m.get("content")} for m in prompt]
+    if not all(isinstance(value, str) for m in messages for value in m.values()):
+        raise UserError(f"{where} has a message whose role or content is not text; only text messages are supported.")
+    return messages
+
+
+def _with_turns(prompt: str | list[dict[str, str]], system: list[dict], shots: list[dict]) -> list[dict]:
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if prompt[0]["role"] == "system":
+        system, prompt = prompt[:1], prompt[1:]
+    return [*system, *(shots if len(prompt) == 1 else []), *prompt]
+
+
+# Encoding ------------------------------------------------------------------------------------------------------------
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str | list[dict[str, str]]],
+    *,
+    max_prompt_length: int | None,
+    chat_template_kwargs: dict[str, Any] | None,
+) -> tuple[list[list[int]], int]:
+    """Token ids of each prompt, and how many prompts lost their left end to `max_prompt_length` (tokens).
+
+    A conversation is followed by the generation prompt, or, where its last turn is the assistant's, left open for that
+    turn to go on. Plain text gets the special tokens that the tokenizer puts in front of a text, none behind it.
+
+    Raises:
+        UserError: the tokenizer has no chat template, the template refuses a conversation, or a prompt has no tokens.
+    """
+    chats = [i for i, prompt in enumerate(prompts) if is_conversational(prompt)]
+    plain = sorted({*range(len(prompts))} - {*chats})
+    ids: list[list[int]] = [[] for _ in prompts]
+    if chats:
+        texts = [_rendered(tokenizer, prompts[i], chat_template_kwargs or {}) for i in chats]
+        # The chat template has written the special tokens already.
+        for i, row in zip(chats, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]):
+            ids[i] = row
+    if plain:
+        behind = _special_tokens_behind(tokenizer)
+        for i, row in zip(plain, tokenizer([prompts[i] for i in plain], verbose=False)["input_ids"]):
+            ids[i] = row[: len(row) - behind]
+    for prompt, row in zip(prompts, ids):
+        if not row:
+            raise UserError(f"The prompt {prompt!r} has no tokens, so there is nothing to continue; drop such rows.")
+    if max_prompt_length is None:
+        return ids, 0
+    cut = sum(len(row) > max_prompt_length for row in ids)
+    return [row[max(len(row) - max_prompt_length, 0) :] for row in ids], cut
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], kwargs: dict[str, Any]) -> str:
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise UserError(
+            "The prompts are conversations, but this model's tokenizer has no chat template; pass --chat-template "
+            "plain, or a .jinja file, or use plain-text prompts without a template, system prompt or few-shot examples."
+        )
+    goes_on = messages[-1]["role"] == "assistant"
+    # Arrow fills the keys that only some messages have with None, and many templates print it.
+    messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on, **kwargs
+        )
+    except (TemplateError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        roles = ", ".join(m["role"] for m in messages)
+        raise UserError(
+            f"The chat template refuses a conversation of {roles} ({reason}); change the system prompt, few-shot "
+            "examples or messages to fit it, or pass another --chat-template."
+        ) from error
+
+
+def _special_tokens_behind(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many special tokens (an EOS, a SEP) the tokenizer puts behind a text: a prompt must stay open."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return next((n for n in range(len(full)) if full[: len(full) - n][-len(bare) :] == bare), 0) if bare else 0
 
 
 class LengthReport(NamedTuple):
-    """Prompt lengths in tokens: the longest before any cut, and how many of `counted` (of `total`) prompts are cut."""
+    """Prompt lengths in tokens, before any cut.
+
+    Attributes:
+        longest: the longest prompt.
+        cut: prompts longer than max_prompt_length.
+        counted: prompts looked at, the first ones of the dataset.
+        total: prompts in the dataset.
+    """
 
     longest: int
     cut: int
@@ -27,237 +351,26 @@ class LengthReport(NamedTuple):
     total: int
 
 
-def is_conversational(prompt: Any) -> bool:
-    """A list of {role, content} messages rather than a string."""
-    return not isinstance(prompt, str)
-
-
-def load(path: str, *, config: str | None = None, split: str | None = None) -> Dataset:
-    """A `save_to_disk` folder, a json/jsonl/csv/parquet file, a folder of such files, or a hub id.
-
-    Args:
-        config: configuration of a hub dataset.
-        split: default `train`, or the only one there is.
-
-    Raises:
-        UserError: nothing there, not readable, no such split, or no rows.
-    """
-    import datasets
-
-    place = Path(path)
-    try:
-        if place.is_dir() and any((place / mark).is_file() for mark in ("dataset_info.json", "dataset_dict.json")):
-            found = datasets.load_from_disk(path)
-        elif place.is_file():
-            found = _read_files(path, [place])
-        elif place.is_dir():
-            found = _read_files(path, sorted(p for p in place.iterdir() if p.suffix in _READERS))
-        else:
-            found = datasets.load_dataset(path, config)
-    except UserError:
-        raise
-    except Exception as error:
-        raise _explain(path, error) from error
-    data = _pick(found, split, path)
-    if len(data) == 0:
-        raise UserError(f"The data {path!r} has no rows; GRPO needs at least one prompt.")
-    return data
-
-
-def _read_files(path: str, files: list[Path]) -> Dataset:
-    import datasets
-
-    kinds = {_READERS.get(file.suffix) for file in files}
-    if not files or len(kinds) != 1 or None in kinds:
-        raise UserError(
-            f"{path!r} is not a dataset: give a save_to_disk folder, or {', '.join(_READERS)} files of one kind."
-        )
-    if all(file.stat().st_size == 0 for file in files):
-        raise UserError(f"The data {path!r} has no rows; GRPO needs at least one prompt.")
-    return datasets.load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train")
-
-
-def _explain(path: str, error: Exception) -> UserError:
-    if os.path.exists(path):
-        reason = str(error).strip().splitlines()
-        return UserError(f"The data {path!r} cannot be read: {reason[0] if reason else type(error).__name__}")
-    return UserError(
-        f"The data {path!r} is neither a file nor a folder here, nor reachable on the hub; check the path, or set "
-        "HF_ENDPOINT to a mirror."
-    )
-
-
-def _pick(found: Any, split: str | None, path: str) -> Dataset:
-    if not isinstance(found, Mapping):
-        if split not in (None, "train") and not hasattr(found, "keys"):
-            raise UserError(f"The data {path!r} has no splits, so there is no {split!r}; drop --split.")
-        return found
-    if split is None and len(found) == 1:
-        split = next(iter(found))
-    split = split or "train"
-    if split not in found:
-        raise UserError(f"The data {path!r} has no split {split!r}; splits found: {', '.join(found)}.")
-    return found[split]
-
-
-def prepare(
-    dataset: Dataset,
-    *,
-    template: str | None = None,
-    prompt_column: str | None = None,
-    answer_column: str | None = None,
-    system_prompt: str | None = None,
-    few_shot: Sequence[Mapping[str, str]] | None = None,
-) -> Dataset:
-    """Rows with `prompt` (a string, or messages) and every other column; `answer` where the data has references, and
-    `reference_completion` where the template knows how to write one.
-
-    A string prompt becomes a conversation as soon as there is a template, a system prompt or a few-shot turn. A column
-    named `completion` becomes `answer` if it is the reference, for rewards get the model's completions under that name.
-
-    Raises:
-        UserError: a column that is not there (those found are listed), or a row that is neither text nor messages.
-    """
-    shape = find(template) if template else None
-    source = _prompt_column(dataset, prompt_column)
-    answers = _answer_column(dataset, answer_column, shape, source)
-    system = system_prompt if system_prompt is not None else (shape.system_prompt if shape else None)
-    turns = (
-        [(t["prompt"], t["completion"]) for t in few_shot]
-        if few_shot is not None
-        else (shape.few_shot if shape else ())
-    )
-
-    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-        made = {"prompt": _prompt(row[source], index, source, system, turns, conversation=shape is not None)}
-        if answers is not None:
-            made["answer"] = (
-                row[answers] if isinstance(row[answers], str) or row[answers] is None else str(row[answers])
-            )
-        if shape is not None and answers is not None:
-            made["reference_completion"] = shape.reference({**row, **made})
-        return made
-
-    dropped = {source} | ({answers} if answers == "completion" else set())
-    return dataset.map(
-        convert,
-        with_indices=True,
-        remove_columns=[c for c in dropped if c in dataset.column_names],
-        load_from_cache_file=False,
-    )
-
-
-def _prompt_column(dataset: Dataset, wanted: str | None) -> str:
-    found = ", ".join(dataset.column_names)
-    if wanted is not None:
-        if wanted not in dataset.column_names:
-            raise UserError(
-                f"The data has no column {wanted!r} (columns found: {found}); name one with --prompt-column."
-            )
-        return wanted
-    for name in PROMPT_COLUMNS:
-        if name in dataset.column_names:
-            return name
-    raise UserError(f"The data has no prompt column (columns found: {found}); name it with --prompt-column.")
-
-
-def _answer_column(dataset: Dataset, wanted: str | None, shape: Template | None, source: str) -> str | None:
-    if wanted is not None:
-        if wanted not in dataset.column_names:
-            found = ", ".join(dataset.column_names)
-            raise UserError(
-                f"The data has no column {wanted!r} (columns found: {found}); name one with --answer-column."
-            )
-        return wanted
-    candidates = shape.answer_columns if shape else ("answer",)
-    return next((name for name in candidates if name in dataset.column_names and name != source), None)
-
-
-def _prompt(value: Any, index: int, column: str, system: str | None, turns, *, conversation: bool):
-    if isinstance(value, str) and value.strip():
-        if not (conversation or system or turns):
-            return value
-        messages = [{"role": "user", "content": value}]
-    elif (
-        isinstance(value, list)
-        and value
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
-    ):
-        messages = [{"role": m["role"], "content": m["content"]} for m in value]
-    else:
-        raise UserError(f"Row {index} of column {column!r} is neither text nor a list of messages; remove or mend it.")
-    if turns and not any(m["role"] == "assistant" for m in messages):
-        at = 1 if messages[0]["role"] == "system" else 0
-        shown = [m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
-        messages[at:at] = shown
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
-
-
-def encode_prompts(
-    tokenizer,
-    prompts: Sequence,
-    *,
-    max_prompt_length: int | None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[list[list[int]], int]:
-    """Token ids of each prompt and how many were cut on the left to `max_prompt_length`.
-
-    Raises:
-        UserError: messages, but the tokenizer has no chat template.
-    """
-    texts = [_as_text(tokenizer, prompt, chat_template_kwargs or {}) for prompt in prompts]
-    plain = [not is_conversational(prompt) for prompt in prompts]
-    ids = []
-    for text, add_special in zip(texts, plain):
-        row = tokenizer(text, add_special_tokens=add_special)["input_ids"]
-        # A tokenizer that closes every text with an end token would make the model continue after the end.
-        if (
-            add_special
-            and len(row) > 1
-            and row[-1] == tokenizer.eos_token_id
-            and not text.endswith(tokenizer.eos_token)
-        ):
-            row = row[:-1]
-        ids.append(row or [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id])
-    if max_prompt_length is None:
-        return ids, 0
-    return [row[-max_prompt_length:] for row in ids], sum(len(row) > max_prompt_length for row in ids)
-
-
-def _as_text(tokenizer, prompt: Any, kwargs: Mapping[str, Any]) -> str:
-    if not is_conversational(prompt):
-        return prompt
-    if not tokenizer.chat_template:
-        raise UserError(
-            "The prompts are conversations, but the tokenizer has no chat template (a base model); pass "
-            "--chat-template plain or a .jinja file, or use plain-text prompts."
-        )
-    unfinished = prompt[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
-        prompt, tokenize=False, add_generation_prompt=not unfinished, continue_final_message=unfinished, **kwargs
-    )
-
-
 def prompt_length_report(
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     *,
     max_prompt_length: int | None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    chat_template_kwargs: dict[str, Any] | None,
     limit: int = 20_000,
 ) -> LengthReport:
-    """Lengths of the first `limit` prompts."""
-    total, longest, cut = len(dataset), 0, 0
-    for prompts in _batches(dataset, min(total, limit)):
+    """Encode the first `limit` prompts of a dataset with a `prompt` column, and count.
+
+    Raises:
+        UserError: as `encode_prompts`.
+    """
+    rows = dataset.select_columns("prompt") if hasattr(dataset, "select_columns") else dataset
+    counted, batch = min(len(rows), limit), 512
+    longest = cut = 0
+    for first in range(0, counted, batch):
+        prompts = [rows[i]["prompt"] for i in range(first, min(first + batch, counted))]
         ids, _ = encode_prompts(tokenizer, prompts, max_prompt_length=None, chat_template_kwargs=chat_template_kwargs)
         lengths = [len(row) for row in ids]
         longest = max(longest, *lengths)
-        cut += sum(n > max_prompt_length for n in lengths) if max_prompt_length else 0
-    return LengthReport(longest, cut, min(total, limit), total)
-
-
-def _batches(dataset: Dataset, count: int) -> Iterator[list]:
-    for first in range(0, count, _BATCH):
-        yield dataset[first : min(first + _BATCH, count)]["prompt"]
+        cut += sum(length > max_prompt_length for length in lengths) if max_prompt_length is not None else 0
+    return LengthReport(longest, cut, counted, len(rows))

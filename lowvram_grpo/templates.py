@@ -1,8 +1,4 @@
-"""Named ways to ask: a system prompt, a worked turn, and the form in which a reference answers.
-
-A template turns a row into a conversation and, where the row has a reference answer, into the completion that the rewards
-would like best; the cold start learns from those.
-"""
+"""Named ways to put a task to a model, and a chat template for models that have none."""
 
 from __future__ import annotations
 
@@ -13,101 +9,140 @@ from typing import Any
 
 from lowvram_grpo.errors import UserError, did_you_mean
 
-# For base models: no special tokens but the end of a turn, so that any tokenizer carries it.
-PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
-    "{% elif message['role'] == 'user' %}User: {{ message['content'] }}\n"
-    "{% else %}Assistant: {{ message['content'] }}{{ eos_token }}\n{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-
 
 @dataclass(frozen=True)
 class Template:
-    """`few_shot` are (user, assistant) turns shown before the question; `reference` formats a row's answer, or None."""
+    """How the rows of a dataset become prompts of one kind of task.
+
+    Attributes:
+        name: what `--template` calls it.
+        system_prompt: the system turn.
+        few_shot: worked examples, each `{"prompt": str, "completion": str}`; each becomes a user and an assistant turn.
+        answer_columns: columns that may hold the reference answer; the first one present becomes `answer`.
+        reference_needs: columns without which `reference` has nothing to say.
+        reference: a row that has those columns -> the completion that a perfect model would write, or None.
+    """
 
     name: str
     system_prompt: str
-    few_shot: tuple[tuple[str, str], ...]
+    few_shot: tuple[dict[str, str], ...]
     answer_columns: tuple[str, ...]
+    reference_needs: tuple[str, ...]
     reference: Callable[[Mapping[str, Any]], str | None]
 
 
-def _tagged(row: Mapping[str, Any]) -> str | None:
-    return f"<answer>{row['answer'].strip()}</answer>" if row.get("answer") else None
+def _filled(row: Mapping[str, Any], name: str) -> str | None:
+    """The stripped text of a field, None where there is none."""
+    value = row[name]
+    return (value.strip() or None) if isinstance(value, str) else None
 
 
-def _reasoned(row: Mapping[str, Any]) -> str | None:
-    """Only where the data has the reasoning: an empty <think> would teach the model not to think."""
-    if not (row.get("answer") and row.get("reasoning")):
+def _answer_in_tags(row: Mapping[str, Any]) -> str | None:
+    answer = _filled(row, "answer")
+    return f"<answer>{answer}</answer>" if answer else None
+
+
+def _thought_and_answer(row: Mapping[str, Any]) -> str | None:
+    reasoning, answer = _filled(row, "reasoning"), _filled(row, "answer")
+    if not reasoning or not answer:
         return None
-    return f"<think>\n{row['reasoning'].strip()}\n</think>\n<answer>\n{row['answer'].strip()}\n</answer>"
+    return f"<think>\n{reasoning}\n</think>\n<answer>\n{answer}\n</answer>"
 
 
-TEMPLATES: dict[str, Template] = {
-    template.name: template
-    for template in (
-        Template(
-            "tldr",
-            "You write TL;DR summaries: one short sentence with the point of a text. "
-            "Your answer must stand inside <answer></answer>.",
-            (
-                (
-                    "The council voted on Monday to close the old bridge for repairs; it will stay shut until spring.",
-                    "<answer>The old bridge is closed for repairs until spring.</answer>",
-                ),
-            ),
-            ("completion", "answer", "summary"),
-            _tagged,
-        ),
-        Template(
-            "tldr-zh",
-            "你负责为文章写一句简短的摘要。你的回答必须写在 <answer></answer> 之内。",
-            (
-                (
-                    "市议会周一投票决定关闭旧桥进行维修，直到明年春天才重新开放。",
-                    "<answer>旧桥关闭维修，明春重新开放。</answer>",
-                ),
-            ),
-            ("completion", "answer", "summary"),
-            _tagged,
-        ),
-        Template(
-            "r1",
-            "Think first, then answer. Write your reasoning inside <think></think> and after it only the final answer "
-            "inside <answer></answer>.",
-            (),
-            ("answer", "solution", "completion"),
-            _reasoned,
-        ),
-    )
-}
+_SUMMARY_COLUMNS = ("answer", "completion", "summary")
+
+# The example stays near 40 tokens: every prompt of the run pays for it, in the KV cache and in the forward pass.
+_TLDR = Template(
+    name="tldr",
+    system_prompt=(
+        "You write TL;DR summaries: one short sentence that says what matters. "
+        "Your answer must stand inside <answer></answer>."
+    ),
+    few_shot=(
+        {
+            "prompt": "The old bridge closes on Monday for two months of repairs. Drivers should take the tunnel.",
+            "completion": "<answer>The old bridge is shut for two months.</answer>",
+        },
+    ),
+    answer_columns=_SUMMARY_COLUMNS,
+    reference_needs=("answer",),
+    reference=_answer_in_tags,
+)
+
+_TLDR_ZH = Template(
+    name="tldr-zh",
+    system_prompt="你负责写摘要：用一句简短的话说出要点。你的回答必须放在 <answer></answer> 之中。",
+    few_shot=(
+        {
+            "prompt": "老桥将于周一起封闭维修两个月，请司机改走隧道。",
+            "completion": "<answer>老桥封闭维修两个月。</answer>",
+        },
+    ),
+    answer_columns=_SUMMARY_COLUMNS,
+    reference_needs=("answer",),
+    reference=_answer_in_tags,
+)
+
+# After the template of DeepSeek-R1-Zero (arXiv:2501.12948, table 1), in our words.
+_R1 = Template(
+    name="r1",
+    system_prompt=(
+        "You first think the problem through, then give the final answer. Write the reasoning inside <think></think> "
+        "and the answer inside <answer></answer>, and nothing outside of them: "
+        "<think>\nreasoning\n</think>\n<answer>\nanswer\n</answer>"
+    ),
+    few_shot=(),
+    answer_columns=("answer", "solution"),
+    reference_needs=("answer", "reasoning"),
+    reference=_thought_and_answer,
+)
+
+TEMPLATES: dict[str, Template] = {template.name: template for template in (_TLDR, _TLDR_ZH, _R1)}
+
+# The generation prompt ends in a newline, not in a space: BPE vocabularies glue a space to the word after it, so a
+# prompt that ends in one is a prompt no model has seen.
+PLAIN_CHAT_TEMPLATE = (
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ 'Assistant:\n' + message['content'] + eos_token + '\n' }}"
+    "{% else %}{{ message['role'] | capitalize + ': ' + message['content'] + '\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+)
 
 
-def find(name: str) -> Template:
-    """The template called `name`.
+def template(name: str) -> Template:
+    """The template of that name.
 
     Raises:
-        UserError: there is none; lists those there are.
+        UserError: there is none; a near name is suggested.
     """
     if name not in TEMPLATES:
         raise UserError(
-            f"There is no template {name!r}{did_you_mean(name, TEMPLATES)}; templates: {', '.join(TEMPLATES)}."
+            f"There is no template {name!r}{did_you_mean(name, TEMPLATES)}; --template takes one of "
+            f"{', '.join(TEMPLATES)}."
         )
     return TEMPLATES[name]
 
 
 def chat_template(name_or_path: str) -> str:
-    """Jinja source of a chat template: `plain`, or the contents of a .jinja file.
+    """Jinja source: `plain` gives `PLAIN_CHAT_TEMPLATE`, anything else is read as a file.
 
     Raises:
-        UserError: neither.
+        UserError: neither `plain` nor a readable, non-empty text file.
     """
     if name_or_path == "plain":
         return PLAIN_CHAT_TEMPLATE
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if not path.is_file():
-        raise UserError(f"--chat-template {name_or_path!r} is neither `plain` nor a .jinja file that exists.")
-    return path.read_text(encoding="utf-8")
+        raise UserError(
+            f"--chat-template {name_or_path} is neither `plain`{did_you_mean(name_or_path, ['plain'])} nor a .jinja "
+            "file that exists."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat-template {name_or_path} can't be read as UTF-8 text: {error}.") from error
+    if not text.strip():
+        raise UserError(f"--chat-template {name_or_path} is an empty file; write a Jinja template into it.")
+    return text

@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetNotFoundError
+
+from lowvram_grpo.data import encode_prompts, is_conversational, load, prepare, prompt_length_report
+from lowvram_grpo.errors import UserError
+
+ROWS = [{"prompt": f"p{i}", "answer": f"a{i}"} for i in range(5)]
+WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "system", "user", "assistant", *"abcdefgh"]
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' and no_system %}{{ raise_exception('no system turn') }}{% endif %}"
+    "<bos> {% for m in messages %}{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def make_tokenizer(*, chat: bool = True, specials: str = "$A"):
+    """Whole words; `specials` says what stands around a plain text, as in `<bos> $A <eos>`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: i for i, word in enumerate(WORDS)}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    around = [(token, ids[token]) for token in ("<bos>", "<eos>")]
+    words.post_processor = processors.TemplateProcessing(single=specials, special_tokens=around)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def prepared(rows, **given):
+    options = dict.fromkeys(("template", "prompt_column", "answer_column", "system_prompt", "few_shot"))
+    return prepare(rows if isinstance(rows, Dataset) else Dataset.from_list(rows), **{**options, **given})
+
+
+def encode(tokenizer, prompts, limit=None, **kwargs):
+    ids, cut = encode_prompts(tokenizer, prompts, max_prompt_length=limit, chat_template_kwargs=kwargs or None)
+    return [" ".join(tokenizer.convert_ids_to_tokens(row)) for row in ids], cut
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+# Loading
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "parquet"])
+def test_load_reads_each_kind_of_file(tmp_path, suffix):
+    file, data = tmp_path / f"rows.{suffix}", Dataset.from_list(ROWS)
+    if suffix == "json":
+        file.write_text(json.dumps(ROWS), encoding="utf-8")
+    elif suffix == "jsonl":
+        data.to_json(file)
+    elif suffix == "parquet":
+        data.to_parquet(file)
+    else:
+        data.to_csv(file, sep="\t" if suffix == "tsv" else ",", index=False)
+    assert load(str(file)).to_list() == ROWS
+
+
+def test_load_reads_saved_folders_and_folders_of_files(tmp_path):
+    data = Dataset.from_list(ROWS)
+    data.save_to_disk(tmp_path / "one")
+    DatasetDict(train=data, test=data.select([4])).save_to_disk(tmp_path / "two")
+    (tmp_path / "files").mkdir()
+    data.to_json(tmp_path / "files" / "train.jsonl")
+    data.select([2]).to_json(tmp_path / "files" / "test.jsonl")
+    assert load(str(tmp_path / "one")).to_list() == ROWS
+    assert load(str(tmp_path / "two")).to_list() == ROWS
+    assert load(str(tmp_path / "two"), split="test").to_list() == ROWS[4:]
+    assert load(str(tmp_path / "files"), split="test").to_list() == [ROWS[2]]
+
+
+def test_load_takes_slices_and_sums_of_splits(tmp_path):
+    data = Dataset.from_list(ROWS)
+    DatasetDict(train=data, test=data.select([4])).save_to_disk(tmp_path / "two")
+    assert load(str(tmp_path / "two"), split="train[1:3]+test").to_list() == [ROWS[1], ROWS[2], ROWS[4]]
+    with pytest.raises(UserError, match=r"write it as train or train\[:1000\]"):
+        load(str(tmp_path / "two"), split="train[1:")
+
+
+def test_load_takes_the_only_split_and_asks_among_several(tmp_path):
+    data = Dataset.from_list(ROWS)
+    DatasetDict(validation=data).save_to_disk(tmp_path / "only")
+    DatasetDict(validation=data, test=data).save_to_disk(tmp_path / "several")
+    assert len(load(str(tmp_path / "only"))) == 5
+    with pytest.raises(UserError, match="no split 'train'; choose one of validation, test"):
+        load(str(tmp_path / "several"))
+    with pytest.raises(UserError, match=r"'tst' \(did you mean 'test'\?\); it has validation, test"):
+        load(str(tmp_path / "several"), split="tst")
+
+
+def test_load_names_what_is_missing_or_unreadable(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"data/rows\.jsonl does not exist"):
+        load("data/rows.jsonl")
+    with pytest.raises(UserError, match=r"C:\\rows does not exist"):
+        load("C:\\rows")
+    odd = tmp_path / "rows.xyz"
+    odd.write_text("x", encoding="utf-8")
+    with pytest.raises(UserError, match="no known kind; give a json, jsonl"):
+        load(str(odd))
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a"}\nnot json\n', encoding="utf-8")
+    with pytest.raises(UserError, match="can't be read: JSON parse error"):
+        load(str(broken))
+
+
+def test_load_says_how_to_go_on_where_the_hub_fails(monkeypatch):
+    def fails(error):
+        def load_dataset(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr("datasets.load_dataset", load_dataset)
+
+    fails(ConnectionError("Couldn't reach the Hub"))
+    with pytest.raises(UserError, match=r"neither a file nor a folder here, nor reachable on the hub.*HF_ENDPOINT"):
+        load("owner/name")
+    fails(DatasetNotFoundError("Dataset 'owner/name' doesn't exist"))
+    with pytest.raises(UserError, match=r"doesn't exist.*local path"):
+        load("owner/name")
+    fails(ValueError("Config name is missing.\nPlease pick one among: ['main', 'socratic']"))
+    with pytest.raises(UserError, match=r"'main', 'socratic'\]; choose one with --data-config\."):
+        load("owner/name")
+
+
+def test_load_refuses_empty_data(tmp_path):
+    Dataset.from_dict({"prompt": []}).save_to_disk(tmp_path / "none")
+    (tmp_path / "zero.jsonl").write_text("", encoding="utf-8")
+    for name in ("none", "zero.jsonl"):
+        with pytest.raises(UserError, match=f"{name} is empty"):
+            load(str(tmp_path / name))
+
+
+# Preparing
+
+
+def test_prepare_keeps_plain_prompts_and_all_columns():
+    assert prepared([{"prompt": "a", "level": 3}]).to_list() == [{"prompt": "a", "level": 3}]
+
+
+def test_prepare_finds_or_takes_the_prompt_column():
+    row = {"text": "t", "problem": "q", "other": "o"}
+    assert prepared([row])["prompt"][0] == "q"
+    assert prepared([row], prompt_column="other").to_list() == [{**row, "prompt": "o"}]
+    with pytest.raises(UserError, match="no prompt column; name one with --prompt-column: article, id"):
+        prepared([{"article": "x", "id": 1}])
+    with pytest.raises(UserError, match=r"'othr' \(did you mean 'other'\?\); choose --prompt-column from: text, pr"):
+        prepared([row], prompt_column="othr")
+
+
+def test_prepare_copies_the_answer_as_text():
+    rows = [{"prompt": "a", "final": 18}, {"prompt": "b", "final": None}]
+    assert prepared(rows, answer_column="final")["answer"][:] == ["18", None]
+    with pytest.raises(UserError, match="no column 'gold'; choose --answer-column from: prompt, final"):
+        prepared(rows, answer_column="gold")
+
+
+@pytest.mark.parametrize("name", ["tldr", "tldr-zh"])
+def test_tldr_makes_turns_an_answer_and_a_reference(name):
+    data = prepared([{"prompt": "long text", "completion": "short"}], template=name)
+    assert sorted(data.column_names) == ["answer", "prompt", "reference_completion"]
+    row = data[0]
+    assert [m["role"] for m in row["prompt"]] == ["system", "user", "assistant", "user"]
+    assert row["prompt"][-1] == user("long text")
+    assert (row["answer"], row["reference_completion"]) == ("short", "<answer>short</answer>")
+
+
+def test_a_completion_column_stays_where_it_is_not_the_answer():
+    assert prepared([{"prompt": "a", "completion": "c"}]).column_names == ["prompt", "completion"]
+
+
+def test_own_system_prompt_and_examples_replace_those_of_the_template():
+    rows, shots = [{"prompt": "x"}], [{"prompt": "1", "completion": "2"}]
+    data = prepared(rows, template="tldr", system_prompt="Mine.", few_shot=shots)
+    assert data[0]["prompt"] == [
+        {"role": "system", "content": "Mine."},
+        user("1"),
+        {"role": "assistant", "content": "2"},
+        user("x"),
+    ]
+    assert prepared(rows, template="tldr", system_prompt="", few_shot=[])[0]["prompt"] == "x"
+
+
+def test_r1_makes_references_only_where_there_is_reasoning():
+    row = {"problem": "1+1?", "solution": "2"}
+    assert "reference_completion" not in prepared([row], template="r1").column_names
+    data = prepared([{**row, "reasoning": "add"}, {**row, "reasoning": ""}], template="r1")
+    assert data["reference_completion"][:] == ["<think>\nadd\n</think>\n<answer>\n2\n</answer>", None]
+    assert data["solution"][:] == data["answer"][:] == ["2", "2"]
+
+
+def test_references_may_first_appear_far_down():
+    rows = [{"prompt": "x", "completion": None}] * 1500 + [{"prompt": "x", "completion": "s"}]
+    references = prepared(rows, template="tldr")["reference_completion"]
+    assert references[0] is None and references[1500] == "<answer>s</answer>"
+
+
+def test_references_of_the_data_win():
+    row = {"prompt": "x", "answer": "s", "reference_completion": "mine"}
+    assert prepared([row], template="tldr")[0]["reference_completion"] == "mine"
+
+
+def test_conversations_get_a_system_turn_only_where_they_have_none():
+    own = {"role": "system", "content": "Own."}
+    rows = [{"prompt": [user("a")]}, {"prompt": [own, user("b")]}]
+    data = prepared(rows, system_prompt="New.")
+    assert data[0]["prompt"] == [{"role": "system", "content": "New."}, user("a")]
+    assert data[1]["prompt"] == [own, user("b")]
+    assert prepared(rows)["prompt"][:] == [[user("a")], [own, user("b")]]
+
+
+def test_examples_go_before_single_turns_only():
+    shots = [{"prompt": "1", "completion": "2"}]
+    several = [user("a"), {"role": "assistant", "content": "b"}, user("c")]
+    data = prepared([{"prompt": [user("a")]}, {"prompt": several}], few_shot=shots)
+    assert [m["content"] for m in data[0]["prompt"]] == ["1", "2", "a"]
+    assert data[1]["prompt"] == several
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a", None], "Row 1 of column 'prompt' is empty"),
+        (["a", "  "], "Row 1 of column 'prompt' is blank"),
+        ([1, 2], "Row 0 of column 'prompt' is int"),
+        ([[user("a")], []], "Row 1 of column 'prompt' is list"),
+        ([[user("a")], [user(None)]], "Row 1 .* a message whose role or content is not text"),
+    ],
+)
+def test_unusable_prompts_are_named_by_row(prompts, message):
+    with pytest.raises(UserError, match=message):
+        prepared(Dataset.from_dict({"prompt": prompts}))
+
+
+def test_text_and_conversations_do_not_mix(tmp_path):
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": p}) for p in ("a", [user("b")])), encoding="utf-8")
+    with pytest.raises(UserError, match="Row 1 of column 'prompt' is a conversation, but row 0 is text"):
+        prepared(load(str(file)))
+
+
+def test_unknown_template():
+    with pytest.raises(UserError, match="no template 'poem'"):
+        prepared(ROWS, template="poem")
+
+
+# Encoding
+
+
+def test_is_conversational():
+    assert is_conversational([user("a")])
+    assert not any(map(is_conversational, ["a", [], ["a"], None]))
+
+
+def test_conversations_end_in_the_generation_prompt_with_special_tokens_once():
+    tokenizer = make_tokenizer(specials="<bos> $A <eos>")
+    assert encode(tokenizer, [[user("a b")]]) == (["<bos> user a b <eos> assistant"], 0)
+
+
+def test_a_last_assistant_turn_goes_on():
+    texts, _ = encode(make_tokenizer(), [[user("a"), {"role": "assistant", "content": "b c"}]])
+    assert texts == ["<bos> user a <eos> assistant b c"]
+
+
+@pytest.mark.parametrize(
+    ("specials", "text"), [("$A", "a b"), ("<bos> $A", "<bos> a b"), ("<bos> $A <eos>", "<bos> a b")]
+)
+def test_plain_text_stays_open_at_its_end(specials, text):
+    assert encode(make_tokenizer(chat=False, specials=specials), ["a b"]) == ([text], 0)
+
+
+def test_an_eos_that_the_prompt_itself_contains_is_kept():
+    assert encode(make_tokenizer(specials="$A <eos>"), ["a <eos>"])[0] == ["a <eos>"]
+
+
+def test_prompts_are_cut_on_the_left_and_counted():
+    texts, cut = encode(make_tokenizer(), ["a b c d", "e f", [user("g h")]], limit=2)
+    assert (texts, cut) == (["c d", "e f", "<eos> assistant"], 2)
+
+
+def test_the_order_of_mixed_prompts_is_kept():
+    texts, _ = encode(make_tokenizer(), ["a", [user("b")], "c"])
+    assert texts == ["a", "<bos> user b <eos> assistant", "c"]
+
+
+def test_no_chat_template_is_said_with_the_way_out():
+    with pytest.raises(UserError, match=r"no chat template; pass --chat-template plain, or a \.jinja file"):
+        encode(make_tokenizer(chat=False), [[user("a")]])
+
+
+def test_a_refused_conversation_is_named_and_template_arguments_arrive():
+    chat = [{"role": "system", "content": "a"}, user("b")]
+    assert encode(make_tokenizer(), [chat])[0] == ["<bos> system a <eos> user b <eos> assistant"]
+    with pytest.raises(UserError, match=r"refuses a conversation of system, user \(no system turn\)"):
+        encode(make_tokenizer(), [chat], no_system=True)
+
+
+def test_a_prompt_without_tokens_is_refused():
+    with pytest.raises(UserError, match="no tokens"):
+        encode(make_tokenizer(), ["a", ""])
+
+
+def test_length_report_counts_before_the_cut():
+    data = Dataset.from_dict({"prompt": ["a", "a b c", "a b", "a b c d e"]})
+    options = {"max_prompt_length": 2, "chat_template_kwargs": None}
+    assert prompt_length_report(make_tokenizer(), data, **options) == (5, 2, 4, 4)
+    assert prompt_length_report(make_tokenizer(), data, limit=3, **options) == (3, 1, 3, 4)
+    assert prompt_length_report(make_tokenizer(), data.to_list(), **options | {"max_prompt_length": None}) == (
+        5,
+        0,
+        4,
+        4,
+    )
