@@ -85,10 +85,10 @@ class Signal:
             facts += f", {', '.join(self.silent)} never fired"
         if self.alive:
             return facts + "."
-        if self.truncated > 0.5:
+        if self.silent and has_references:
+            remedy = "warm the adapter up on the references first (cold start)"
+        elif self.truncated > 0.5:
             remedy = "raise max_completion_length, most completions never finish"
-        elif self.silent and has_references:
-            remedy = "warm the adapter up on the references first (--cold-start auto)"
         elif self.silent:
             remedy = (
                 "show the wanted form in the prompt (--few-shot, --system-prompt), or begin from a model that knows it"

@@ -74,10 +74,8 @@ def _read(path: str, config: str | None) -> Dataset | DatasetDict:
         return load_dataset(path, config)
     except UserError:
         raise
-    except (
-        StopIteration,
-        IndexError,
-    ) as error:  # what `datasets` raises for zero bytes, and for a saved split of no rows
+    # What `datasets` raises for a file of zero bytes, and for a saved split of no rows.
+    except (StopIteration, IndexError) as error:
         raise UserError(
             f"The dataset {path} is empty, or one of its splits is; GRPO needs one prompt or more."
         ) from error
@@ -89,8 +87,7 @@ def _unreadable(path: str, place: Path, error: Exception) -> UserError:
     from datasets.exceptions import DatasetNotFoundError
 
     cause = error.__cause__ or error
-    reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-    reason = reason.rstrip(".")
+    reason = " ".join(str(cause).split())[:300].rstrip(".") or type(cause).__name__
     hint = "; choose one with --data-config" if "config name" in reason.lower() else ""
     if place.exists():
         return UserError(f"The dataset {path} can't be read: {reason}{hint}.")

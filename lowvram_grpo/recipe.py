@@ -1,7 +1,7 @@
 """One resolved recipe: defaults < preset < recipe file < flags.
 
-A recipe is a flat table. Keys of the job (model, data, rewards, adapter ...) are fields of `Recipe`; every other key is a
-field of GRPOConfig and lands in `Recipe.training`. Anything else is an error with a suggestion.
+A recipe is a flat table. Keys of the job (model, data, rewards, adapter ...) are fields of `Recipe`; every other key is
+a field of GRPOConfig and lands in `Recipe.training`. Anything else is an error with a suggestion.
 """
 
 from __future__ import annotations
@@ -200,10 +200,10 @@ def cast(key: str, value: Any, hint: Any) -> Any:
     """
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     kinds = [typing.get_origin(option) or option for option in options if option is not type(None)]
-    if isinstance(value, str) and type(None) in options:
-        # `none` is a value of some text fields (report_to), and no value of all others.
-        if value.lower() == "null" or (value.lower() == "none" and str not in kinds):
-            return None
+    # `none` is a value of some text fields (report_to), and no value of all others.
+    absent = ("null",) if str in kinds else ("null", "none")
+    if isinstance(value, str) and type(None) in options and value.lower() in absent:
+        return None
     one_text = isinstance(value, str) and "," not in value
     for kind in sorted(kinds, key=_strictness):
         if kind is list and str in kinds and one_text:

@@ -35,6 +35,5 @@ def _summary(directory: Path) -> None:
     rewards = [row["reward"] for row in RunDirectory(directory).metrics() if row.get("reward") is not None]
     first, last = rewards[:10], rewards[-10:]
     if first:
-        print(
-            f"mean reward, first {len(first)} steps: {sum(first) / len(first):.3f}, last {len(last)}: {sum(last) / len(last):.3f}"
-        )
+        before, after = sum(first) / len(first), sum(last) / len(last)
+        print(f"mean reward: {before:.3f} over the first {len(first)} steps, {after:.3f} over the last {len(last)}.")

@@ -49,9 +49,8 @@ def _packages(table: Table) -> list[str]:
             table.add_row(requirement.name, "-", "optional")
         else:
             table.add_row(requirement.name, found or "missing", f"needs {requirement.specifier}")
-            problems.append(
-                f'{requirement.name} is {found or "missing"}; run `{_pip()} install "{requirement.name}{requirement.specifier}"`.'
-            )
+            wanted = f'"{requirement.name}{requirement.specifier}"'
+            problems.append(f"{requirement.name} is {found or 'missing'}; run `{_pip()} install {wanted}`.")
     return problems
 
 

@@ -1,0 +1,169 @@
+"""Whatever a person gets wrong: one sentence that names the cause and the fix, exit code 2, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+
+from lowvram_grpo.cli import app
+
+
+@pytest.fixture
+def job(tmp_path, model_dir):
+    """A job that would run: flags as a dict."""
+    rows = [{"prompt": "a b c", "answer": "1"}, {"prompt": "d e", "answer": "2"}] * 4
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "rewards.py").write_text(
+        "def digits(completions, **kwargs):\n"
+        "    return [sum(w.isdigit() for w in c.split()) / 8 for c in completions]\n"
+        "def raises(completions, **kwargs):\n    raise KeyError('oops')\n"
+        "def short(completions, **kwargs):\n    return [1.0]\n"
+        "def nan(completions, **kwargs):\n    return [float('nan')] * len(completions)\n"
+        "calls = []\n"
+        "def later(completions, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    return digits(completions) if len(calls) < 3 else [1.0]\n",
+        encoding="utf-8",
+    )
+    return {
+        "--model": model_dir, "--data": str(data), "--reward": f"{tmp_path / 'rewards.py'}:digits",
+        "--output-dir": str(tmp_path / "run"), "--max-steps": "1", "--num-generations": "4",
+        "--max-completion-length": "4", "--use-cpu": "true",
+    }  # fmt: skip
+
+
+def train(monkeypatch, capsys, job, *extra, **replaced):
+    """(exit code, stdout, stderr) of `lowvram-grpo train`; an option replaced by None is left out."""
+    options = {**job, **{f"--{k.replace('_', '-')}": v for k, v in replaced.items()}}
+    arguments = [part for k, v in options.items() if v is not None for part in (k, v)]
+    monkeypatch.setattr(sys, "argv", ["lowvram-grpo", "train", *arguments, *extra])
+    with pytest.raises(SystemExit) as stop:
+        app.main()
+    out = capsys.readouterr()
+    return stop.value.code, out.out, out.err
+
+
+def sentence(result):
+    """The one line on stderr of a run that ended with code 2."""
+    code, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err
+    return lines[0]
+
+
+def test_the_job_itself_runs(monkeypatch, capsys, job, tmp_path):
+    code, out, _ = train(monkeypatch, capsys, job)
+    assert code == 0 and "step 1/1" in out
+    run = tmp_path / "run"
+    assert {"recipe.toml", "metrics.jsonl", "completions.jsonl", "adapter", "checkpoint-1"} <= set(os.listdir(run))
+    assert {"adapter_model.safetensors", "tokenizer.json", "README.md"} <= set(os.listdir(run / "adapter"))
+    row = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert row["step"] == 1 and "rewards/digits/mean" in row
+
+
+def test_dry_run_writes_nothing(monkeypatch, capsys, job, tmp_path):
+    code, out, _ = train(monkeypatch, capsys, job, "--dry-run")
+    assert code == 0 and "a b c" in out and "2 prompts x 4 completions" in out and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "replaced,words",
+    [
+        ({"model": "/no/such/model"}, ["/no/such/model"]),
+        ({"model": "nobody/nothing"}, ["nobody/nothing", "hub"]),
+        ({"data": "/no/such/data.jsonl"}, ["/no/such/data.jsonl", "does not exist"]),
+        ({"prompt_column": "question"}, ["question", "prompt, answer"]),
+        ({"answer_column": "solution"}, ["solution", "prompt, answer"]),
+        ({"reward": "acuracy"}, ["acuracy", "accuracy"]),
+        ({"reward": "missing_file.py:f"}, ["missing_file.py"]),
+        ({"reward": None}, ["reward"]),
+        ({"template": "tdlr"}, ["tdlr", "tldr"]),
+        ({"system_prompt": "be brief"}, ["chat template", "--chat-template plain"]),
+        ({"max_prompt_length": "100", "max_completion_length": "126"}, ["128 positions", "max_completion_length"]),
+        ({"lerning_rate": "1"}, ["--lerning-rate", "--learning-rate"]),
+        ({"num_generations": "1"}, ["num_generations", "at least 2"]),
+        ({"num_generations": "many"}, ["num_generations", "int"]),
+        ({"quantization": "int3"}, ["quantization", "nf4"]),
+        ({"preset": "9gb"}, ["9gb", "8gb"]),
+        ({"config": "/no/such/recipe.toml"}, ["/no/such/recipe.toml"]),
+        ({"output_dir": "/proc/version/run"}, ["/proc/version/run", "--output-dir"]),
+        ({"adapter": "/no/such/adapter"}, ["/no/such/adapter"]),
+        ({"resume": "/no/such/run"}, ["/no/such/run"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_one_clear_sentence(monkeypatch, capsys, job, replaced, words):
+    text = sentence(train(monkeypatch, capsys, job, **replaced))
+    for word in words:
+        assert word in text, text
+
+
+@pytest.mark.parametrize(
+    "function,words",
+    [
+        ("raises", ["raises", "KeyError", "oops"]),
+        ("short", ["short", "1", "8"]),
+        ("nan", ["nan"]),
+        ("nowhere", ["digits"]),
+    ],
+)
+def test_a_reward_that_fails_is_named(monkeypatch, capsys, job, function, words):
+    text = sentence(train(monkeypatch, capsys, job, reward=job["--reward"].replace("digits", function)))
+    for word in words:
+        assert word in text, text
+
+
+def test_empty_data(monkeypatch, capsys, job, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    assert "empty" in sentence(train(monkeypatch, capsys, job, data=str(tmp_path / "empty.jsonl")))
+
+
+def test_unknown_key_in_a_recipe_file(monkeypatch, capsys, job, tmp_path):
+    (tmp_path / "r.yaml").write_text("learning_rate: 1e-6\nnum_generation: 4\n", encoding="utf-8")
+    text = sentence(train(monkeypatch, capsys, job, config=str(tmp_path / "r.yaml")))
+    assert "num_generation" in text and "num_generations" in text and "r.yaml" in text
+
+
+def test_a_cpu_only_torch_beside_an_nvidia_card(monkeypatch, capsys, job):
+    import torch
+
+    from lowvram_grpo.memory import devices
+
+    monkeypatch.setattr(devices, "_nvidia_card", lambda: "NVIDIA GeForce RTX 3070")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    text = sentence(train(monkeypatch, capsys, job, use_cpu=None))
+    assert "RTX 3070" in text and "pip install" in text and "--use-cpu" in text
+
+
+def test_an_existing_run_is_not_overwritten(monkeypatch, capsys, job):
+    assert train(monkeypatch, capsys, job)[0] == 0
+    assert "--resume" in sentence(train(monkeypatch, capsys, job))
+
+
+def test_a_mistake_in_the_middle_keeps_the_steps_that_were_done(monkeypatch, capsys, job, tmp_path):
+    reward = job["--reward"].replace("digits", "later")
+    text = sentence(train(monkeypatch, capsys, job, reward=reward, max_steps="5"))
+    assert "2 steps are kept" in text and f"--resume {tmp_path / 'run'}" in text
+    mended = (tmp_path / "rewards.py").read_text(encoding="utf-8").replace("len(calls) < 3", "True")
+    (tmp_path / "rewards.py").write_text(mended, encoding="utf-8")
+    code, out, _ = train(monkeypatch, capsys, {}, resume=str(tmp_path / "run"))
+    assert code == 0 and "resuming from step 2" in out and "step 5/5" in out
+    rows = [json.loads(r) for r in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4, 5]
+
+
+def test_a_base_model_with_the_plain_chat_template(monkeypatch, capsys, job):
+    code, _, err = train(monkeypatch, capsys, job, system_prompt="be brief", chat_template="plain", reward="label")
+    assert code == 0, err
+
+
+def test_a_fresh_adapter_directory_can_be_started_from(monkeypatch, capsys, job, tmp_path):
+    assert train(monkeypatch, capsys, job, max_steps="2", learning_rate="0.01")[0] == 0
+    again = {**job, "--output-dir": str(tmp_path / "second"), "--adapter": str(tmp_path / "run" / "adapter")}
+    assert train(monkeypatch, capsys, again)[0] == 0
+    row = json.loads((tmp_path / "second" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert row["kl"] == 0
