@@ -59,9 +59,8 @@ def test_resume_after_kill_9(tmp_path):
     before = rows(killed)
     assert 8 <= len(before) < STEPS
 
-    out = subprocess.run(
-        command("train", "--plain", "--resume", killed), check=True, env=environment, capture_output=True, text=True, timeout=300
-    )  # fmt: skip
+    resume = command("train", "--plain", "--resume", killed)
+    out = subprocess.run(resume, check=True, env=environment, capture_output=True, text=True, timeout=300)
     assert "resuming from step" in out.stdout
     expected, resumed = rows(whole), rows(killed)
     assert list(resumed) == list(range(1, STEPS + 1))
