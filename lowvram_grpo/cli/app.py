@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from lowvram_grpo import __version__
+from lowvram_grpo.cli.report import report
 from lowvram_grpo.errors import UserError
 
 app = typer.Typer(
@@ -126,15 +126,7 @@ def presets(
     start(name)
 
 
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG to write; default RUN/curves.png.")] = None,
-) -> None:
-    """Plot the curves of a run."""
-    from lowvram_grpo.cli.report import report as start
-
-    start(run, output)
+app.command()(report)
 
 
 def main() -> None:
@@ -146,12 +138,13 @@ def main() -> None:
         code = app(standalone_mode=False)
     except UserError as error:
         _fail(str(error))
-    except click.UsageError as error:
-        _fail(error.format_message())
-    except click.exceptions.Exit as stop:
-        code = stop.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         code = 130
+    except Exception as error:
+        # typer's own usage errors; their class moved when typer took click in, so they are known by what they can do.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message())
     sys.exit(code if isinstance(code, int) else 0)
 
 

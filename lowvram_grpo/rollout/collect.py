@@ -12,7 +12,10 @@ from lowvram_grpo.rewards.runner import RewardRunner
 from lowvram_grpo.rollout.engine import GenerateEngine, RolloutBatch
 
 # What a reward function receives by name anyway, or must not see.
-_NOT_COLUMNS = {"prompt", "completion", "completion_ids", "reference_completion"}
+_NOT_COLUMNS = {
+    "prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
+    "reference_completion",
+}  # fmt: skip
 
 
 class Collector:

@@ -1,0 +1,127 @@
+"""defaults < preset < recipe file < flags, with every value cast and every key known."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowvram_grpo.cli.train import parse_extra
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.recipe import resolve
+
+TRL_YAML = """
+model_name_or_path: Qwen/Qwen2.5-0.5B
+torch_dtype: bfloat16
+dataset_name: trl-lib/tldr
+dataset_train_split: train
+load_in_4bit: true
+use_peft: true
+lora_r: 8
+lora_target_modules: [q_proj, v_proj]
+learning_rate: 1e-6
+weight_decay: 0.1
+num_generations: 16
+reward_funcs:
+  - accuracy
+  - format:0.5
+report_to: none
+"""
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    path = tmp_path / "grpo.yaml"
+    path.write_text(TRL_YAML, encoding="utf-8")
+    return path
+
+
+def test_a_trl_recipe_is_understood(yaml_file):
+    recipe = resolve({}, yaml_file)
+    assert (recipe.model, recipe.data, recipe.split) == ("Qwen/Qwen2.5-0.5B", "trl-lib/tldr", "train")
+    assert (recipe.quantization, recipe.dtype, recipe.lora_r) == ("nf4", "bfloat16", 8)
+    assert recipe.lora_target_modules == ["q_proj", "v_proj"] and recipe.reward == ["accuracy", "format:0.5"]
+    assert recipe.training["learning_rate"] == 1e-6 and recipe.training["num_generations"] == 16
+    assert recipe.training["report_to"] == "none"
+
+
+def test_later_layers_win_and_are_named(yaml_file):
+    recipe = resolve({"learning_rate": "3e-5", "preset": "8gb"}, yaml_file)
+    assert recipe.training["learning_rate"] == 3e-5 and recipe.origin["learning_rate"] == "flag"
+    assert recipe.training["num_generations"] == 16 and recipe.origin["num_generations"] == "file"
+    assert recipe.training["optim"] == "adamw_8bit" and recipe.origin["optim"] == "preset 8gb"
+    assert recipe.training["cold_start"] == "auto" and recipe.origin["cold_start"] == "default"
+
+
+def test_a_written_recipe_resolves_to_itself(yaml_file, tmp_path):
+    flags = {"system_prompt": 'two\nlines and a "quote"', "bf16": "true", "chat_template_kwargs": '{"thinking": false}'}
+    first = resolve(flags, yaml_file)
+    (tmp_path / "recipe.toml").write_text(first.to_toml(), encoding="utf-8")
+    assert resolve({}, tmp_path / "recipe.toml") == first
+    assert first.training["chat_template_kwargs"] == {"thinking": False}
+
+
+def test_flags_of_the_config():
+    line = "--learning-rate 1e-5 --num_generations=4 --bf16 --no-self-test --max-prompt-length -1"
+    assert parse_extra([*line.split(), "--reward-weights", "1", "--reward-weights", "2"]) == {
+        "learning_rate": "1e-5",
+        "num_generations": "4",
+        "bf16": "true",
+        "self_test": "false",
+        "max_prompt_length": "-1",
+        "reward_weights": ["1", "2"],
+    }
+    assert resolve({"reward_weights": ["1", "2"]}).training["reward_weights"] == [1.0, 2.0]
+    assert resolve({"reward_weights": "1,0.5"}).training["reward_weights"] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--lerning-rate", "1"], "--learning-rate"),
+        (["stray"], "stray"),
+        (["--learning-rate"], "needs a value"),
+        (["--no-such-thing"], "--no-such-thing"),
+    ],
+)
+def test_wrong_flags(arguments, words):
+    with pytest.raises(UserError, match=words):
+        parse_extra(arguments)
+
+
+@pytest.mark.parametrize(
+    "text,name,words",
+    [
+        ("learning_rate = ", "r.toml", "not valid"),
+        ("- a\n- b\n", "r.yaml", "table"),
+        ("model: [1, 2", "r.yml", "not valid"),
+        ("num_generations = 4.5\n", "r.toml", "num_generations"),
+        ("vllm_modee = 'x'\n", "r.toml", "vllm_mode"),
+    ],
+)
+def test_wrong_files(tmp_path, text, name, words):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        resolve({}, tmp_path / name)
+
+
+def test_every_preset_resolves():
+    from lowvram_grpo import GRPOConfig, preset
+
+    assert preset.names() == ["8gb", "cpu"]
+    for name in preset.names():
+        recipe = resolve({"preset": name})
+        assert recipe.preset == name and recipe.training.keys() <= set(GRPOConfig.__dataclass_fields__)
+        assert preset.load(name).summary
+
+
+def test_the_automatic_preset_follows_the_card(monkeypatch):
+    from lowvram_grpo import preset
+    from lowvram_grpo.memory import devices
+
+    def card(gib):
+        return devices.Device("cuda", "card", 0, int(gib * 2**30), int(gib * 2**30), (8, 6), True)
+
+    for gib in (4, 8, 24):
+        monkeypatch.setattr(devices, "detect", lambda gib=gib: card(gib))
+        assert preset.pick() == "8gb"
+    monkeypatch.undo()
+    assert preset.pick() == "cpu"
