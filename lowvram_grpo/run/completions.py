@@ -10,9 +10,11 @@ from lowvram_grpo.run import jsonl
 
 
 def as_text(turns: str | Sequence[Mapping[str, Any]]) -> str:
-    """A prompt or completion as text; messages become `role: content` lines."""
+    """A prompt or completion as text; messages become `role: content` lines, a lone reply its content."""
     if isinstance(turns, str):
         return turns
+    if len(turns) == 1 and turns[0]["role"] == "assistant":
+        return turns[0]["content"]
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
