@@ -31,6 +31,7 @@ ALIASES = {
 }
 # Accepted from TRL recipes; LoRA is always on and 4-bit is always NF4.
 IGNORED = ("use_peft", "bnb_4bit_quant_type", "use_bnb_nested_quant", "lora_task_type")
+LOADING = ("load_in_4bit", "load_in_8bit")
 CHOICES = {
     "quantization": ("none", "int8", "nf4"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -80,12 +81,14 @@ class Recipe:
         lines = ["# The resolved recipe of a lowvram-grpo run."]
         for key, value in {**table, **self.training}.items():
             if value is None:
-                continue
+                if key not in self.training:
+                    continue
+                value = "null"  # TOML has no null, and GRPOConfig's default may be a number
+            elif isinstance(value, dict):
+                value = json.dumps(value)  # a table of TOML holds no null either, and swallows the keys after it
             text = tomli_w.dumps({key: value}).strip()
             origin = self.origin.get(key, "default")
             lines.append(text if "\n" in text else f"{text}  # {origin}")
-        # Tables of TOML swallow every plain key after them.
-        lines.sort(key=lambda line: line.startswith("["))
         return "\n".join(lines) + "\n"
 
 
@@ -94,7 +97,8 @@ _JOB_TYPES = {name: hint for name, hint in typing.get_type_hints(Recipe).items()
 
 
 def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe:
-    """Merge defaults, preset, recipe file and flags; values are cast to the type of their field.
+    """Merge defaults, preset, recipe file and flags; values are cast to the type of their field. A flag that is None
+    was not given; a null in a file is a value, where the field has room for it.
 
     Raises:
         UserError: unknown key (with a suggestion and where it stands), a value of the wrong type, an unreadable file.
@@ -102,7 +106,7 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
     from lowvram_grpo import preset
 
     from_file = _named(read_file(config_file), f"in {config_file}") if config_file else {}
-    from_flags = _named(flags, "on the command line")
+    from_flags = _named({k: v for k, v in flags.items() if v is not None}, "on the command line")
     name = from_flags.get("preset") or from_file.get("preset") or "auto"
     chosen = preset.pick() if name == "auto" else name
     layers = {
@@ -127,11 +131,13 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
 def read_file(path: str | Path) -> dict[str, Any]:
     """The table in a TOML or YAML recipe. `1e-6` is a number in both (PyYAML alone reads it as text)."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # editors on Windows like to write the mark
     except OSError as error:
         raise UserError(f"The recipe {str(path)!r} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"The recipe {str(path)!r} is not UTF-8 text; save it as UTF-8.") from error
     try:
-        table = _parse_yaml(text) if Path(path).suffix in (".yaml", ".yml") else _parse_toml(text)
+        table = _parse_yaml(text) if Path(path).suffix.lower() in (".yaml", ".yml") else _parse_toml(text)
     except ValueError as error:
         reason = str(error).strip().replace("\n", " ")
         raise UserError(f"The recipe {str(path)!r} is not valid: {reason}") from error
@@ -152,8 +158,15 @@ def _parse_yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.1 wants a dot in floats; recipes are written without."""
+        """YAML 1.2 in two places where 1.1 surprises: floats need no dot, and off, no, on, yes are words, not bools
+        (`cold_start: off`, `save_strategy: no`)."""
 
+        yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), "tTfF")
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)$"), list("-+0123456789")
     )
@@ -168,20 +181,35 @@ def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     training = training_types()
     for raw, value in table.items():
-        key = raw.replace("-", "_")
-        if key in IGNORED or value is None:
+        key = str(raw).replace("-", "_")
+        if key in IGNORED:
+            if key == "use_peft" and value is not None and not cast(key, value, bool):
+                raise UserError(
+                    f"use_peft is false {where}, but a recipe always trains a LoRA adapter; drop it, or call "
+                    "GRPOTrainer without peft_config to train all weights."
+                )
             continue
-        if key in ("load_in_4bit", "load_in_8bit"):
+        if key in LOADING and value is not None:
             if cast(key, value, bool):
                 found["quantization"] = "nf4" if key == "load_in_4bit" else "int8"
+            else:
+                found.setdefault("quantization", "none")
             continue
         key = ALIASES.get(key, key)
         hint = _JOB_TYPES.get(key) or training.get(key)
-        if hint is None:
+        if hint is None and key not in LOADING:
             known = [*_JOB_TYPES, *training, *ALIASES]
             raise UserError(f"Unknown setting {raw!r} {where}{did_you_mean(key, known)}.")
-        found[key] = cast(key, value, hint)
+        if value is not None:
+            found[key] = cast(key, value, hint)
+        elif type(None) in typing.get_args(hint):
+            found[key] = None
     return found
+
+
+def job_types() -> dict[str, Any]:
+    """Key -> type of every setting of the job, as in `Recipe`."""
+    return dict(_JOB_TYPES)
 
 
 def training_types() -> dict[str, Any]:
@@ -220,6 +248,9 @@ def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
+_WORDS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
+
+
 def _strictness(kind: Any) -> int:
     """Try the narrow types first: every text is a str, few are an int."""
     return {bool: 0, int: 1, float: 2, dict: 3, list: 4}.get(kind, 5 if kind is not str else 6)
@@ -229,7 +260,7 @@ def _as(value: Any, kind: Any, hint: Any) -> Any:
     if kind is bool:
         if isinstance(value, bool):
             return value
-        return {"true": True, "false": False, "yes": True, "no": False}[_lower_or_fail(value)]
+        return _WORDS[_lower_or_fail(value)]
     if kind in (int, float):
         if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
             raise ValueError
@@ -256,6 +287,6 @@ def _as(value: Any, kind: Any, hint: Any) -> Any:
 
 def _lower_or_fail(value: Any) -> str:
     text = str(value).lower()
-    if text not in ("true", "false", "yes", "no"):
+    if text not in _WORDS:
         raise ValueError
     return text

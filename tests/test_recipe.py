@@ -80,6 +80,7 @@ def test_flags_of_the_config():
         (["stray"], "stray"),
         (["--learning-rate"], "needs a value"),
         (["--no-such-thing"], "--no-such-thing"),
+        (["--modle", "x"], "'--model'"),
     ],
 )
 def test_wrong_flags(arguments, words):
@@ -95,12 +96,71 @@ def test_wrong_flags(arguments, words):
         ("model: [1, 2", "r.yml", "not valid"),
         ("num_generations = 4.5\n", "r.toml", "num_generations"),
         ("vllm_modee = 'x'\n", "r.toml", "vllm_mode"),
+        ("1: 2\n", "r.yaml", "Unknown setting 1"),
+        ("use_peft: false\n", "r.yaml", "GRPOTrainer"),
     ],
 )
 def test_wrong_files(tmp_path, text, name, words):
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=words):
         resolve({}, tmp_path / name)
+
+
+def test_a_file_that_is_not_utf8(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_bytes("beta = 1".encode("utf-16"))
+    with pytest.raises(UserError, match="save it as UTF-8"):
+        resolve({}, path)
+    path.write_bytes("beta = 0.5".encode("utf-8-sig"))
+    assert resolve({}, path).training["beta"] == 0.5
+
+
+def test_null_is_a_value_that_survives_the_written_recipe(tmp_path):
+    (tmp_path / "r.yaml").write_text("max_prompt_length: null\n", encoding="utf-8")
+    first = resolve({"chat_template_kwargs": '{"a": null, "b": {"c": 1}}'}, tmp_path / "r.yaml")
+    assert first.training["max_prompt_length"] is None
+    assert resolve({"max_prompt_length": "none"}).training["max_prompt_length"] is None
+    (tmp_path / "recipe.toml").write_text(first.to_toml(), encoding="utf-8")
+    assert resolve({}, tmp_path / "recipe.toml") == first
+    assert "max_prompt_length" not in resolve({"max_prompt_length": None}).training
+
+
+def test_words_that_yaml_1_1_takes_for_bools(tmp_path):
+    text = "cold_start: off\nsave_strategy: no\nbf16: yes\nself_test: false\n"
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    training = resolve({}, tmp_path / "r.yaml").training
+    assert (training["cold_start"], training["save_strategy"]) == ("off", "no")
+    assert training["bf16"] is True and training["self_test"] is False
+
+
+@pytest.mark.parametrize(
+    "settings,quantization",
+    [
+        ({}, "nf4"),
+        ({"load_in_4bit": False}, "none"),
+        ({"load_in_4bit": False, "load_in_8bit": True}, "int8"),
+        ({"load_in_8bit": True, "load_in_4bit": False}, "int8"),
+    ],
+)
+def test_trl_quantization_flags_beat_the_preset(settings, quantization):
+    assert resolve({"preset": "8gb", **settings}).quantization == quantization
+
+
+def test_job_keys_are_flags_in_trls_spelling_too():
+    line = "--lora_r 8 --prompt_column=q --model_name_or_path m --load-in-4bit --use_peft"
+    recipe = resolve(parse_extra(line.split()))
+    assert (recipe.lora_r, recipe.prompt_column, recipe.model, recipe.quantization) == (8, "q", "m", "nf4")
+
+
+def test_a_zero_on_the_command_line_is_a_value(tmp_path, monkeypatch):
+    from lowvram_grpo import job
+    from lowvram_grpo.cli.train import start
+
+    (tmp_path / "r.toml").write_text("lora_dropout = 0.1\n", encoding="utf-8")
+    seen = []
+    monkeypatch.setattr(job, "run", lambda recipe, *, dry_run: seen.append((recipe.lora_dropout, dry_run)))
+    start({"lora_dropout": 0.0, "plain": False}, [], config=tmp_path / "r.toml", resume=None, dry_run=True)
+    assert seen == [(0.0, True)]
 
 
 def test_every_preset_resolves():

@@ -46,6 +46,7 @@ def train(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Folder or hub id of a causal language model.")
     ] = None,
+    model_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     data: Annotated[
         str | None,
         typer.Option("--data", "-d", help="save_to_disk folder, json/jsonl/csv/parquet file or folder, or hub id."),
@@ -73,11 +74,16 @@ def train(
     preset: Annotated[str | None, typer.Option(help="auto, or one of `lowvram-grpo presets`.")] = None,
     quantization: Annotated[str | None, typer.Option("--quantization", "-q", help="none, int8 or nf4.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager or flash_attention_2.")] = None,
     adapter: Annotated[
         str | None, typer.Option(help="Start from this LoRA adapter; it becomes the reference too.")
     ] = None,
     lora_r: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
     lora_alpha: Annotated[int | None, typer.Option(help="Scale of the adapter.")] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="Dropout of the adapter; default 0.")] = None,
+    lora_target_modules: Annotated[
+        str | None, typer.Option(help="all-linear, or module names separated by commas.")
+    ] = None,
     cold_start: Annotated[
         str | None, typer.Option(help="auto, off, or a number of supervised steps on the references.")
     ] = None,
@@ -144,7 +150,10 @@ def main() -> None:
         # typer's own usage errors; their class moved when typer took click in, so they are known by what they can do.
         if not hasattr(error, "format_message"):
             raise
-        _fail(error.format_message())
+        sentence = error.format_message()
+        if not sentence:  # a bare `lowvram-grpo`: typer has printed the help already
+            sys.exit(2)
+        _fail(sentence)
     sys.exit(code if isinstance(code, int) else 0)
 
 

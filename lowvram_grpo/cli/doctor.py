@@ -34,8 +34,12 @@ def start() -> int:
 
 def _packages(table: Table) -> list[str]:
     """A row for each dependency of this package, with its version range; the missing and the misfitting."""
+    try:
+        wanted_here = requires("lowvram-grpo") or []
+    except PackageNotFoundError:  # a bare checkout
+        return [f"lowvram-grpo is not installed; run `{_pip()} install -e .` in its folder."]
     problems = []
-    for requirement in map(Requirement, requires("lowvram-grpo") or []):
+    for requirement in map(Requirement, wanted_here):
         extra = requirement.marker is not None and "extra" in str(requirement.marker)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": "xformers" if extra else ""}):
             continue

@@ -20,7 +20,7 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     from lowvram_grpo.recipe import resolve
     from lowvram_grpo.run.directory import RunDirectory
 
-    flags = {key: value for key, value in options.items() if value not in (None, [], False)}
+    flags = {key: value for key, value in options.items() if not (value is None or value is False or value == [])}
     flags |= parse_extra(extra)
     if resume:
         if config:
@@ -34,15 +34,15 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
 
 
 def parse_extra(arguments: list[str]) -> dict[str, Any]:
-    """GRPOConfig fields from `--learning-rate 1e-5`, `--learning_rate=1e-5`, `--bf16` and `--no-bf16`. A flag given
-    several times makes a list.
+    """Settings without an option of their own (GRPOConfig fields, TRL's names, job keys with underscores) from
+    `--learning-rate 1e-5`, `--learning_rate=1e-5`, `--bf16` and `--no-bf16`. A flag given several times makes a list.
 
     Raises:
         UserError: an argument that is no flag, an unknown flag, or a flag without its value.
     """
-    from lowvram_grpo.recipe import ALIASES, training_types
+    from lowvram_grpo.recipe import ALIASES, IGNORED, LOADING, job_types, training_types
 
-    types = training_types()
+    types = {**training_types(), **job_types(), **dict.fromkeys([*LOADING, "use_peft"], bool)}
     found: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -53,7 +53,7 @@ def parse_extra(arguments: list[str]) -> dict[str, Any]:
         key = name.replace("-", "_")
         if not has_value and key.startswith("no_") and key not in types and key[3:] in types:
             key, value = key[3:], "false"
-        elif key not in types and key not in ALIASES and not key.startswith("load_in_"):
+        elif key not in types and key not in ALIASES and key not in IGNORED:
             known = [f"--{n.replace('_', '-')}" for n in types]
             raise UserError(f"Unknown flag {raw.partition('=')[0]}{did_you_mean('--' + key.replace('_', '-'), known)}.")
         elif not has_value:

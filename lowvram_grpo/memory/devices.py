@@ -51,12 +51,17 @@ def detect(index: int = 0) -> Device:
 
 
 def _nvml_free(index: int) -> int | None:
-    """Free bytes by NVML, None where it is not installed or fails."""
+    """Free bytes of CUDA device `index` by NVML, None where it is not installed or fails.
+
+    Found by UUID: NVML counts every card in PCI order, CUDA only those in CUDA_VISIBLE_DEVICES, the fastest first.
+    """
     try:
         import pynvml
+        import torch
 
         pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index)).free)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
     except Exception:  # NVML is a second opinion: without it there is still the first
         return None
 

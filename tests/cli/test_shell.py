@@ -42,6 +42,11 @@ def test_usage_errors_are_one_sentence():
         assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_no_command_shows_the_help_and_no_error():
+    done = call(code=2)
+    assert "train" in done.stdout + done.stderr and "error:" not in done.stderr
+
+
 def test_demo_starts_and_report_draws_it(tmp_path):
     out = call("demo", "--plain", "--steps", 3, "-o", tmp_path / "run").stdout
     assert "step 3/3" in out and "mean reward" in out

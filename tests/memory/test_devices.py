@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+import sys
+import types
 
 import pytest
 import torch
@@ -29,6 +31,18 @@ def test_free_memory_is_the_smaller_of_two_opinions(monkeypatch):
     assert devices.detect().free_bytes == 6 << 30
     pretend_cuda(monkeypatch, capability=(8, 6), free=7 << 30, total=8 << 30, nvml=None)
     assert devices.detect().free_bytes == 7 << 30
+
+
+def test_nvml_is_asked_about_the_card_that_cuda_means(monkeypatch):
+    free = {"GPU-aaaa": 1 << 30, "GPU-bbbb": 5 << 30}
+    nvml = types.ModuleType("pynvml")
+    nvml.nvmlInit = lambda: None
+    nvml.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
+    nvml.nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(free=free[handle])
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    # As under CUDA_VISIBLE_DEVICES=1: CUDA's device 0 is not NVML's.
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid="bbbb"))
+    assert devices._nvml_free(0) == 5 << 30
 
 
 def test_this_machine():

@@ -104,3 +104,20 @@ def test_padding_does_not_change_scores(model):
         )
         torch.testing.assert_close(together.logps[i, :n], alone.logps[0], rtol=0, atol=1e-5)
     assert together.logps[completion_mask == 0].abs().max() == 0
+
+
+def test_padding_does_not_change_scores_with_absolute_positions():
+    """RoPE forgives a constant shift of the positions; learned positions do not."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.4}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=41, bos_token_id=1, eos_token_id=1, **small)).eval()
+    batch = GenerateEngine(model, sampling(temperature=0.9)).generate(PROMPTS, 2, seed=0)
+    ids, mask = pad_left(batch.prompt_ids, 0, torch.device("cpu"))
+    width = max(map(len, batch.completion_ids))
+    completions = torch.tensor([[*c, *[0] * (width - len(c))] for c in batch.completion_ids])
+    completion_mask = torch.tensor([[1] * len(c) + [0] * (width - len(c)) for c in batch.completion_ids])
+    scored = score(model, ids, mask, completions, completion_mask, temperature=0.9, workspace_mib=1).logps.detach()
+    for row, logps in zip(scored, batch.sampling_per_token_logps):
+        torch.testing.assert_close(row[: len(logps)], logps, rtol=0, atol=1e-4)
