@@ -41,13 +41,15 @@ class ColdStart:
         pad_id: int,
         workspace_mib: int,
         max_grad_norm: float = 1.0,
+        fp16: bool = False,
     ):
-        """`pairs(step)` gives the batch of a step."""
+        """`pairs(step)` gives the batch of a step; `fp16` scales the loss, whose gradients would underflow."""
         self.model, self.pairs = model, pairs
         self.micro_batch_size, self.pad_id, self.workspace_mib = micro_batch_size, pad_id, workspace_mib
         self.max_grad_norm = max_grad_norm
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=fp16)
 
     def step(self, index: int, autocast: Callable) -> float:
         """One optimizer step; returns the mean negative log-prob (nats a token) before it."""
@@ -72,10 +74,12 @@ class ColdStart:
                     workspace_mib=self.workspace_mib,
                 ).logps
             loss = -logps.sum() / tokens
-            loss.backward()
+            self.scaler.scale(loss).backward()
             total += float(loss.detach())
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return total
 

@@ -26,6 +26,11 @@ IMPORTANCE_LEVELS = ("token", "sequence")
 INERT_FIELDS = {
     "ds3_gather_for_generation": "DeepSpeed ZeRO-3 is not supported yet, so there are no sharded weights to gather",
     "cache_implementation": "rollouts choose their own KV cache",
+    "dataloader_drop_last": "a smaller last batch is still whole groups",
+    "dataloader_num_workers": "a row is only a prompt, which the main process reads at no cost",
+    "log_unique_prompts": "one sample is shown a step, and completions.jsonl holds all",
+    "num_completions_to_print": "one sample is shown a step, and completions.jsonl holds all",
+    "torch_compile": "the sampler and the scorer do not go through the compiled forward",
     "cast_lm_head_to_fp32": "logits are always computed in float32 here, tile by tile",
     "use_liger_kernel": "the loss head is already fused here",
     "use_transformers_continuous_batching": "rollouts have their own engine",
@@ -95,6 +100,7 @@ class GRPOConfig(TrainingArguments):
     num_generations_eval: int | None = _help("Completions per prompt in evaluation; as in training when unset.")
     generation_batch_size: int | None = _help("Completions per rollout over all processes.")
     steps_per_generation: int | None = _help("Micro-batches of per_device_train_batch_size served by one rollout.")
+    rollout_batch_size: int | None = _help("(ours) Completions sampled at once, whole groups; unset: all of a rollout.")
 
     # Sampling
     temperature: float = _help("Softmax temperature of the sampler, and of every log-prob. 0 samples greedily.", 0.9)
@@ -181,7 +187,8 @@ class GRPOConfig(TrainingArguments):
         self._check_ranges()
         if self.warmup_ratio is not None and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio
-        if self.bf16 is None:
+        self._emulated_bf16 = bool(self.bf16) and not self.use_cpu and not _has_bf16()
+        if self.bf16 is None or self._emulated_bf16:
             self.bf16, self.fp16 = _pick_autocast(self.fp16, self.use_cpu)
         # From here on checkpointing is ours to switch (policy.load), under one name in every transformers version.
         checkpointing = self.gradient_checkpointing or bool(getattr(self, "activation_checkpointing", None))
@@ -217,6 +224,8 @@ class GRPOConfig(TrainingArguments):
         need(self.prompts_per_step is None or self.prompts_per_step >= 1, "prompts_per_step must be at least 1.")
         need(not (self.generation_batch_size and self.steps_per_generation),
              "generation_batch_size and steps_per_generation say the same thing; set one of them.")  # fmt: skip
+        need(not self.auto_find_batch_size,
+             "auto_find_batch_size does not fit GRPO; lower per_device_train_batch_size: results do not change.")  # fmt: skip
         need(self.workspace_mib >= 1, "workspace_mib must be at least 1.")
         cold = str(self.cold_start)
         need(
@@ -263,6 +272,19 @@ class GRPOConfig(TrainingArguments):
             said.append(
                 "top_p, top_k and min_p bias the sampler: log-probs are those of the full softmax at this temperature."
             )
+        if plan.updates_per_rollout > 1 and plan.completions_per_rollout % plan.updates_per_rollout:
+            said.append(f"{plan.completions_per_rollout} completions a rollout do not divide into "
+                        f"{plan.updates_per_rollout} updates; some get one more.")  # fmt: skip
+        if self.prompts_per_step and self.gradient_accumulation_steps > 1:
+            said.append(
+                f"prompts_per_step {self.prompts_per_step} sets the step; gradient_accumulation_steps has no effect."
+            )
+        if self.kl_estimator == "k1" and self.beta:
+            said.append(
+                "kl_estimator k1 measures the KL but does not restrain it: its expected gradient is zero; use k2 or k3."
+            )
+        if self._emulated_bf16:
+            said.append("this GPU has no bfloat16 in hardware; float16 is used instead.")
         if self.world_size > 1:
             said.append("more than one process is not supported yet; results are only tested on one.")
         return said
@@ -271,12 +293,13 @@ class GRPOConfig(TrainingArguments):
         return json.dumps(self.to_dict(), indent=2, default=str)
 
 
-def _pick_autocast(fp16: bool, use_cpu: bool) -> tuple[bool, bool]:
-    """(bf16, fp16) for this device: bf16 from Ampere on, fp16 on older GPUs, float32 on a CPU.
+def _has_bf16() -> bool:
+    """Whether bfloat16 is in the silicon. `torch.cuda.is_bf16_supported()` also says yes to emulation."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8
 
-    `torch.cuda.is_bf16_supported()` says yes under emulation, hence the look at the compute capability.
-    """
+
+def _pick_autocast(fp16: bool, use_cpu: bool) -> tuple[bool, bool]:
+    """(bf16, fp16) for this device: bf16 from Ampere on, fp16 on older GPUs, float32 on a CPU."""
     if fp16 or use_cpu or not torch.cuda.is_available():
         return False, fp16
-    has_bf16 = torch.cuda.get_device_capability()[0] >= 8
-    return has_bf16, not has_bf16
+    return _has_bf16(), not _has_bf16()

@@ -262,6 +262,29 @@ def _with_turns(prompt: str | list[dict[str, str]], system: list[dict], shots: l
     return [*system, *(shots if len(prompt) == 1 else []), *prompt]
 
 
+def check_dataset(dataset: Any, name: str) -> None:
+    """Whether GRPOTrainer can use a dataset that a script made.
+
+    Raises:
+        UserError: it is missing, has no length, is empty, or has no `prompt` column (those found are listed).
+    """
+    if dataset is None:
+        raise UserError(f"{name} is missing; GRPO needs a dataset with a `prompt` column.")
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_dataset(part, f"{name}[{key!r}]")
+        return
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise UserError(f"{name} has no length (it is a {type(dataset).__name__}); pass a map-style dataset.")
+    if len(dataset) == 0:
+        raise UserError(f"{name} is empty; GRPO needs at least one prompt.")
+    if "prompt" not in dataset[0]:
+        found = ", ".join(dataset[0])
+        raise UserError(
+            f"{name} has no `prompt` column (columns found: {found}); rename the column that holds the prompts."
+        )
+
+
 # Encoding ------------------------------------------------------------------------------------------------------------
 
 

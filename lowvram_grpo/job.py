@@ -121,9 +121,13 @@ def _data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
 
 
 def _config(recipe: Recipe, directory, *, weights: list[float]) -> GRPOConfig:
+    import torch
+
     from lowvram_grpo.config import GRPOConfig
 
     settings = {"reward_weights": weights, **recipe.training}
+    if recipe.dtype == "float16" and torch.cuda.is_available() and not {"bf16", "fp16"} & settings.keys():
+        settings["fp16"] = True  # a float16 base under bfloat16 autocast would have no GradScaler
     settings |= {"output_dir": str(directory.path), "disable_tqdm": True, "model_init_kwargs": None}
     try:
         return GRPOConfig(**settings)

@@ -30,7 +30,7 @@ ALIASES = {
     "adapter_name_or_path": "adapter",
 }
 # Accepted from TRL recipes; LoRA is always on and 4-bit is always NF4.
-IGNORED = ("use_peft", "bnb_4bit_quant_type", "use_bnb_nested_quant", "lora_task_type")
+IGNORED = ("overwrite_output_dir", "use_peft", "bnb_4bit_quant_type", "use_bnb_nested_quant", "lora_task_type")
 LOADING = ("load_in_4bit", "load_in_8bit")
 CHOICES = {
     "quantization": ("none", "int8", "nf4"),
@@ -92,6 +92,8 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
 
+# Who sets one of these counts in completions, as TRL does; a preset's prompts_per_step must not outvote it.
+_TRL_BATCH = ("gradient_accumulation_steps", "generation_batch_size", "steps_per_generation")
 _NOT_WRITTEN = {"training", "origin", "resume", "output_dir"}
 _JOB_TYPES = {name: hint for name, hint in typing.get_type_hints(Recipe).items() if name not in ("training", "origin")}
 
@@ -120,6 +122,10 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
     for layer, settings in layers.items():
         values.update(settings)
         origin.update(dict.fromkeys(settings, layer))
+    if origin.get("prompts_per_step", "").startswith("preset") and any(
+        origin.get(key) in ("file", "flag") for key in _TRL_BATCH
+    ):
+        del values["prompts_per_step"]
     values["preset"] = chosen
     job = {k: v for k, v in values.items() if k in _JOB_TYPES}
     for key, allowed in CHOICES.items():

@@ -18,8 +18,9 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from lowvram_grpo.batching import PromptLoader, PromptSampler
 from lowvram_grpo.config import GRPOConfig
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.data import check_dataset
 from lowvram_grpo.experience import MicroBatch, Rollout, updates_of
+from lowvram_grpo.memory.guard import naming_oom
 from lowvram_grpo.metrics import (
     MetricBook,
     UpdateSums,
@@ -34,7 +35,7 @@ from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.rewards.runner import RewardRunner
 from lowvram_grpo.rollout.collect import Collector
 from lowvram_grpo.rollout.engine import GenerateEngine, end_ids
-from lowvram_grpo.rollout.sampler import Sampling
+from lowvram_grpo.rollout.sampler import sampling_of
 from lowvram_grpo.run.completions import CompletionsLog, as_text
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.scoring import Scores, score
@@ -87,7 +88,7 @@ class GRPOTrainer(Trainer):
     ):
         args = args or GRPOConfig(output_dir="grpo")
         self.observer = observer or Observer(log_completions=args.log_completions)
-        _check_columns(train_dataset, "train_dataset")
+        check_dataset(train_dataset, "train_dataset")
         set_seed(args.seed)
         name = model if isinstance(model, str) else unwrap(model).config._name_or_path
         tokenizer = processing_class or load_tokenizer(name, trust_remote_code=args.trust_remote_code)
@@ -124,7 +125,7 @@ class GRPOTrainer(Trainer):
             timeout=args.reward_timeout,
         )
         self.collector = Collector(
-            GenerateEngine(model, _sampling(args, model, tokenizer)),
+            GenerateEngine(model, sampling_of(args, end_ids(model, tokenizer), tokenizer), args.rollout_batch_size),
             self.rewards,
             tokenizer,
             max_prompt_length=args.max_prompt_length,
@@ -138,6 +139,8 @@ class GRPOTrainer(Trainer):
         if args.log_completions:
             self.completions_log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl"))
         self.pending_rollout: Rollout | None = None
+        self._checked = False
+        self._eval_prefix, self._eval_batches = "eval", 0
         self._updates: list[list[MicroBatch]] | None = None
 
     # Data
@@ -148,14 +151,14 @@ class GRPOTrainer(Trainer):
             prompts=self.plan.prompts_per_rollout,
             repeats=self.plan.steps_per_rollout,
             shuffle=self.grpo_args.shuffle_dataset,
-            seed=self.args.seed,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
         return PromptLoader(self.train_dataset, sampler)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> PromptLoader:
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         data = self.eval_dataset[data] if isinstance(data, str) else data
-        _check_columns(data, "eval_dataset")
+        check_dataset(data, "eval_dataset")
         prompts = max(1, self.args.per_device_eval_batch_size // self.generations_eval)
         return PromptLoader(data, PromptSampler(data, prompts=prompts, repeats=1, shuffle=False, seed=self.args.seed))
 
@@ -169,9 +172,15 @@ class GRPOTrainer(Trainer):
         for notice in self.grpo_args.notices():
             self.observer.notice(notice)
         check_lengths(self)
-        if not resume_from_checkpoint:
+        if not resume_from_checkpoint and not self._checked:
             before_first_step(self)
+        self._checked = True
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def compute_loss_context_manager(self):
+        """Autocast for the sampler and the scorer alike. transformers leaves it to the wrapped `model.forward`, which
+        the scorer does not call."""
+        return self.accelerator.autocast()
 
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch=None) -> Tensor:
         """One optimizer step's gradients, on the rollout that is due or already there."""
@@ -190,11 +199,14 @@ class GRPOTrainer(Trainer):
         self.observer.phase("updating")
         self.model.train()
         self._sums, loss = UpdateSums(), torch.zeros((), device=self.args.device)
-        for micro in update:
-            with self.compute_loss_context_manager():
-                micro_loss = self.compute_loss(model, micro)
-            self.accelerator.backward(micro_loss)
-            loss += micro_loss.detach()
+        with naming_oom("the backward pass", "per_device_train_batch_size"):
+            for micro in update:
+                with self.compute_loss_context_manager():
+                    micro_loss = self.compute_loss(model, micro)
+                self.accelerator.backward(micro_loss)
+                loss += micro_loss.detach()
+        if self.args.torch_empty_cache_steps and step % self.args.torch_empty_cache_steps == 0:
+            torch.cuda.empty_cache()
         seconds = time.perf_counter() - started
         self.metrics["train"].add({**self._sums.take(), "step_time": seconds})
         if tokens:
@@ -205,8 +217,7 @@ class GRPOTrainer(Trainer):
         """This micro-batch's share of the update's loss."""
         scores = self.score(inputs)
         if inputs.old_per_token_logps is None and self.model.training:
-            gap = sampler_metrics(scores.logps.detach(), inputs.sampling_per_token_logps, inputs.completion_mask)
-            self.metrics["train"].add(gap)
+            self._add_sampler_gap(inputs, scores.logps.detach())
         terms = grpo_loss(
             scores.logps,
             inputs.old_per_token_logps,
@@ -219,20 +230,27 @@ class GRPOTrainer(Trainer):
         self._sums.add(terms, scores.entropy, inputs.loss_mask)
         return (terms.loss, scores) if return_outputs else terms.loss
 
+    def _add_sampler_gap(self, micro: MicroBatch, logps: Tensor) -> None:
+        gap = sampler_metrics(logps, micro.sampling_per_token_logps, micro.completion_mask)
+        self.metrics["train"].add(gap)
+
     def score(self, micro: MicroBatch, model: nn.Module | None = None) -> Scores:
         """Log-probs of a micro-batch under the policy, or under `model`."""
-        return score(
-            model or self.model,
-            *micro.sequence(),
-            temperature=self.grpo_args.temperature or 1.0,
-            workspace_mib=self.grpo_args.workspace_mib,
-        )
+        with naming_oom("scoring", "per_device_train_batch_size"):
+            return score(
+                model or self.model,
+                *micro.sequence(),
+                temperature=self.grpo_args.temperature or 1.0,
+                workspace_mib=self.grpo_args.workspace_mib,
+            )
 
     def collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
         """Sample and score the rollout of `step`; its random numbers depend on (seed, step) alone."""
         group = self.plan.num_generations if mode == "train" else self.generations_eval
-        seed = (self.args.seed * 1_000_003 + step * 2 + (mode == "eval")) % 2**63
-        with self.compute_loss_context_manager():
+        # Evaluation draws from seeds of its own, one a batch, the same at every evaluation.
+        place = step if mode == "train" else -1 - self._eval_batches
+        seed = (self.args.seed * 1_000_003 + place) % 2**63
+        with naming_oom("sampling", "rollout_batch_size"), self.compute_loss_context_manager():
             rollout, logged = self.collector.collect(rows, group, seed=seed, trainer_state=self.state)
         lengths = [len(ids) for ids in rollout.batch.completion_ids]
         self.metrics[mode].add(logged)
@@ -275,6 +293,7 @@ class GRPOTrainer(Trainer):
         for micro in (micro for update in updates for micro in update):
             if self.plan.steps_per_rollout > 1:
                 micro.old_per_token_logps = self.score_frozen(micro)
+                self._add_sampler_gap(micro, micro.old_per_token_logps)
             if self.reference is not None:
                 with self.reference.active() as reference:
                     micro.ref_per_token_logps = self.score_frozen(micro, reference)
@@ -294,9 +313,15 @@ class GRPOTrainer(Trainer):
 
     # Evaluation and logging
 
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Remember under which name (`eval_NAME` for one of several datasets) the metrics go out."""
+        self._eval_prefix, self._eval_batches = metric_key_prefix, 0
+        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Sample, reward and score a batch of evaluation prompts; metrics go out under eval_*."""
         rollout = self.collect(inputs, self.state.global_step, mode="eval")
+        self._eval_batches += 1
         self._sums, loss = UpdateSums(), torch.zeros((), device=self.args.device)
         was_training = self.model.training
         self.model.eval()
@@ -312,7 +337,7 @@ class GRPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if any(key.startswith("eval_") for key in logs):
-            logs.update({f"eval_{k}": v for k, v in self.metrics["eval"].take().items()})
+            logs.update({f"{self._eval_prefix}_{k}": v for k, v in self.metrics["eval"].take().items()})
         elif "loss" in logs:
             logs.update(self.metrics["train"].take())
             logs["num_tokens"] = self.state.num_input_tokens_seen
@@ -339,7 +364,7 @@ class GRPOTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.reference is not None and (self.reference.kind == "frozen adapter" or self.grpo_args.sync_ref_model):
+        if self.reference is not None and (self.reference.moved or self.grpo_args.sync_ref_model):
             self.reference.save(output_dir)
         if self.state.global_step % self.plan.steps_per_rollout and self._updates:
             rows = [[asdict(micro) for micro in update] for update in self._updates]
@@ -369,36 +394,3 @@ def _for_transformers(args: GRPOConfig) -> GRPOConfig:
     inner.gradient_checkpointing = inner.activation_checkpointing = False
     inner.remove_unused_columns = False
     return inner
-
-
-def _sampling(args: GRPOConfig, model: nn.Module, tokenizer) -> Sampling:
-    return Sampling(
-        max_new_tokens=args.max_completion_length,
-        eos_ids=end_ids(model, tokenizer),
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k or 0,
-        min_p=args.min_p or 0.0,
-        repetition_penalty=args.repetition_penalty,
-        known_ids=len(tokenizer),
-        extra=args.generation_kwargs or {},
-    )
-
-
-def _check_columns(dataset: Any, name: str) -> None:
-    if dataset is None:
-        raise UserError(f"{name} is missing; GRPO needs a dataset with a `prompt` column.")
-    if isinstance(dataset, dict):
-        for key, part in dataset.items():
-            _check_columns(part, f"{name}[{key!r}]")
-        return
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise UserError(f"{name} has no length (it is a {type(dataset).__name__}); pass a map-style dataset.")
-    if len(dataset) == 0:
-        raise UserError(f"{name} is empty; GRPO needs at least one prompt.")
-    if "prompt" not in dataset[0]:
-        found = ", ".join(dataset[0])
-        raise UserError(
-            f"{name} has no `prompt` column (columns found: {found}); rename the column that holds the prompts."
-        )

@@ -37,7 +37,8 @@ def before_first_step(trainer: GRPOTrainer) -> None:
     rows = next(iter(trainer.get_train_dataloader()))
     pairs = _references(trainer)
     rollout, signal = _probe(trainer, rows)
-    trainer.observer.notice(signal.sentence(has_references=bool(pairs)))
+    if args.signal_check:
+        trainer.observer.notice(signal.sentence(has_references=bool(pairs)))
     if cold.isdigit():
         steps = int(cold)
         if steps and not pairs:
@@ -122,6 +123,7 @@ def _cold_start(trainer: GRPOTrainer, rows: list, pairs: list[int], steps: int, 
         micro_batch_size=trainer.plan.micro_batch_size,
         pad_id=trainer.collector.engine.sampling.pad_id,
         workspace_mib=args.workspace_mib,
+        fp16=args.fp16,
     )
     trainer.observer.notice(f"cold start: up to {steps} supervised steps on {len(pairs)} references.")
     rollout, signal = None, None

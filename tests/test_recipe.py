@@ -185,3 +185,11 @@ def test_the_automatic_preset_follows_the_card(monkeypatch):
         assert preset.pick() == "8gb"
     monkeypatch.undo()
     assert preset.pick() == "cpu"
+
+
+def test_a_presets_prompts_per_step_gives_way_to_trl_batch_sizes():
+    assert "prompts_per_step" in resolve({"preset": "8gb"}).training
+    trl = resolve({"preset": "8gb", "per_device_train_batch_size": "4", "gradient_accumulation_steps": "16"})
+    assert "prompts_per_step" not in trl.training
+    both = resolve({"preset": "8gb", "gradient_accumulation_steps": "16", "prompts_per_step": "3"})
+    assert both.training["prompts_per_step"] == 3

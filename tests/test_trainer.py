@@ -277,3 +277,65 @@ def test_conversations_reach_the_rewards_as_messages(config, model):
     trainer_for(model, config(max_steps=1), data, make_tokenizer(chat=True), reward=reward, peft_config=LORA).train()
     assert seen["prompt"][0]["role"] == "user" and seen["completion"][0]["role"] == "assistant"
     assert isinstance(seen["ids"][0], int) and len(seen["answer"]) == 8 and seen["step"] == 0
+
+
+@pytest.mark.parametrize("peft_config", [LORA, None], ids=["lora", "all-weights"])
+def test_autocast_reaches_sampler_and_scorer_alike(config, dataset, tokenizer, model, peft_config):
+    dtypes = set()
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, i, out: dtypes.add(out.dtype))
+    trainer = trainer_for(model, config(bf16=True), dataset, tokenizer, peft_config=peft_config)
+    trainer.train()
+    assert dtypes == {torch.bfloat16}
+    for row in trainer.state.log_history[:2]:
+        assert row["sampling/sampling_logp_difference/mean"] < 0.1
+    assert trainer.state.log_history[0]["kl"] == 0
+
+
+def test_train_can_be_called_again(config, dataset, tokenizer, model):
+    trainer = trainer_for(model, config(), dataset, tokenizer, peft_config=LORA)
+    trainer.train()
+    trainer.train()
+    assert sum("self-test" in text for text in trainer.observer.said) == 1
+
+
+def test_several_evaluation_datasets_keep_their_names(config, dataset, tokenizer, model):
+    args = config(eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=8)
+    trainer = trainer_for(model, args, dataset, tokenizer, peft_config=LORA, eval_dataset={"a": dataset, "b": dataset})
+    trainer.train()
+    rewards = {k: v for row in trainer.state.log_history for k, v in row.items() if k.endswith("_reward")}
+    assert rewards.keys() == {"eval_a_reward", "eval_b_reward"}
+    assert rewards["eval_a_reward"] == rewards["eval_b_reward"]  # same data, same weights, same seeds
+
+
+def test_a_frozen_model_is_named(config, dataset, tokenizer, model):
+    with pytest.raises(UserError, match="is_trainable=True"):
+        trainer_for(model.requires_grad_(False), config(), dataset, tokenizer)
+
+
+def test_float16_weights_are_trained_in_float32(config, dataset, tokenizer, model):
+    trainer = trainer_for(model.half(), config(max_steps=1), dataset, tokenizer)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("where", ["generate", "score"])
+def test_out_of_memory_names_its_phase(config, dataset, tokenizer, model, monkeypatch, where):
+    import lowvram_grpo.trainer as module
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    trainer = trainer_for(model, config(self_test=False), dataset, tokenizer, peft_config=LORA)
+    if where == "generate":
+        monkeypatch.setattr(trainer.collector.engine, "generate", full)
+    else:
+        monkeypatch.setattr(module, "score", full)
+    with pytest.raises(UserError, match=r"Out of GPU memory during .*Tried to allocate 2.00 GiB"):
+        trainer.train()
+
+
+def test_settings_without_effect_are_all_said(config):
+    said = " ".join(config(num_completions_to_print=3, dataloader_num_workers=2, kl_estimator="k1").notices())
+    for name in ("num_completions_to_print", "dataloader_num_workers", "kl_estimator k1"):
+        assert name in said
+    with pytest.raises(UserError, match="auto_find_batch_size"):
+        config(auto_find_batch_size=True)

@@ -139,6 +139,15 @@ def build_policy(
     elif getattr(model, "is_quantized", False) and not is_peft(model):
         raise UserError("A quantized model cannot be trained directly; pass a peft_config to train an adapter on it.")
     head_of(unwrap(model))
+    keep_differentiable(model)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            "No weight of the model requires grad; load the adapter with is_trainable=True, or pass a peft_config."
+        )
+    for p in model.parameters():
+        # A GradScaler refuses float16 gradients, and small updates vanish in float16 weights.
+        if p.requires_grad and p.dtype == torch.float16:
+            p.data = p.data.float()
     if args.disable_dropout:
         disable_dropout(model)
     if args.gradient_checkpointing:

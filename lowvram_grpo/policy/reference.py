@@ -57,11 +57,16 @@ class Reference:
             self.kind = "adapter off"
         else:
             self.kind = "frozen adapter"
-        self.freeze(self.kind)
+        self._take()
+        #: Whether the reference has weights that do not follow from how the model was loaded: a checkpoint needs them.
+        self.moved = self.kind == "frozen adapter"
 
-    def freeze(self, kind: str | None = None) -> None:
+    def freeze(self) -> None:
         """Make the policy as it is now the reference."""
-        self.kind = kind or ("frozen copy" if self._adapter is None else "frozen adapter")
+        self.kind, self.moved = "frozen copy" if self._adapter is None else "frozen adapter", True
+        self._take()
+
+    def _take(self) -> None:
         if self.kind == "frozen copy":
             self._copy = None  # before the new copy is made: there is no room for three
             self._copy = copy.deepcopy(self._model).eval().requires_grad_(False)
@@ -129,6 +134,7 @@ class Reference:
         path = Path(folder) / _WEIGHTS
         if not path.is_file():
             return
+        self.moved = True
         if self._adapter is not None:
             self.kind = "frozen adapter"
             self._ensure_adapter()

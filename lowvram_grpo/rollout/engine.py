@@ -67,29 +67,36 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 class GenerateEngine:
-    """Samples with transformers' `generate`."""
+    """Samples with transformers' `generate`, at most `rows` completions at once (whole groups; None: all)."""
 
-    def __init__(self, model: nn.Module, sampling: Sampling):
-        self.model, self.sampling = model, sampling
+    def __init__(self, model: nn.Module, sampling: Sampling, rows: int | None = None):
+        self.model, self.sampling, self.rows = model, sampling, rows
 
     def generate(self, prompt_ids: list[list[int]], num_generations: int, *, seed: int) -> RolloutBatch:
         """G completions of each prompt. The same seed, weights and prompts give the same completions."""
-        causal_lm, sampling = unwrap(self.model), self.sampling
-        device = causal_lm.get_input_embeddings().weight.device
-        recorder = LogprobRecorder(sampling.temperature)
-        with sampling_mode(self.model, sampling), seeded(seed, device):
-            ids, mask = pad_left(prompt_ids, sampling.pad_id, device)
-            cache = self._prefill(ids, mask, num_generations)
-            ids, mask = (x.repeat_interleave(num_generations, 0) for x in (ids, mask))
-            sequences = causal_lm.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                logits_processor=sampling.processors(recorder),
-            )
-            completions = sequences[:, ids.shape[1] :]
-            logps = recorder.finish(completions[:, -1]).cpu()
-        return self._ragged(prompt_ids, completions.tolist(), logps, num_generations)
+        batch = RolloutBatch([], [], [], [])
+        at_once = len(prompt_ids) if self.rows is None else max(1, self.rows // num_generations)
+        device = unwrap(self.model).get_input_embeddings().weight.device
+        with sampling_mode(self.model, self.sampling), seeded(seed, device):
+            for first in range(0, len(prompt_ids), at_once):
+                prompts = prompt_ids[first : first + at_once]
+                self._append(batch, prompts, *self._sample(prompts, num_generations, device), num_generations)
+        return batch
+
+    def _sample(self, prompts: list[list[int]], num_generations: int, device: torch.device) -> tuple[list, Tensor]:
+        """Sampled ids, padded, and their log-probs (B, T)."""
+        recorder = LogprobRecorder(self.sampling.temperature)
+        ids, mask = pad_left(prompts, self.sampling.pad_id, device)
+        cache = self._prefill(ids, mask, num_generations)
+        ids, mask = (x.repeat_interleave(num_generations, 0) for x in (ids, mask))
+        sequences = unwrap(self.model).generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            logits_processor=self.sampling.processors(recorder),
+        )
+        completions = sequences[:, ids.shape[1] :]
+        return completions.tolist(), recorder.finish(completions[:, -1]).cpu()
 
     def _prefill(self, ids: Tensor, mask: Tensor, num_generations: int) -> DynamicCache | None:
         """KV of all prompt tokens but the last, computed once a prompt and then repeated G times."""
@@ -108,9 +115,11 @@ class GenerateEngine:
         cache.batch_repeat_interleave(num_generations)
         return cache
 
-    def _ragged(self, prompts: list[list[int]], rows: list[list[int]], logps: Tensor, group: int) -> RolloutBatch:
+    def _append(
+        self, batch: RolloutBatch, prompts: list[list[int]], rows: list[list[int]], logps: Tensor, group: int
+    ) -> None:
+        """Cut each row behind its first end token."""
         ends = set(self.sampling.eos_ids)
-        batch = RolloutBatch([], [], [], [])
         for i, row in enumerate(rows):
             stop = next((t for t, token in enumerate(row) if token in ends), None)
             length = len(row) if stop is None else stop + 1
@@ -118,7 +127,6 @@ class GenerateEngine:
             batch.completion_ids.append(row[:length])
             batch.sampling_per_token_logps.append(logps[i, :length])
             batch.truncated.append(stop is None)
-        return batch
 
 
 def end_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:

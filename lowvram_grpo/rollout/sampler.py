@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+if TYPE_CHECKING:
+    from lowvram_grpo.config import GRPOConfig
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,23 @@ class Sampling:
         if self.repetition_penalty != 1.0:
             chain.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         return LogitsProcessorList(chain)
+
+
+def sampling_of(args: GRPOConfig, eos_ids: tuple[int, ...], tokenizer) -> Sampling:
+    """The sampler that a training configuration asks for."""
+    known = max([*tokenizer.get_vocab().values(), *eos_ids], default=None)
+    return Sampling(
+        max_new_tokens=args.max_completion_length,
+        eos_ids=eos_ids,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k or 0,
+        min_p=args.min_p or 0.0,
+        repetition_penalty=args.repetition_penalty,
+        known_ids=None if known is None else known + 1,
+        extra=args.generation_kwargs or {},
+    )
 
 
 class ForbidUnknown(LogitsProcessor):

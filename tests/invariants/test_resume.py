@@ -46,12 +46,15 @@ def test_resume_is_exact(config, dataset, tokenizer, peft_config, settings, tmp_
         assert torch.equal(value, again[name]), name
 
 
-def test_resume_after_a_cold_start_keeps_its_reference(config, tokenizer, tmp_path):
+@pytest.mark.parametrize("peft_config", [LORA, None], ids=["lora", "all-weights"])
+def test_resume_after_a_cold_start_keeps_its_reference(config, tokenizer, tmp_path, peft_config):
     data = Dataset.from_dict({"prompt": ["a b", "c d", "e f", "g h"] * 3, "reference_completion": ["1 2 3"] * 12})
     settings = {"cold_start": 4, "cold_start_learning_rate": 1e-2}
-    whole, weights = run(config, data, tokenizer, LORA, output_dir=str(tmp_path / "a"), **settings)
+    whole, weights = run(config, data, tokenizer, peft_config, output_dir=str(tmp_path / "a"), **settings)
     assert whole[1]["kl"] == 0
     checkpoint = str(tmp_path / "a" / "checkpoint-3")
-    rest, again = run(config, data, tokenizer, LORA, output_dir=str(tmp_path / "b"), resume=checkpoint, **settings)
+    rest, again = run(
+        config, data, tokenizer, peft_config, output_dir=str(tmp_path / "b"), resume=checkpoint, **settings
+    )
     assert [rest[s]["kl"] for s in range(4, 8)] == [whole[s]["kl"] for s in range(4, 8)]
     assert all(torch.equal(value, again[name]) for name, value in weights.items())

@@ -121,3 +121,12 @@ def test_padding_does_not_change_scores_with_absolute_positions():
     scored = score(model, ids, mask, completions, completion_mask, temperature=0.9, workspace_mib=1).logps.detach()
     for row, logps in zip(scored, batch.sampling_per_token_logps):
         torch.testing.assert_close(row[: len(logps)], logps, rtol=0, atol=1e-4)
+
+
+def test_sampling_in_parts_keeps_groups_whole(model):
+    whole = GenerateEngine(model, sampling(temperature=0)).generate(PROMPTS, 4, seed=0)
+    for rows in (1, 4, 9):
+        parts = GenerateEngine(model, sampling(temperature=0), rows).generate(PROMPTS, 4, seed=0)
+        assert parts.completion_ids == whole.completion_ids and parts.prompt_ids == whole.prompt_ids
+    seen = GenerateEngine(model, sampling(), 4).generate([PROMPTS[0]] * 2, 4, seed=0).completion_ids
+    assert seen[:4] != seen[4:]
