@@ -225,7 +225,7 @@ class GRPOConfig(TrainingArguments):
         need(not (self.generation_batch_size and self.steps_per_generation),
              "generation_batch_size and steps_per_generation say the same thing; set one of them.")  # fmt: skip
         need(not self.auto_find_batch_size,
-             "auto_find_batch_size does not fit GRPO; lower per_device_train_batch_size: results do not change.")  # fmt: skip
+             "auto_find_batch_size does not fit GRPO; lower per_device_train_batch_size instead.")  # fmt: skip
         need(self.workspace_mib >= 1, "workspace_mib must be at least 1.")
         cold = str(self.cold_start)
         need(
