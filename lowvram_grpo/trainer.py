@@ -140,6 +140,7 @@ class GRPOTrainer(Trainer):
             self.completions_log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl"))
         self.pending_rollout: Rollout | None = None
         self._checked = False
+        self._early_log: list[dict[str, Any]] = []
         self._eval_prefix, self._eval_batches = "eval", 0
         self._updates: list[list[MicroBatch]] | None = None
 
@@ -174,6 +175,7 @@ class GRPOTrainer(Trainer):
         check_lengths(self)
         if not resume_from_checkpoint and not self._checked:
             before_first_step(self)
+            self._early_log = list(self.state.log_history)
         self._checked = True
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -336,6 +338,9 @@ class GRPOTrainer(Trainer):
         return loss, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.is_in_train and self._early_log:
+            # transformers began a new state after the cold start; its rows belong to this run's history all the same.
+            self.state.log_history[:0], self._early_log = self._early_log, []
         if any(key.startswith("eval_") for key in logs):
             logs.update({f"{self._eval_prefix}_{k}": v for k, v in self.metrics["eval"].take().items()})
         elif "loss" in logs:

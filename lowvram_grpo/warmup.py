@@ -49,6 +49,7 @@ def before_first_step(trainer: GRPOTrainer) -> None:
     elif cold == "auto" and signal.absent and pairs:
         steps = args.cold_start_max_steps
     if steps:
+        trainer.log(_cold_row(0, signal))
         rollout = _cold_start(trainer, rows, pairs, steps, stop_early=cold == "auto")
     if args.self_test:
         _self_test(trainer, rollout)
@@ -130,11 +131,10 @@ def _cold_start(trainer: GRPOTrainer, rows: list, pairs: list[int], steps: int, 
     for step in range(steps):
         trainer.observer.phase(f"cold start {step + 1}/{steps}")
         loss = warm.step(step, trainer.compute_loss_context_manager)
-        logs = {"cold_start/step": step + 1, "cold_start/loss": loss}
-        if (step + 1) % _PROBE_EVERY == 0 or step + 1 == steps:
+        probed = (step + 1) % _PROBE_EVERY == 0 or step + 1 == steps
+        if probed:
             rollout, signal = _probe(trainer, rows)
-            logs |= {"cold_start/reward": signal.mean, "cold_start/dead_groups": signal.dead}
-        trainer.log(logs)
+        trainer.log({"cold_start/loss": loss, **_cold_row(step + 1, signal if probed else None)})
         if stop_early and signal is not None and signal.alive:
             break
     outcome = "a live signal" if signal.alive else "still no live signal"
@@ -146,6 +146,13 @@ def _cold_start(trainer: GRPOTrainer, rows: list, pairs: list[int], steps: int, 
         trainer.reference.freeze()
     trainer._save(os.path.join(trainer.args.output_dir, "cold_start"))
     return rollout
+
+
+def _cold_row(step: int, signal: Signal | None) -> dict[str, float]:
+    row = {"cold_start/step": step}
+    if signal is not None:
+        row |= {"cold_start/reward": signal.mean, "cold_start/dead_groups": signal.dead}
+    return row
 
 
 def _self_test(trainer: GRPOTrainer, rollout: Rollout) -> None:

@@ -135,10 +135,10 @@ class Console(Observer, TrainerCallback):
         if self._live is None and {"reward", "eval_reward"} & numbers.keys():
             self._print(self._line(step, numbers))
         elif self._live is None and "cold_start/reward" in numbers:
-            done, loss, reward, dead = (
-                numbers[f"cold_start/{name}"] for name in ("step", "loss", "reward", "dead_groups")
-            )
-            self._print(f"cold start {done:.0f}  loss {decimal(loss)}  reward {decimal(reward)}  dead {percent(dead)}")
+            forms = {"loss": decimal, "reward": decimal, "dead_groups": percent}
+            cold = {name: numbers.get(f"cold_start/{name}") for name in forms}
+            parts = [f"{name.split('_')[0]} {forms[name](value)}" for name, value in cold.items() if value is not None]
+            self._print("  ".join([f"cold start {numbers.get('cold_start/step', 0):.0f}", *parts]))
 
     def _line(self, step: int, numbers: dict[str, float]) -> str:
         total = self._view.total_steps

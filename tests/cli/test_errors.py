@@ -167,3 +167,14 @@ def test_a_fresh_adapter_directory_can_be_started_from(monkeypatch, capsys, job,
     assert train(monkeypatch, capsys, again)[0] == 0
     row = json.loads((tmp_path / "second" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert row["kl"] == 0
+
+
+def test_a_cold_start_through_the_command_line(monkeypatch, capsys, job, tmp_path):
+    """Both kinds of console see every row that a cold start logs."""
+    cold = {"template": "tldr", "chat_template": "plain", "reward": None, "cold_start": "2"}
+    code, out, err = train(monkeypatch, capsys, job, **cold)
+    assert code == 0, err
+    assert (
+        "cold start 0  reward 0.00" in out and "cold start 2  loss" in out and "cold start ended after 2 steps" in out
+    )
+    assert (tmp_path / "run" / "cold_start" / "adapter_model.safetensors").is_file()
