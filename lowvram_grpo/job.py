@@ -122,6 +122,7 @@ def _data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
 
 def _config(recipe: Recipe, directory, *, weights: list[float]) -> GRPOConfig:
     import torch
+    from transformers.integrations import get_available_reporting_integrations
 
     from lowvram_grpo.config import GRPOConfig
 
@@ -130,9 +131,14 @@ def _config(recipe: Recipe, directory, *, weights: list[float]) -> GRPOConfig:
         settings["fp16"] = True  # a float16 base under bfloat16 autocast would have no GradScaler
     settings |= {"output_dir": str(directory.path), "disable_tqdm": True, "model_init_kwargs": None}
     try:
-        return GRPOConfig(**settings)
+        args = GRPOConfig(**settings)
     except (ValueError, TypeError) as error:
         raise UserError(f"The training settings do not fit together: {error}") from error
+    available = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name != "none" and name not in available:
+            raise UserError(f"report_to asks for {name}, which is not installed; `pip install {name}`, or drop it.")
+    return args
 
 
 def _model(recipe: Recipe, args: GRPOConfig):

@@ -7,6 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.tables import parse_toml
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,19 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Preset:
-    """The preset called `name`, its settings checked and cast.
+    """The preset called `name`; its settings are checked when a recipe takes them up.
 
     Raises:
-        UserError: there is none (lists those there are), or it has a key that no recipe has.
+        UserError: there is none (lists those there are), or the file has an unknown key.
     """
-    from lowvram_grpo.recipe import _named, _parse_toml
-
     file = _folder() / f"{name}.toml"
     if not file.is_file():
         known = sorted(entry.name[:-5] for entry in _folder().iterdir() if entry.name.endswith(".toml"))
         raise UserError(f"There is no preset {name!r}{did_you_mean(name, known)}; presets: auto, {', '.join(known)}.")
-    table = _parse_toml(file.read_text(encoding="utf-8"))
+    table = parse_toml(file.read_text(encoding="utf-8"))
     if unknown := table.keys() - {"summary", "vram_gib", "settings"}:
         raise UserError(f"Preset {name} has an unknown key {sorted(unknown)[0]!r}.")
-    return Preset(name, table["summary"], table.get("vram_gib"), _named(table.get("settings", {}), f"in preset {name}"))
+    return Preset(name, table["summary"], table.get("vram_gib"), table.get("settings", {}))
 
 
 def pick() -> str:

@@ -7,7 +7,6 @@ a field of GRPOConfig and lands in `Recipe.training`. Anything else is an error 
 from __future__ import annotations
 
 import json
-import re
 import types
 import typing
 from collections.abc import Mapping
@@ -15,7 +14,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lowvram_grpo import preset
 from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.tables import read_table
 
 # Keys of TRL's and open-r1's recipes that have another name here.
 ALIASES = {
@@ -105,15 +106,13 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
     Raises:
         UserError: unknown key (with a suggestion and where it stands), a value of the wrong type, an unreadable file.
     """
-    from lowvram_grpo import preset
-
-    from_file = _named(read_file(config_file), f"in {config_file}") if config_file else {}
+    from_file = _named(read_table(config_file), f"in {config_file}") if config_file else {}
     from_flags = _named({k: v for k, v in flags.items() if v is not None}, "on the command line")
     name = from_flags.get("preset") or from_file.get("preset") or "auto"
     chosen = preset.pick() if name == "auto" else name
     layers = {
         "default": _named(JOB_DEFAULTS, "in the defaults"),
-        f"preset {chosen}": preset.load(chosen).settings,
+        f"preset {chosen}": _named(preset.load(chosen).settings, f"in preset {chosen}"),
         "file": from_file,
         "flag": from_flags,
     }
@@ -132,54 +131,6 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
         if key in job and job[key] not in allowed:
             raise UserError(f"{key} is {job[key]!r}; it must be one of {', '.join(allowed)}.")
     return Recipe(**job, training={k: v for k, v in values.items() if k not in _JOB_TYPES}, origin=origin)
-
-
-def read_file(path: str | Path) -> dict[str, Any]:
-    """The table in a TOML or YAML recipe. `1e-6` is a number in both (PyYAML alone reads it as text)."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # editors on Windows like to write the mark
-    except OSError as error:
-        raise UserError(f"The recipe {str(path)!r} cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"The recipe {str(path)!r} is not UTF-8 text; save it as UTF-8.") from error
-    try:
-        table = _parse_yaml(text) if Path(path).suffix.lower() in (".yaml", ".yml") else _parse_toml(text)
-    except ValueError as error:
-        reason = str(error).strip().replace("\n", " ")
-        raise UserError(f"The recipe {str(path)!r} is not valid: {reason}") from error
-    if not isinstance(table, dict):
-        raise UserError(f"The recipe {str(path)!r} must be a table of keys and values.")
-    return table
-
-
-def _parse_toml(text: str) -> Any:
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
-    return tomllib.loads(text)
-
-
-def _parse_yaml(text: str) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """YAML 1.2 in two places where 1.1 surprises: floats need no dot, and off, no, on, yes are words, not bools
-        (`cold_start: off`, `save_strategy: no`)."""
-
-        yaml_implicit_resolvers = {
-            first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
-    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), "tTfF")
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)$"), list("-+0123456789")
-    )
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
 
 
 def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:

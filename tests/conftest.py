@@ -10,6 +10,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 
+from lowvram_grpo.run.observer import Observer
+
 # Tiny operations gain nothing from threads, and lose minutes to them on a machine that is shared.
 torch.set_num_threads(1)
 
@@ -84,6 +86,17 @@ def dataset():
 def digit_share(completions, **kwargs):
     """Reward: the share of digits in the completion. Dense, so that groups differ."""
     return [sum(w.isdigit() for w in c.split()) / max(len(c.split()), 1) for c in completions]
+
+
+class Quiet(Observer):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.said: list[str] = []
+
+    def notice(self, text):
+        self.said.append(text)
 
 
 @pytest.fixture

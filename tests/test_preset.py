@@ -7,6 +7,7 @@ import pytest
 from lowvram_grpo import preset
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory import devices
+from lowvram_grpo.recipe import resolve
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_the_largest_that_fits_is_picked(folder, monkeypatch, gib, name):
 def test_a_wrong_preset_is_named(folder, extra, settings, words):
     write(folder, "odd", extra, settings)
     with pytest.raises(UserError, match=words):
-        preset.load("odd")
+        resolve({"preset": "odd"})
 
 
 def test_a_preset_that_is_not_there(folder):

@@ -6,24 +6,14 @@ import math
 
 import pytest
 import torch
-from conftest import digit_share, make_model, make_tokenizer
+from conftest import Quiet, digit_share, make_model, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from lowvram_grpo import GRPOTrainer, UserError
-from lowvram_grpo.run.observer import Observer
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-class Quiet(Observer):
-    def __init__(self):
-        super().__init__()
-        self.said: list[str] = []
-
-    def notice(self, text):
-        self.said.append(text)
 
 
 def trainer_for(model, config, dataset, tokenizer, reward=digit_share, **kwargs):

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import Quiet, make_model
 from datasets import Dataset
 from peft import LoraConfig
 
 from lowvram_grpo import GRPOTrainer, UserError
 from lowvram_grpo.checks import Signal
 from lowvram_grpo.cold_start import ColdStart, reference_ids
-from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.scoring import score
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 WANTED = "1 2 3"
-
-
-class Quiet(Observer):
-    def __init__(self):
-        super().__init__()
-        self.said: list[str] = []
-
-    def notice(self, text):
-        self.said.append(text)
 
 
 def exactly(completions, **kwargs):

@@ -13,10 +13,11 @@ def start(output_dir: Path | None, steps: int | None, *, plain: bool) -> None:
     """Train on the CPU whatever the machine has: the demo is the same everywhere."""
     hush()
     from lowvram_grpo.job import run
-    from lowvram_grpo.recipe import read_file, resolve
+    from lowvram_grpo.recipe import resolve
+    from lowvram_grpo.tables import read_table
 
     recipe_file = _ASSETS / "recipe.toml"
-    table = read_file(recipe_file)
+    table = read_table(recipe_file)
     flags = {"model": str(_ASSETS / table["model"]), "data": str(_ASSETS / table["data"]), "preset": "cpu"}
     flags |= {
         "use_cpu": True,

@@ -93,6 +93,7 @@ def test_dry_run_writes_nothing(monkeypatch, capsys, job, tmp_path):
         ({"output_dir": "/proc/version/run"}, ["/proc/version/run", "--output-dir"]),
         ({"adapter": "/no/such/adapter"}, ["/no/such/adapter"]),
         ({"resume": "/no/such/run"}, ["/no/such/run"]),
+        ({"report_to": "comet_ml"}, ["comet_ml", "pip install"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
