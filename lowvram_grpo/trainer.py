@@ -398,4 +398,5 @@ def _for_transformers(args: GRPOConfig) -> GRPOConfig:
     inner.gradient_accumulation_steps = 1
     inner.gradient_checkpointing = inner.activation_checkpointing = False
     inner.remove_unused_columns = False
+    inner._n_gpu = min(args.n_gpu, 1)  # transformers would wrap the model in DataParallel where it sees two cards
     return inner
