@@ -26,22 +26,28 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     Raises:
         UserError: anything a person can mend.
     """
+    from lowvram_grpo.data import load
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS, resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
+    from lowvram_grpo.templates import guess
 
     _check_device(recipe)
     if not recipe.model:
         raise UserError("No model given; pass --model with a folder or a hub id.")
     if not recipe.data:
         raise UserError("No data given; pass --data with a folder, a json/jsonl/csv/parquet file or a hub id.")
-    specs = recipe.reward or TEMPLATE_REWARDS.get(_template_family(recipe.template), [])
+    tokenizer = _tokenizer(recipe)
+    raw = load(recipe.data, config=recipe.data_config, split=recipe.split)
+    if not recipe.template and not recipe.reward:
+        recipe.template = guess(raw.column_names)
+        recipe.origin["template"] = "guessed from the columns"
+    specs = recipe.reward or TEMPLATE_REWARDS.get(recipe.template, [])
     if not specs:
         raise UserError(
             "No reward given; pass --reward with a built-in name or path/to/file.py:function, or a --template."
         )
     rewards = [resolve_reward(spec) for spec in specs]
-    tokenizer = _tokenizer(recipe)
-    train_data, eval_data = _data(recipe)
+    train_data, eval_data = _data(recipe, raw)
     if dry_run:
         _print_plan(recipe, specs, tokenizer, train_data, eval_data)
         return Path(recipe.output_dir or "runs")
@@ -51,10 +57,6 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     args = _config(recipe, directory, weights=[weight for _, weight in rewards])
     _train(recipe, args, directory, [f for f, _ in rewards], tokenizer, train_data, eval_data)
     return directory.path
-
-
-def _template_family(template: str | None) -> str | None:
-    return template.split("-")[0] if template else None
 
 
 def _check_device(recipe: Recipe) -> None:
@@ -101,12 +103,12 @@ def _few_shot(path: str | None) -> list[dict] | None:
     return turns
 
 
-def _data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
+def _data(recipe: Recipe, raw: Dataset) -> tuple[Dataset, Dataset | None]:
     from lowvram_grpo.data import load, prepare
 
-    def prepared(path: str, split: str | None) -> Dataset:
+    def prepared(dataset: Dataset) -> Dataset:
         return prepare(
-            load(path, config=recipe.data_config, split=split),
+            dataset,
             template=recipe.template,
             prompt_column=recipe.prompt_column,
             answer_column=recipe.answer_column,
@@ -116,8 +118,9 @@ def _data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
 
     evaluated = None
     if recipe.eval_data or recipe.eval_split:
-        evaluated = prepared(recipe.eval_data or recipe.data, recipe.eval_split)
-    return prepared(recipe.data, recipe.split), evaluated
+        place = recipe.eval_data or recipe.data
+        evaluated = prepared(load(place, config=recipe.data_config, split=recipe.eval_split))
+    return prepared(raw), evaluated
 
 
 def _config(recipe: Recipe, directory, *, weights: list[float]) -> GRPOConfig:
@@ -172,6 +175,7 @@ def _lora(recipe: Recipe):
 def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -> None:
     from transformers.trainer_callback import PrinterCallback
 
+    from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
     from lowvram_grpo.run.completions import CompletionsLog
     from lowvram_grpo.run.console import Console
     from lowvram_grpo.run.interrupt import StopAfterStep
@@ -183,6 +187,11 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -
     subtitle = f"{recipe.model} on {recipe.data}"
     with Console("lowvram-grpo", subtitle, plain=recipe.plain or None, log_completions=args.log_completions) as console:
         console.notice(f"run directory: {directory.path}")
+        if recipe.origin.get("template", "").startswith("guessed"):
+            console.notice(
+                f"neither --template nor --reward given: by its columns the data is for template {recipe.template}, "
+                f"with rewards {', '.join(TEMPLATE_REWARDS[recipe.template])}."
+            )
         if recipe.resume:
             where = f"step {_step_of(checkpoint)}" if checkpoint else "the beginning: no whole checkpoint was found"
             console.notice(f"resuming from {where}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,14 @@ def template(name: str) -> Template:
             f"{', '.join(TEMPLATES)}."
         )
     return TEMPLATES[name]
+
+
+def guess(columns: Collection[str]) -> str | None:
+    """The template that data with these columns was made for: `completion` is TL;DR's reference, `solution` or
+    `answer` that of a question with one right answer."""
+    if "completion" in columns:
+        return "tldr"
+    return "r1" if {"solution", "answer"} & set(columns) else None
 
 
 def chat_template(name_or_path: str) -> str:

@@ -80,7 +80,6 @@ def test_dry_run_writes_nothing(monkeypatch, capsys, job, tmp_path):
         ({"answer_column": "solution"}, ["solution", "prompt, answer"]),
         ({"reward": "acuracy"}, ["acuracy", "accuracy"]),
         ({"reward": "missing_file.py:f"}, ["missing_file.py"]),
-        ({"reward": None}, ["reward"]),
         ({"template": "tdlr"}, ["tdlr", "tldr"]),
         ({"system_prompt": "be brief"}, ["chat template", "--chat-template plain"]),
         ({"max_prompt_length": "100", "max_completion_length": "126"}, ["128 positions", "max_completion_length"]),
@@ -121,6 +120,22 @@ def test_a_reward_that_fails_is_named(monkeypatch, capsys, job, function, words)
 def test_empty_data(monkeypatch, capsys, job, tmp_path):
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     assert "empty" in sentence(train(monkeypatch, capsys, job, data=str(tmp_path / "empty.jsonl")))
+
+
+def test_no_reward_and_nothing_to_guess_from(monkeypatch, capsys, job, tmp_path):
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "a b"}\n', encoding="utf-8")
+    text = sentence(train(monkeypatch, capsys, job, data=str(tmp_path / "bare.jsonl"), reward=None))
+    assert "--reward" in text and "--template" in text
+
+
+@pytest.mark.parametrize("column,template", [("completion", "tldr"), ("solution", "r1")])
+def test_the_columns_tell_the_template(monkeypatch, capsys, job, tmp_path, column, template):
+    data = tmp_path / "shaped.jsonl"
+    data.write_text(json.dumps({"prompt": "a b", column: "1"}) + "\n", encoding="utf-8")
+    plain = {"data": str(data), "reward": None, "chat_template": "plain", "cold_start": "off"}
+    code, out, err = train(monkeypatch, capsys, job, **plain)
+    assert code == 0 and f"template {template}" in out, err
+    assert f'template = "{template}"' in (tmp_path / "run" / "recipe.toml").read_text(encoding="utf-8")
 
 
 def test_unknown_key_in_a_recipe_file(monkeypatch, capsys, job, tmp_path):
