@@ -19,10 +19,9 @@ from lowvram_grpo.scoring import score
 REFERENCE_COLUMN = "reference_completion"
 
 
-def reference_ids(tokenizer, text: str, *, end_id: int, max_length: int) -> list[int]:
-    """Token ids of a reference as a completion: the text and the end of the turn, or its first `max_length` tokens."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [*ids, end_id][:max_length]
+def reference_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a reference as a completion: the text and the end of the turn."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
 class ColdStart:

@@ -26,7 +26,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     Raises:
         UserError: anything a person can mend.
     """
-    from lowvram_grpo.data import load
+    from lowvram_grpo.data import encode_prompts, load
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS, resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
     from lowvram_grpo.templates import guess
@@ -48,6 +48,13 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
         )
     rewards = [resolve_reward(spec) for spec in specs]
     train_data, eval_data = _data(recipe, raw)
+    # A chat template that is missing or does not fit is found here, before gigabytes are loaded.
+    encode_prompts(
+        tokenizer,
+        [train_data[0]["prompt"]],
+        max_prompt_length=None,
+        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
+    )
     if dry_run:
         _print_plan(recipe, specs, tokenizer, train_data, eval_data)
         return Path(recipe.output_dir or "runs")

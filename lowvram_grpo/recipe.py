@@ -221,7 +221,7 @@ def _as(value: Any, kind: Any, hint: Any) -> Any:
     if kind in (int, float):
         if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
             raise ValueError
-        return kind(value)
+        return value if isinstance(value, int) else kind(value)  # 50 stays 50 where a float is allowed
     if kind is dict:
         table = json.loads(value) if isinstance(value, str) else value
         if not isinstance(table, dict):

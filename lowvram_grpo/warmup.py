@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _PROBE_EVERY = 4
 _PAIRS_PER_STEP = 8
+_MOST_REFERENCES = 5000
 
 
 def before_first_step(trainer: GRPOTrainer) -> None:
@@ -43,8 +44,9 @@ def before_first_step(trainer: GRPOTrainer) -> None:
         steps = int(cold)
         if steps and not pairs:
             raise UserError(
-                f"cold_start is {steps}, but the data has no {REFERENCE_COLUMN!r} column; use a template with "
-                "references (--template tldr with an answer column), or --cold-start off."
+                f"cold_start is {steps}, but the data has no {REFERENCE_COLUMN!r} column with references that fit "
+                "max_completion_length; use a template with references (--template tldr with an answer column), raise "
+                "max_completion_length, or pass --cold-start off."
             )
     elif cold == "auto" and signal.absent and pairs:
         steps = args.cold_start_max_steps
@@ -93,29 +95,35 @@ def _probe(trainer: GRPOTrainer, rows: list) -> tuple[Rollout, Signal]:
 
 
 def _references(trainer: GRPOTrainer) -> list[int]:
-    """Indices of the rows that have a formatted reference."""
-    data = trainer.train_dataset
+    """Rows, in a random order, whose reference fits into max_completion_length with its end token: one that is cut off
+    would teach the model never to finish. At most _MOST_REFERENCES rows are looked at."""
+    data, limit = trainer.train_dataset, trainer.grpo_args.max_completion_length
     if REFERENCE_COLUMN not in data[0]:
         return []
-    return [i for i, text in enumerate(data[REFERENCE_COLUMN]) if text]
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(trainer.args.seed)).tolist()
+    rows = [(i, text) for i in order[:_MOST_REFERENCES] if (text := data[i][REFERENCE_COLUMN])]
+    if not rows:
+        return []
+    ids = trainer.processing_class([text for _, text in rows], add_special_tokens=False)["input_ids"]
+    fitting = [i for (i, _), tokens in zip(rows, ids) if len(tokens) < limit]
+    if len(fitting) < len(rows) and str(trainer.grpo_args.cold_start) != "off":
+        trainer.observer.notice(
+            f"{len(rows) - len(fitting)} of {len(rows)} references are longer than max_completion_length {limit}; a "
+            "cold start leaves them out."
+        )
+    return fitting
 
 
 def _cold_start(trainer: GRPOTrainer, rows: list, pairs: list[int], steps: int, *, stop_early: bool) -> Rollout:
     """Supervised steps until the signal check passes (or exactly `steps`), then freeze the adapter as the reference."""
     args, data, tokenizer = trainer.grpo_args, trainer.train_dataset, trainer.processing_class
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(args.seed)).tolist()
 
     def batch(step: int) -> list[tuple[list[int], list[int]]]:
         picked = [
-            data[pairs[order[(step * _PAIRS_PER_STEP + i) % len(order)]]]
-            for i in range(min(_PAIRS_PER_STEP, len(order)))
+            data[pairs[(step * _PAIRS_PER_STEP + i) % len(pairs)]] for i in range(min(_PAIRS_PER_STEP, len(pairs)))
         ]
         prompts = trainer.collector.encode([row["prompt"] for row in picked])
-        limit, end = args.max_completion_length, tokenizer.eos_token_id
-        return [
-            (p, reference_ids(tokenizer, row[REFERENCE_COLUMN], end_id=end, max_length=limit))
-            for p, row in zip(prompts, picked)
-        ]
+        return [(p, reference_ids(tokenizer, row[REFERENCE_COLUMN])) for p, row in zip(prompts, picked)]
 
     warm = ColdStart(
         trainer.model,

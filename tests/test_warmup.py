@@ -100,9 +100,17 @@ def test_its_loss_is_the_mean_negative_log_prob(tokenizer, model):
     assert score(model, *map(torch.tensor, ([[5, 6]], [[1, 1]], [[7]], [[1]])), temperature=1.0, workspace_mib=1)
 
 
-def test_references_end_with_the_end_token_and_respect_the_length(tokenizer):
-    assert reference_ids(tokenizer, "1 2", end_id=1, max_length=8) == [4, 5, 1]
-    assert reference_ids(tokenizer, "1 2 3 4", end_id=1, max_length=3) == [4, 5, 6]
+def test_references_end_with_the_end_token(tokenizer):
+    assert reference_ids(tokenizer, "1 2") == [4, 5, 1]
+
+
+def test_references_that_do_not_fit_are_left_out(config, tokenizer):
+    """A reference that is cut off would teach the model never to finish."""
+    data = Dataset.from_dict({"prompt": ["a b", "c d"] * 4, "reference_completion": ["1 2 3", "1 2 3 4 5 6 7"] * 4})
+    trainer = train(config, tokenizer, data, cold_start=1, max_completion_length=4)
+    assert any("4 of 8 references are longer" in text for text in trainer.observer.said)
+    with pytest.raises(UserError, match="raise max_completion_length"):
+        train(config, tokenizer, data, cold_start=1, max_completion_length=3)
 
 
 @pytest.mark.parametrize(

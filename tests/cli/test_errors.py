@@ -187,7 +187,13 @@ def test_a_fresh_adapter_directory_can_be_started_from(monkeypatch, capsys, job,
 
 def test_a_cold_start_through_the_command_line(monkeypatch, capsys, job, tmp_path):
     """Both kinds of console see every row that a cold start logs."""
-    cold = {"template": "tldr", "chat_template": "plain", "reward": None, "cold_start": "2"}
+    cold = {
+        "template": "tldr",
+        "chat_template": "plain",
+        "reward": None,
+        "cold_start": "2",
+        "max_completion_length": "12",
+    }
     code, out, err = train(monkeypatch, capsys, job, **cold)
     assert code == 0, err
     assert (
