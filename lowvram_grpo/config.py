@@ -149,7 +149,7 @@ class GRPOConfig(TrainingArguments):
     delta: float | None = _help("Upper bound of the ratio for negative advantages too (INTELLECT-2).")
     importance_sampling_level: str = _help("Ratio per token, or per sequence (GSPO).", "token")
     reward_weights: list[float] | None = _help("One weight per reward function; all 1 when unset.")
-    scale_rewards: str | bool = _help("Divide advantages by the std of the group, of the batch, or not.", "group")
+    scale_rewards: str = _help("Divide advantages by the std of the group, of the batch, or not.", "group")
     loss_type: str = _help("grpo, bnpo, dr_grpo or dapo: what the loss is averaged over.", "grpo")
     mask_truncated_completions: bool = _help("Leave completions that hit the length limit out of the loss.", False)
     sync_ref_model: bool = _help("Let the reference follow the policy.", False)
@@ -162,9 +162,7 @@ class GRPOConfig(TrainingArguments):
         "(ours) Before step 1, compare sampled with scored log-probs and policy with reference.", True
     )
     signal_check: bool = _help("(ours) Say on the first rollouts whether there is anything to learn from.", True)
-    cold_start: str | int = _help(
-        "(ours) Supervised warm-up on the references: off, auto, or a number of steps.", "off"
-    )
+    cold_start: str = _help("(ours) Supervised warm-up on the references: off, auto, or a number of steps.", "off")
     cold_start_learning_rate: float = _help("(ours) Learning rate of the cold start.", 2e-4)
     cold_start_max_steps: int = _help("(ours) Upper bound of an automatic cold start.", 60)
     reward_timeout: float | None = _help("(ours) Seconds a reward function may take on one batch; unset: forever.")
@@ -183,7 +181,8 @@ class GRPOConfig(TrainingArguments):
     warmup_ratio: float | None = _help("Share of the steps used to warm the learning rate up.")
 
     def __post_init__(self):
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        # True and False are what TRL's first versions took.
+        self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
         self._check_ranges()
         if self.warmup_ratio is not None and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio

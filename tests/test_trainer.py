@@ -323,6 +323,17 @@ def test_out_of_memory_names_its_phase(config, dataset, tokenizer, model, monkey
         trainer.train()
 
 
+def test_transformers_argument_parser_reads_the_config(tmp_path):
+    """Scripts in TRL's style parse their command line with it."""
+    from transformers import HfArgumentParser
+
+    from lowvram_grpo import GRPOConfig
+
+    line = f"--output_dir {tmp_path} --use_cpu --scale_rewards false --cold_start 5 --reward_weights 1 0.5 --beta 0"
+    (args,) = HfArgumentParser(GRPOConfig).parse_args_into_dataclasses(line.split())
+    assert (args.scale_rewards, args.cold_start, args.reward_weights, args.beta) == ("none", 5, [1.0, 0.5], 0.0)
+
+
 def test_settings_without_effect_are_all_said(config):
     said = " ".join(config(num_completions_to_print=3, dataloader_num_workers=2, kl_estimator="k1").notices())
     for name in ("num_completions_to_print", "dataloader_num_workers", "kl_estimator k1"):
