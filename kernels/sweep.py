@@ -1,0 +1,428 @@
+"""One pass over the vocabulary: statistics of all rows, and what their gradient will need.
+
+A row is `listed` (its probable entries, 2NVH FLOP in all, see `direction.py`) or `diffuse`: its list overflowed, or
+more mass than `max_tail` is missing from it. Diffuse rows are swept again, together, with the dense online product
+sum_v p_v W_v (FlashAttention with K = V = W, Dao et al. 2022; 4NVH FLOP). Where most rows of a block turn out diffuse
+on its first tile already, the block and all that follow take the dense product at once.
+
+Memory: the workspace holds the tiles of one row block; what outlives the sweep is about 30 entries of 8 bytes for a
+listed row and H floats for a diffuse one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from lowvram_grpo.kernels.direction import Entries
+from lowvram_grpo.kernels.fold import (
+    D0,
+    REF_M,
+    REF_S,
+    REF_TARGET,
+    TARGET,
+    D,
+    E,
+    M,
+    Probabilities,
+    RowState,
+    S,
+    Transform,
+    X,
+    fold_torch,
+    fold_triton,
+)
+from lowvram_grpo.kernels.fused_fold import fused_fold
+from lowvram_grpo.kernels.launch import LaunchConfig
+from torch import Tensor
+
+from lowvram_grpo.policy.head import Head
+
+MODES = ("auto", "sparse", "dense")
+_MAX_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class DirectionParams:
+    """How the gradient direction is found.
+
+    Attributes:
+        mode: `sparse` lists for every row that they can serve, `dense` the full product, `auto` decides by block.
+        epsilon: smallest probability that is listed.
+        capacity: entries that a list can hold; rows with more are diffuse.
+        max_tail: probability that may be missing from a list; rows with more are diffuse. On hidden states of
+            Qwen2.5-Coder-0.5B and SmolLM2-135M these defaults keep the direction's error under a quarter of what
+            rounding the logits to bfloat16 costs.
+    """
+
+    mode: str = "auto"
+    epsilon: float = 2.0**-16
+    capacity: int = 1024
+    max_tail: float = 0.015
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"direction {self.mode!r} is not one of {', '.join(MODES)}")
+
+
+class TilePlan(NamedTuple):
+    """How a sweep is cut: `rows` hidden states by `columns` vocabulary entries at a time."""
+
+    rows: int
+    columns: int
+
+
+class Swept(NamedTuple):
+    """Outcome for N rows; what was not asked for is empty.
+
+    Attributes:
+        logps, entropy, ref_logps, kl: (N,) float32.
+        entries: lists; rows without one have no entries.
+        diffuse: (Nd,) int64 rows that took the dense product.
+        g, g_kl: (Nd, H) float32, d logp / d hidden and d KL / d hidden of those rows.
+        kl_spread: (N,) float32, bound of the listed KL's missing sum |p (d - E[d])|.
+        lse: (N,) float32 log-sum-exp of the logits.
+    """
+
+    logps: Tensor
+    entropy: Tensor
+    ref_logps: Tensor
+    kl: Tensor
+    entries: Entries
+    diffuse: Tensor
+    g: Tensor
+    g_kl: Tensor
+    kl_spread: Tensor
+    lse: Tensor
+
+
+def plan_tiles(
+    n: int, vocab: int, width: int, workspace_mib: int, *, item: int = 4, view: bool = False, tile_bytes: int = 16,
+    row_bytes: int | None = None,
+) -> TilePlan:  # fmt: skip
+    """Cut (n, vocab) so that one row block and one tile take 7/8 of the workspace; the rest is for small change.
+
+    Args:
+        item: bytes of the matmul's dtype.
+        view: the weight tile needs no buffer.
+        tile_bytes: all that is held for one row and column.
+        row_bytes: all that is held for one row; its hidden state if left out.
+    """
+    budget = workspace_mib * 2**20 * 7 // 8
+    row_bytes = row_bytes or width * item
+    rows = max(1, min(n, _MAX_ROWS, budget // (2 * row_bytes)))
+    columns = (budget - rows * row_bytes) // (tile_bytes * rows + (0 if view else width * item))
+    return TilePlan(rows, max(1, min(vocab, columns)))
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Autocast would quietly turn the float32 products of the sweep into bfloat16 ones."""
+    device = tensor.device.type
+    return torch.autocast(device if device != "meta" else "cpu", enabled=False)
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a @ b into float32 `out`, accumulated in float32 whatever a and b are."""
+    if out.is_meta:
+        return out
+    if out.is_cuda and a.dtype != torch.float32:
+        return torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
+
+
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total += a @ b, in float32."""
+    if total.is_meta:
+        return total
+    if total.is_cuda and a.dtype != torch.float32:
+        return torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+    return torch.addmm(total, a.float(), b.float(), out=total)
+
+
+class Sweeper:
+    """The pass over the vocabulary for one head, transform and device; buffers are shared by all row blocks."""
+
+    def __init__(
+        self, head: Head, transform: Transform, n: int, dtype: torch.dtype, device: torch.device, has_ref: bool,
+        workspace_mib: int, params: DirectionParams, launch: LaunchConfig, want_grad: bool,
+    ):  # fmt: skip
+        self.head, self.transform, self.params, self.launch = head, transform, params, launch
+        self.vocab, self.width = head.shape
+        self.dtype, self.device, self.has_ref = dtype, device, has_ref
+        self.lists = want_grad and params.mode != "dense" and device.type != "meta"
+        view = head.is_view(dtype, device)
+        item = torch.empty(0, dtype=dtype).element_size()
+        refs = 1 + has_ref
+        # Logits, and their probabilities for the dense product; PyTorch's fold needs copies of its own. The plan is the
+        # same with and without a gradient: scoring twice gives the same bits.
+        tile_bytes = refs * (4 + item) + (8 * refs + 4 if launch.path == "torch" else 0)
+        # Lists, and a quarter of what pruning them takes.
+        list_bytes = (12 + 4 * has_ref) * params.capacity if params.mode != "dense" else 0
+        self.plan = plan_tiles(
+            n, self.vocab, self.width, workspace_mib, item=item, view=view, tile_bytes=tile_bytes,
+            row_bytes=refs * self.width * item + list_bytes,
+        )  # fmt: skip
+        # Rows of float32 weights that fit into the small change.
+        self._step = max(1, workspace_mib * 2**20 // 16 // (4 * self.width))
+        rows, columns = self.plan
+        buffer = lambda *shape, of=torch.float32: torch.empty(*shape, dtype=of, device=device)
+        self.weights = buffer(0 if view else columns, self.width, of=dtype)
+        self.probs = want_grad
+        self._x = [buffer(rows * columns) for _ in range(1 + has_ref)]
+        self._p = [buffer(rows * columns, of=dtype) for _ in range(1 + has_ref)] if want_grad else []
+        self._decay = buffer(rows)
+
+    def edges(self, resident: bool) -> list[int]:
+        """Where tiles begin; the fused kernel takes what lies on the device in two launches, the first a probe."""
+        step = self.plan.columns
+        if self.launch.path == "fused" and resident:
+            return [0, min(4096, self.vocab), self.vocab] if self.vocab > 4096 else [0, self.vocab]
+        return [*range(0, self.vocab, step), self.vocab]
+
+    def start(self, h: Tensor, ref_h: Tensor | None, targets: Tensor, lists: bool) -> RowState:
+        hint = torch.empty(len(h), device=self.device)
+        ref_hint = None if ref_h is None else torch.empty_like(hint)
+        for r0 in range(0, len(h), self._step):
+            block = slice(r0, r0 + self._step)
+            w = self.head.rows(targets[block], self.dtype)
+            bias = 0.0 if self.head.bias is None else self.head.bias.detach().to(self.device)[targets[block]].float()
+            for x, into in ((h, hint), (ref_h, ref_hint)):
+                if x is not None:
+                    into[block] = self.transform(torch.bmm(x[block, None], w[..., None]).flatten().float() + bias)
+        # A 16-bit product may be a little above the logit, and the hint must not be above the log-sum-exp.
+        slack = 2**-7 if self.dtype != torch.float32 else 2**-20
+        hint -= slack * (1 + hint.abs())
+        return RowState.start(targets, hint, ref_hint, self.params.capacity if lists else 0)
+
+    def _tile(self, buffers: list[Tensor], rows: int, columns: int, which: int) -> Tensor:
+        return buffers[which][: rows * columns].view(rows, columns)
+
+    def fold(
+        self, state: RowState, h: Tensor, ref_h: Tensor | None, v0: int, v1: int, out: Probabilities | None = None
+    ):
+        """Multiply and fold vocabulary entries v0 to v1; returns their weights (v1 - v0, H)."""
+        w, bias = self.head.tile(v0, v1, self.weights)
+        log_epsilon = torch.tensor(self.params.epsilon, dtype=torch.float64).log().item()
+        if self.launch.path == "fused" and out is None:
+            fused_fold(state, h, ref_h, w, bias, v0, self.transform, log_epsilon, self.launch.fused)
+            return w
+        tile = lambda which: self._tile(self._x, len(h), v1 - v0, which)
+        x = matmul(h, w.T, tile(0))
+        ref_x = None if ref_h is None else matmul(ref_h, w.T, tile(1))
+        fold = fold_torch if self.launch.path == "torch" else fold_triton
+        fold(state, x, ref_x, bias, v0, self.transform, log_epsilon, out)
+        return w
+
+    def listed(self, h: Tensor, ref_h: Tensor | None, targets: Tensor) -> RowState | None:
+        """The state after one pass; None if most lists overflow on the first tile already and `auto` may give up."""
+        state = self.start(h, ref_h, targets, self.lists)
+        edges = self.edges(self.head.is_view(self.dtype, self.device))
+        for i, (v0, v1) in enumerate(pairwise(edges)):
+            self.fold(state, h, ref_h, v0, v1)
+            hopeless = i == 0 and self.lists and self.params.mode == "auto" and v1 < self.vocab
+            if hopeless and 2 * int(state.overflowed.sum()) > len(h):
+                return None
+        return state
+
+    def dense(self, h: Tensor, ref_h: Tensor | None, targets: Tensor, g: Tensor, g_kl: Tensor | None) -> RowState:
+        """The state after one pass, and d logp / d h into `g` (r, H), d KL / d h into `g_kl`."""
+        state = self.start(h, ref_h, targets, False)
+        g.zero_()
+        if g_kl is not None:
+            g_kl.zero_()
+        for v0 in range(0, self.vocab, self.plan.columns):
+            v1 = min(v0 + self.plan.columns, self.vocab)
+            shape = len(h), v1 - v0
+            pd = None if g_kl is None else self._tile(self._p, *shape, 1)
+            out = Probabilities(self._tile(self._p, *shape, 0), pd, self._decay[: len(h)])
+            w = self.fold(state, h, ref_h, v0, v1, out)
+            add_matmul(g.mul_(out.decay[:, None]), out.p, w)
+            if g_kl is not None:
+                add_matmul(g_kl.mul_(out.decay[:, None]), out.pd, w)
+        mass = state.stats[S][:, None]
+        g.div_(mass)
+        factor = self.transform.scale / self.transform.temperature
+        if g_kl is not None:
+            g_kl.div_(mass).addcmul_(g, (state.stats[D] / state.stats[S])[:, None], value=-1).mul_(factor)
+        slope = self.transform.slope(state.stats[TARGET])
+        for r0 in range(0, len(h), self._step):
+            block = slice(r0, r0 + self._step)
+            w = self.head.rows(targets[block], self.dtype).float()
+            if slope is not None:
+                w *= slope[block, None]
+            g[block].neg_().add_(w).mul_(factor)
+        return state
+
+    def lists_of(self, state: RowState, wanted: Tensor | None, keep_kl: bool) -> tuple[Entries, Tensor, Tensor]:
+        """Pruned lists of a row block, in the order of the vocabulary; which rows are diffuse (r,) bool; and the bound
+        of the KL's missing sum (r,)."""
+        stats = state.stats
+        lse = stats[M] + stats[S].log()
+        tail, diffuse = torch.empty_like(lse), state.overflowed
+        kept = []
+        step = -(-len(lse) // 4)
+        for r0 in range(0, len(lse), step):
+            block = slice(r0, r0 + step)
+            p = (state.logits[block] - lse[block, None]).exp_()
+            listed = torch.arange(state.capacity, device=self.device) < state.count[block, None]
+            keep = listed & (p > self.params.epsilon)
+            tail[block] = (1 - torch.where(keep, p, 0.0).sum(1)).clamp(min=0)
+            diffuse[block] |= tail[block] > self.params.max_tail
+            if wanted is not None:
+                diffuse[block] &= wanted[block]
+                keep &= wanted[block, None]
+            rows, place = (keep & ~diffuse[block, None]).nonzero().unbind(1)
+            kept.append((rows + r0, place, p[rows, place]))
+        rows, place, coef = map(torch.cat, zip(*kept))
+        alive = ~diffuse if wanted is None else wanted & ~diffuse
+        tail = torch.where(alive, tail, 0.0)
+        ids = state.ids[rows, place]
+        if self.launch.path == "fused":
+            # Atomic counters gave out the places: without sorting, sums would differ from run to run.
+            order = (rows * self.vocab + ids).argsort()
+            rows, place, ids, coef = rows[order], place[order], ids[order], coef[order]
+        slope = self.transform.slope(state.logits[rows, place])
+        kl_coef = kl_tail = spread = tail.new_empty(0)
+        if keep_kl:
+            mean = stats[D] / stats[S]
+            gap = state.logits[rows, place] - state.ref_logits[rows, place] - (stats[D0] + mean)[rows]
+            kl_coef = coef * gap
+            total = lambda values: torch.zeros_like(tail).index_add_(0, rows, values)
+            kl_tail = torch.where(alive, -total(kl_coef), 0.0)
+            variance = stats[E] / stats[S] - mean.square()
+            spread = (tail * (variance - total(kl_coef * gap)).clamp(min=0)).sqrt()
+        target_slope = self.transform.slope(stats[TARGET])
+        coef_target = -torch.ones_like(tail) if target_slope is None else -target_slope
+        if slope is not None:
+            coef = coef * slope
+            kl_coef = kl_coef * slope if keep_kl else kl_coef
+        owners = alive.nonzero()[:, 0]
+        # The target is one more entry, of coefficient -1, first in its row.
+        order = torch.cat([owners, rows]).argsort(stable=True)
+        join = lambda first, rest: torch.cat([first, rest])[order]
+        counts = torch.bincount(rows, minlength=len(alive)) + alive
+        entries = Entries(
+            torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+            join(state.targets[owners].int(), ids),
+            join(coef_target[owners], coef),
+            join(coef.new_zeros(len(owners)), kl_coef) if keep_kl else kl_coef,
+            tail,
+            kl_tail,
+        )
+        return entries, diffuse, spread
+
+
+class _Rows:
+    """Collects (rows, H) results of row blocks whose number is not known in advance, without holding them twice where
+    it is: once a block is wholly dense, so are all that follow."""
+
+    def __init__(self, width: int, device: torch.device):
+        self.width, self.device = width, device
+        self.parts: list[Tensor] = []
+        self.used = 0
+
+    def take(self, rows: int, reserve: int) -> Tensor:
+        """An uninitialized (rows, H) piece; `reserve`: how many rows may still come, itself included."""
+        if not self.parts or self.used + rows > len(self.parts[-1]):
+            self.close()
+            self.parts.append(torch.empty(reserve, self.width, device=self.device))
+            self.used = 0
+        piece = self.parts[-1][self.used : self.used + rows]
+        self.used += rows
+        return piece
+
+    def close(self) -> None:
+        if self.parts:
+            self.parts[-1] = self.parts[-1][: self.used]
+
+    def all(self) -> Tensor:
+        self.close()
+        if not self.parts:
+            return torch.empty(0, self.width, device=self.device)
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+
+
+def sweep(
+    hidden: Tensor,  # (N, H)
+    ref_hidden: Tensor | None,  # (N, H)
+    head: Head,
+    targets: Tensor,  # (N,) int64
+    wanted: Tensor | None,  # (N,) bool: rows that need a gradient
+    *,
+    temperature: float,
+    params: DirectionParams,
+    launch: LaunchConfig,
+    dtype: torch.dtype,
+    workspace_mib: int,
+    want_grad: bool,
+    want_kl_grad: bool,
+) -> Swept:
+    """The whole pass; see the module. Products are made in `dtype` and accumulated in float32."""
+    n, width = hidden.shape
+    device, has_ref = hidden.device, ref_hidden is not None
+    transform = Transform(head.logit_scale, head.softcap, temperature)
+    sweeper = Sweeper(head, transform, n, dtype, device, has_ref, workspace_mib, params, launch, want_grad)
+    column = lambda present=True: torch.empty(n if present else 0, device=device)
+    logps, entropy, ref_logps, kl = column(), column(), column(has_ref), column(has_ref)
+    spread, lse = column(want_kl_grad), column()
+    g, g_kl = _Rows(width, device), _Rows(width, device)
+    lists: list[Entries] = []
+    diffuse: list[Tensor] = []
+    all_dense = want_grad and not sweeper.lists
+    for r0 in range(0, n, sweeper.plan.rows):
+        r1 = min(r0 + sweeper.plan.rows, n)
+        block = slice(r0, r1)
+        h = hidden[block].to(dtype).contiguous()
+        ref_h = ref_hidden[block].to(dtype).contiguous() if has_ref else None
+        t, need = targets[block], None if wanted is None else wanted[block]
+        entries = None
+        state = None if all_dense else sweeper.listed(h, ref_h, t)
+        if state is None:
+            all_dense = True
+            pieces = g.take(r1 - r0, n - r0), g_kl.take(r1 - r0, n - r0) if want_kl_grad else None
+            state = sweeper.dense(h, ref_h, t, *pieces)
+            diffuse.append(torch.arange(r0, r1, device=device))
+        elif want_grad:
+            entries, is_diffuse, block_spread = sweeper.lists_of(state, need, want_kl_grad)
+            rows = is_diffuse.nonzero()[:, 0]
+            if want_kl_grad:
+                spread[block] = block_spread
+            if len(rows):
+                pieces = g.take(len(rows), len(rows)), g_kl.take(len(rows), len(rows)) if want_kl_grad else None
+                sweeper.dense(h[rows], ref_h[rows] if has_ref else None, t[rows], *pieces)
+                diffuse.append(rows + r0)
+        lists.append(entries or _no_entries(r1 - r0, device, want_kl_grad))
+        stats = state.stats
+        log_s = stats[S].log()
+        lse[block] = stats[M] + log_s
+        logps[block] = stats[TARGET] - lse[block]
+        entropy[block] = log_s - stats[X] / stats[S]
+        if has_ref:
+            ref_lse = stats[REF_M] + stats[REF_S].log()
+            ref_logps[block] = stats[REF_TARGET] - ref_lse
+            kl[block] = stats[D] / stats[S] + stats[D0] - lse[block] + ref_lse
+    return Swept(
+        logps, entropy, ref_logps, kl, _join(lists, device, want_kl_grad),
+        torch.cat(diffuse) if diffuse else torch.empty(0, dtype=torch.long, device=device), g.all(), g_kl.all(), spread,
+        lse,
+    )  # fmt: skip
+
+
+def _no_entries(rows: int, device: torch.device, kl: bool) -> Entries:
+    none = torch.empty(0, device=device)
+    return Entries(
+        torch.zeros(rows + 1, dtype=torch.long, device=device), none.int(), none, none,
+        torch.zeros(rows, device=device), torch.zeros(rows, device=device) if kl else none,
+    )  # fmt: skip
+
+
+def _join(lists: list[Entries], device: torch.device, kl: bool) -> Entries:
+    if not lists:
+        return _no_entries(0, device, kl)
+    if len(lists) == 1:
+        return lists[0]
+    counts = torch.cat([part.offsets.diff() for part in lists])
+    joined = Entries(*(torch.cat(column) for column in zip(*lists)))
+    return joined._replace(offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
