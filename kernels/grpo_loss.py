@@ -18,7 +18,7 @@ not beyond), half of each where they are equal. A masked position is selected aw
 NaN or infinity in every input. An unmasked NaN makes the loss NaN, as it should.
 
 One program a sequence, float32 throughout. Memory: dL/dlogp and, for the exact KL, dL/dkl, 4BT bytes each, plus 32B
-bytes of row sums that torch adds up in a fixed order: no atomics, so equal inputs give equal bits. Each input is read once;
+bytes of row sums that torch adds up in a fixed order: no atomics, so equal inputs give equal bits. Inputs are read once;
 sequence level reads four of them twice. The backward pass is one product with the incoming gradient.
 
 Sources: those of objective.py. exp after Cody & Waite 1980.
@@ -73,9 +73,9 @@ class LaunchConfig:
 
 
 def launch_config(tokens: int) -> LaunchConfig:
-    """One size for all `tokens`: a row's program is bound by latency, so as few rounds as registers allow, and lanes
-    beyond a short row cost nothing that a launch would notice."""
-    return LaunchConfig(1024, 8)
+    """One size for all `tokens`. Two tokens a thread keep nine running sums in registers; four spill under ptxas of
+    Triton 3.6 and 3.9, and so do two over 8 warps, for its aim at a fuller multiprocessor."""
+    return LaunchConfig(256, 4)
 
 
 @jit
@@ -173,13 +173,15 @@ def _grpo_loss_kernel(
     # Numbers, not truth values: the interpreter loses the type of a scalar comparison when it is broadcast.
     negative, positive = (a < 0.0).to(tl.float32), (a > 0.0).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
+    # The loops are `while` because the interpreter of Triton 3.6 cannot make a range of a length under numpy 2.4.
 
     row_ratio, row_loss, row_pull, row_shift = 1.0, 0.0, 0.0, 0.0
     if SEQUENCE:
         shift = tl.zeros((BLOCK,), tl.float32)
         count = tl.zeros((BLOCK,), tl.float32)
         weight = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, T, BLOCK):
+        start = 0
+        while start < T:
             t = start + lanes
             m = tl.load(mask + row * mask_row + t, mask=t < T, other=0) != 0
             p = tl.load(logps + row * logps_row + t, mask=m, other=0.0)
@@ -189,6 +191,7 @@ def _grpo_loss_kernel(
             shift += p - o
             count += m.to(tl.float32)
             weight += tl.load(weights + row * weights_row + t, mask=m, other=0.0)
+            start += BLOCK
         n = tl.maximum(tl.sum(count, 0), 1.0)
         row_shift = tl.div_rn(tl.sum(shift, 0), n)
         row_ratio, row_loss, row_slope = _surrogate(row_shift, a, low, high, delta, LIMIT)
@@ -202,7 +205,8 @@ def _grpo_loss_kernel(
     tokens = tl.zeros((BLOCK,), tl.float32)
     ratio_min = tl.full((BLOCK,), float("inf"), tl.float32)
     ratio_max = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(0, T, BLOCK):
+    start = 0
+    while start < T:
         t = start + lanes
         m = tl.load(mask + row * mask_row + t, mask=t < T, other=0) != 0
         p = tl.load(logps + row * logps_row + t, mask=m, other=0.0)
@@ -237,6 +241,7 @@ def _grpo_loss_kernel(
         ratio_max = tl.where(m & (ratio > ratio_max), ratio, ratio_max)
         if HAS_ENTROPY:
             entropy_sum += tl.load(entropy + row * entropy_row + t, mask=m, other=0.0)
+        start += BLOCK
 
     out = partials + row * 8
     tl.store(out, tl.sum(loss, 0))
