@@ -18,7 +18,7 @@ not beyond), half of each where they are equal. A masked position is selected aw
 NaN or infinity in every input. An unmasked NaN makes the loss NaN, as it should.
 
 One program a sequence, float32 throughout. Memory: dL/dlogp and, for the exact KL, dL/dkl, 4BT bytes each, plus 32B
-bytes of row sums that torch adds up in a fixed order: no atomics, so equal inputs give equal bits. Inputs are read once;
+bytes of row sums that torch adds up in a fixed order: no atomics, so equal inputs give equal bits. Each is read once;
 sequence level reads four of them twice. The backward pass is one product with the incoming gradient.
 
 Sources: those of objective.py. exp after Cody & Waite 1980.
@@ -73,7 +73,7 @@ class LaunchConfig:
 
 
 def launch_config(tokens: int) -> LaunchConfig:
-    """One size for all `tokens`. Two tokens a thread keep nine running sums in registers; four spill under ptxas of
+    """One size for all `tokens`. Two tokens a thread keep eight running sums in registers; four spill under ptxas of
     Triton 3.6 and 3.9, and so do two over 8 warps, for its aim at a fuller multiprocessor."""
     return LaunchConfig(256, 4)
 

@@ -70,7 +70,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     """(registers a thread, bytes of stack and local memory a thread), from the cuobjdump inside the triton package."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
