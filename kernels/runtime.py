@@ -71,7 +71,6 @@ def compile_case(
     name: str, kernel: Any, types: dict[str, str | None], constexprs: dict[str, Any], num_warps: int = 4, num_stages=1
 ) -> CompileCase:
     """A CompileCase from the types of the runtime arguments in any order; a pointer of type None is absent."""
-    absent = {name: None for name, kind in types.items() if kind is None}
-    constants = {**constexprs, **absent}
+    constants = {**constexprs, **{name: None for name, kind in types.items() if kind is None}}
     signature = {p: "constexpr" if p in constants else types[p] for p in inspect.signature(kernel.fn).parameters}
     return CompileCase(name, kernel, signature, constants, num_warps, num_stages)

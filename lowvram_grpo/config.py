@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from lowvram_grpo.errors import UserError
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
 SCALE_REWARDS = ("group", "batch", "none")
 IMPORTANCE_LEVELS = ("token", "sequence")
 
@@ -142,7 +142,10 @@ class GRPOConfig(TrainingArguments):
     # Objective
     learning_rate: float = _help("Peak learning rate.", 1e-6)
     beta: float = _help("Weight of the KL term; 0 runs without a reference.", 0.04)
-    kl_estimator: str = _help("(ours) KL estimator: k1, k2 or k3 (Schulman 2020).", "k3")
+    kl_estimator: str = _help(
+        "(ours) KL estimator: k1, k2 or k3 from the sampled tokens (Schulman 2020); exact: over the whole vocabulary.",
+        "k3",
+    )
     num_iterations: int = _help("Optimization passes over one rollout (mu).", 1)
     epsilon: float = _help("Lower clip range of the probability ratio.", 0.2)
     epsilon_high: float | None = _help("Upper clip range; as epsilon when unset.")

@@ -120,6 +120,8 @@ def kl_divergence(logps: Tensor, ref_logps: Tensor, mask: Tensor, estimator: str
     k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1 with d = ref_logp - logp. k1's gradient has expectation zero, so it is a
     metric rather than a loss; k2's gradient is unbiased, k3 is the paper's choice.
 
+    The exact KL is no estimate and no function of these: it is summed over the vocabulary and given to `grpo_loss`.
+
     Returns:
         (B, T) float32, differentiable in `logps`, 0 where masked. d is masked before exp: a masked inf would still
         turn the gradient into NaN.
@@ -131,7 +133,16 @@ def kl_divergence(logps: Tensor, ref_logps: Tensor, mask: Tensor, estimator: str
         return d.square() / 2
     if estimator == "k3":
         return torch.expm1(d) - d
-    raise ValueError(f"unknown KL estimator {estimator!r}")
+    raise ValueError(f"no sampled KL estimator is called {estimator!r}")
+
+
+def check_kl(objective: Objective, ref_logps: Tensor | None, kl: Tensor | None) -> None:
+    """The KL has one source: the caller for "exact", the reference's log-probs for the others."""
+    exact = objective.kl_estimator == "exact"
+    if kl is not None and not exact:
+        raise ValueError(f"kl is for kl_estimator 'exact'; {objective.kl_estimator!r} takes ref_logps.")
+    if exact and kl is None and (objective.beta or ref_logps is not None):
+        raise ValueError("kl_estimator 'exact' needs kl, the KL of each token's whole distribution.")
 
 
 def grpo_loss(
@@ -142,8 +153,17 @@ def grpo_loss(
     mask: Tensor,  # (B, T)
     weights: Tensor,  # (B, T) from token_weights
     objective: Objective,
+    kl: Tensor | None = None,  # (B, T) exact KL of each token's distribution, with kl_estimator "exact" alone
 ) -> LossTerms:
-    """The clipped GRPO loss of one micro-batch; micro-batches of an update add up to its loss."""
+    """The clipped GRPO loss of one micro-batch; micro-batches of an update add up to its loss.
+
+    Differentiable in `logps`, and in `kl` where it is given: with kl_estimator "exact" the caller has summed the KL
+    over the whole vocabulary, `ref_logps` is not read, and masked positions of `kl` may hold anything.
+
+    Raises:
+        ValueError: a KL that does not belong to the estimator, or an exact one that is missing.
+    """
+    check_kl(objective, ref_logps, kl)
     mask = mask.bool()
     old_logps = logps.detach() if old_logps is None else old_logps
     log_ratio = torch.where(mask, logps - old_logps, 0.0)
@@ -154,9 +174,11 @@ def grpo_loss(
     a = advantages[:, None]
     unclipped = ratio if objective.delta is None else ratio.clamp(max=objective.delta)
     token_loss = -torch.minimum(unclipped * a, ratio.clamp(low, high) * a)
-    kl = None
-    if ref_logps is not None:
+    if kl is not None:
+        kl = torch.where(mask, kl, 0.0)
+    elif ref_logps is not None:
         kl = kl_divergence(logps, ref_logps, mask, objective.kl_estimator)
+    if kl is not None:
         token_loss = token_loss + objective.beta * kl
     loss = torch.where(mask, token_loss * weights, 0.0).sum()
     detached = ratio.detach()

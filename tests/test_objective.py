@@ -68,6 +68,33 @@ def test_loss_and_gradient(loss_type, estimator, level, extra):
     assert a.grad[~mask].abs().max() == 0
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_exact_kl_is_taken_as_it_is(level):
+    """Its weight and gradient are beta w, the rest of the loss is that without a KL, and masked junk stays outside."""
+    logps, old, ref, advantages, mask = batch()
+    weights = token_weights(mask, "dapo", 9)
+    without = Objective(beta=0.0, importance_sampling_level=level)
+    exact = Objective(beta=0.3, importance_sampling_level=level, kl_estimator="exact")
+    a, b = logps.clone().requires_grad_(), logps.clone().requires_grad_()
+    kl = (logps - old).abs().masked_fill(~mask, math.nan).requires_grad_()
+    plain = grpo_loss(a, old, None, advantages, mask, weights, without).loss
+    terms = grpo_loss(b, old, ref, advantages, mask, weights, exact, kl=kl)
+    plain.backward(), terms.loss.backward()
+    torch.testing.assert_close(terms.loss, plain + 0.3 * (weights * kl)[mask].sum())
+    torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(kl.grad, 0.3 * weights.double())
+    assert torch.equal(terms.kl, kl.detach().masked_fill(~mask, 0.0))
+
+
+def test_a_kl_from_the_wrong_source_is_refused():
+    logps, old, ref, advantages, mask = batch()
+    given = (logps, old, ref, advantages, mask, mask.float())
+    with pytest.raises(ValueError, match="needs kl"):
+        grpo_loss(*given, Objective(kl_estimator="exact"))
+    with pytest.raises(ValueError, match="'k3' takes ref_logps"):
+        grpo_loss(*given, Objective(), kl=ref)
+
+
 def test_first_update_has_ratio_exactly_one_and_the_policy_gradient():
     logps, _, _, advantages, mask = batch()
     logps.requires_grad_()

@@ -46,7 +46,7 @@ def compile_for(
     num_stages: int = 1,
     **options: Any,
 ) -> Compiled:
-    """Compile one kernel for compute capability `cc`; the signature is a `CompileCase`'s."""
+    """Compile one kernel for compute capability `cc`. Signature as in `CompileCase`; options are Triton's."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -70,7 +70,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     """(registers a thread, bytes of stack and local memory a thread), from the cuobjdump inside the triton package."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -114,12 +114,16 @@ def main() -> None:
                 print(json.dumps(found), flush=True)
 
 
+def environment() -> dict[str, str]:
+    """That of a process in which kernels are compiled rather than interpreted."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return kept | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+
+
 def run(*arguments: str) -> list[dict[str, Any]]:
-    """What `main` prints, from a process in which kernels are compiled rather than interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    """What `main` prints, from such a process."""
     done = subprocess.run(
-        [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True, timeout=1800
+        [sys.executable, __file__, *arguments], env=environment(), capture_output=True, text=True, timeout=1800
     )
     if done.returncode:
         raise RuntimeError(f"the compile gate failed:\n{done.stderr[-4000:]}")
