@@ -90,13 +90,15 @@ class RowState:
         return self.count > self.capacity
 
     @classmethod
-    def start(cls, targets: Tensor, hint: Tensor, ref_hint: Tensor | None, capacity: int) -> RowState:
-        """hint, ref_hint (R,): about the targets' logits."""
+    def start(
+        cls, targets: Tensor, hint: Tensor, ref_hint: Tensor | None, capacity: int, slack: float = 0.0
+    ) -> RowState:
+        """hint, ref_hint (R,): the targets' logits, up to a relative error of `slack`."""
         rows, device = len(targets), targets.device
         stats = torch.zeros(4 if ref_hint is None else 10, rows, device=device)
-        stats[M] = hint
+        stats[M] = hint - slack * (1 + hint.abs())
         if ref_hint is not None:
-            stats[REF_M], stats[D0] = ref_hint, hint - ref_hint
+            stats[REF_M], stats[D0] = ref_hint - slack * (1 + ref_hint.abs()), hint - ref_hint
         empty = lambda dtype: torch.empty(rows, capacity, dtype=dtype, device=device)
         return cls(
             stats,

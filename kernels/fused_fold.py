@@ -237,7 +237,7 @@ def compile_cases(cc: int) -> list[CompileCase]:
             for lists, softcap in ((True, False), (False, False), (True, True), (False, True)):
                 bias = softcap
                 # Turing never comes here; that the kernel compiles for it all the same is checked with small tiles.
-                config = fused_config(cc, ref, softcap) or FusedConfig(16, 16, 32, 4, 1)
+                config = fused_config(cc, ref, softcap) or FusedConfig(16, 16, 16, 8, 1)
                 types = {
                     "h_ptr": f"*{half}:16", "ref_h_ptr": f"*{half}:16" if ref else None, "w_ptr": f"*{half}:16",
                     "bias_ptr": f"*{half}" if bias else None, "stats_ptr": "*fp32:16", "targets_ptr": "*i64:16",

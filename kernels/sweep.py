@@ -193,8 +193,7 @@ class Sweeper:
                     into[block] = self.transform(torch.bmm(x[block, None], w[..., None]).flatten().float() + bias)
         # A 16-bit product may be a little above the logit, and the hint must not be above the log-sum-exp.
         slack = 2**-7 if self.dtype != torch.float32 else 2**-20
-        hint -= slack * (1 + hint.abs())
-        return RowState.start(targets, hint, ref_hint, self.params.capacity if lists else 0)
+        return RowState.start(targets, hint, ref_hint, self.params.capacity if lists else 0, slack)
 
     def _tile(self, buffers: list[Tensor], rows: int, columns: int, which: int) -> Tensor:
         return buffers[which][: rows * columns].view(rows, columns)

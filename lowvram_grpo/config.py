@@ -21,6 +21,7 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
 SCALE_REWARDS = ("group", "batch", "none")
 IMPORTANCE_LEVELS = ("token", "sequence")
+FUSED_LOSS = ("auto", "on", "off")
 
 # Accepted so that a TRL script runs unchanged; each says on screen why it does nothing when it is set.
 INERT_FIELDS = {
@@ -32,7 +33,7 @@ INERT_FIELDS = {
     "num_completions_to_print": "one sample is shown a step, and completions.jsonl holds all",
     "torch_compile": "the sampler and the scorer do not go through the compiled forward",
     "cast_lm_head_to_fp32": "logits are always computed in float32 here, tile by tile",
-    "use_liger_kernel": "the loss head is already fused here",
+    "use_liger_kernel": "the loss head is already fused here (fused_loss)",
     "use_transformers_continuous_batching": "rollouts have their own engine",
     "use_vllm": "vLLM is not supported yet; completions are sampled from the training weights themselves",
 }
@@ -160,6 +161,9 @@ class GRPOConfig(TrainingArguments):
     ref_model_sync_steps: int = _help("Optimizer steps between two syncs.", 512)
 
     # Memory and safety (ours)
+    fused_loss: str = _help(
+        "(ours) Triton kernels for log-probs and loss: auto (where there is a GPU for them), on, or off.", "auto"
+    )
     workspace_mib: int = _help("(ours) Scratch memory of the sweep over the vocabulary, in MiB.", 64)
     self_test: bool = _help(
         "(ours) Before step 1, compare sampled with scored log-probs and policy with reference.", True
@@ -213,6 +217,7 @@ class GRPOConfig(TrainingArguments):
         one_of("kl_estimator", KL_ESTIMATORS)
         one_of("scale_rewards", SCALE_REWARDS)
         one_of("importance_sampling_level", IMPORTANCE_LEVELS)
+        one_of("fused_loss", FUSED_LOSS)
         need(self.num_generations >= 2, f"num_generations is {self.num_generations}; GRPO compares completions of one "
              "prompt with each other, so it needs at least 2.")  # fmt: skip
         need(self.max_completion_length >= 1, "max_completion_length must be at least 1 token.")

@@ -7,7 +7,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from lowvram_grpo.objective import LossTerms
+from lowvram_grpo.loss import LossSums
+from lowvram_grpo.scoring import Scores
 
 
 class MetricBook:
@@ -68,33 +69,44 @@ class UpdateSums:
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
-        self._tokens: Tensor | None = None
-        self._extremes: list[tuple[float, float]] = []
+        self._clipped: list[tuple[Tensor, Tensor]] = []
+        self._ratios: list[tuple[Tensor, Tensor]] = []
+        self._rows = self._diffuse = 0
+        self._bounds: list[Tensor] = []
 
-    def add(self, terms: LossTerms, entropy: Tensor, mask: Tensor) -> None:
-        """terms of `objective.grpo_loss`; entropy and mask (b, T)."""
-        low, high = terms.low_clipped, terms.high_clipped
+    def add(self, sums: LossSums, scores: Scores) -> None:
         values = {
-            "entropy": entropy,
-            "clip_ratio/low_mean": low,
-            "clip_ratio/high_mean": high,
-            "clip_ratio/region_mean": low | high,
+            "tokens": sums.tokens,
+            "entropy": sums.entropy,
+            "clip_ratio/low_mean": sums.low_clipped,
+            "clip_ratio/high_mean": sums.high_clipped,
+            "clip_ratio/region_mean": sums.low_clipped + sums.high_clipped,
         }
-        if terms.kl is not None:
-            values["kl"] = terms.kl
-        tokens = mask.sum()
-        self._tokens = tokens if self._tokens is None else self._tokens + tokens
-        for name, value in values.items():
-            total = (value * mask).sum()
+        if sums.kl is not None:
+            values["kl"] = sums.kl
+        for name, total in values.items():
+            total = total.detach()
             self._sums[name] = total if name not in self._sums else self._sums[name] + total
-        share = lambda clipped: float(clipped.sum() / tokens.clamp(min=1))
-        self._extremes.append((share(low), share(high)))
+        tokens = sums.tokens.clamp(min=1)
+        self._clipped.append((sums.low_clipped / tokens, sums.high_clipped / tokens))
+        self._ratios.append((sums.ratio_min, sums.ratio_max))
+        if scores.diffuse is not None:
+            self._rows += scores.logps.numel()
+            self._diffuse += scores.diffuse
+            self._bounds += [] if scores.bound is None else [scores.bound]
 
     def take(self) -> dict[str, float]:
-        tokens = self._tokens.clamp(min=1)
+        tokens = self._sums.pop("tokens").clamp(min=1)
         found = {name: float(total / tokens) for name, total in self._sums.items()}
-        found["clip_ratio/low_min"] = min(low for low, _ in self._extremes)
-        found["clip_ratio/high_max"] = max(high for _, high in self._extremes)
+        found["clip_ratio/low_min"] = min(float(low) for low, _ in self._clipped)
+        found["clip_ratio/high_max"] = max(float(high) for _, high in self._clipped)
+        lowest, highest = (fold(map(float, x)) for fold, x in zip((min, max), zip(*self._ratios)))
+        if lowest <= highest:
+            found |= {"ratio/min": lowest, "ratio/max": highest}
+        if self._rows:
+            found["sweep/diffuse_ratio"] = self._diffuse / self._rows
+        if self._bounds:
+            found["sweep/direction_bound_max"] = max(map(float, self._bounds))
         return found
 
 

@@ -13,10 +13,21 @@ from lowvram_grpo.policy.load import unwrap
 
 
 class Scores(NamedTuple):
-    """(B, T) float32, 0 where masked. `logps` is differentiable, `entropy` is not."""
+    """(B, T) float32, 0 where masked; None where not asked for.
+
+    Attributes:
+        logps, kl: differentiable log-prob and exact KL to the reference.
+        entropy, ref_logps: without gradient.
+        diffuse: rows of the sweep that took the dense product (a count), None without a gradient.
+        bound: the largest error that short lists can have left in a row of the gradient's direction, likewise.
+    """
 
     logps: Tensor
     entropy: Tensor
+    ref_logps: Tensor | None = None
+    kl: Tensor | None = None
+    diffuse: int | None = None
+    bound: Tensor | None = None
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -34,6 +45,20 @@ def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     return out.last_hidden_state
 
 
+def scored_states(
+    model: nn.Module,
+    prompt_ids: Tensor,  # (B, P) left-padded
+    prompt_mask: Tensor,  # (B, P)
+    completion_ids: Tensor,  # (B, T) right-padded
+    completion_mask: Tensor,  # (B, T)
+) -> Tensor:
+    """(N, H) the hidden state before each of the N unmasked completion tokens, row after row."""
+    input_ids = torch.cat([prompt_ids, completion_ids], 1)
+    attention_mask = torch.cat([prompt_mask, completion_mask.to(prompt_mask.dtype)], 1)
+    hidden = last_hidden_state(model, input_ids, attention_mask)
+    return hidden[:, prompt_ids.shape[1] - 1 : -1][completion_mask.bool()]
+
+
 def score(
     model: nn.Module,
     prompt_ids: Tensor,  # (B, P) left-padded
@@ -43,20 +68,33 @@ def score(
     *,
     temperature: float,
     workspace_mib: int,
+    path: str | None = None,
+    wanted: Tensor | None = None,  # (B, T) bool
+    ref_states: Tensor | None = None,  # (N, H)
+    kl: bool = False,
 ) -> Scores:
-    """Log-prob and entropy of each completion token at `temperature`, under `model` with its adapter on or off."""
+    """Log-prob and entropy of each completion token at `temperature`, under `model` with its adapter on or off.
+
+    `wanted`, `path` and `kl` as in `linear_logps`; `ref_states` are the reference's `scored_states`, for a reference
+    that has the model's own head.
+    """
     mask = completion_mask.bool()
-    input_ids = torch.cat([prompt_ids, completion_ids], 1)
-    attention_mask = torch.cat([prompt_mask, completion_mask.to(prompt_mask.dtype)], 1)
-    hidden = last_hidden_state(model, input_ids, attention_mask)
-    hidden = hidden[:, prompt_ids.shape[1] - 1 : -1][mask]  # (N, H): the state before each scored token
     out = linear_logps(
-        hidden,
+        scored_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask),
         head_of(unwrap(model)),
         completion_ids[mask],
         temperature=temperature,
         entropy=True,
         workspace_mib=workspace_mib,
+        ref_hidden=ref_states,
+        kl=kl,
+        wanted=None if wanted is None else wanted[mask],
+        path=path,
     )
     blank = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return Scores(blank.masked_scatter(mask, out.logps), blank.masked_scatter(mask, out.entropy))
+    spread = lambda values: None if values is None else blank.masked_scatter(mask, values)
+    return Scores(
+        *map(spread, (out.logps, out.entropy, out.ref_logps, out.kl)),
+        None if out.diffuse is None else len(out.diffuse),
+        None if out.bound is None or not len(out.bound) else out.bound.max(),
+    )

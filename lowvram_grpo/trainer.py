@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import os
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,9 @@ from transformers import Trainer, TrainerCallback, set_seed
 from lowvram_grpo.batching import PromptLoader, PromptSampler
 from lowvram_grpo.config import GRPOConfig
 from lowvram_grpo.data import check_dataset
+from lowvram_grpo.errors import UserError
 from lowvram_grpo.experience import MicroBatch, Rollout, updates_of
+from lowvram_grpo.loss import choose_kernels, micro_loss, wanted_rows
 from lowvram_grpo.memory.guard import naming_oom
 from lowvram_grpo.metrics import (
     MetricBook,
@@ -29,8 +33,8 @@ from lowvram_grpo.metrics import (
     reward_metrics,
     sampler_metrics,
 )
-from lowvram_grpo.objective import Objective, grpo_loss
-from lowvram_grpo.policy.load import build_policy, is_peft, load_tokenizer, unwrap
+from lowvram_grpo.objective import Objective
+from lowvram_grpo.policy.load import build_policy, compute_dtype, is_peft, load_tokenizer, unwrap
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.rewards.runner import RewardRunner
 from lowvram_grpo.rollout.collect import Collector
@@ -38,7 +42,7 @@ from lowvram_grpo.rollout.engine import GenerateEngine, end_ids
 from lowvram_grpo.rollout.sampler import sampling_of
 from lowvram_grpo.run.completions import CompletionsLog, as_text
 from lowvram_grpo.run.observer import Observer
-from lowvram_grpo.scoring import Scores, score
+from lowvram_grpo.scoring import Scores, score, scored_states
 from lowvram_grpo.warmup import before_first_step, check_lengths
 
 if TYPE_CHECKING:
@@ -107,6 +111,14 @@ class GRPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.policy_adapter = model.active_adapters[0] if is_peft(model) else None
         self.reference = Reference(model, follows=args.sync_ref_model) if args.beta > 0 else None
+        if self.reference is not None and not is_peft(model) and args.kl_estimator == "exact":
+            raise UserError(
+                "kl_estimator exact sweeps policy and reference through one frozen lm_head, and here all weights are "
+                "trained; pass a peft_config, or take k3."
+            )
+        self.kernels = choose_kernels(
+            args.fused_loss, args.device, compute_dtype(args.device), unwrap(model).get_output_embeddings().in_features
+        )
         self.objective = Objective(
             beta=args.beta,
             epsilon=args.epsilon,
@@ -201,12 +213,17 @@ class GRPOTrainer(Trainer):
         self.observer.phase("updating")
         self.model.train()
         self._sums, loss = UpdateSums(), torch.zeros((), device=self.args.device)
+        learns = [bool(wanted_rows(micro, self.objective).any()) for micro in update]
+        if not any(learns):
+            # The optimizer must see gradients of zero, not none: its momentum moves the weights all the same.
+            learns[0] = True
         with naming_oom("the backward pass", "per_device_train_batch_size"):
-            for micro in update:
-                with self.compute_loss_context_manager():
-                    micro_loss = self.compute_loss(model, micro)
-                self.accelerator.backward(micro_loss)
-                loss += micro_loss.detach()
+            for micro, needs_gradient in zip(update, learns):
+                with self.compute_loss_context_manager(), torch.set_grad_enabled(needs_gradient):
+                    share = self.compute_loss(model, micro)
+                if needs_gradient:
+                    self.accelerator.backward(share)
+                loss += share.detach()
         if self.args.torch_empty_cache_steps and step % self.args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
         seconds = time.perf_counter() - started
@@ -217,33 +234,40 @@ class GRPOTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, **kwargs) -> Tensor:
         """This micro-batch's share of the update's loss."""
-        scores = self.score(inputs)
+        ref_states = None
+        if self.joint_reference and inputs.ref_per_token_logps is None:
+            ref_states = self._frozen(lambda reference: scored_states(reference, *inputs.sequence()), reference=True)
+        scores = self.score(inputs, ref_states=ref_states)
         if inputs.old_per_token_logps is None and self.model.training:
             self._add_sampler_gap(inputs, scores.logps.detach())
-        terms = grpo_loss(
-            scores.logps,
-            inputs.old_per_token_logps,
-            inputs.ref_per_token_logps,
-            inputs.advantages,
-            inputs.loss_mask,
-            inputs.weights,
-            self.objective,
-        )
-        self._sums.add(terms, scores.entropy, inputs.loss_mask)
-        return (terms.loss, scores) if return_outputs else terms.loss
+        sums = micro_loss(scores, inputs, self.objective, self.kernels.fused)
+        self._sums.add(sums, scores)
+        return (sums.loss, scores) if return_outputs else sums.loss
+
+    @property
+    def joint_reference(self) -> bool:
+        """Whether the reference rides along in the policy's own sweep: it has the same head, and one use of a rollout
+        is not cheaper served by log-probs that are kept."""
+        if self.reference is None or self.reference.kind == "frozen copy":
+            return False
+        return self.grpo_args.kl_estimator == "exact" or self.plan.steps_per_rollout == 1
 
     def _add_sampler_gap(self, micro: MicroBatch, logps: Tensor) -> None:
         gap = sampler_metrics(logps, micro.sampling_per_token_logps, micro.completion_mask)
         self.metrics["train"].add(gap)
 
-    def score(self, micro: MicroBatch, model: nn.Module | None = None) -> Scores:
-        """Log-probs of a micro-batch under the policy, or under `model`."""
+    def score(self, micro: MicroBatch, model: nn.Module | None = None, ref_states: Tensor | None = None) -> Scores:
+        """Log-probs of a micro-batch under the policy, or under `model`; with `ref_states` those of the reference."""
         with naming_oom("scoring", "per_device_train_batch_size"):
             return score(
                 model or self.model,
                 *micro.sequence(),
                 temperature=self.grpo_args.temperature or 1.0,
                 workspace_mib=self.grpo_args.workspace_mib,
+                path=self.kernels.path,
+                wanted=wanted_rows(micro, self.objective) if torch.is_grad_enabled() else None,
+                ref_states=ref_states,
+                kl=ref_states is not None and self.grpo_args.kl_estimator == "exact",
             )
 
     def collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
@@ -290,28 +314,36 @@ class GRPOTrainer(Trainer):
         )
 
     def _learnable(self, rollout: Rollout) -> list[list[MicroBatch]]:
-        """Micro-batches with reference log-probs and, where a rollout serves several steps, old log-probs."""
+        """Micro-batches with what is computed once a rollout: old log-probs where it serves several steps, and the
+        reference's unless it rides along in each step's sweep."""
         updates = self.cut(rollout, self.plan.updates_per_rollout)
         for micro in (micro for update in updates for micro in update):
             if self.plan.steps_per_rollout > 1:
                 micro.old_per_token_logps = self.score_frozen(micro)
                 self._add_sampler_gap(micro, micro.old_per_token_logps)
-            if self.reference is not None:
-                with self.reference.active() as reference:
-                    micro.ref_per_token_logps = self.score_frozen(micro, reference)
+            self._with_reference(micro)
         return updates
 
-    @torch.no_grad()
+    def _with_reference(self, micro: MicroBatch) -> MicroBatch:
+        if self.reference is not None and not self.joint_reference:
+            micro.ref_per_token_logps = self._frozen(lambda model: self.score(micro, model).logps, reference=True)
+        return micro
+
     def score_frozen(self, micro: MicroBatch, model: nn.Module | None = None) -> Tensor:
         """(b, T) log-probs without gradient and without dropout."""
-        model = model or self.model
-        was_training = model.training
-        model.eval()
+        return self._frozen(lambda policy: self.score(micro, model or policy).logps)
+
+    @torch.no_grad()
+    def _frozen(self, run: Callable[[nn.Module], Tensor], reference: bool = False) -> Tensor:
+        """What `run` makes of the policy, or of the reference, in evaluation mode and without gradient."""
+        was_training = self.model.training
+        self.model.eval()
         try:
-            with self.compute_loss_context_manager():
-                return self.score(micro, model).logps
+            active = self.reference.active() if reference else nullcontext(self.model)
+            with active as model, self.compute_loss_context_manager():
+                return run(model)
         finally:
-            model.train(was_training)
+            self.model.train(was_training)
 
     # Evaluation and logging
 
@@ -329,10 +361,7 @@ class GRPOTrainer(Trainer):
         self.model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             for micro in self.cut(rollout, 1)[0]:
-                if self.reference is not None:
-                    with self.reference.active() as reference:
-                        micro.ref_per_token_logps = self.score_frozen(micro, reference)
-                loss += self.compute_loss(self.model, micro)
+                loss += self.compute_loss(self.model, self._with_reference(micro))
         self.model.train(was_training)
         self.metrics["eval"].add(self._sums.take())
         return loss, None, None

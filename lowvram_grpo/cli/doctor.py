@@ -69,11 +69,24 @@ def _device(table: Table) -> list[str]:
         major, minor = device.capability
         table.add_row("capability", f"sm_{major}{minor}", "bfloat16" if device.bf16 else "no bfloat16: float16 is used")
     table.add_row("preset", pick(), "what `--preset auto` takes here")
-    table.add_row("vocabulary sweep", "PyTorch tiles", "the Triton kernels are not built yet")
+    table.add_row("vocabulary sweep", *_sweep())
     card = nvidia_card_without_cuda_torch()
     if card:
         return [f"there is an {card}, but torch is a CPU-only build; run `{cuda_install_line()}`."]
     return []
+
+
+def _sweep() -> tuple[str, str]:
+    """Which path log-probs and loss take here, and why; for hidden states of Qwen2.5-0.5B's width and Qwen2.5-7B's."""
+    import torch
+
+    from lowvram_grpo.loss import choose_kernels
+    from lowvram_grpo.policy.load import compute_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    small, large = (choose_kernels("auto", device, compute_dtype(device), width).reason for width in (896, 3584))
+    what, _, why = small.partition(": ")
+    return what, why if small == large else f"{why}; from a hidden size of 2049 {large.partition(': ')[0]}"
 
 
 def _pip() -> str:

@@ -9,6 +9,7 @@ name.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
 
 _CENTRES = WeakTensorKeyDictionary()
+_QUANTIZED: WeakKeyDictionary[nn.Module, tuple[Tensor, NF4Weight]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,15 @@ class Head:
         return replace(self, weight=kinds[kind].quantize(self.weight.detach()))
 
 
+def _nf4(layer: nn.Module) -> NF4Weight:
+    """The same object for as long as the layer keeps its weight, so that what is known of it is kept too."""
+    known = _QUANTIZED.get(layer)
+    if known is None or known[0] is not layer.weight:
+        made = NF4Weight.of(layer.weight.data, layer.weight.quant_state, (layer.out_features, layer.in_features))
+        _QUANTIZED[layer] = known = (layer.weight, made)
+    return known[1]
+
+
 def head_of(causal_lm: nn.Module) -> Head:
     """The head of a Hugging Face causal language model (already unwrapped from peft).
 
@@ -151,7 +162,7 @@ def head_of(causal_lm: nn.Module) -> Head:
     weight = layer.weight if isinstance(layer, nn.Linear) else None
     if getattr(weight, "quant_state", None) is not None:
         try:
-            weight = NF4Weight.of(weight.data, weight.quant_state, (layer.out_features, layer.in_features))
+            weight = _nf4(layer)
         except ValueError as error:
             raise UserError(f"lm_head of {kind} cannot be read: {error}; load it unquantized.") from error
     elif weight is None or type(layer).__module__.startswith("bitsandbytes"):
