@@ -13,6 +13,11 @@ class UserError(Exception):
     """
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 reference`, `2 references`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
