@@ -88,7 +88,7 @@ class GRPOConfig(TrainingArguments):
     disable_dropout: bool = _help("Set every dropout of the model to 0.", False)
     remove_unused_columns: bool | None = _help("Drop every column but `prompt`; rewards then see none.", False)
     shuffle_dataset: bool = _help("Shuffle the prompts each epoch.", True)
-    max_prompt_length: int | None = _help("Longest prompt in tokens; longer ones lose their left end.", 512)
+    max_prompt_length: int | None = _help("Longest prompt in tokens; longer ones are cut (docs/data.md).", 512)
     chat_template_kwargs: dict[str, Any] | str | None = _help("Extra arguments of the chat template.")
 
     # Batch

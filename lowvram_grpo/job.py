@@ -26,7 +26,8 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     Raises:
         UserError: anything a person can mend.
     """
-    from lowvram_grpo.data import encode_prompts, load
+    from lowvram_grpo.data import load
+    from lowvram_grpo.encoding import encode_prompts
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS, resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
     from lowvram_grpo.templates import guess
@@ -260,7 +261,7 @@ def _print_plan(recipe: Recipe, specs: list[str], tokenizer, train_data, eval_da
     from rich.console import Console as RichConsole
     from rich.markup import escape
 
-    from lowvram_grpo.data import encode_prompts
+    from lowvram_grpo.encoding import encode_prompts, prompt_length_report
     from lowvram_grpo.run.directory import RunDirectory
 
     args = _config(recipe, RunDirectory(Path(recipe.output_dir or "runs/dry-run")), weights=[1.0] * len(specs))
@@ -268,6 +269,12 @@ def _print_plan(recipe: Recipe, specs: list[str], tokenizer, train_data, eval_da
     ids, _ = encode_prompts(
         tokenizer,
         [train_data[0]["prompt"]],
+        max_prompt_length=args.max_prompt_length,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    report = prompt_length_report(
+        tokenizer,
+        train_data,
         max_prompt_length=args.max_prompt_length,
         chat_template_kwargs=args.chat_template_kwargs,
     )
@@ -280,6 +287,8 @@ def _print_plan(recipe: Recipe, specs: list[str], tokenizer, train_data, eval_da
         f"each step: {plan.prompts_per_rollout} prompts x {plan.num_generations} completions, at most "
         f"{plan.micro_batch_size} at once; device {args.device}"
     )
+    if report.cut:
+        out.print(f"note: {report.sentence(args.max_prompt_length)}")
     for notice in args.notices():
         out.print(f"note: {notice}")
     out.print("\nfirst prompt, as the model sees it:")

@@ -12,7 +12,7 @@ import torch
 
 from lowvram_grpo.checks import Signal, self_test, signal_of
 from lowvram_grpo.cold_start import REFERENCE_COLUMN, ColdStart, reference_ids
-from lowvram_grpo.data import is_conversational, prompt_length_report
+from lowvram_grpo.encoding import prompt_length_report
 from lowvram_grpo.errors import UserError, counted
 from lowvram_grpo.policy.load import unwrap
 
@@ -77,16 +77,7 @@ def check_lengths(trainer: GRPOTrainer) -> None:
         chat_template_kwargs=args.chat_template_kwargs,
     )
     if report.cut:
-        of = f"{report.counted} prompts" if report.counted == report.total else f"the first {report.counted} prompts"
-        lost = (
-            "system prompt and examples first"
-            if is_conversational(trainer.train_dataset[0]["prompt"])
-            else "as TRL does"
-        )
-        trainer.observer.notice(
-            f"{report.cut} of {of} are longer than max_prompt_length {args.max_prompt_length} and lose their left end "
-            f"({lost})."
-        )
+        trainer.observer.notice(report.sentence(args.max_prompt_length))
     longest = min(report.longest, args.max_prompt_length or report.longest)
     limit = getattr(unwrap(trainer.model).config.get_text_config(), "max_position_embeddings", None)
     if limit and longest + args.max_completion_length > limit:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lowvram_grpo.data import encode_prompts, is_conversational
+from lowvram_grpo.data import is_conversational
+from lowvram_grpo.encoding import encode_prompts
 from lowvram_grpo.experience import Rollout
 from lowvram_grpo.objective import group_advantages
 from lowvram_grpo.rewards.runner import RewardRunner
@@ -42,7 +43,7 @@ class Collector:
         self.scale_rewards, self.only_prompts = scale_rewards, only_prompts
 
     def encode(self, prompts: list) -> list[list[int]]:
-        """Token ids of each prompt, cut on the left to max_prompt_length."""
+        """Token ids of each prompt, cut to max_prompt_length."""
         ids, _ = encode_prompts(
             self.tokenizer,
             prompts,

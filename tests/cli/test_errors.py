@@ -70,6 +70,12 @@ def test_dry_run_writes_nothing(monkeypatch, capsys, job, tmp_path):
     assert code == 0 and "a b c" in out and "2 prompts x 4 completions" in out and not (tmp_path / "run").exists()
 
 
+def test_dry_run_counts_the_prompts_that_would_be_cut(monkeypatch, capsys, job):
+    _, out, _ = train(monkeypatch, capsys, job, "--dry-run", max_prompt_length="2")
+    assert "4 of 8 prompts are longer than max_prompt_length 2 and lose the left end" in " ".join(out.split())
+    assert "longer than" not in train(monkeypatch, capsys, job, "--dry-run", max_prompt_length="3")[1]
+
+
 @pytest.mark.parametrize(
     "replaced,words",
     [
