@@ -39,6 +39,11 @@ INERT_FIELDS = {
 _VLLM_REASON = "vLLM is not supported yet"
 
 
+def why_inert(name: str) -> str | None:
+    """Why a field does nothing here; None where it does something."""
+    return _VLLM_REASON if name.startswith("vllm_") else INERT_FIELDS.get(name)
+
+
 def _help(text: str, default: Any = None, **kwargs: Any) -> Any:
     return field(default=default, metadata={"help": text, **kwargs})
 

@@ -31,6 +31,14 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _help_all(wanted: bool) -> None:
+    if wanted:
+        from lowvram_grpo.cli.fields import show
+
+        show()
+        raise typer.Exit
+
+
 @app.callback()
 def root(
     version: Annotated[
@@ -94,11 +102,18 @@ def train(
     resume: Annotated[str | None, typer.Option(help="Run directory to go on with.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines instead of the live view.")] = False,
+    help_all: Annotated[
+        bool,
+        typer.Option("--help-all", callback=_help_all, is_eager=True, help="List the flags of GRPOConfig, and exit."),
+    ] = False,
 ) -> None:
-    """Train a LoRA adapter with GRPO. Every GRPOConfig field is a flag too, as in --learning-rate 1e-5."""
+    """Train a LoRA adapter with GRPO. Every GRPOConfig field is a flag too, as in --learning-rate 1e-5: --help-all
+    lists them with their defaults."""
     from lowvram_grpo.cli.train import start
 
-    options = {k: v for k, v in locals().items() if k not in ("context", "config", "resume", "dry_run", "start")}
+    options = dict(locals())
+    for apart in ("context", "config", "resume", "dry_run", "help_all", "start"):
+        del options[apart]
     start(options, context.args, config=config, resume=resume, dry_run=dry_run)
 
 
