@@ -16,6 +16,28 @@ _LEFT_OUT = " ... "
 _FEWEST_TOKENS_OF_A_TURN = 16
 # The cut is looked for by interpolation: two or three tries land within this many tokens of the limit.
 _SLACK, _TRIES = 4, 8
+_CHECKED = 1000
+
+
+def check_prompts(
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, *, chat_template_kwargs: dict[str, Any] | None
+) -> None:
+    """Whether the prompts of a dataset can be rendered and encoded: its first rows stand for all.
+
+    Raises:
+        UserError: as `encode_prompts`, or the chat template shows nothing of a conversation.
+    """
+    prompts = dataset.select(range(min(len(dataset), _CHECKED)))["prompt"]
+    encode_prompts(tokenizer, prompts[:1], max_prompt_length=None, chat_template_kwargs=chat_template_kwargs)
+    chats = [prompt for prompt in prompts if is_conversational(prompt)]
+    texts = [_rendered(tokenizer, chat, chat_template_kwargs or {}) for chat in chats]
+    if chats:
+        other = [{**message, "content": f"{message['content']} and more"} for message in chats[0]]
+        if _rendered(tokenizer, other, chat_template_kwargs or {}) == texts[0]:
+            raise UserError(
+                "The chat template renders every conversation as the same text, without its messages; pass "
+                "--chat-template plain, or a .jinja file that prints messages."
+            )
 
 
 def encode_prompts(
@@ -114,7 +136,7 @@ class _Turn:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], kwargs: dict[str, Any]) -> str:
-    from jinja2 import TemplateError
+    from jinja2 import TemplateSyntaxError
 
     if not tokenizer.chat_template:
         raise UserError(
@@ -128,7 +150,12 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], kwargs: 
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on, **kwargs
         )
-    except (TemplateError, ValueError) as error:
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"The chat template is no Jinja template (line {error.lineno}: {error.message}); mend it, or pass "
+            "--chat-template with `plain` or another .jinja file."
+        ) from error
+    except Exception as error:  # a template is a program of somebody else's: it may do anything but print
         reason = " ".join(str(error).split()).rstrip(".")
         roles = ", ".join(m["role"] for m in messages)
         raise UserError(

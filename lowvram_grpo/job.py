@@ -27,7 +27,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
         UserError: anything a person can mend.
     """
     from lowvram_grpo.data import load
-    from lowvram_grpo.encoding import encode_prompts
+    from lowvram_grpo.encoding import check_prompts
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS, resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
     from lowvram_grpo.templates import guess
@@ -50,12 +50,8 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     rewards = [resolve_reward(spec) for spec in specs]
     train_data, eval_data = _data(recipe, raw)
     # A chat template that is missing or does not fit is found here, before gigabytes are loaded.
-    encode_prompts(
-        tokenizer,
-        [train_data[0]["prompt"]],
-        max_prompt_length=None,
-        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
-    )
+    check_prompts(tokenizer, train_data, chat_template_kwargs=recipe.training.get("chat_template_kwargs"))
+    _check_reward_columns(recipe, [f for f, _ in rewards], train_data, eval_data)
     if dry_run:
         _print_plan(recipe, specs, tokenizer, train_data, eval_data)
         return Path(recipe.output_dir or "runs")
@@ -129,6 +125,19 @@ def _data(recipe: Recipe, raw: Dataset) -> tuple[Dataset, Dataset | None]:
         place = recipe.eval_data or recipe.data
         evaluated = prepared(load(place, config=recipe.data_config, split=recipe.eval_split))
     return prepared(raw), evaluated
+
+
+def _check_reward_columns(recipe: Recipe, rewards: list, train_data: Dataset, eval_data: Dataset | None) -> None:
+    from lowvram_grpo.rewards.runner import check_columns
+    from lowvram_grpo.rollout.collect import reward_columns
+
+    only_prompts = bool(recipe.training.get("remove_unused_columns"))
+    check_columns(rewards, reward_columns(train_data.column_names, only_prompts=only_prompts))
+    if eval_data is not None:
+        try:
+            check_columns(rewards, reward_columns(eval_data.column_names, only_prompts=only_prompts))
+        except UserError as error:
+            raise UserError(f"In the evaluation data: {error}") from error
 
 
 def _config(recipe: Recipe, directory, *, weights: list[float]) -> GRPOConfig:

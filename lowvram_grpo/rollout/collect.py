@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lowvram_grpo.data import is_conversational
@@ -17,6 +17,11 @@ _NOT_COLUMNS = {
     "prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
     "reference_completion",
 }  # fmt: skip
+
+
+def reward_columns(columns: Iterable[str], *, only_prompts: bool) -> list[str]:
+    """The columns of the data that rewards receive beside prompts and completions."""
+    return [] if only_prompts else [name for name in columns if name not in _NOT_COLUMNS]
 
 
 class Collector:
@@ -81,7 +86,5 @@ class Collector:
         ]
 
     def _columns(self, rows: list[dict[str, Any]], num_generations: int) -> dict[str, list]:
-        if self.only_prompts:
-            return {}
-        names = [name for name in rows[0] if name not in _NOT_COLUMNS]
+        names = reward_columns(rows[0], only_prompts=self.only_prompts)
         return {name: [row[name] for row in rows for _ in range(num_generations)] for name in names}
