@@ -107,8 +107,7 @@ def train(
         typer.Option("--help-all", callback=_help_all, is_eager=True, help="List the flags of GRPOConfig, and exit."),
     ] = False,
 ) -> None:
-    """Train a LoRA adapter with GRPO. Every GRPOConfig field is a flag too, as in --learning-rate 1e-5: --help-all
-    lists them with their defaults."""
+    """Train a LoRA adapter with GRPO. Every GRPOConfig field is a flag too; --help-all lists them."""
     from lowvram_grpo.cli.train import start
 
     options = dict(locals())
