@@ -13,6 +13,15 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """A signal ended a run at the end of its step, with a checkpoint. The command line exits with `code`, as a shell
+    names a process that the signal killed."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.code = 128 + signum
+
+
 def counted(number: int, noun: str) -> str:
     """`1 reference`, `2 references`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

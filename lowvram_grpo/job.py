@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,6 +25,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
 
     Raises:
         UserError: anything a person can mend.
+        Stopped: a signal asked for the end, and a checkpoint is there to go on from.
     """
     from lowvram_grpo.data import load
     from lowvram_grpo.encoding import check_prompts
@@ -233,7 +234,7 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -
             _fit(trainer, checkpoint, directory, console)
         if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
             console.notice(f"stopped at step {trainer.state.global_step}; go on with --resume {directory.path}")
-            return
+            raise Stopped(interrupt.requested)
         _leave_adapter(recipe, trainer, directory)
         console.notice(f"adapter: {directory.adapter_dir}")
 

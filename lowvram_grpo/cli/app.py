@@ -3,6 +3,7 @@ transformers."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ import typer
 
 from lowvram_grpo import __version__
 from lowvram_grpo.cli.report import report
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import Stopped, UserError
 
 app = typer.Typer(
     name="lowvram-grpo",
@@ -150,7 +151,8 @@ app.command()(report)
 
 
 def main() -> None:
-    """Entry point: one sentence and exit code 2 for a mistake that a person can mend, 130 for Ctrl-C."""
+    """Entry point: one sentence and exit code 2 for what a person can mend, 130 for Ctrl-C, 143 for SIGTERM."""
+    signal.signal(signal.SIGTERM, _on_terminate)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -158,6 +160,8 @@ def main() -> None:
         code = app(standalone_mode=False)
     except UserError as error:
         _fail(str(error))
+    except Stopped as stop:
+        code = stop.code
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except Exception as error:
@@ -169,6 +173,11 @@ def main() -> None:
             sys.exit(2)
         _fail(sentence)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _on_terminate(signum, frame) -> None:
+    # An exception, unlike the default, leaves the live view: the terminal gets its cursor back.
+    raise SystemExit(128 + signum)
 
 
 def _fail(sentence: str) -> None:
