@@ -59,12 +59,14 @@ class Signal:
         truncated: share of completions that hit the length limit.
         silent: reward functions that gave 0 (or nothing) to every completion.
         mean: mean reward.
+        equal: every completion of every group got the same reward.
     """
 
     dead: float
     truncated: float
     silent: tuple[str, ...]
     mean: float
+    equal: bool = False
 
     @property
     def alive(self) -> bool:
@@ -76,6 +78,12 @@ class Signal:
         """No group differs: every gradient of the reward is exactly zero."""
         return self.dead >= 1.0
 
+    @property
+    def saturated(self) -> bool:
+        """Every completion earns the same positive reward from functions that all fire: the form is known, and there is
+        nothing left to learn. A function that never fires leaves room above, however equal the totals are."""
+        return self.equal and self.mean > 0 and not self.silent
+
     def sentence(self, *, has_references: bool) -> str:
         facts = (
             f"signal check: {self.dead:.0%} of the groups are dead (all rewards equal), "
@@ -85,6 +93,11 @@ class Signal:
             facts += f", {', '.join(self.silent)} never fired"
         if self.alive:
             return facts + "."
+        if self.saturated:
+            return (
+                f"signal check: every completion already gets the same reward of {self.mean:.2f}, so nothing is left "
+                "to learn from these prompts; use harder prompts, or a reward that tells good completions apart."
+            )
         if self.silent and has_references:
             remedy = "warm the adapter up on the references first (cold start)"
         elif self.truncated > 0.5:
@@ -100,9 +113,11 @@ class Signal:
 
 def signal_of(rollout: Rollout, names: list[str]) -> Signal:
     per_func = rollout.rewards_per_func.nan_to_num(0.0)
+    known = rollout.rewards[~rollout.rewards.isnan()]
     return Signal(
         dead=float(rollout.advantages.dead.float().mean()),
         truncated=sum(rollout.batch.truncated) / len(rollout.batch.truncated),
         silent=tuple(name for name, column in zip(names, per_func.T) if not bool(column.any())),
         mean=float(rollout.rewards.nanmean()),
+        equal=bool((known == known[:1]).all()),
     )

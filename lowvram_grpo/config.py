@@ -40,6 +40,11 @@ INERT_FIELDS = {
 _VLLM_REASON = "vLLM is not supported yet"
 
 
+def why_inert(name: str) -> str | None:
+    """Why a field does nothing here; None where it does something."""
+    return _VLLM_REASON if name.startswith("vllm_") else INERT_FIELDS.get(name)
+
+
 def _help(text: str, default: Any = None, **kwargs: Any) -> Any:
     return field(default=default, metadata={"help": text, **kwargs})
 
@@ -89,7 +94,7 @@ class GRPOConfig(TrainingArguments):
     disable_dropout: bool = _help("Set every dropout of the model to 0.", False)
     remove_unused_columns: bool | None = _help("Drop every column but `prompt`; rewards then see none.", False)
     shuffle_dataset: bool = _help("Shuffle the prompts each epoch.", True)
-    max_prompt_length: int | None = _help("Longest prompt in tokens; longer ones lose their left end.", 512)
+    max_prompt_length: int | None = _help("Longest prompt in tokens; longer ones are cut (docs/data.md).", 512)
     chat_template_kwargs: dict[str, Any] | str | None = _help("Extra arguments of the chat template.")
 
     # Batch

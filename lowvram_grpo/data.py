@@ -1,18 +1,17 @@
-"""Any dataset becomes a `prompt` column and whatever the rewards read; prompts become token ids."""
+"""Any dataset becomes a `prompt` column and whatever the rewards read."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.errors import UserError, did_you_mean
 from lowvram_grpo.templates import template as find_template
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedTokenizerBase
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "query", "text")
 _READERS = {
@@ -283,114 +282,3 @@ def check_dataset(dataset: Any, name: str) -> None:
         raise UserError(
             f"{name} has no `prompt` column (columns found: {found}); rename the column that holds the prompts."
         )
-
-
-# Encoding ------------------------------------------------------------------------------------------------------------
-
-
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str | list[dict[str, str]]],
-    *,
-    max_prompt_length: int | None,
-    chat_template_kwargs: dict[str, Any] | None,
-) -> tuple[list[list[int]], int]:
-    """Token ids of each prompt, and how many prompts lost their left end to `max_prompt_length` (tokens).
-
-    A conversation is followed by the generation prompt, or, where its last turn is the assistant's, left open for that
-    turn to go on. Plain text gets the special tokens that the tokenizer puts in front of a text, none behind it.
-
-    Raises:
-        UserError: the tokenizer has no chat template, the template refuses a conversation, or a prompt has no tokens.
-    """
-    chats = [i for i, prompt in enumerate(prompts) if is_conversational(prompt)]
-    plain = sorted({*range(len(prompts))} - {*chats})
-    ids: list[list[int]] = [[] for _ in prompts]
-    if chats:
-        texts = [_rendered(tokenizer, prompts[i], chat_template_kwargs or {}) for i in chats]
-        # The chat template has written the special tokens already.
-        for i, row in zip(chats, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]):
-            ids[i] = row
-    if plain:
-        behind = _special_tokens_behind(tokenizer)
-        for i, row in zip(plain, tokenizer([prompts[i] for i in plain], verbose=False)["input_ids"]):
-            ids[i] = row[: len(row) - behind]
-    for prompt, row in zip(prompts, ids):
-        if not row:
-            raise UserError(f"The prompt {prompt!r} has no tokens, so there is nothing to continue; drop such rows.")
-    if max_prompt_length is None:
-        return ids, 0
-    cut = sum(len(row) > max_prompt_length for row in ids)
-    return [row[max(len(row) - max_prompt_length, 0) :] for row in ids], cut
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], kwargs: dict[str, Any]) -> str:
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise UserError(
-            "The prompts are conversations, but this model's tokenizer has no chat template; pass --chat-template "
-            "plain, or a .jinja file, or use plain-text prompts without a template, system prompt or few-shot examples."
-        )
-    goes_on = messages[-1]["role"] == "assistant"
-    # Arrow fills the keys that only some messages have with None, and many templates print it.
-    messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on, **kwargs
-        )
-    except (TemplateError, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        roles = ", ".join(m["role"] for m in messages)
-        raise UserError(
-            f"The chat template refuses a conversation of {roles} ({reason}); change the system prompt, few-shot "
-            "examples or messages to fit it, or pass another --chat-template."
-        ) from error
-
-
-def _special_tokens_behind(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many special tokens (an EOS, a SEP) the tokenizer puts behind a text: a prompt must stay open."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    return next((n for n in range(len(full)) if full[: len(full) - n][-len(bare) :] == bare), 0) if bare else 0
-
-
-class LengthReport(NamedTuple):
-    """Prompt lengths in tokens, before any cut.
-
-    Attributes:
-        longest: the longest prompt.
-        cut: prompts longer than max_prompt_length.
-        counted: prompts looked at, the first ones of the dataset.
-        total: prompts in the dataset.
-    """
-
-    longest: int
-    cut: int
-    counted: int
-    total: int
-
-
-def prompt_length_report(
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    *,
-    max_prompt_length: int | None,
-    chat_template_kwargs: dict[str, Any] | None,
-    limit: int = 20_000,
-) -> LengthReport:
-    """Encode the first `limit` prompts of a dataset with a `prompt` column, and count.
-
-    Raises:
-        UserError: as `encode_prompts`.
-    """
-    rows = dataset.select_columns("prompt") if hasattr(dataset, "select_columns") else dataset
-    counted, batch = min(len(rows), limit), 512
-    longest = cut = 0
-    for first in range(0, counted, batch):
-        prompts = [rows[i]["prompt"] for i in range(first, min(first + batch, counted))]
-        ids, _ = encode_prompts(tokenizer, prompts, max_prompt_length=None, chat_template_kwargs=chat_template_kwargs)
-        lengths = [len(row) for row in ids]
-        longest = max(longest, *lengths)
-        cut += sum(length > max_prompt_length for length in lengths) if max_prompt_length is not None else 0
-    return LengthReport(longest, cut, counted, len(rows))

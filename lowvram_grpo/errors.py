@@ -13,6 +13,20 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """A signal ended a run at the end of its step, with a checkpoint. The command line exits with `code`, as a shell
+    names a process that the signal killed."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.code = 128 + signum
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 reference`, `2 references`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

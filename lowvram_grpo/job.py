@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,8 +25,10 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
 
     Raises:
         UserError: anything a person can mend.
+        Stopped: a signal asked for the end, and a checkpoint is there to go on from.
     """
-    from lowvram_grpo.data import encode_prompts, load
+    from lowvram_grpo.data import load
+    from lowvram_grpo.encoding import check_prompts
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS, resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
     from lowvram_grpo.templates import guess
@@ -49,12 +51,8 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     rewards = [resolve_reward(spec) for spec in specs]
     train_data, eval_data = _data(recipe, raw)
     # A chat template that is missing or does not fit is found here, before gigabytes are loaded.
-    encode_prompts(
-        tokenizer,
-        [train_data[0]["prompt"]],
-        max_prompt_length=None,
-        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
-    )
+    check_prompts(tokenizer, train_data, chat_template_kwargs=recipe.training.get("chat_template_kwargs"))
+    _check_reward_columns(recipe, [f for f, _ in rewards], train_data, eval_data)
     if dry_run:
         _print_plan(recipe, specs, tokenizer, train_data, eval_data)
         return Path(recipe.output_dir or "runs")
@@ -128,6 +126,19 @@ def _data(recipe: Recipe, raw: Dataset) -> tuple[Dataset, Dataset | None]:
         place = recipe.eval_data or recipe.data
         evaluated = prepared(load(place, config=recipe.data_config, split=recipe.eval_split))
     return prepared(raw), evaluated
+
+
+def _check_reward_columns(recipe: Recipe, rewards: list, train_data: Dataset, eval_data: Dataset | None) -> None:
+    from lowvram_grpo.rewards.runner import check_columns
+    from lowvram_grpo.rollout.collect import reward_columns
+
+    only_prompts = bool(recipe.training.get("remove_unused_columns"))
+    check_columns(rewards, reward_columns(train_data.column_names, only_prompts=only_prompts))
+    if eval_data is not None:
+        try:
+            check_columns(rewards, reward_columns(eval_data.column_names, only_prompts=only_prompts))
+        except UserError as error:
+            raise UserError(f"In the evaluation data: {error}") from error
 
 
 def _config(recipe: Recipe, directory, *, weights: list[float]) -> GRPOConfig:
@@ -223,7 +234,7 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -
             _fit(trainer, checkpoint, directory, console)
         if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
             console.notice(f"stopped at step {trainer.state.global_step}; go on with --resume {directory.path}")
-            return
+            raise Stopped(interrupt.requested)
         _leave_adapter(recipe, trainer, directory)
         console.notice(f"adapter: {directory.adapter_dir}")
 
@@ -260,7 +271,7 @@ def _print_plan(recipe: Recipe, specs: list[str], tokenizer, train_data, eval_da
     from rich.console import Console as RichConsole
     from rich.markup import escape
 
-    from lowvram_grpo.data import encode_prompts
+    from lowvram_grpo.encoding import encode_prompts, prompt_length_report
     from lowvram_grpo.run.directory import RunDirectory
 
     args = _config(recipe, RunDirectory(Path(recipe.output_dir or "runs/dry-run")), weights=[1.0] * len(specs))
@@ -268,6 +279,12 @@ def _print_plan(recipe: Recipe, specs: list[str], tokenizer, train_data, eval_da
     ids, _ = encode_prompts(
         tokenizer,
         [train_data[0]["prompt"]],
+        max_prompt_length=args.max_prompt_length,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    report = prompt_length_report(
+        tokenizer,
+        train_data,
         max_prompt_length=args.max_prompt_length,
         chat_template_kwargs=args.chat_template_kwargs,
     )
@@ -280,6 +297,8 @@ def _print_plan(recipe: Recipe, specs: list[str], tokenizer, train_data, eval_da
         f"each step: {plan.prompts_per_rollout} prompts x {plan.num_generations} completions, at most "
         f"{plan.micro_batch_size} at once; device {args.device}"
     )
+    if report.cut:
+        out.print(f"note: {report.sentence(args.max_prompt_length)}")
     for notice in args.notices():
         out.print(f"note: {notice}")
     out.print("\nfirst prompt, as the model sees it:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,7 @@ def chat_template(name_or_path: str) -> str:
     """Jinja source: `plain` gives `PLAIN_CHAT_TEMPLATE`, anything else is read as a file.
 
     Raises:
-        UserError: neither `plain` nor a readable, non-empty text file.
+        UserError: neither `plain` nor a readable, non-empty text file that is no JSON.
     """
     if name_or_path == "plain":
         return PLAIN_CHAT_TEMPLATE
@@ -150,7 +151,22 @@ def chat_template(name_or_path: str) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat-template {name_or_path} can't be read as UTF-8 text: {error}.") from error
+        raise UserError(
+            f"--chat-template {name_or_path} can't be read as UTF-8 text ({error}); pass `plain` or a .jinja file."
+        ) from error
     if not text.strip():
         raise UserError(f"--chat-template {name_or_path} is an empty file; write a Jinja template into it.")
+    if _is_json(text):
+        raise UserError(
+            f"--chat-template {name_or_path} is a JSON file; pass `plain`, or a .jinja file with the text of its "
+            "`chat_template` entry."
+        )
     return text
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

@@ -36,8 +36,8 @@ from lowvram_grpo.metrics import (
 from lowvram_grpo.objective import Objective
 from lowvram_grpo.policy.load import build_policy, compute_dtype, is_peft, load_tokenizer, unwrap
 from lowvram_grpo.policy.reference import Reference
-from lowvram_grpo.rewards.runner import RewardRunner
-from lowvram_grpo.rollout.collect import Collector
+from lowvram_grpo.rewards.runner import RewardRunner, check_columns
+from lowvram_grpo.rollout.collect import Collector, reward_columns
 from lowvram_grpo.rollout.engine import GenerateEngine, end_ids
 from lowvram_grpo.rollout.sampler import sampling_of
 from lowvram_grpo.run.completions import CompletionsLog, as_text
@@ -93,6 +93,8 @@ class GRPOTrainer(Trainer):
         args = args or GRPOConfig(output_dir="grpo")
         self.observer = observer or Observer(log_completions=args.log_completions)
         check_dataset(train_dataset, "train_dataset")
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        check_columns(reward_funcs, reward_columns(train_dataset[0], only_prompts=bool(args.remove_unused_columns)))
         set_seed(args.seed)
         name = model if isinstance(model, str) else unwrap(model).config._name_or_path
         tokenizer = processing_class or load_tokenizer(name, trust_remote_code=args.trust_remote_code)
@@ -128,7 +130,7 @@ class GRPOTrainer(Trainer):
             importance_sampling_level=args.importance_sampling_level,
         )
         self.rewards = RewardRunner(
-            reward_funcs if isinstance(reward_funcs, list) else [reward_funcs],
+            reward_funcs,
             weights=args.reward_weights,
             processing_classes=reward_processing_classes
             if isinstance(reward_processing_classes, list) or reward_processing_classes is None

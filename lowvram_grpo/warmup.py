@@ -12,8 +12,8 @@ import torch
 
 from lowvram_grpo.checks import Signal, self_test, signal_of
 from lowvram_grpo.cold_start import REFERENCE_COLUMN, ColdStart, reference_ids
-from lowvram_grpo.data import is_conversational, prompt_length_report
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.encoding import prompt_length_report
+from lowvram_grpo.errors import UserError, counted
 from lowvram_grpo.policy.load import unwrap
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _PROBE_EVERY = 4
 _PAIRS_PER_STEP = 8
 _MOST_REFERENCES = 5000
+# Fewer than one batch of references would be repeated in every step: the adapter learns them by heart, not their form.
+_FEWEST_REFERENCES = _PAIRS_PER_STEP
 
 
 def before_first_step(trainer: GRPOTrainer) -> None:
@@ -39,7 +41,7 @@ def before_first_step(trainer: GRPOTrainer) -> None:
     pairs = _references(trainer)
     rollout, signal = _probe(trainer, rows)
     if args.signal_check:
-        trainer.observer.notice(signal.sentence(has_references=bool(pairs)))
+        trainer.observer.notice(signal.sentence(has_references=len(pairs) >= _FEWEST_REFERENCES))
     if cold.isdigit():
         steps = int(cold)
         if steps and not pairs:
@@ -48,8 +50,15 @@ def before_first_step(trainer: GRPOTrainer) -> None:
                 "max_completion_length; use a template with references (--template tldr with an answer column), raise "
                 "max_completion_length, or pass --cold-start off."
             )
-    elif cold == "auto" and signal.absent and pairs:
-        steps = args.cold_start_max_steps
+    elif cold == "auto" and signal.absent and not signal.saturated and pairs:
+        if len(pairs) >= _FEWEST_REFERENCES:
+            steps = args.cold_start_max_steps
+        else:
+            trainer.observer.notice(
+                f"no automatic cold start: {counted(len(pairs), 'fitting reference')} would be learned by heart, it "
+                f"takes {_FEWEST_REFERENCES} or more; add references, raise max_completion_length where they are too "
+                "long, or pass --cold-start N for N steps on what is there."
+            )
     if steps:
         trainer.log(_cold_row(0, signal))
         rollout = _cold_start(trainer, rows, pairs, steps, stop_early=cold == "auto")
@@ -68,16 +77,7 @@ def check_lengths(trainer: GRPOTrainer) -> None:
         chat_template_kwargs=args.chat_template_kwargs,
     )
     if report.cut:
-        of = f"{report.counted} prompts" if report.counted == report.total else f"the first {report.counted} prompts"
-        lost = (
-            "system prompt and examples first"
-            if is_conversational(trainer.train_dataset[0]["prompt"])
-            else "as TRL does"
-        )
-        trainer.observer.notice(
-            f"{report.cut} of {of} are longer than max_prompt_length {args.max_prompt_length} and lose their left end "
-            f"({lost})."
-        )
+        trainer.observer.notice(report.sentence(args.max_prompt_length))
     longest = min(report.longest, args.max_prompt_length or report.longest)
     limit = getattr(unwrap(trainer.model).config.get_text_config(), "max_position_embeddings", None)
     if limit and longest + args.max_completion_length > limit:
@@ -106,16 +106,18 @@ def _references(trainer: GRPOTrainer) -> list[int]:
         return []
     ids = trainer.processing_class([text for _, text in rows], add_special_tokens=False)["input_ids"]
     fitting = [i for (i, _), tokens in zip(rows, ids) if len(tokens) < limit]
-    if len(fitting) < len(rows) and str(trainer.grpo_args.cold_start) != "off":
+    long = len(rows) - len(fitting)
+    if long and str(trainer.grpo_args.cold_start) != "off":
         trainer.observer.notice(
-            f"{len(rows) - len(fitting)} of {len(rows)} references are longer than max_completion_length {limit}; a "
-            "cold start leaves them out."
+            f"{long} of {counted(len(rows), 'reference')} {'is' if long == 1 else 'are'} longer than "
+            f"max_completion_length {limit}; a cold start leaves {'it' if long == 1 else 'them'} out."
         )
     return fitting
 
 
 def _cold_start(trainer: GRPOTrainer, rows: list, pairs: list[int], steps: int, *, stop_early: bool) -> Rollout:
-    """Supervised steps until the signal check passes (or exactly `steps`), then freeze the adapter as the reference."""
+    """Supervised steps until there is a live signal, or nothing left to learn (or exactly `steps`); then the adapter is
+    frozen as the reference."""
     args, data, tokenizer = trainer.grpo_args, trainer.train_dataset, trainer.processing_class
 
     def batch(step: int) -> list[tuple[list[int], list[int]]]:
@@ -134,7 +136,10 @@ def _cold_start(trainer: GRPOTrainer, rows: list, pairs: list[int], steps: int, 
         workspace_mib=args.workspace_mib,
         fp16=args.fp16,
     )
-    trainer.observer.notice(f"cold start: up to {steps} supervised steps on {len(pairs)} references.")
+    trainer.observer.notice(
+        f"cold start: {'up to ' if stop_early else ''}{counted(steps, 'supervised step')} on "
+        f"{counted(len(pairs), 'reference')}."
+    )
     rollout, signal = None, None
     for step in range(steps):
         trainer.observer.phase(f"cold start {step + 1}/{steps}")
@@ -143,11 +148,13 @@ def _cold_start(trainer: GRPOTrainer, rows: list, pairs: list[int], steps: int, 
         if probed:
             rollout, signal = _probe(trainer, rows)
         trainer.log({"cold_start/loss": loss, **_cold_row(step + 1, signal if probed else None)})
-        if stop_early and signal is not None and signal.alive:
+        if stop_early and signal is not None and (signal.alive or signal.saturated):
             break
     outcome = "a live signal" if signal.alive else "still no live signal"
+    if signal.saturated:
+        outcome = "the same positive reward for every completion and nothing left to learn"
     trainer.observer.notice(
-        f"cold start ended after {step + 1} steps with {outcome}: mean reward {signal.mean:.2f}, "
+        f"cold start ended after {counted(step + 1, 'step')} with {outcome}: mean reward {signal.mean:.2f}, "
         f"{signal.dead:.0%} of the groups dead."
     )
     if trainer.reference is not None:

@@ -6,16 +6,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
-from lowvram_grpo.data import encode_prompts, is_conversational, load, prepare, prompt_length_report
+from lowvram_grpo.data import is_conversational, load, prepare
 from lowvram_grpo.errors import UserError
 
 ROWS = [{"prompt": f"p{i}", "answer": f"a{i}"} for i in range(5)]
-WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "system", "user", "assistant", *"abcdefgh"]
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] == 'system' and no_system %}{{ raise_exception('no system turn') }}{% endif %}"
-    "<bos> {% for m in messages %}{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
-    "{% if add_generation_prompt %}assistant{% endif %}"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -23,32 +17,9 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def make_tokenizer(*, chat: bool = True, specials: str = "$A"):
-    """Whole words; `specials` says what stands around a plain text, as in `<bos> $A <eos>`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {word: i for i, word in enumerate(WORDS)}
-    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    around = [(token, ids[token]) for token in ("<bos>", "<eos>")]
-    words.post_processor = processors.TemplateProcessing(single=specials, special_tokens=around)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
-    )
-    if chat:
-        tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
 def prepared(rows, **given):
     options = dict.fromkeys(("template", "prompt_column", "answer_column", "system_prompt", "few_shot"))
     return prepare(rows if isinstance(rows, Dataset) else Dataset.from_list(rows), **{**options, **given})
-
-
-def encode(tokenizer, prompts, limit=None, **kwargs):
-    ids, cut = encode_prompts(tokenizer, prompts, max_prompt_length=limit, chat_template_kwargs=kwargs or None)
-    return [" ".join(tokenizer.convert_ids_to_tokens(row)) for row in ids], cut
 
 
 def user(text):
@@ -260,70 +231,6 @@ def test_unknown_template():
         prepared(ROWS, template="poem")
 
 
-# Encoding
-
-
 def test_is_conversational():
     assert is_conversational([user("a")])
     assert not any(map(is_conversational, ["a", [], ["a"], None]))
-
-
-def test_conversations_end_in_the_generation_prompt_with_special_tokens_once():
-    tokenizer = make_tokenizer(specials="<bos> $A <eos>")
-    assert encode(tokenizer, [[user("a b")]]) == (["<bos> user a b <eos> assistant"], 0)
-
-
-def test_a_last_assistant_turn_goes_on():
-    texts, _ = encode(make_tokenizer(), [[user("a"), {"role": "assistant", "content": "b c"}]])
-    assert texts == ["<bos> user a <eos> assistant b c"]
-
-
-@pytest.mark.parametrize(
-    ("specials", "text"), [("$A", "a b"), ("<bos> $A", "<bos> a b"), ("<bos> $A <eos>", "<bos> a b")]
-)
-def test_plain_text_stays_open_at_its_end(specials, text):
-    assert encode(make_tokenizer(chat=False, specials=specials), ["a b"]) == ([text], 0)
-
-
-def test_an_eos_that_the_prompt_itself_contains_is_kept():
-    assert encode(make_tokenizer(specials="$A <eos>"), ["a <eos>"])[0] == ["a <eos>"]
-
-
-def test_prompts_are_cut_on_the_left_and_counted():
-    texts, cut = encode(make_tokenizer(), ["a b c d", "e f", [user("g h")]], limit=2)
-    assert (texts, cut) == (["c d", "e f", "<eos> assistant"], 2)
-
-
-def test_the_order_of_mixed_prompts_is_kept():
-    texts, _ = encode(make_tokenizer(), ["a", [user("b")], "c"])
-    assert texts == ["a", "<bos> user b <eos> assistant", "c"]
-
-
-def test_no_chat_template_is_said_with_the_way_out():
-    with pytest.raises(UserError, match=r"no chat template; pass --chat-template plain, or a \.jinja file"):
-        encode(make_tokenizer(chat=False), [[user("a")]])
-
-
-def test_a_refused_conversation_is_named_and_template_arguments_arrive():
-    chat = [{"role": "system", "content": "a"}, user("b")]
-    assert encode(make_tokenizer(), [chat])[0] == ["<bos> system a <eos> user b <eos> assistant"]
-    with pytest.raises(UserError, match=r"refuses a conversation of system, user \(no system turn\)"):
-        encode(make_tokenizer(), [chat], no_system=True)
-
-
-def test_a_prompt_without_tokens_is_refused():
-    with pytest.raises(UserError, match="no tokens"):
-        encode(make_tokenizer(), ["a", ""])
-
-
-def test_length_report_counts_before_the_cut():
-    data = Dataset.from_dict({"prompt": ["a", "a b c", "a b", "a b c d e"]})
-    options = {"max_prompt_length": 2, "chat_template_kwargs": None}
-    assert prompt_length_report(make_tokenizer(), data, **options) == (5, 2, 4, 4)
-    assert prompt_length_report(make_tokenizer(), data, limit=3, **options) == (3, 1, 3, 4)
-    assert prompt_length_report(make_tokenizer(), data.to_list(), **options | {"max_prompt_length": None}) == (
-        5,
-        0,
-        4,
-        4,
-    )

@@ -100,6 +100,51 @@ def test_its_loss_is_the_mean_negative_log_prob(tokenizer, model):
     assert score(model, *map(torch.tensor, ([[5, 6]], [[1, 1]], [[7]], [[1]])), temperature=1.0, workspace_mib=1)
 
 
+@pytest.mark.parametrize("count, words", [(1, "1 fitting reference would"), (7, "7 fitting references would"), (8, "")])
+def test_few_references_are_not_learned_by_heart(config, tokenizer, references, count, words):
+    trainer = train(config, tokenizer, references.select(range(count)), cold_start="auto", cold_start_max_steps=4)
+    said = " ".join(trainer.observer.said)
+    cold = any("cold_start/step" in row for row in trainer.state.log_history)
+    assert cold is (count >= 8) and ("no automatic cold start" in said) is not cold and words in said
+    assert ("warm the adapter up" in said) is cold
+
+
+def test_a_single_reference_is_used_where_it_is_asked_for(config, tokenizer, references):
+    trainer = train(config, tokenizer, references.select([0]), cold_start=1)
+    said = trainer.observer.said
+    assert any(text == "cold start: 1 supervised step on 1 reference." for text in said)
+    assert any(text.startswith("cold start ended after 1 step with") for text in said)
+
+
+def always(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+def never(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("functions, cold", [([always], False), ([always, never], True), ([never], True)])
+def test_a_saturated_reward_is_no_missing_signal(config, tokenizer, references, functions, cold):
+    """Warming up a policy that already earns all there is could only make it worse."""
+    args = config(cold_start="auto", cold_start_max_steps=1, max_steps=1)
+    trainer = GRPOTrainer(
+        make_model(), functions, args, references, processing_class=tokenizer, peft_config=LORA, observer=Quiet()
+    )
+    trainer.train()
+    assert any("cold_start/step" in row for row in trainer.state.log_history) is cold
+    assert any("nothing is left to learn" in text for text in trainer.observer.said) is not cold
+
+
+def test_a_cold_start_ends_where_nothing_is_left_to_learn(config, tokenizer, references):
+    """With sampling as good as greedy, the first form that is learnt makes every reward 1."""
+    trainer = train(config, tokenizer, references, cold_start="auto", temperature=1e-3)
+    said = " ".join(trainer.observer.said)
+    assert "nothing left to learn" in said and "mean reward 1.00" in said
+    steps = max(row.get("cold_start/step", 0) for row in trainer.state.log_history)
+    assert steps < trainer.grpo_args.cold_start_max_steps
+
+
 def test_references_end_with_the_end_token(tokenizer):
     assert reference_ids(tokenizer, "1 2") == [4, 5, 1]
 
@@ -121,10 +166,12 @@ def test_references_that_do_not_fit_are_left_out(config, tokenizer):
         (Signal(1.0, 0.0, ("label",), 0.0), False, ["--few-shot"]),
         (Signal(0.6, 0.0, (), 1.0), False, ["num_generations"]),
         (Signal(0.1, 0.0, (), 1.0), False, ["10%"]),
+        (Signal(1.0, 0.0, (), 1.0, equal=True), True, ["same reward of 1.00", "nothing is left to learn", "harder"]),
+        (Signal(1.0, 0.0, ("label",), 0.5, equal=True), True, ["label never fired", "cold start"]),
     ],
 )
 def test_the_sentence_names_the_remedy(signal, references, words):
     sentence = signal.sentence(has_references=references)
     for word in words:
         assert word in sentence
-    assert sentence.count(". ") == 0 and ("GRPO learns only" in sentence) is not signal.alive
+    assert sentence.count(". ") == 0 and ("GRPO learns only" in sentence) is not (signal.alive or signal.saturated)

@@ -3,6 +3,7 @@ transformers."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ import typer
 
 from lowvram_grpo import __version__
 from lowvram_grpo.cli.report import report
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import Stopped, UserError
 
 app = typer.Typer(
     name="lowvram-grpo",
@@ -28,6 +29,14 @@ _Out = Annotated[
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"lowvram-grpo {__version__}")
+        raise typer.Exit
+
+
+def _help_all(wanted: bool) -> None:
+    if wanted:
+        from lowvram_grpo.cli.fields import show
+
+        show()
         raise typer.Exit
 
 
@@ -94,11 +103,17 @@ def train(
     resume: Annotated[str | None, typer.Option(help="Run directory to go on with.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines instead of the live view.")] = False,
+    help_all: Annotated[
+        bool,
+        typer.Option("--help-all", callback=_help_all, is_eager=True, help="List the flags of GRPOConfig, and exit."),
+    ] = False,
 ) -> None:
-    """Train a LoRA adapter with GRPO. Every GRPOConfig field is a flag too, as in --learning-rate 1e-5."""
+    """Train a LoRA adapter with GRPO. Every GRPOConfig field is a flag too; --help-all lists them."""
     from lowvram_grpo.cli.train import start
 
-    options = {k: v for k, v in locals().items() if k not in ("context", "config", "resume", "dry_run", "start")}
+    options = dict(locals())
+    for apart in ("context", "config", "resume", "dry_run", "help_all", "start"):
+        del options[apart]
     start(options, context.args, config=config, resume=resume, dry_run=dry_run)
 
 
@@ -136,7 +151,8 @@ app.command()(report)
 
 
 def main() -> None:
-    """Entry point: one sentence and exit code 2 for a mistake that a person can mend, 130 for Ctrl-C."""
+    """Entry point: one sentence and exit code 2 for what a person can mend, 130 for Ctrl-C, 143 for SIGTERM."""
+    signal.signal(signal.SIGTERM, _on_terminate)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -144,6 +160,8 @@ def main() -> None:
         code = app(standalone_mode=False)
     except UserError as error:
         _fail(str(error))
+    except Stopped as stop:
+        code = stop.code
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except Exception as error:
@@ -155,6 +173,11 @@ def main() -> None:
             sys.exit(2)
         _fail(sentence)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _on_terminate(signum, frame) -> None:
+    # An exception, unlike the default, leaves the live view: the terminal gets its cursor back.
+    raise SystemExit(128 + signum)
 
 
 def _fail(sentence: str) -> None:

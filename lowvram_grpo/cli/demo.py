@@ -5,12 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from lowvram_grpo.cli.quiet import hush
+from lowvram_grpo.errors import UserError
 
 _ASSETS = Path(__file__).resolve().parent.parent / "demo"
 
 
 def start(output_dir: Path | None, steps: int | None, *, plain: bool) -> None:
-    """Train on the CPU whatever the machine has: the demo is the same everywhere."""
+    """Train on the CPU whatever the machine has: the demo is the same everywhere.
+
+    Raises:
+        UserError: `steps` is no number of steps.
+    """
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps is {steps}; the demo takes 1 step or more (leave it out for the whole demo).")
     hush()
     from lowvram_grpo.job import run
     from lowvram_grpo.recipe import resolve
@@ -30,11 +37,15 @@ def start(output_dir: Path | None, steps: int | None, *, plain: bool) -> None:
 
 
 def _summary(directory: Path) -> None:
-    """First and last ten steps side by side: what the demo is there to show."""
+    """First and last steps side by side: what the demo is there to show."""
     from lowvram_grpo.run.directory import RunDirectory
+    from lowvram_grpo.run.metrics import ends
 
     rewards = [row["reward"] for row in RunDirectory(directory).metrics() if row.get("reward") is not None]
-    first, last = rewards[:10], rewards[-10:]
+    first, last = ends(rewards)
     if first:
         before, after = sum(first) / len(first), sum(last) / len(last)
-        print(f"mean reward: {before:.3f} over the first {len(first)} steps, {after:.3f} over the last {len(last)}.")
+        over = "step" if len(first) == 1 else f"{len(first)} steps"
+        print(f"mean reward: {before:.3f} over the first {over}, {after:.3f} over the last {over}.")
+    elif last:
+        print(f"mean reward: {last[0]:.3f} in the only step.")

@@ -276,6 +276,27 @@ def _arguments(func: Callable, name: str, given: dict[str, Any], columns: dict[s
     return {key: list(value) if isinstance(value, list) else value for key, value in accepted.items()}
 
 
+def check_columns(funcs: Sequence[Any], columns: Sequence[str]) -> None:
+    """Whether the data has what each function asks for by name. Models, and names of models, need only the texts.
+
+    Raises:
+        UserError: a column is missing; as in the first call, but before a model is loaded.
+    """
+    lists: dict[str, Any] = {name: [] for name in columns}
+    given = {name: [] for name in ("prompts", "completions", "completion_ids")} | lists
+    given |= dict.fromkeys(("trainer_state", "log_extra", "log_metric"))
+    for func in funcs:
+        func = BUILTIN.get(func, func) if isinstance(func, str) else func
+        if isinstance(func, (str, torch.nn.Module)) or not callable(func):
+            continue
+        try:
+            arguments = _arguments(func, _name(func), given, lists)
+        except ValueError:  # a function in C without a signature
+            continue
+        if func in BUILTIN.values():
+            func(**arguments)  # `accuracy` takes either of two columns, which its signature can't say
+
+
 def _floats(output: Any, n: int, name: str) -> list[float]:
     """The n rewards as floats, NaN for None."""
     if hasattr(output, "tolist"):

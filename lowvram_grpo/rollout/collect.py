@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from lowvram_grpo.data import encode_prompts, is_conversational
+from lowvram_grpo.data import is_conversational
+from lowvram_grpo.encoding import encode_prompts
 from lowvram_grpo.experience import Rollout
 from lowvram_grpo.objective import group_advantages
 from lowvram_grpo.rewards.runner import RewardRunner
@@ -16,6 +17,11 @@ _NOT_COLUMNS = {
     "prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
     "reference_completion",
 }  # fmt: skip
+
+
+def reward_columns(columns: Iterable[str], *, only_prompts: bool) -> list[str]:
+    """The columns of the data that rewards receive beside prompts and completions."""
+    return [] if only_prompts else [name for name in columns if name not in _NOT_COLUMNS]
 
 
 class Collector:
@@ -42,7 +48,7 @@ class Collector:
         self.scale_rewards, self.only_prompts = scale_rewards, only_prompts
 
     def encode(self, prompts: list) -> list[list[int]]:
-        """Token ids of each prompt, cut on the left to max_prompt_length."""
+        """Token ids of each prompt, cut to max_prompt_length."""
         ids, _ = encode_prompts(
             self.tokenizer,
             prompts,
@@ -80,7 +86,5 @@ class Collector:
         ]
 
     def _columns(self, rows: list[dict[str, Any]], num_generations: int) -> dict[str, list]:
-        if self.only_prompts:
-            return {}
-        names = [name for name in rows[0] if name not in _NOT_COLUMNS]
+        names = reward_columns(rows[0], only_prompts=self.only_prompts)
         return {name: [row[name] for row in rows for _ in range(num_generations)] for name in names}

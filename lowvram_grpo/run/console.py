@@ -13,7 +13,9 @@ from time import monotonic
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType
 from rich.text import Text
 from transformers import TrainerCallback
 
@@ -23,6 +25,28 @@ from lowvram_grpo.run.view import Glyphs, View, clean, decimal, duration, percen
 REFRESHES_PER_SECOND = 4
 # The time of a step wanders with the length of its completions; the ETA takes the mean over this many.
 ETA_WINDOW = 20
+NOTICES_KEPT = 8
+
+
+class ResizableLive(Live):
+    """Draws anew on an empty screen, below the last notices, when the terminal's size has changed.
+
+    A terminal that became narrower has wrapped the lines of the last frame: rich steps back over as many lines as it
+    drew, and would leave the others standing.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.size = self.console.size
+        self.notices: deque[Text] = deque(maxlen=NOTICES_KEPT)
+
+    def process_renderables(self, renderables: list) -> list:
+        found, size = super().process_renderables(renderables), self.console.size
+        if size == self.size or not self.console.is_interactive:
+            return found
+        self.size = size
+        clear = Control(ControlType.HOME, ControlType.CLEAR)
+        return [clear, *self.notices, *found[1:]]  # the first one is the step back
 
 
 class Console(Observer, TrainerCallback):
@@ -58,7 +82,7 @@ class Console(Observer, TrainerCallback):
         glyphs = Glyphs.for_encoding(getattr(sys.stdout, "encoding", None))
         self._view = View(title, subtitle, glyphs, total_steps=total_steps)
         self._lock = threading.RLock()
-        self._live: Live | None = None
+        self._live: ResizableLive | None = None
         self._logs_back: list[tuple[logging.StreamHandler, Any]] = []
         self._step_ends: deque[float] = deque(maxlen=ETA_WINDOW + 1)
 
@@ -68,7 +92,7 @@ class Console(Observer, TrainerCallback):
             return self
         stderr = sys.stderr
         rich = RichConsole(highlight=False)
-        self._live = Live(
+        self._live = ResizableLive(
             console=rich, get_renderable=lambda: self._render(rich), refresh_per_second=REFRESHES_PER_SECOND
         )
         self._live.start()
@@ -89,7 +113,10 @@ class Console(Observer, TrainerCallback):
         """One line for the person at the screen: a warning, the result of a self-test. It stays in the scrollback."""
         with self._lock:
             self._view.notice = clean(text)
-        self._print(f"{self._view.glyphs.dot} {clean(text)}", style="yellow")
+        line = Text(f"{self._view.glyphs.dot} {clean(text)}", style="yellow")
+        self._print(line)
+        if self._live is not None:
+            self._live.notices.append(line)
 
     def phase(self, text: str) -> None:
         """What is being done now, such as "sampling 16 completions"; shown by the live view only."""
@@ -171,10 +198,10 @@ class Console(Observer, TrainerCallback):
         with self._lock:
             return self._view.render(rich)
 
-    def _print(self, text: str, style: str = "") -> None:
+    def _print(self, text: str | Text) -> None:
         # Never called with the lock held: rich holds its own while it asks for the next frame, which takes ours.
         if self._live is not None:
-            self._live.console.print(Text(text, style=style))
+            self._live.console.print(Text(text) if isinstance(text, str) else text)
         else:
             print(text, flush=True)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run at the end of its step, with a checkpoint; a second one ends it at once."""
+"""Ctrl-C and SIGTERM end a run at the end of its step, with a checkpoint; a second one ends it at once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ from contextlib import contextmanager
 
 from transformers import TrainerCallback
 
+_SIGNALS = {
+    signal.SIGINT: "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once.",
+    signal.SIGTERM: "asked to terminate: stopping after this step, with a checkpoint; a second SIGTERM stops at once.",
+}
+
 
 class StopAfterStep(TrainerCallback):
-    """Turns the first SIGINT into a stop with a checkpoint after the step in progress."""
+    """Turns the first SIGINT or SIGTERM into a stop with a checkpoint after the step in progress.
+
+    Attributes:
+        requested: the signal that came; None where none did.
+    """
 
     def __init__(self, tell: Callable[[str], None]):
         self.tell = tell
-        self.requested = False
+        self.requested: int | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.requested:
@@ -23,18 +32,19 @@ class StopAfterStep(TrainerCallback):
 
     @contextmanager
     def armed(self) -> Iterator[None]:
-        """Listen for SIGINT inside the block; without effect off the main thread."""
+        """Listen inside the block; without effect off the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = signal.signal(signal.SIGINT, self._on_interrupt)
+        previous = {signum: signal.signal(signum, self._on_signal) for signum in _SIGNALS}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
 
-    def _on_interrupt(self, signum, frame) -> None:
+    def _on_signal(self, signum: int, frame) -> None:
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        self.tell("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once.")
+            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+        self.requested = signum
+        self.tell(_SIGNALS[signum])

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
 from lowvram_grpo.run import jsonl
+
+_WINDOW = 10
+
+
+def ends(rows: Sequence[Any], window: int = _WINDOW) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The first and the last rows of a run to compare: at most `window` of each, and none in both. A single row has
+    nothing to be compared with: the first are empty then."""
+    count = min(window, len(rows) // 2)
+    return rows[:count], rows[len(rows) - max(count, 1) :]
 
 
 class MetricsWriter(TrainerCallback):

@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from lowvram_grpo import __version__
+from lowvram_grpo.errors import counted
+from lowvram_grpo.run.metrics import ends
 
 # hub ids are at most `owner/name`; anything else in `base_model` makes the hub refuse the card
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _METRICS = ["reward", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std"]
-_LAST = 10
 
 
 def model_card(recipe: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
@@ -61,10 +62,14 @@ def _results(metrics: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     names = _METRICS + sorted({k for row in rows for k in row if k.startswith("rewards/") and k.endswith("/mean")})
-    first, last = rows[:_LAST], rows[-_LAST:]
-    lines = [(name, _mean(first, name), _mean(last, name)) for name in names if _mean(last, name) != "-"]
-    count = min(_LAST, len(rows))
-    text = f"{rows[-1]['step']} optimizer steps. Means over the first and the last {count} logged rows:"
+    first, last = ends(rows)
+    names = [name for name in names if _mean(last, name) != "-"]
+    steps = f"{counted(rows[-1]['step'], 'optimizer step')}."
+    if not first:
+        return ["## Results", steps, _table(("metric", "value"), [(name, _mean(last, name)) for name in names])]
+    over = "logged row" if len(last) == 1 else f"{len(last)} logged rows"
+    text = f"{steps} Means over the first and the last {over}:"
+    lines = [(name, _mean(first, name), _mean(last, name)) for name in names]
     return ["## Results", text, _table(("metric", "first", "last"), lines)]
 
 

@@ -23,7 +23,7 @@ TREND_WINDOW = 5
 
 @dataclass(frozen=True)
 class Glyphs:
-    """The characters that the output's encoding can carry."""
+    """The characters beyond ASCII that are drawn with, or their stand-ins."""
 
     arrows: str  # down, flat, up
     blocks: str  # lowest to highest
@@ -32,16 +32,14 @@ class Glyphs:
 
     @classmethod
     def for_encoding(cls, encoding: str | None) -> Glyphs:
-        """UTF-8 and cp936 carry all of them, cp1252 only the dot and the ellipsis, ASCII none."""
-
-        def pick(fancy: str, plain: str) -> str:
-            try:
-                fancy.encode(encoding or "utf-8")
-            except (UnicodeEncodeError, LookupError):
-                return plain
-            return fancy
-
-        return cls(pick("↓→↑", "v-^"), pick("▁▂▃▄▅▆▇█", "_.-:=+*#"), pick("·", "-"), pick("…", "..."))
+        """All or none of them. UTF-8 and cp936 carry all; cp1252 has a dot and an ellipsis, but a Windows console
+        that works in cp437 or cp850 shows their bytes as other characters."""
+        fancy = cls("↓→↑", "▁▂▃▄▅▆▇█", "·", "…")
+        try:
+            "".join(vars(fancy).values()).encode(encoding or "utf-8")
+        except (UnicodeEncodeError, LookupError):
+            return cls("v-^", "_.-:=+*#", "-", "...")
+        return fancy
 
 
 def trend(history: Sequence[float]) -> int:
@@ -160,14 +158,23 @@ class View:
             grid.add_column(ratio=1)
             grid.add_row(table, self._sample(width - TABLE_WIDTH, body))
             return Group(self._header(width, self.subtitle), self._progress(width, self.phase), grid)
-        # Notices stand above the view; in a low terminal they scroll away at once, so the newest is shown again.
         pairs = self._pairs(rows, width, max(height - 4, 1))
         # The last line stays free: a frame as high as the terminal makes it scroll.
         lines = height - 3 - pairs.row_count
-        notice = [self._one_line(f"{self.glyphs.dot} {self.notice}", width, "yellow")] if self.notice else []
-        lines -= len(notice)
-        sample = [self._sample(width, min(lines, 12))] if lines >= 4 else []
+        above, notice = self._lines_of_notice(console), []
+        if lines - above < 4 and (lines - 1 >= 4 or lines < above):
+            # Notices stand above the view. In a low terminal the sample, or the view itself, would push them out, so
+            # the newest moves in.
+            above, notice = 0, [self._one_line(f"{self.glyphs.dot} {self.notice}", width, "yellow")]
+            lines -= 1
+        sample = [self._sample(width, min(lines - above, 12))] if lines - above >= 4 else []
         return Group(self._header(width, self.phase or self.subtitle), self._progress(width), pairs, *sample, *notice)
+
+    def _lines_of_notice(self, console: Console) -> int:
+        """Lines that the newest notice takes above the view."""
+        if not self.notice:
+            return 0
+        return len(Text(f"{self.glyphs.dot} {self.notice}").wrap(console, console.width))
 
     def _one_line(self, text: str, width: int, style: str) -> Text:
         line = " ".join(text.split())
@@ -201,10 +208,10 @@ class View:
         if not rows:
             return Text("waiting for the first step", style="dim")
         table = Table.grid(padding=(0, 1, 0, 0))
-        table.add_column(width=16, no_wrap=True, style="dim")
-        table.add_column(width=9, justify="right", no_wrap=True)
+        table.add_column(width=16, no_wrap=True, overflow="crop", style="dim")
+        table.add_column(width=9, justify="right", no_wrap=True, overflow="crop")
         table.add_column(width=1)
-        table.add_column(width=18, no_wrap=True, style="cyan")
+        table.add_column(width=18, no_wrap=True, overflow="crop", style="cyan")
         for metric, label, value, arrow in rows:
             spark = sparkline(self.history[metric], 18, self.glyphs.blocks) if arrow else ""
             table.add_row(label, Text(value, style="bold" if metric == "reward" else ""), arrow, spark)
@@ -216,8 +223,9 @@ class View:
         cell = width // columns - 1
         table = Table.grid(padding=(0, 1, 0, 0))
         for _ in range(columns):
-            table.add_column(width=cell, no_wrap=True)
-        cells = [Text(f"{label:<14.14}", style="dim").append(f"{value:>9} {arrow}", style="default")
+            table.add_column(width=cell, no_wrap=True, overflow="crop")
+        name = max(min(cell - 11, 14), 6)
+        cells = [Text(f"{label:<{name}.{name}}", style="dim").append(f"{value:>9} {arrow}", style="default")
                  for _, label, value, arrow in rows]  # fmt: skip
         if rows and rows[0][0] == "reward":
             cells.insert(1, Text(sparkline(self.history["reward"], cell, self.glyphs.blocks), style="cyan"))

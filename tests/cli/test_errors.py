@@ -70,6 +70,12 @@ def test_dry_run_writes_nothing(monkeypatch, capsys, job, tmp_path):
     assert code == 0 and "a b c" in out and "2 prompts x 4 completions" in out and not (tmp_path / "run").exists()
 
 
+def test_dry_run_counts_the_prompts_that_would_be_cut(monkeypatch, capsys, job):
+    _, out, _ = train(monkeypatch, capsys, job, "--dry-run", max_prompt_length="2")
+    assert "4 of 8 prompts are longer than max_prompt_length 2 and lose the left end" in " ".join(out.split())
+    assert "longer than" not in train(monkeypatch, capsys, job, "--dry-run", max_prompt_length="3")[1]
+
+
 @pytest.mark.parametrize(
     "replaced,words",
     [
@@ -115,6 +121,82 @@ def test_a_reward_that_fails_is_named(monkeypatch, capsys, job, function, words)
     text = sentence(train(monkeypatch, capsys, job, reward=job["--reward"].replace("digits", function)))
     for word in words:
         assert word in text, text
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """Whatever is wrong has to be found before the weights are read."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("lowvram_grpo.policy.load.load_causal_lm", load)
+
+
+@pytest.mark.parametrize(
+    "reward,words",
+    [
+        ("content", ["'content' needs 'answer'", "columns found: gold", "--answer-column"]),
+        ("accuracy", ["'accuracy' needs a column `answer` or `solution`", "columns found: gold"]),
+        ("mine", ["'mine' needs 'topic'", "columns found: gold"]),
+    ],
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["train", "dry-run"])
+def test_a_missing_reward_column_is_found_before_loading(
+    monkeypatch, capsys, job, tmp_path, no_loading, reward, words, dry
+):
+    data = tmp_path / "gold.jsonl"
+    data.write_text('{"prompt": "a b", "gold": "1"}\n', encoding="utf-8")
+    mine = tmp_path / "mine.py"
+    mine.write_text("async def mine(completions, topic, **kwargs):\n    return [0.0] * len(topic)\n", encoding="utf-8")
+    reward = f"{mine}:mine" if reward == "mine" else reward
+    text = sentence(train(monkeypatch, capsys, job, *dry, data=str(data), reward=reward))
+    for word in words:
+        assert word in text, text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_column_that_only_the_evaluation_data_lacks(monkeypatch, capsys, job, tmp_path, no_loading):
+    data = tmp_path / "eval.jsonl"
+    data.write_text('{"prompt": "a b"}\n', encoding="utf-8")
+    text = sentence(train(monkeypatch, capsys, job, eval_data=str(data), reward="content"))
+    assert "In the evaluation data" in text and "'answer'" in text
+
+
+CONSTANT, BROKEN, WRONG = b"hello", b"{% for m in messages %}{{ m.content }", b"{{ messages[0].content + 1 }}"
+
+
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        (b"\x89PNG\r\n\x1a\n\x00\x00", ["can't be read as UTF-8 text", "pass `plain` or a .jinja file"]),
+        (b'{"chat_template": "{{ messages }}"}', ["JSON file", "`chat_template` entry"]),
+        (CONSTANT, ["renders every conversation as the same text", "--chat-template plain"]),
+        (BROKEN, ["no Jinja template (line 1", "--chat-template"]),
+        (WRONG, ["refuses a conversation of system, user", "another --chat-template"]),
+    ],
+    ids=["png", "json", "constant", "broken", "type error"],
+)
+def test_a_file_that_is_no_chat_template(monkeypatch, capsys, job, tmp_path, no_loading, content, words):
+    file = tmp_path / "template.jinja"
+    file.write_bytes(content)
+    text = sentence(train(monkeypatch, capsys, job, chat_template=str(file), system_prompt="be brief"))
+    for word in words:
+        assert word in text, text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_later_conversation_that_the_chat_template_refuses(monkeypatch, capsys, job, tmp_path, no_loading):
+    data, file = tmp_path / "chats.jsonl", tmp_path / "template.jinja"
+    rows = [[{"role": "user", "content": "a"}], [{"role": "tool", "content": "b"}, {"role": "user", "content": "c"}]]
+    data.write_text("\n".join(json.dumps({"prompt": row}) for row in rows), encoding="utf-8")
+    file.write_text(
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{{ m.content }}"
+        "{% endfor %}",
+        encoding="utf-8",
+    )
+    text = sentence(train(monkeypatch, capsys, job, data=str(data), chat_template=str(file)))
+    assert "refuses a conversation of tool, user (no tools)" in text
 
 
 def test_empty_data(monkeypatch, capsys, job, tmp_path):

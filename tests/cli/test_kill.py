@@ -1,4 +1,5 @@
-"""kill -9 in the middle of a real process, then --resume: the same steps as a run that nobody killed."""
+"""Signals to a real process. kill -9, then --resume: the same steps as a run that nobody killed. Ctrl-C and SIGTERM: a
+checkpoint of the step in progress."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import time
 
+import pytest
 from conftest import make_model, make_tokenizer
 
 STEPS = 14
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def command(*arguments):
@@ -28,39 +31,49 @@ def steps_logged(run):
     return path.read_text(encoding="utf-8").count('"loss"') if path.is_file() else 0
 
 
-def test_resume_after_kill_9(tmp_path):
+@pytest.fixture
+def job(tmp_path):
+    """Arguments of a run whose steps take long enough to be interrupted in."""
     make_model().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": p}) for p in ["a b", "c d e", "f", "g h"] * 3), encoding="utf-8")
     reward = tmp_path / "rewards.py"
-    # A step takes long enough to be killed in, and the reward depends on nothing but the completion.
+    # The reward depends on nothing but the completion.
     reward.write_text(
         "import time\ndef slow(completions, **kwargs):\n    time.sleep(0.15)\n"
         "    return [sum(w.isdigit() for w in c.split()) / 8 for c in completions]\n",
         encoding="utf-8",
     )
-    common = [
+    return [
         "train", "--plain", "--use-cpu", "--model", tmp_path / "model", "--data", data, "--reward", f"{reward}:slow",
         "--max-steps", STEPS, "--save-steps", 3, "--num-generations", 4, "--max-completion-length", 6,
         "--learning-rate", "1e-2", "--lr-scheduler-type", "cosine", "--num-iterations", 2,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(*common, "-o", whole), check=True, env=environment, capture_output=True, timeout=300)
 
-    process = subprocess.Popen(command(*common, "-o", killed), env=environment, stdout=subprocess.DEVNULL)
+
+def started(job, run, steps, **kwargs):
+    """A process that trains, once it has logged that many steps."""
+    process = subprocess.Popen(command(*job, "-o", run), env=ENVIRONMENT, **kwargs)
     deadline = time.time() + 200
-    while steps_logged(killed) < 8:
+    while steps_logged(run) < steps:
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.01)
+    return process
+
+
+def test_resume_after_kill_9(job, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(*job, "-o", whole), check=True, env=ENVIRONMENT, capture_output=True, timeout=300)
+
+    process = started(job, killed, 8, stdout=subprocess.DEVNULL)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = rows(killed)
     assert 8 <= len(before) < STEPS
 
     resume = command("train", "--plain", "--resume", killed)
-    out = subprocess.run(resume, check=True, env=environment, capture_output=True, text=True, timeout=300)
+    out = subprocess.run(resume, check=True, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert "resuming from step" in out.stdout
     expected, resumed = rows(whole), rows(killed)
     assert list(resumed) == list(range(1, STEPS + 1))
@@ -69,3 +82,15 @@ def test_resume_after_kill_9(tmp_path):
             assert resumed[step].get(name) == row.get(name), (step, name)
     weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, killed)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_and_saves(job, tmp_path, signum, code):
+    run = tmp_path / "run"
+    process = started(job, run, 4, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err
+    last = max(rows(run))
+    assert 4 <= last < STEPS and (run / f"checkpoint-{last}" / "trainer_state.json").is_file()
+    assert f"stopped at step {last}; go on with --resume {run}" in out

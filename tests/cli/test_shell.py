@@ -37,7 +37,8 @@ def test_version_doctor_and_presets():
 
 
 def test_usage_errors_are_one_sentence():
-    for arguments in (["trian"], ["presets", "9gb"], ["report", "/no/such/run"]):
+    mistakes = ["demo --steps 0", "demo --steps -1", "trian", "presets 9gb", "report /no/such/run"]
+    for arguments in map(str.split, mistakes):
         done = call(*arguments, code=2)
         assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.rewards.runner import RewardRunner
+from lowvram_grpo.rewards.runner import RewardRunner, check_columns
 
 COMPLETIONS = ["a", "bb", "ccc"]
 
@@ -211,6 +211,17 @@ def test_missing_columns_are_named_with_those_found():
         UserError, match=r"'needs' needs 'answer', 'label', which the data lacks; columns found: a, b \("
     ):
         score(needs, columns={"b": [1] * 3, "a": [1] * 3})
+
+
+def test_columns_are_checked_without_a_call():
+    def called(completions, answer):
+        raise AssertionError
+
+    check_columns([called, "label", "accuracy", "org/reward-model", max], ["answer"])
+    with pytest.raises(UserError, match="'called' needs 'answer', which the data lacks; columns found: other"):
+        check_columns([called], ["other"])
+    with pytest.raises(UserError, match="'accuracy' needs a column `answer` or `solution`"):
+        check_columns(["label", "accuracy"], [])
 
 
 def test_extras_of_the_wrong_length_are_named():

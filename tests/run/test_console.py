@@ -109,6 +109,36 @@ def test_samples_in_plain_mode_only_when_asked(stdout):
     assert len(lines) == 3 and len(lines[1]) < 140
 
 
+def test_a_western_windows_console_gets_ascii_only(stdout, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    for plain in (True, False):
+        out = stdout("cp1252")
+        with Console("lowvram-grpo", "model on data", plain=plain, log_completions=True) as console:
+            console.notice("a notice")
+            console.on_log(None, state(1), None, logs=LOGS)
+            console.sample("prompt " * 99, "<answer>x</answer>", 1.0, 1)
+        assert out.text().isascii() and "?" not in out.text().replace("\x1b[?25", "") and "- a notice" in out.text()
+
+
+def test_a_resize_leaves_nothing_of_the_last_frame(stdout, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "30")
+    out = stdout()
+    with Console("lowvram-grpo", "model on data", plain=False) as console:
+        console.notice("first notice")
+        console.on_log(None, state(1), None, logs=LOGS)
+        console._live.refresh()
+        assert "\x1b[2J" not in out.text()
+        size = console._live.console.size
+        console._live.console.size = (size.width - 20, size.height)
+        console._live.refresh()
+        console._live.refresh()
+    before, _, after = out.text().partition("\x1b[H\x1b[2J")
+    assert "\x1b[2J" not in after, "only once"
+    assert before.count("first notice") == after.count("first notice") == 1, "the notices stay on screen"
+    assert after.index("first notice") < after.index("lowvram-grpo")
+
+
 def test_an_exception_leaves_the_terminal_whole(stdout, monkeypatch):
     out = stdout()
     error_stream = Terminal()

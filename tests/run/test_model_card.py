@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import yaml
 
 from lowvram_grpo.run.model_card import model_card
@@ -24,6 +25,19 @@ def test_hub_model():
     assert "| learning_rate | 1e-06 |" in card and "| reward | accuracy, a\\|b |" in card
     assert "| reward | 5.5 | 25.5 |" in card and "30 optimizer steps" in card
     assert "system_prompt" not in card and "| kl |" not in card
+
+
+@pytest.mark.parametrize(
+    "steps, row, sentence",
+    [
+        (1, "| reward | 1 |", "1 optimizer step."),
+        (3, "| reward | 1 | 3 |", "3 optimizer steps. Means over the first and the last logged row:"),
+        (8, "| reward | 2.5 | 6.5 |", "Means over the first and the last 4 logged rows:"),
+    ],
+)
+def test_first_and_last_of_a_short_run_are_not_the_same_rows(steps, row, sentence):
+    card = model_card({"model": "a/b", "data": "c/d"}, METRICS[:steps])
+    assert row in card.splitlines() and sentence in card
 
 
 def test_local_paths_stay_private():

@@ -18,6 +18,27 @@ def test_glyphs_fit_the_encoding(encoding, arrows, blocks):
     glyphs = Glyphs.for_encoding(encoding)
     assert glyphs.arrows == arrows and len(glyphs.blocks) == blocks
     "".join(vars(glyphs).values()).encode(encoding)
+    assert (glyphs.dot, glyphs.ellipsis) == (("·", "…") if arrows == "↓→↑" else ("-", "..."))
+
+
+@pytest.mark.parametrize("size", [(100, 30), (60, 30), (50, 20), (24, 12)])
+def test_a_western_windows_console_gets_ascii_only(size):
+    """It encodes in cp1252, or shows what comes through a pipe in cp850: nothing but ASCII is the same in both."""
+    view = filled(Glyphs.for_encoding("cp1252"))
+    view.notice, view.sample = "a long notice " * 20, ("a prompt " * 300, "the completion " * 300, 1.5, 3)
+    text = "\n".join(lines_of(view, *size, "cp1252"))
+    assert text.isascii() and "?" not in text and ("+-" in text or size[1] < 20)
+
+
+@pytest.mark.parametrize("size", [(60, 40), (60, 24), (60, 15), (60, 12), (60, 11), (50, 16), (60, 8)])
+def test_the_newest_notice_is_seen_once(size):
+    """Above the view where there is room for it, inside where there is none: never in both places, nor nowhere."""
+    view = filled(UTF8)
+    view.history = {name: values for name, values in view.history.items() if "/" not in name}
+    view.notice = "resuming from step 7, " + "as was asked for " * 4
+    lines = lines_of(view, *size)
+    above = size[1] - 1 - len(lines)
+    assert any("resuming from step 7" in line for line in lines) is (above < 2), (above, lines)
 
 
 @pytest.mark.parametrize(
