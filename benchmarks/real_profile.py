@@ -12,6 +12,7 @@ int8 and an NF4 head cost. A file of states serves `bench_kernels.py --hidden` t
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from lowvram_grpo.kernels.linear_logps import linear_logps
@@ -119,7 +120,7 @@ def main() -> None:
     if args.load:
         states = torch.load(args.load, weights_only=True)
     else:
-        problems = open(args.problems).read().splitlines() if args.problems else PROBLEMS
+        problems = Path(args.problems).read_text().splitlines() if args.problems else PROBLEMS
         states = sample(args.model, problems, args.temperature, args.length)
     if args.save:
         torch.save(states, args.save)

@@ -141,7 +141,8 @@ def fold_torch(
     at = (state.targets - v0).clamp(0, columns - 1)[:, None]
     stats[TARGET] = torch.where(here, logits.gather(1, at)[:, 0], stats[TARGET])
     before = stats[M].clone()
-    m = torch.maximum(before, logits.amax(1))
+    highest = logits.amax(1)
+    m = torch.maximum(before, highest)
     decay = (before - m).exp()
     d = None
     if ref_x is not None:
@@ -153,8 +154,9 @@ def fold_torch(
         d = (logits - ref).sub_(stats[D0][:, None])
     shifted = logits.sub_(m[:, None])
     p = shifted.exp()
-    # An entry of logit -inf has p = 0 and must not add 0 * inf.
-    shifted.clamp_(min=LOWEST)
+    if bias is not None:
+        # An entry of logit -inf has p = 0 and must not add 0 * inf.
+        shifted.clamp_(min=LOWEST)
     stats[X] = decay * (stats[X] + stats[S] * (before - m)) + torch.linalg.vecdot(p, shifted)
     stats[S] = decay * stats[S] + p.sum(1)
     stats[M] = m
@@ -163,7 +165,7 @@ def fold_torch(
         stats[D] = decay * stats[D] + torch.linalg.vecdot(p, d)
         stats[E] = decay * stats[E] + torch.linalg.vecdot(p, d.square())
     if state.capacity:
-        _append(state, shifted, d, v0, log_epsilon)
+        _append(state, shifted, highest - m, d, v0, log_epsilon)
     if out is not None:
         out.decay.copy_(decay)
         out.p.copy_(p if slope is None else p.mul_(slope))
@@ -171,17 +173,27 @@ def fold_torch(
             out.pd.copy_(d.mul_(p))
 
 
-def _append(state: RowState, shifted: Tensor, d: Tensor | None, v0: int, log_epsilon: float) -> None:
-    """Put the entries above the threshold on the lists, in the order of the vocabulary."""
+def _append(state: RowState, shifted: Tensor, highest: Tensor, d: Tensor | None, v0: int, log_epsilon: float) -> None:
+    """Put the entries above the threshold on the lists, in the order of the vocabulary. highest (R,): of `shifted`."""
     stats = state.stats
-    keep = shifted > (stats[S].log().clamp(min=0) + log_epsilon)[:, None]
+    threshold = stats[S].log().clamp(min=0) + log_epsilon
+    hit = ((highest > threshold) & ~state.overflowed).nonzero()[:, 0]
+    if 2 * len(hit) > len(shifted):  # copying so many rows would cost more than looking at the others
+        hit = torch.arange(len(shifted), device=shifted.device)
+        keep = shifted > threshold[:, None]
+    else:
+        keep = shifted[hit] > threshold[hit, None]
     kept = keep.sum(1, dtype=torch.int32)
-    start, state.count = state.count, state.count + kept
-    keep &= ~state.overflowed[:, None]
-    rows, columns = keep.nonzero().unbind(1)
-    kept = torch.where(state.overflowed, 0, kept)
-    rank = torch.arange(len(rows), device=rows.device) - (kept.cumsum(0) - kept)[rows]
-    place = (rows, start[rows] + rank)
+    start = state.count[hit]
+    state.count[hit] += kept
+    full = state.overflowed[hit]
+    if full.any():
+        keep &= ~full[:, None]
+        kept = torch.where(full, 0, kept)
+    at, columns = keep.nonzero().unbind(1)
+    rank = torch.arange(len(at), device=at.device) - (kept.cumsum(0) - kept)[at]
+    rows = hit[at]
+    place = (rows, start[at] + rank)
     state.ids[place] = (columns + v0).int()
     logits = shifted[rows, columns] + stats[M][rows]
     state.logits[place] = logits

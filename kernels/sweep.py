@@ -42,6 +42,9 @@ from lowvram_grpo.policy.head import Head
 
 MODES = ("auto", "sparse", "dense")
 _MAX_ROWS = 2048
+# On a CPU, making lists costs more than the product they save where hidden states are narrow: 2.5 times the dense
+# sweep's time at H = 576 (SmolLM2-135M), 0.64 times at H = 896 (Qwen2.5-Coder-0.5B); docs/LOG.md, 2026-11-21.
+_CPU_LISTS_FROM_WIDTH = 768
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class DirectionParams:
     mode: str = "auto"
     epsilon: float = 2.0**-16
     capacity: int = 1024
-    max_tail: float = 0.015
+    max_tail: float = 0.012
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -151,7 +154,9 @@ class Sweeper:
         self.head, self.transform, self.params, self.launch = head, transform, params, launch
         self.vocab, self.width = head.shape
         self.dtype, self.device, self.has_ref = dtype, device, has_ref
-        self.lists = want_grad and params.mode != "dense" and device.type != "meta"
+        narrow = params.mode == "auto" and device.type == "cpu" and launch.path == "torch"
+        narrow = narrow and self.width < _CPU_LISTS_FROM_WIDTH
+        self.lists = want_grad and params.mode != "dense" and device.type != "meta" and not narrow
         view = head.is_view(dtype, device)
         item = torch.empty(0, dtype=dtype).element_size()
         refs = 1 + has_ref
@@ -298,12 +303,17 @@ class Sweeper:
             coef = coef * slope
             kl_coef = kl_coef * slope if keep_kl else kl_coef
         owners = alive.nonzero()[:, 0]
-        # The target is one more entry, of coefficient -1, first in its row.
-        order = torch.cat([owners, rows]).argsort(stable=True)
-        join = lambda first, rest: torch.cat([first, rest])[order]
-        counts = torch.bincount(rows, minlength=len(alive)) + alive
+        # The target is one more entry, of coefficient -1, first in its row; the others move up by the targets so far.
+        offsets = torch.nn.functional.pad((torch.bincount(rows, minlength=len(alive)) + alive).cumsum(0), (1, 0))
+        moved = torch.arange(len(rows), device=self.device) + alive.cumsum(0)[rows]
+
+        def join(first: Tensor, rest: Tensor) -> Tensor:
+            joined = rest.new_empty(len(first) + len(rest))
+            joined[offsets[owners]], joined[moved] = first, rest
+            return joined
+
         entries = Entries(
-            torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+            offsets,
             join(state.targets[owners].int(), ids),
             join(coef_target[owners], coef),
             join(coef.new_zeros(len(owners)), kl_coef) if keep_kl else kl_coef,

@@ -120,7 +120,7 @@ def test_listed_and_diffuse_rows_mix(path):
     hidden = torch.cat([sure, 0.05 * torch.randn(7, 32, generator=torch.Generator().manual_seed(5))])
     targets = torch.cat([t1, torch.arange(7) * 300])
     c = torch.randn(27, generator=torch.Generator().manual_seed(2))
-    params = DirectionParams("auto", capacity=256)
+    params = DirectionParams("sparse", capacity=256)
     found = []
 
     def ours(*a):

@@ -21,7 +21,7 @@ def test_compiled_code_gives_the_same_values_and_gradients(kind):
     ref = hidden + 0.1
 
     def step(hidden):
-        out = linear_logps(hidden * 1.0, head, targets, entropy=True, ref_hidden=ref, kl=True)
+        out = linear_logps(hidden * 1.0, head, targets, entropy=True, ref_hidden=ref, kl=True, direction="sparse")
         return (out.logps * out.entropy).sum() + out.kl.sum()
 
     results = []
