@@ -152,6 +152,16 @@ def test_job_keys_are_flags_in_trls_spelling_too():
     assert (recipe.lora_r, recipe.prompt_column, recipe.model, recipe.quantization) == (8, "q", "m", "nf4")
 
 
+def test_of_a_flag_given_twice_the_last_counts_unless_it_is_a_list():
+    line = "--max-steps 2 --max_steps=5 --bf16 --no-bf16 --report-to a --report-to b --reward_funcs x --reward_funcs y"
+    found = parse_extra(line.split())
+    assert found == {"max_steps": "5", "bf16": "false", "report_to": ["a", "b"], "reward_funcs": ["x", "y"]}
+    assert resolve(found).training["max_steps"] == 5
+    assert parse_extra(["--chat-template-kwargs", "{}", "--chat-template-kwargs", '{"a": 1}']) == {
+        "chat_template_kwargs": '{"a": 1}'
+    }
+
+
 def test_a_zero_on_the_command_line_is_a_value(tmp_path, monkeypatch):
     from lowvram_grpo import job
     from lowvram_grpo.cli.train import start
