@@ -17,6 +17,7 @@ from typing import Any
 
 from lowvram_grpo import preset
 from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.ranges import LORA_RANGES, check_ranges
 from lowvram_grpo.rewards.registry import BUILTIN, parse_spec
 from lowvram_grpo.tables import read_table
 
@@ -108,7 +109,8 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
     was not given; a null in a file is a value, where the field has room for it. Local paths that exist become absolute.
 
     Raises:
-        UserError: unknown key (with a suggestion and where it stands), a value of the wrong type, an unreadable file.
+        UserError: unknown key (with a suggestion and where it stands), a value of the wrong type or out of range, an
+            unreadable file.
     """
     from_file = _named(read_table(config_file), f"in {config_file}") if config_file else {}
     from_flags = _named({k: v for k, v in flags.items() if v is not None}, "on the command line")
@@ -134,6 +136,7 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
     for key, allowed in CHOICES.items():
         if key in job and job[key] not in allowed:
             raise UserError(f"{key} is {job[key]!r}; it must be one of {', '.join(allowed)}.")
+    check_ranges(job, LORA_RANGES)
     for key in _PLACES & job.keys():
         job[key] = _anchored(job[key])
     if job.get("chat_template") != "plain":
