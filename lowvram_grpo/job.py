@@ -27,6 +27,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
         UserError: anything a person can mend.
     """
     from lowvram_grpo.data import encode_prompts, load
+    from lowvram_grpo.implied import adopt_adapter, imply_evaluation
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS, resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
     from lowvram_grpo.templates import guess
@@ -36,6 +37,9 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
         raise UserError("No model given; pass --model with a folder or a hub id.")
     if not recipe.data:
         raise UserError("No data given; pass --data with a folder, a json/jsonl/csv/parquet file or a hub id.")
+    if recipe.adapter:
+        adopt_adapter(recipe)
+    imply_evaluation(recipe)
     tokenizer = _tokenizer(recipe)
     raw = load(recipe.data, config=recipe.data_config, split=recipe.split)
     if not recipe.template and not recipe.reward:
@@ -47,6 +51,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
             "No reward given; pass --reward with a built-in name or path/to/file.py:function, or a --template."
         )
     rewards = [resolve_reward(spec) for spec in specs]
+    args = _config(recipe, weights=[weight for _, weight in rewards])
     train_data, eval_data = _data(recipe, raw)
     # A chat template that is missing or does not fit is found here, before gigabytes are loaded.
     encode_prompts(
@@ -56,12 +61,12 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
         chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
     )
     if dry_run:
-        _print_plan(recipe, specs, tokenizer, train_data, eval_data)
+        _print_plan(recipe, args, specs, tokenizer, train_data, eval_data)
         return Path(recipe.output_dir or "runs")
     name = f"{Path(str(recipe.model)).name}-{Path(str(recipe.data)).stem}"
     directory = RunDirectory.open(recipe.resume) if recipe.resume else RunDirectory.create(recipe.output_dir, name)
     directory.recipe_path.write_text(recipe.to_toml(), encoding="utf-8")
-    args = _config(recipe, directory, weights=[weight for _, weight in rewards])
+    args.output_dir = str(directory.path)
     _train(recipe, args, directory, [f for f, _ in rewards], tokenizer, train_data, eval_data)
     return directory.path
 
@@ -130,20 +135,25 @@ def _data(recipe: Recipe, raw: Dataset) -> tuple[Dataset, Dataset | None]:
     return prepared(raw), evaluated
 
 
-def _config(recipe: Recipe, directory, *, weights: list[float]) -> GRPOConfig:
+def _config(recipe: Recipe, *, weights: list[float]) -> GRPOConfig:
     import torch
     from transformers.integrations import get_available_reporting_integrations
 
     from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.policy.load import check_attention
 
+    check_attention(recipe.attn_implementation)
     settings = {"reward_weights": weights, **recipe.training}
     if recipe.dtype == "float16" and torch.cuda.is_available() and not {"bf16", "fp16"} & settings.keys():
         settings["fp16"] = True  # a float16 base under bfloat16 autocast would have no GradScaler
-    settings |= {"output_dir": str(directory.path), "disable_tqdm": True, "model_init_kwargs": None}
+    settings |= {"output_dir": recipe.output_dir or "runs", "disable_tqdm": True, "model_init_kwargs": None}
     try:
         args = GRPOConfig(**settings)
     except (ValueError, TypeError) as error:
         raise UserError(f"The training settings do not fit together: {error}") from error
+    given = len(args.reward_weights or weights)
+    if given != len(weights):
+        raise UserError(f"reward_weights has {given} entries, but there are {len(weights)} rewards; give one for each.")
     available = get_available_reporting_integrations()
     for name in args.report_to:
         if name != "none" and name not in available:
@@ -152,7 +162,8 @@ def _config(recipe: Recipe, directory, *, weights: list[float]) -> GRPOConfig:
 
 
 def _model(recipe: Recipe, args: GRPOConfig):
-    from lowvram_grpo.policy.load import DTYPES, bitsandbytes_config, compute_dtype, load_adapter, load_causal_lm
+    from lowvram_grpo.policy.adapter import load_adapter
+    from lowvram_grpo.policy.load import DTYPES, bitsandbytes_config, compute_dtype, load_causal_lm
 
     dtype = compute_dtype(args.device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
     init = {**_hub_arguments(recipe), **(recipe.training.get("model_init_kwargs") or {})}
@@ -182,6 +193,7 @@ def _lora(recipe: Recipe):
 def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -> None:
     from transformers.trainer_callback import PrinterCallback
 
+    from lowvram_grpo.implied import IMPLIED
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
     from lowvram_grpo.run.completions import CompletionsLog
     from lowvram_grpo.run.console import Console
@@ -198,6 +210,11 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -
             console.notice(
                 f"neither --template nor --reward given: by its columns the data is for template {recipe.template}, "
                 f"with rewards {', '.join(TEMPLATE_REWARDS[recipe.template])}."
+            )
+        if eval_data and recipe.origin.get("eval_strategy") == IMPLIED:
+            console.notice(
+                f"evaluating on {len(eval_data)} prompts every {args.eval_steps:g} steps and at the end; "
+                "set --eval-steps, or --eval-strategy no, to change that."
             )
         if recipe.resume:
             where = f"step {_step_of(checkpoint)}" if checkpoint else "the beginning: no whole checkpoint was found"
@@ -256,14 +273,12 @@ def _leave_adapter(recipe: Recipe, trainer: GRPOTrainer, directory) -> None:
     (directory.adapter_dir / "README.md").write_text(card, encoding="utf-8")
 
 
-def _print_plan(recipe: Recipe, specs: list[str], tokenizer, train_data, eval_data) -> None:
+def _print_plan(recipe: Recipe, args: GRPOConfig, specs: list[str], tokenizer, train_data, eval_data) -> None:
     from rich.console import Console as RichConsole
     from rich.markup import escape
 
     from lowvram_grpo.data import encode_prompts
-    from lowvram_grpo.run.directory import RunDirectory
 
-    args = _config(recipe, RunDirectory(Path(recipe.output_dir or "runs/dry-run")), weights=[1.0] * len(specs))
     plan = args.batch_plan()
     ids, _ = encode_prompts(
         tokenizer,
