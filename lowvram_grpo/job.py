@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lowvram_grpo.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +30,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     """
     from lowvram_grpo.data import encode_prompts, load
     from lowvram_grpo.implied import adopt_adapter, imply_evaluation
+    from lowvram_grpo.resume import check_unfinished, planned_steps
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS, resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
     from lowvram_grpo.templates import guess
@@ -37,6 +40,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
         raise UserError("No model given; pass --model with a folder or a hub id.")
     if not recipe.data:
         raise UserError("No data given; pass --data with a folder, a json/jsonl/csv/parquet file or a hub id.")
+    directory = RunDirectory.open(recipe.resume) if recipe.resume else None
     if recipe.adapter:
         adopt_adapter(recipe)
     imply_evaluation(recipe)
@@ -53,6 +57,8 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     rewards = [resolve_reward(spec) for spec in specs]
     args = _config(recipe, weights=[weight for _, weight in rewards])
     train_data, eval_data = _data(recipe, raw)
+    if directory:
+        check_unfinished(directory, directory.latest_checkpoint(), planned_steps(args, train_data))
     # A chat template that is missing or does not fit is found here, before gigabytes are loaded.
     encode_prompts(
         tokenizer,
@@ -63,9 +69,10 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     if dry_run:
         _print_plan(recipe, args, specs, tokenizer, train_data, eval_data)
         return Path(recipe.output_dir or "runs")
-    name = f"{Path(str(recipe.model)).name}-{Path(str(recipe.data)).stem}"
-    directory = RunDirectory.open(recipe.resume) if recipe.resume else RunDirectory.create(recipe.output_dir, name)
-    directory.recipe_path.write_text(recipe.to_toml(), encoding="utf-8")
+    if directory is None:
+        name = f"{Path(str(recipe.model)).name}-{Path(str(recipe.data)).stem}"
+        directory = RunDirectory.create(recipe.output_dir, name)
+        directory.recipe_path.write_text(recipe.to_toml(), encoding="utf-8")
     args.output_dir = str(directory.path)
     _train(recipe, args, directory, [f for f, _ in rewards], tokenizer, train_data, eval_data)
     return directory.path
@@ -194,6 +201,7 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -
     from transformers.trainer_callback import PrinterCallback
 
     from lowvram_grpo.implied import IMPLIED
+    from lowvram_grpo.resume import planned_steps, step_of
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
     from lowvram_grpo.run.completions import CompletionsLog
     from lowvram_grpo.run.console import Console
@@ -202,7 +210,11 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -
     from lowvram_grpo.trainer import GRPOTrainer
 
     checkpoint = directory.latest_checkpoint() if recipe.resume else None
-    directory.truncate_after(_step_of(checkpoint) if checkpoint else -1)
+
+    def take_over() -> None:
+        directory.recipe_path.write_text(recipe.to_toml(), encoding="utf-8")
+        directory.truncate_after(step_of(checkpoint) if checkpoint else -1)
+
     subtitle = f"{recipe.model} on {recipe.data}"
     with Console("lowvram-grpo", subtitle, plain=recipe.plain or None, log_completions=args.log_completions) as console:
         console.notice(f"run directory: {directory.path}")
@@ -217,7 +229,7 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -
                 "set --eval-steps, or --eval-strategy no, to change that."
             )
         if recipe.resume:
-            where = f"step {_step_of(checkpoint)}" if checkpoint else "the beginning: no whole checkpoint was found"
+            where = f"step {step_of(checkpoint)}" if checkpoint else "the beginning: no whole checkpoint was found"
             console.notice(f"resuming from {where}")
         console.phase("loading the model")
         interrupt = StopAfterStep(console.notice)
@@ -236,32 +248,40 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -
         trainer.add_callback(MetricsWriter(directory.metrics_path))
         trainer.add_callback(console)
         trainer.completions_log = CompletionsLog(directory.completions_path)
-        with interrupt.armed():
-            _fit(trainer, checkpoint, directory, console)
-        if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
-            console.notice(f"stopped at step {trainer.state.global_step}; go on with --resume {directory.path}")
-            return
+        if checkpoint and step_of(checkpoint) >= planned_steps(args, train_data):
+            # An earlier process ended between the last checkpoint and the adapter.
+            trainer._load_from_checkpoint(str(checkpoint))
+            take_over()
+        else:
+            with interrupt.armed():
+                _fit(trainer, checkpoint, directory, take_over)
+            if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
+                console.notice(f"stopped at step {trainer.state.global_step}; go on with --resume {directory.path}")
+                return
         _leave_adapter(recipe, trainer, directory)
         console.notice(f"adapter: {directory.adapter_dir}")
 
 
-def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory, console) -> None:
-    """Train; where a mistake in the data or a reward ends the run, keep the steps that were done."""
+def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory, take_over: Callable[[], None]) -> None:
+    """Train; where a mistake in the data or a reward ends the run, keep the steps that were done. `take_over` is called
+    when nothing of the checkpoint can fail to load any more."""
+    from lowvram_grpo.resume import OnceLoaded, step_of
+
+    if checkpoint:
+        trainer.add_callback(OnceLoaded(take_over))
+    else:
+        take_over()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except UserError as error:
         done = trainer.state.global_step
-        if done and done > (_step_of(directory.latest_checkpoint()) if directory.latest_checkpoint() else 0):
+        if done > step_of(directory.latest_checkpoint()):
             trainer._save_checkpoint(trainer.model, trial=None)
         if done:
             raise UserError(
                 f"{error} ({done} steps are kept: mend it and go on with --resume {directory.path})"
             ) from error
         raise
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def _leave_adapter(recipe: Recipe, trainer: GRPOTrainer, directory) -> None:

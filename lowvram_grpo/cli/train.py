@@ -19,6 +19,7 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     hush()
     from lowvram_grpo.job import run
     from lowvram_grpo.recipe import resolve
+    from lowvram_grpo.resume import check_same_policy
     from lowvram_grpo.run.directory import RunDirectory
 
     flags = {key: value for key, value in options.items() if not (value is None or value is False or value == [])}
@@ -26,10 +27,13 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     if resume:
         if config:
             raise UserError("--resume takes the recipe of its run; drop --config.")
-        config = RunDirectory.open(resume).recipe_path
+        directory = RunDirectory.open(resume)
+        config = directory.recipe_path
     if "output_dir" in flags:
         flags["output_dir"] = str(flags["output_dir"])
     recipe = resolve(flags, config)
+    if resume:
+        check_same_policy(resolve({}, config), recipe, directory)
     recipe.resume = resume
     run(recipe, dry_run=dry_run)
 
