@@ -288,7 +288,7 @@ class Sweeper:
             order = (rows * self.vocab + ids).argsort()
             rows, place, ids, coef = rows[order], place[order], ids[order], coef[order]
         slope = self.transform.slope(state.logits[rows, place])
-        kl_coef = kl_tail = spread = tail.new_empty(0)
+        kl_coef, kl_tail, spread = (tail.new_empty(0) for _ in range(3))
         if keep_kl:
             mean = stats[D] / stats[S]
             gap = state.logits[rows, place] - state.ref_logits[rows, place] - (stats[D0] + mean)[rows]
@@ -420,11 +420,11 @@ def sweep(
 
 
 def _no_entries(rows: int, device: torch.device, kl: bool) -> Entries:
-    none = torch.empty(0, device=device)
+    # Tensors of their own each: outputs of an operator must not alias each other.
+    empty = lambda n=0, of=torch.float32: torch.zeros(n, dtype=of, device=device)
     return Entries(
-        torch.zeros(rows + 1, dtype=torch.long, device=device), none.int(), none, none,
-        torch.zeros(rows, device=device), torch.zeros(rows, device=device) if kl else none,
-    )  # fmt: skip
+        empty(rows + 1, torch.long), empty(0, torch.int32), empty(), empty(), empty(rows), empty(rows if kl else 0)
+    )
 
 
 def _join(lists: list[Entries], device: torch.device, kl: bool) -> Entries:

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainingArguments
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.ranges import TRAINING_RANGES, check_ranges
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
@@ -109,7 +110,7 @@ class GRPOConfig(TrainingArguments):
     rollout_batch_size: int | None = _help("(ours) Completions sampled at once, whole groups; unset: all of a rollout.")
 
     # Sampling
-    temperature: float = _help("Softmax temperature of the sampler, and of every log-prob. 0 samples greedily.", 0.9)
+    temperature: float = _help("Softmax temperature of the sampler, and of every log-prob.", 0.9)
     top_p: float = _help("Nucleus probability mass; 1 switches it off.", 1.0)
     top_k: int | None = _help("Keep the k most likely tokens; 0 or None switches it off.", 0)
     min_p: float | None = _help("Drop tokens below this share of the most likely one.")
@@ -218,27 +219,16 @@ class GRPOConfig(TrainingArguments):
             value = getattr(self, name)
             need(value in allowed, f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
 
+        check_ranges(vars(self), TRAINING_RANGES)
         one_of("loss_type", LOSS_TYPES)
         one_of("kl_estimator", KL_ESTIMATORS)
         one_of("scale_rewards", SCALE_REWARDS)
         one_of("importance_sampling_level", IMPORTANCE_LEVELS)
         one_of("fused_loss", FUSED_LOSS)
-        need(self.num_generations >= 2, f"num_generations is {self.num_generations}; GRPO compares completions of one "
-             "prompt with each other, so it needs at least 2.")  # fmt: skip
-        need(self.max_completion_length >= 1, "max_completion_length must be at least 1 token.")
-        need(
-            self.max_prompt_length is None or self.max_prompt_length >= 1, "max_prompt_length must be at least 1 token."
-        )
-        need(self.temperature >= 0, f"temperature is {self.temperature}; it must be 0 (greedy) or more.")
-        need(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be in (0, 1].")
-        need(self.beta >= 0, f"beta is {self.beta}; it must be 0 or more.")
-        need(self.num_iterations >= 1, "num_iterations must be at least 1.")
-        need(self.prompts_per_step is None or self.prompts_per_step >= 1, "prompts_per_step must be at least 1.")
         need(not (self.generation_batch_size and self.steps_per_generation),
              "generation_batch_size and steps_per_generation say the same thing; set one of them.")  # fmt: skip
         need(not self.auto_find_batch_size,
              "auto_find_batch_size does not fit GRPO; lower per_device_train_batch_size instead.")  # fmt: skip
-        need(self.workspace_mib >= 1, "workspace_mib must be at least 1.")
         cold = str(self.cold_start)
         need(
             cold in ("auto", "off") or cold.isdigit(),
@@ -280,7 +270,7 @@ class GRPOConfig(TrainingArguments):
                 and not (self.steps_per_generation or self.generation_batch_size):  # fmt: skip
             said.append(f"{asked} completions a step do not make whole groups of {plan.num_generations}; "
                         f"a step uses {plan.completions_per_rollout}.")  # fmt: skip
-        if self.temperature > 0 and (self.top_p < 1 or self.top_k or self.min_p):
+        if self.top_p < 1 or self.top_k or self.min_p:
             said.append(
                 "top_p, top_k and min_p bias the sampler: log-probs are those of the full softmax at this temperature."
             )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.errors import UserError, did_you_mean, one_line
 from lowvram_grpo.templates import template as find_template
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ def _read(path: str, config: str | None) -> Dataset | DatasetDict:
 def _unreadable(path: str, place: Path, error: Exception) -> UserError:
     from datasets.exceptions import DatasetNotFoundError
 
-    cause = error.__cause__ or error
-    reason = " ".join(str(cause).split())[:300].rstrip(".") or type(cause).__name__
+    reason = one_line(error.__cause__ or error)
     hint = "; choose one with --data-config" if "config name" in reason.lower() else ""
     if place.exists():
         return UserError(f"The dataset {path} can't be read: {reason}{hint}.")

@@ -31,3 +31,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def one_line(error: Exception) -> str:
+    """The whole message of another library's error as one line of at most 300 characters, without its full stop."""
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lowvram_grpo.errors import Stopped, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +31,8 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     """
     from lowvram_grpo.data import load
     from lowvram_grpo.encoding import check_prompts
+    from lowvram_grpo.implied import adopt_adapter, imply_evaluation
+    from lowvram_grpo.resume import check_unfinished, planned_steps
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS, resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
     from lowvram_grpo.templates import guess
@@ -38,6 +42,10 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
         raise UserError("No model given; pass --model with a folder or a hub id.")
     if not recipe.data:
         raise UserError("No data given; pass --data with a folder, a json/jsonl/csv/parquet file or a hub id.")
+    directory = RunDirectory.open(recipe.resume) if recipe.resume else None
+    if recipe.adapter:
+        adopt_adapter(recipe)
+    imply_evaluation(recipe)
     tokenizer = _tokenizer(recipe)
     raw = load(recipe.data, config=recipe.data_config, split=recipe.split)
     if not recipe.template and not recipe.reward:
@@ -49,17 +57,21 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
             "No reward given; pass --reward with a built-in name or path/to/file.py:function, or a --template."
         )
     rewards = [resolve_reward(spec) for spec in specs]
+    args = _config(recipe, weights=[weight for _, weight in rewards])
     train_data, eval_data = _data(recipe, raw)
+    if directory:
+        check_unfinished(directory, directory.latest_checkpoint(), planned_steps(args, train_data))
     # A chat template that is missing or does not fit is found here, before gigabytes are loaded.
     check_prompts(tokenizer, train_data, chat_template_kwargs=recipe.training.get("chat_template_kwargs"))
     _check_reward_columns(recipe, [f for f, _ in rewards], train_data, eval_data)
     if dry_run:
-        _print_plan(recipe, specs, tokenizer, train_data, eval_data)
+        _print_plan(recipe, args, specs, tokenizer, train_data, eval_data)
         return Path(recipe.output_dir or "runs")
-    name = f"{Path(str(recipe.model)).name}-{Path(str(recipe.data)).stem}"
-    directory = RunDirectory.open(recipe.resume) if recipe.resume else RunDirectory.create(recipe.output_dir, name)
-    directory.recipe_path.write_text(recipe.to_toml(), encoding="utf-8")
-    args = _config(recipe, directory, weights=[weight for _, weight in rewards])
+    if directory is None:
+        name = f"{Path(str(recipe.model)).name}-{Path(str(recipe.data)).stem}"
+        directory = RunDirectory.create(recipe.output_dir, name)
+        directory.recipe_path.write_text(recipe.to_toml(), encoding="utf-8")
+    args.output_dir = str(directory.path)
     _train(recipe, args, directory, [f for f, _ in rewards], tokenizer, train_data, eval_data)
     return directory.path
 
@@ -141,20 +153,25 @@ def _check_reward_columns(recipe: Recipe, rewards: list, train_data: Dataset, ev
             raise UserError(f"In the evaluation data: {error}") from error
 
 
-def _config(recipe: Recipe, directory, *, weights: list[float]) -> GRPOConfig:
+def _config(recipe: Recipe, *, weights: list[float]) -> GRPOConfig:
     import torch
     from transformers.integrations import get_available_reporting_integrations
 
     from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.policy.load import check_attention
 
+    check_attention(recipe.attn_implementation)
     settings = {"reward_weights": weights, **recipe.training}
     if recipe.dtype == "float16" and torch.cuda.is_available() and not {"bf16", "fp16"} & settings.keys():
         settings["fp16"] = True  # a float16 base under bfloat16 autocast would have no GradScaler
-    settings |= {"output_dir": str(directory.path), "disable_tqdm": True, "model_init_kwargs": None}
+    settings |= {"output_dir": recipe.output_dir or "runs", "disable_tqdm": True, "model_init_kwargs": None}
     try:
         args = GRPOConfig(**settings)
     except (ValueError, TypeError) as error:
         raise UserError(f"The training settings do not fit together: {error}") from error
+    given = len(args.reward_weights or weights)
+    if given != len(weights):
+        raise UserError(f"reward_weights has {given} entries, but there are {len(weights)} rewards; give one for each.")
     available = get_available_reporting_integrations()
     for name in args.report_to:
         if name != "none" and name not in available:
@@ -163,7 +180,8 @@ def _config(recipe: Recipe, directory, *, weights: list[float]) -> GRPOConfig:
 
 
 def _model(recipe: Recipe, args: GRPOConfig):
-    from lowvram_grpo.policy.load import DTYPES, bitsandbytes_config, compute_dtype, load_adapter, load_causal_lm
+    from lowvram_grpo.policy.adapter import load_adapter
+    from lowvram_grpo.policy.load import DTYPES, bitsandbytes_config, compute_dtype, load_causal_lm
 
     dtype = compute_dtype(args.device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
     init = {**_hub_arguments(recipe), **(recipe.training.get("model_init_kwargs") or {})}
@@ -193,6 +211,8 @@ def _lora(recipe: Recipe):
 def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -> None:
     from transformers.trainer_callback import PrinterCallback
 
+    from lowvram_grpo.implied import IMPLIED
+    from lowvram_grpo.resume import planned_steps, step_of
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
     from lowvram_grpo.run.completions import CompletionsLog
     from lowvram_grpo.run.console import Console
@@ -201,7 +221,11 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -
     from lowvram_grpo.trainer import GRPOTrainer
 
     checkpoint = directory.latest_checkpoint() if recipe.resume else None
-    directory.truncate_after(_step_of(checkpoint) if checkpoint else -1)
+
+    def take_over() -> None:
+        directory.recipe_path.write_text(recipe.to_toml(), encoding="utf-8")
+        directory.truncate_after(step_of(checkpoint) if checkpoint else -1)
+
     subtitle = f"{recipe.model} on {recipe.data}"
     with Console("lowvram-grpo", subtitle, plain=recipe.plain or None, log_completions=args.log_completions) as console:
         console.notice(f"run directory: {directory.path}")
@@ -210,8 +234,13 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -
                 f"neither --template nor --reward given: by its columns the data is for template {recipe.template}, "
                 f"with rewards {', '.join(TEMPLATE_REWARDS[recipe.template])}."
             )
+        if eval_data and recipe.origin.get("eval_strategy") == IMPLIED:
+            console.notice(
+                f"evaluating on {len(eval_data)} prompts every {args.eval_steps:g} steps and at the end; "
+                "set --eval-steps, or --eval-strategy no, to change that."
+            )
         if recipe.resume:
-            where = f"step {_step_of(checkpoint)}" if checkpoint else "the beginning: no whole checkpoint was found"
+            where = f"step {step_of(checkpoint)}" if checkpoint else "the beginning: no whole checkpoint was found"
             console.notice(f"resuming from {where}")
         console.phase("loading the model")
         interrupt = StopAfterStep(console.notice)
@@ -230,32 +259,40 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -
         trainer.add_callback(MetricsWriter(directory.metrics_path))
         trainer.add_callback(console)
         trainer.completions_log = CompletionsLog(directory.completions_path)
-        with interrupt.armed():
-            _fit(trainer, checkpoint, directory, console)
-        if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
-            console.notice(f"stopped at step {trainer.state.global_step}; go on with --resume {directory.path}")
-            raise Stopped(interrupt.requested)
+        if checkpoint and step_of(checkpoint) >= planned_steps(args, train_data):
+            # An earlier process ended between the last checkpoint and the adapter.
+            trainer._load_from_checkpoint(str(checkpoint))
+            take_over()
+        else:
+            with interrupt.armed():
+                _fit(trainer, checkpoint, directory, take_over)
+            if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
+                console.notice(f"stopped at step {trainer.state.global_step}; go on with --resume {directory.path}")
+                raise Stopped(interrupt.requested)
         _leave_adapter(recipe, trainer, directory)
         console.notice(f"adapter: {directory.adapter_dir}")
 
 
-def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory, console) -> None:
-    """Train; where a mistake in the data or a reward ends the run, keep the steps that were done."""
+def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory, take_over: Callable[[], None]) -> None:
+    """Train; where a mistake in the data or a reward ends the run, keep the steps that were done. `take_over` is called
+    when nothing of the checkpoint can fail to load any more."""
+    from lowvram_grpo.resume import OnceLoaded, step_of
+
+    if checkpoint:
+        trainer.add_callback(OnceLoaded(take_over))
+    else:
+        take_over()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except UserError as error:
         done = trainer.state.global_step
-        if done and done > (_step_of(directory.latest_checkpoint()) if directory.latest_checkpoint() else 0):
+        if done > step_of(directory.latest_checkpoint()):
             trainer._save_checkpoint(trainer.model, trial=None)
         if done:
             raise UserError(
                 f"{error} ({done} steps are kept: mend it and go on with --resume {directory.path})"
             ) from error
         raise
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def _leave_adapter(recipe: Recipe, trainer: GRPOTrainer, directory) -> None:
@@ -267,14 +304,12 @@ def _leave_adapter(recipe: Recipe, trainer: GRPOTrainer, directory) -> None:
     (directory.adapter_dir / "README.md").write_text(card, encoding="utf-8")
 
 
-def _print_plan(recipe: Recipe, specs: list[str], tokenizer, train_data, eval_data) -> None:
+def _print_plan(recipe: Recipe, args: GRPOConfig, specs: list[str], tokenizer, train_data, eval_data) -> None:
     from rich.console import Console as RichConsole
     from rich.markup import escape
 
     from lowvram_grpo.encoding import encode_prompts, prompt_length_report
-    from lowvram_grpo.run.directory import RunDirectory
 
-    args = _config(recipe, RunDirectory(Path(recipe.output_dir or "runs/dry-run")), weights=[1.0] * len(specs))
     plan = args.batch_plan()
     ids, _ = encode_prompts(
         tokenizer,

@@ -7,6 +7,7 @@ a field of GRPOConfig and lands in `Recipe.training`. Anything else is an error 
 from __future__ import annotations
 
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from typing import Any
 
 from lowvram_grpo import preset
 from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.ranges import LORA_RANGES, check_ranges
+from lowvram_grpo.rewards.registry import BUILTIN, parse_spec
 from lowvram_grpo.tables import read_table
 
 # Keys of TRL's and open-r1's recipes that have another name here.
@@ -96,15 +99,18 @@ class Recipe:
 # Who sets one of these counts in completions, as TRL does; a preset's prompts_per_step must not outvote it.
 _TRL_BATCH = ("gradient_accumulation_steps", "generation_batch_size", "steps_per_generation")
 _NOT_WRITTEN = {"training", "origin", "resume", "output_dir"}
+# Settings that may be local paths; a reward may be one in part.
+_PLACES = {"model", "data", "eval_data", "adapter", "few_shot"}
 _JOB_TYPES = {name: hint for name, hint in typing.get_type_hints(Recipe).items() if name not in ("training", "origin")}
 
 
 def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe:
     """Merge defaults, preset, recipe file and flags; values are cast to the type of their field. A flag that is None
-    was not given; a null in a file is a value, where the field has room for it.
+    was not given; a null in a file is a value, where the field has room for it. Local paths that exist become absolute.
 
     Raises:
-        UserError: unknown key (with a suggestion and where it stands), a value of the wrong type, an unreadable file.
+        UserError: unknown key (with a suggestion and where it stands), a value of the wrong type or out of range, an
+            unreadable file.
     """
     from_file = _named(read_table(config_file), f"in {config_file}") if config_file else {}
     from_flags = _named({k: v for k, v in flags.items() if v is not None}, "on the command line")
@@ -130,7 +136,29 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
     for key, allowed in CHOICES.items():
         if key in job and job[key] not in allowed:
             raise UserError(f"{key} is {job[key]!r}; it must be one of {', '.join(allowed)}.")
+    check_ranges(job, LORA_RANGES)
+    for key in _PLACES & job.keys():
+        job[key] = _anchored(job[key])
+    if job.get("chat_template") != "plain":
+        job["chat_template"] = _anchored(job.get("chat_template"))
+    job["reward"] = [_anchored_reward(spec) for spec in job.get("reward", [])]
     return Recipe(**job, training={k: v for k, v in values.items() if k not in _JOB_TYPES}, origin=origin)
+
+
+def _anchored(place: str | None) -> str | None:
+    """A local path that exists as an absolute one, so that the written recipe works from any folder; else (a hub id,
+    a mistake) `place` itself."""
+    if not place:
+        return place
+    path = os.path.expanduser(place)
+    return os.path.abspath(path) if os.path.exists(path) else place
+
+
+def _anchored_reward(spec: str) -> str:
+    target = parse_spec(spec).target
+    if target in BUILTIN:
+        return spec
+    return f"{_anchored(target)}{spec.strip()[len(target) :]}"
 
 
 def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from lowvram_grpo.metrics import (
     sampler_metrics,
 )
 from lowvram_grpo.objective import Objective
+from lowvram_grpo.policy.adapter import restore_adapter
 from lowvram_grpo.policy.load import build_policy, compute_dtype, is_peft, load_tokenizer, unwrap
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.rewards.runner import RewardRunner, check_columns
@@ -411,7 +412,7 @@ class GRPOTrainer(Trainer):
             folder = resume_from_checkpoint
             if self.policy_adapter != "default":
                 folder = os.path.join(folder, self.policy_adapter)
-            self.model.load_adapter(folder, self.policy_adapter, is_trainable=True)
+            restore_adapter(self.model, folder, self.policy_adapter)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.reference is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -124,3 +125,28 @@ def config(tmp_path):
         return GRPOConfig(**{**settings, **overrides})
 
     return make
+
+
+@pytest.fixture
+def job(tmp_path, model_dir):
+    """A job that would run from the command line: flags as a dict."""
+    rows = [{"prompt": "a b c", "answer": "1"}, {"prompt": "d e", "answer": "2"}] * 4
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "rewards.py").write_text(
+        "def digits(completions, **kwargs):\n"
+        "    return [sum(w.isdigit() for w in c.split()) / 8 for c in completions]\n"
+        "def raises(completions, **kwargs):\n    raise KeyError('oops')\n"
+        "def short(completions, **kwargs):\n    return [1.0]\n"
+        "def nan(completions, **kwargs):\n    return [float('nan')] * len(completions)\n"
+        "calls = []\n"
+        "def later(completions, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    return digits(completions) if len(calls) < 3 else [1.0]\n",
+        encoding="utf-8",
+    )
+    return {
+        "--model": model_dir, "--data": str(data), "--reward": f"{tmp_path / 'rewards.py'}:digits",
+        "--output-dir": str(tmp_path / "run"), "--max-steps": "1", "--num-generations": "4",
+        "--max-completion-length": "4", "--use-cpu": "true",
+    }  # fmt: skip

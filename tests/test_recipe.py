@@ -152,6 +152,39 @@ def test_job_keys_are_flags_in_trls_spelling_too():
     assert (recipe.lora_r, recipe.prompt_column, recipe.model, recipe.quantization) == (8, "q", "m", "nf4")
 
 
+def test_of_a_flag_given_twice_the_last_counts_unless_it_is_a_list():
+    line = "--max-steps 2 --max_steps=5 --bf16 --no-bf16 --report-to a --report-to b --reward_funcs x --reward_funcs y"
+    found = parse_extra(line.split())
+    assert found == {"max_steps": "5", "bf16": "false", "report_to": ["a", "b"], "reward_funcs": ["x", "y"]}
+    assert resolve(found).training["max_steps"] == 5
+    assert parse_extra(["--chat-template-kwargs", "{}", "--chat-template-kwargs", '{"a": 1}']) == {
+        "chat_template_kwargs": '{"a": 1}'
+    }
+
+
+def test_local_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("m", "plain", "accuracy", "owner/model"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("d.jsonl", "r.py", "t.jinja", "shots.json"):
+        (tmp_path / name).touch()
+    rewards = ["r.py:f:0.5", "m:2", "accuracy:0.5", "owner/reward-model", " ./r.py:g"]
+    local = resolve(
+        {"model": "./m", "data": "d.jsonl", "adapter": "owner/model", "chat_template": "t.jinja", "reward": rewards,
+         "few_shot": "shots.json", "eval_data": "../" + tmp_path.name + "/d.jsonl"}
+    )  # fmt: skip
+    here = str(tmp_path)
+    assert (local.model, local.data, local.eval_data) == (f"{here}/m", f"{here}/d.jsonl", f"{here}/d.jsonl")
+    assert (local.adapter, local.few_shot) == (f"{here}/owner/model", f"{here}/shots.json")
+    assert local.chat_template == f"{here}/t.jinja"
+    assert local.reward == [f"{here}/r.py:f:0.5", f"{here}/m:2", "accuracy:0.5", "owner/reward-model", f"{here}/r.py:g"]
+    named = resolve(
+        {"model": "Qwen/Qwen2.5-0.5B", "data": "trl-lib/tldr", "chat_template": "plain", "data_config": "m"}
+    )
+    assert (named.model, named.data, named.chat_template) == ("Qwen/Qwen2.5-0.5B", "trl-lib/tldr", "plain")
+    assert named.data_config == "m"
+
+
 def test_a_zero_on_the_command_line_is_a_value(tmp_path, monkeypatch):
     from lowvram_grpo import job
     from lowvram_grpo.cli.train import start

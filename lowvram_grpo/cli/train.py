@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     hush()
     from lowvram_grpo.job import run
     from lowvram_grpo.recipe import resolve
+    from lowvram_grpo.resume import check_same_policy
     from lowvram_grpo.run.directory import RunDirectory
 
     flags = {key: value for key, value in options.items() if not (value is None or value is False or value == [])}
@@ -25,17 +27,21 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     if resume:
         if config:
             raise UserError("--resume takes the recipe of its run; drop --config.")
-        config = RunDirectory.open(resume).recipe_path
+        directory = RunDirectory.open(resume)
+        config = directory.recipe_path
     if "output_dir" in flags:
         flags["output_dir"] = str(flags["output_dir"])
     recipe = resolve(flags, config)
+    if resume:
+        check_same_policy(resolve({}, config), recipe, directory)
     recipe.resume = resume
     run(recipe, dry_run=dry_run)
 
 
 def parse_extra(arguments: list[str]) -> dict[str, Any]:
     """Settings without an option of their own (GRPOConfig fields, TRL's names, job keys with underscores) from
-    `--learning-rate 1e-5`, `--learning_rate=1e-5`, `--bf16` and `--no-bf16`. A flag given several times makes a list.
+    `--learning-rate 1e-5`, `--learning_rate=1e-5`, `--bf16` and `--no-bf16`. Given several times, a setting that
+    is a list takes all values, any other the last.
 
     Raises:
         UserError: an argument that is no flag, an unknown flag, or a flag without its value.
@@ -63,7 +69,7 @@ def parse_extra(arguments: list[str]) -> dict[str, Any]:
                 value = "true"
             else:
                 raise UserError(f"--{name} needs a value.")
-        if key in found:
+        if key in found and _is_list(types.get(ALIASES.get(key, key))):
             earlier = found[key] if isinstance(found[key], list) else [found[key]]
             found[key] = [*earlier, value]
         else:
@@ -72,6 +78,8 @@ def parse_extra(arguments: list[str]) -> dict[str, Any]:
 
 
 def _is_bool(hint: Any) -> bool:
-    import typing
-
     return hint is bool or bool in typing.get_args(hint)
+
+
+def _is_list(hint: Any) -> bool:
+    return any((typing.get_origin(part) or part) is list for part in (hint, *typing.get_args(hint)))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import UserError, did_you_mean, one_line
 from lowvram_grpo.policy.head import head_of
 
 if TYPE_CHECKING:
@@ -43,14 +44,34 @@ def bitsandbytes_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesCo
 
 def _explain(model: str, error: Exception) -> UserError:
     """One sentence for whatever from_pretrained threw."""
-    if os.path.isdir(model):
-        return UserError(f"The folder {model!r} does not hold a loadable model: {str(error).strip().splitlines()[0]}")
     if isinstance(error, ImportError):
-        return UserError(f"{model!r} needs a package that is missing: {error}")
+        other = ", or pass --attn-implementation sdpa" if "attention" in str(error).lower() else ""
+        return UserError(f"{model!r} needs a package that is missing ({one_line(error)}); install it{other}.")
+    if os.path.isdir(model):
+        return UserError(f"The folder {model!r} does not hold a loadable model: {one_line(error)}")
     return UserError(
         f"Model {model!r} is neither a local folder nor reachable on the hub; check the name, pass a local folder, "
         "or set HF_ENDPOINT to a mirror."
     )
+
+
+def check_attention(name: str | None) -> None:
+    """Whether transformers knows this attn_implementation.
+
+    Raises:
+        UserError: it does not.
+    """
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    # Kernels of the hub (owner/name) and paged variants are looked up when the model is built, and so is the package
+    # behind flash_attention_2: transformers has several to choose from.
+    if name is None or "/" in name or name.startswith("paged|"):
+        return
+    if name not in known:
+        usual = ", ".join(n for n in known if n in ("eager", "sdpa", "flash_attention_2", "flex_attention"))
+        raise UserError(
+            f"attn_implementation is {name!r}{did_you_mean(name, known)}, which transformers does not know; "
+            f"choose one of {usual}."
+        )
 
 
 def load_tokenizer(model: str, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -167,20 +188,6 @@ def attach_lora(model: PreTrainedModel, peft_config: PeftConfig) -> nn.Module:
         wrapped = get_peft_model(model, peft_config)
     except ValueError as error:
         raise UserError(f"The LoRA configuration does not fit the model: {error}") from error
-    head_of(wrapped.get_base_model())
-    return wrapped
-
-
-def load_adapter(model: PreTrainedModel, adapter: str) -> nn.Module:
-    """Wrap `model` with an existing adapter (folder or hub id), trainable."""
-    from peft import PeftModel
-
-    try:
-        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"Adapter {adapter!r} cannot be loaded onto this model: {str(error).strip().splitlines()[0]}"
-        ) from error
     head_of(wrapped.get_base_model())
     return wrapped
 

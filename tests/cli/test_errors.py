@@ -11,31 +11,6 @@ import pytest
 from lowvram_grpo.cli import app
 
 
-@pytest.fixture
-def job(tmp_path, model_dir):
-    """A job that would run: flags as a dict."""
-    rows = [{"prompt": "a b c", "answer": "1"}, {"prompt": "d e", "answer": "2"}] * 4
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    (tmp_path / "rewards.py").write_text(
-        "def digits(completions, **kwargs):\n"
-        "    return [sum(w.isdigit() for w in c.split()) / 8 for c in completions]\n"
-        "def raises(completions, **kwargs):\n    raise KeyError('oops')\n"
-        "def short(completions, **kwargs):\n    return [1.0]\n"
-        "def nan(completions, **kwargs):\n    return [float('nan')] * len(completions)\n"
-        "calls = []\n"
-        "def later(completions, **kwargs):\n"
-        "    calls.append(1)\n"
-        "    return digits(completions) if len(calls) < 3 else [1.0]\n",
-        encoding="utf-8",
-    )
-    return {
-        "--model": model_dir, "--data": str(data), "--reward": f"{tmp_path / 'rewards.py'}:digits",
-        "--output-dir": str(tmp_path / "run"), "--max-steps": "1", "--num-generations": "4",
-        "--max-completion-length": "4", "--use-cpu": "true",
-    }  # fmt: skip
-
-
 def train(monkeypatch, capsys, job, *extra, **replaced):
     """(exit code, stdout, stderr) of `lowvram-grpo train`; an option replaced by None is left out."""
     options = {**job, **{f"--{k.replace('_', '-')}": v for k, v in replaced.items()}}
@@ -92,6 +67,10 @@ def test_dry_run_counts_the_prompts_that_would_be_cut(monkeypatch, capsys, job):
         ({"lerning_rate": "1"}, ["--lerning-rate", "--learning-rate"]),
         ({"num_generations": "1"}, ["num_generations", "at least 2"]),
         ({"num_generations": "many"}, ["num_generations", "int"]),
+        ({"attn_implementation": "sdpaa"}, ["attn_implementation is 'sdpaa'", "sdpa", "eager"]),
+        ({"attn_implementation": "flash_attention_2"}, ["missing", "lash", "--attn-implementation sdpa"]),
+        ({"reward_weights": "1,2"}, ["reward_weights has 2", "1 rewards"]),
+        ({"eval_strategy": "epoch"}, ["eval_strategy is epoch", "--eval-data"]),
         ({"quantization": "int3"}, ["quantization", "nf4"]),
         ({"preset": "9gb"}, ["9gb", "8gb"]),
         ({"config": "/no/such/recipe.toml"}, ["/no/such/recipe.toml"]),
@@ -106,6 +85,24 @@ def test_one_clear_sentence(monkeypatch, capsys, job, replaced, words):
     text = sentence(train(monkeypatch, capsys, job, **replaced))
     for word in words:
         assert word in text, text
+
+
+@pytest.mark.parametrize(
+    "flag,value",
+    [
+        ("learning_rate", "nan"),
+        ("max_steps", "-5"),
+        ("temperature", "0"),
+        ("lora_r", "0"),
+        ("attn_implementation", "sdpaa"),
+        ("adapter", "{tmp}"),
+    ],
+)
+def test_a_dry_run_finds_it_and_a_run_before_it_writes(monkeypatch, capsys, job, tmp_path, flag, value):
+    value = value.format(tmp=tmp_path)
+    for extra in (["--dry-run"], []):
+        assert value in sentence(train(monkeypatch, capsys, job, *extra, **{flag: value}))
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -265,6 +262,39 @@ def test_a_fresh_adapter_directory_can_be_started_from(monkeypatch, capsys, job,
     assert train(monkeypatch, capsys, again)[0] == 0
     row = json.loads((tmp_path / "second" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert row["kl"] == 0
+
+
+def test_lora_settings_are_those_of_the_adapter(monkeypatch, capsys, job, tmp_path):
+    assert train(monkeypatch, capsys, job, lora_r="4", lora_target_modules="q_proj,v_proj")[0] == 0
+    again = {**job, "--output-dir": str(tmp_path / "second"), "--adapter": str(tmp_path / "run" / "adapter")}
+    text = sentence(train(monkeypatch, capsys, again, lora_r="8"))
+    assert "lora_r is 8" in text and "has 4" in text and not (tmp_path / "second").exists()
+    code, _, err = train(monkeypatch, capsys, again, lora_r="4")
+    written = (tmp_path / "second" / "recipe.toml").read_text(encoding="utf-8")
+    assert code == 0 and "lora_r = 4" in written and '"q_proj",' in written, err
+    code, out, err = train(monkeypatch, capsys, {}, resume=str(tmp_path / "second"), max_steps="2")
+    assert code == 0 and "resuming from step 1" in out, err
+    third = {"config": str(tmp_path / "second" / "recipe.toml"), "output_dir": str(tmp_path / "third")}
+    assert train(monkeypatch, capsys, {}, **third)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "extra,evaluated", [({}, [2, 3]), ({"eval_strategy": "no"}, []), ({"eval_steps": "1"}, [1, 2, 3])]
+)
+def test_evaluation_data_is_evaluated_on(monkeypatch, capsys, job, tmp_path, extra, evaluated):
+    code, out, err = train(
+        monkeypatch,
+        capsys,
+        job,
+        eval_data=job["--data"],
+        eval_split="train[:2]",
+        max_steps="3",
+        save_steps="2",
+        **extra,
+    )
+    assert code == 0 and ("evaluating on 2 prompts" in out) == ("eval_strategy" not in extra), err
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    assert [row["step"] for row in rows if "eval_reward" in row] == evaluated
 
 
 def test_a_cold_start_through_the_command_line(monkeypatch, capsys, job, tmp_path):

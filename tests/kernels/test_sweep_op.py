@@ -41,12 +41,13 @@ def test_fake_tensors_have_the_real_ones_shapes():
         assert out.logps.shape == (6,) and out.entropy.shape == (6,)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+def test_opcheck(mode):
     hidden, head, targets = peaked(6, 120, 16)
     tensors, numbers = head.flatten()
     mean = head.centre(hidden.device)[0]
     args = [hidden.requires_grad_(), hidden.detach(), tensors, numbers, targets, None, mean]
-    settings = (1.0, "auto", 2.0**-16, 64, 0.015, None, torch.float32, 4, True, True)
+    settings = (1.0, mode, 2.0**-16, 64, 0.015, None, torch.float32, 4, True, True)
     torch.library.opcheck(_sweep_op, (*args, *settings), test_utils=("test_schema", "test_autograd_registration"))
 
 

@@ -1,0 +1,64 @@
+"""Settings that follow from others: the LoRA settings of a given adapter, and when to evaluate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.policy.adapter import adapter_config
+
+if TYPE_CHECKING:
+    from lowvram_grpo.recipe import Recipe
+
+# Who set eval_strategy, in the written recipe.
+IMPLIED = "implied by the evaluation data"
+_EVAL_STEPS = 50
+
+
+def imply_evaluation(recipe: Recipe) -> None:
+    """Whoever names evaluation data wants it used: every `eval_steps` steps, with each checkpoint when unset (every
+    logged step, transformers' default, would spend most of the run on it).
+
+    Raises:
+        UserError: an evaluation is asked for that has no data.
+    """
+    training = recipe.training
+    if not (recipe.eval_data or recipe.eval_split):
+        if training.get("eval_strategy", "no") != "no":
+            raise UserError(
+                f"eval_strategy is {training['eval_strategy']}, but there is no data to evaluate on; pass --eval-data "
+                "or --eval-split, or drop eval_strategy."
+            )
+        return
+    if "eval_strategy" not in training:
+        training["eval_strategy"] = "steps"
+        recipe.origin["eval_strategy"] = IMPLIED
+    if training["eval_strategy"] == "steps" and not training.get("eval_steps"):
+        training["eval_steps"] = training.get("save_steps") or _EVAL_STEPS
+        recipe.origin["eval_steps"] = IMPLIED
+
+
+def adopt_adapter(recipe: Recipe) -> None:
+    """Check the adapter to start from, and write its LoRA settings into the recipe: they are what is trained.
+
+    Raises:
+        UserError: there is no such adapter, or a LoRA setting contradicts it.
+    """
+    config = adapter_config(recipe.adapter)
+    modules = config.target_modules
+    theirs = {
+        "lora_r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "lora_target_modules": modules if isinstance(modules, str) else sorted(modules or []),
+    }
+    for key, value in theirs.items():
+        asked = getattr(recipe, key)
+        # A run of an earlier version wrote the defaults down.
+        if recipe.origin.get(key) in ("flag", "file") and not recipe.resume and asked != value:
+            raise UserError(
+                f"{key} is {asked}, but the adapter {recipe.adapter} has {value}, which can't be changed; drop {key}, "
+                "or drop --adapter to train a fresh one."
+            )
+        setattr(recipe, key, value)
+        recipe.origin[key] = "adapter"

@@ -1,0 +1,102 @@
+"""An adapter that exists already: looked at before the model is loaded, then put onto it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.policy.head import head_of
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+# What peft, torch and safetensors raise for weights that are damaged or belong to another model.
+_UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+_MISMATCH = re.compile(r"size mismatch for (\S+): .*?Size\((\[.*?\])\) from checkpoint.*?Size\((\[.*?\])\)", re.DOTALL)
+
+
+def adapter_config(adapter: str) -> PeftConfig:
+    """The configuration of a LoRA adapter (folder or hub id); its weights are not read.
+
+    Raises:
+        UserError: there is no such adapter, or it is no LoRA adapter.
+    """
+    from peft import PeftConfig, PeftType
+    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+    folder = Path(adapter)
+    if folder.is_dir():
+        if not (folder / CONFIG_NAME).is_file():
+            inside = folder / "adapter"
+            remedy = (
+                f"did you mean {inside}?"
+                if (inside / CONFIG_NAME).is_file()
+                else "give the folder that a run left as RUN/adapter, or that save_pretrained wrote."
+            )
+            raise UserError(f"The folder {adapter} holds no adapter, as it has no {CONFIG_NAME}; {remedy}")
+        if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            raise UserError(
+                f"The adapter {adapter} has no weights ({SAFETENSORS_WEIGHTS_NAME}); copy them there, or give another."
+            )
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except _UNLOADABLE as error:
+        if folder.is_dir():
+            raise UserError(
+                f"The {CONFIG_NAME} of the adapter {adapter} can't be read ({one_line(error)}); give another adapter."
+            ) from error
+        raise UserError(
+            f"Adapter {adapter!r} is neither a local folder nor reachable on the hub; check the name, pass a local "
+            "folder such as RUN/adapter, or set HF_ENDPOINT to a mirror."
+        ) from error
+    if config.peft_type != PeftType.LORA:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise UserError(f"The adapter {adapter} is of type {kind}, but only LoRA adapters can be trained here.")
+    return config
+
+
+def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
+    """Wrap `model` with an existing adapter (folder or hub id), trainable.
+
+    Raises:
+        UserError: there is no such adapter, or it does not fit the model.
+    """
+    from peft import PeftModel
+
+    base = adapter_config(adapter).base_model_name_or_path
+    try:
+        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    except _UNLOADABLE as error:
+        raise _misfit(f"The adapter {adapter}", error, base) from error
+    head_of(wrapped.get_base_model())
+    return wrapped
+
+
+def restore_adapter(model: PeftModel, checkpoint: str, name: str) -> None:
+    """Load the weights of the adapter `name`, which the model has, from a checkpoint's folder.
+
+    Raises:
+        UserError: they are damaged, or of another model.
+    """
+    try:
+        model.load_adapter(checkpoint, name, is_trainable=True)
+    except _UNLOADABLE as error:
+        raise _misfit(f"The checkpoint {checkpoint}", error) from error
+
+
+def _misfit(what: str, error: Exception, base: str | None = None) -> UserError:
+    """One sentence for weights, called `what`, that did not load. `base` is the model they were made for, if known."""
+    mismatches = _MISMATCH.findall(str(error))
+    if not mismatches:
+        return UserError(f"{what} can't be loaded onto this model: {one_line(error)}.")
+    name, theirs, ours = mismatches[0]
+    more = f" (and so on for {len(mismatches)} weights)" if len(mismatches) > 1 else ""
+    return UserError(
+        f"{what} was made for another model: {name} is {theirs} in it, and {ours} in this model{more}; "
+        f"give --model the one it was trained on{f', {base}' if base else ''}."
+    )

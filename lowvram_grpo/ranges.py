@@ -1,0 +1,118 @@
+"""Which numbers a setting may take: one table, looked at before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowvram_grpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers between two bounds. `also` is one more value that is fine, with what it means in brackets;
+    `because` says why the bound is where it is, in a sentence that ends the error's."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    also: tuple[float, str] | None = None
+    because: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        if self.also is not None and value == self.also[0]:
+            return True
+        # A comparison with NaN is false, so that it fails here too.
+        return (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        text = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+        return (text or "a finite number") + (f", or {self.also[0]} ({self.also[1]})" if self.also else "")
+
+
+_COUNT = Range(at_least=1)
+_NOT_NEGATIVE = Range(at_least=0)
+_POSITIVE = Range(above=0)
+_SHARE = Range(at_least=0, at_most=1)
+
+LORA_RANGES: dict[str, Range] = {
+    "lora_r": _COUNT,
+    "lora_alpha": _POSITIVE,
+    "lora_dropout": Range(at_least=0, below=1),
+}
+
+# Fields of GRPOConfig, those of TrainingArguments too: transformers takes any number and fails in the middle of a run.
+TRAINING_RANGES: dict[str, Range] = {
+    "num_generations": Range(at_least=2, because="GRPO compares the completions of one prompt with each other"),
+    "num_generations_eval": _COUNT,
+    "prompts_per_step": _COUNT,
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "generation_batch_size": _COUNT,
+    "steps_per_generation": _COUNT,
+    "rollout_batch_size": _COUNT,
+    "max_prompt_length": _COUNT,
+    "max_completion_length": _COUNT,
+    "temperature": Range(above=0, because="at 0 all completions of a group are the same, and nothing is learned"),
+    "top_p": Range(above=0, at_most=1),
+    "top_k": _NOT_NEGATIVE,
+    "min_p": _SHARE,
+    "repetition_penalty": _POSITIVE,
+    "beta": _NOT_NEGATIVE,
+    "num_iterations": _COUNT,
+    "epsilon": _NOT_NEGATIVE,
+    "epsilon_high": _NOT_NEGATIVE,
+    "delta": _POSITIVE,
+    "reward_weights": Range(),
+    "reward_timeout": _POSITIVE,
+    "ref_model_mixup_alpha": _SHARE,
+    "ref_model_sync_steps": _COUNT,
+    "workspace_mib": _COUNT,
+    "cold_start_learning_rate": _POSITIVE,
+    "cold_start_max_steps": _COUNT,
+    "learning_rate": _NOT_NEGATIVE,
+    "max_steps": Range(at_least=1, also=(-1, "as many as num_train_epochs takes")),
+    "num_train_epochs": _POSITIVE,
+    "warmup_ratio": _SHARE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "adam_beta1": Range(at_least=0, below=1),
+    "adam_beta2": Range(at_least=0, below=1),
+    "adam_epsilon": _NOT_NEGATIVE,
+    "logging_steps": _NOT_NEGATIVE,
+    "save_steps": _NOT_NEGATIVE,
+    "eval_steps": _NOT_NEGATIVE,
+    "seed": Range(at_least=0, at_most=2**32 - 1, because="NumPy takes no other"),
+}
+
+
+def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    """Hold every value that is set, and each entry of a list, against its range.
+
+    Raises:
+        UserError: a value outside, with the range.
+    """
+    for name, allowed in ranges.items():
+        value = values.get(name)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if number is None:
+                continue
+            try:
+                fits = number in allowed
+            except TypeError as error:
+                raise UserError(f"{name} is {value!r}; it must be a number, {allowed}.") from error
+            if not fits:
+                reason = f": {allowed.because}" if allowed.because else ""
+                raise UserError(f"{name} is {value}; it must be {allowed}{reason}.")

@@ -1,0 +1,67 @@
+"""Every number is held against its range before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lowvram_grpo import GRPOConfig, UserError
+from lowvram_grpo.ranges import LORA_RANGES, TRAINING_RANGES, Range
+from lowvram_grpo.recipe import Recipe, resolve
+
+
+@pytest.mark.parametrize(
+    "name,value,words",
+    [
+        ("learning_rate", -1.0, "at least 0"),
+        ("learning_rate", math.nan, "at least 0"),
+        ("learning_rate", math.inf, "at least 0"),
+        ("max_steps", -5, "at least 1, or -1"),
+        ("max_steps", 0, "at least 1, or -1"),
+        ("num_train_epochs", 0, "above 0"),
+        ("temperature", 0.0, "above 0: at 0 all completions of a group are the same"),
+        ("num_generations", 1, "at least 2: GRPO compares"),
+        ("max_completion_length", 0, "at least 1"),
+        ("max_prompt_length", -1, "at least 1"),
+        ("top_p", 0.0, "above 0 and at most 1"),
+        ("top_p", 1.5, "above 0 and at most 1"),
+        ("top_k", -1, "at least 0"),
+        ("min_p", 2.0, "at most 1"),
+        ("repetition_penalty", 0.0, "above 0"),
+        ("per_device_train_batch_size", 0, "at least 1"),
+        ("rollout_batch_size", 0, "at least 1"),
+        ("reward_weights", [1.0, math.nan], "a finite number"),
+        ("seed", -1, "at least 0"),
+        ("learning_rate", "fast", "must be a number"),
+    ],
+)
+def test_out_of_range(tmp_path, name, value, words):
+    with pytest.raises(UserError, match=f"^{name} is .*{words}"):
+        GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "name,value", [("lora_r", 0), ("lora_r", -4), ("lora_alpha", 0), ("lora_dropout", 1.0), ("lora_dropout", math.nan)]
+)
+def test_lora_out_of_range(name, value):
+    with pytest.raises(UserError, match=f"^{name} is "):
+        resolve({name: value})
+
+
+def test_the_defaults_and_the_bounds_themselves_are_in_range(tmp_path):
+    edges = {"max_steps": -1, "top_p": 1.0, "top_k": None, "beta": 0.0, "num_generations": 2, "learning_rate": 0.0}
+    assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **edges).top_p == 1.0
+    assert resolve({"lora_dropout": 0.0, "lora_r": 1}).lora_r == 1
+
+
+def test_every_name_in_the_tables_is_a_setting():
+    assert TRAINING_RANGES.keys() <= GRPOConfig.__dataclass_fields__.keys()
+    assert LORA_RANGES.keys() <= Recipe.__dataclass_fields__.keys()
+
+
+def test_bounds():
+    half_open = Range(above=0, at_most=1)
+    assert [x in half_open for x in (0, 1e-9, 1, 1.1, math.nan)] == [False, True, True, False, False]
+    assert [x in Range(at_least=0, below=1) for x in (0, 1)] == [True, False]
+    assert math.inf not in Range() and -3 in Range() and -1 in Range(at_least=1, also=(-1, "all"))
