@@ -55,8 +55,8 @@ def test_fused_and_plain_steps_agree(config, dataset, tokenizer, model, estimato
     assert fused.keys() == plain.keys() and len(plain) > 10
     for name, grad in plain.items():
         assert (fused[name] - grad).abs().max() <= 2e-4 * grad.abs().max() + 1e-7, name
-    assert its.keys() == theirs.keys()
-    for name in set(its) - {"step_time", "tokens_per_second", "sweep/direction_bound_max"}:
+    assert {n for n in its if not n.startswith("sweep/")} == {n for n in theirs if not n.startswith("sweep/")}
+    for name in {n for n in its if not n.startswith("sweep/")} - {"step_time", "tokens_per_second"}:
         assert its[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
