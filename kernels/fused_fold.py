@@ -208,7 +208,7 @@ def fused_fold(
         return
     row_blocks = -(-rows // config.block_m)
     tiles = -(-columns // config.block_n)
-    splits = max(1, min(tiles, -(-config.programs // row_blocks)))
+    splits = max(1, min(tiles, config.programs // row_blocks))
     split_columns = -(-tiles // splits) * config.block_n
     splits = -(-columns // split_columns)
     partial = torch.empty(splits, 4 if ref_h is None else 9, rows, device=h.device)

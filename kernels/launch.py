@@ -20,7 +20,7 @@ FUSED_MAX_WIDTH = 2048
 
 
 class FusedConfig(NamedTuple):
-    """Tiles of the fused kernel. `programs`: how many the device should have in flight before it stops splitting V."""
+    """Tiles of the fused kernel. `programs`: into how many, at most, a launch is split: whole waves of the device."""
 
     block_m: int
     block_n: int
