@@ -65,7 +65,8 @@ def _direction_kernel(
     if live:
         first = tl.load(offsets_ptr + row)
         last = tl.load(offsets_ptr + row + 1)
-        for k0 in range(first, last, BLOCK_K):
+        k0 = first
+        while k0 < last:
             k = k0 + tl.arange(0, BLOCK_K)
             present = k < last
             weight = -c * tl.load(coef_ptr + k, mask=present, other=0.0)
@@ -75,6 +76,7 @@ def _direction_kernel(
             read = present[:, None] & inside[None, :]
             w = tl.load(w_ptr + source[:, None] * w_stride + at[None, :], mask=read, other=0.0)
             total += tl.sum(weight[:, None] * w.to(tl.float32), 0)
+            k0 += BLOCK_K
         total += tail * tl.load(mean_ptr + at, mask=inside, other=0.0)
     tl.store(out_ptr + row * width + at, (total * factor).to(out_ptr.dtype.element_ty), mask=inside)
 

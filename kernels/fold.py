@@ -235,7 +235,8 @@ def _fold_kernel(
         e_sum = tl.load(stats + _E * rows)
     if LISTS:
         count = tl.load(count_ptr + row)
-    for c0 in range(0, columns, BLOCK):
+    c0 = 0
+    while c0 < columns:  # Triton 3.6 interprets no range of a runtime length
         c = c0 + tl.arange(0, BLOCK)
         inside = c < columns
         x = tl.load(x_ptr + row * x_stride + c, mask=inside, other=0.0)
@@ -273,6 +274,7 @@ def _fold_kernel(
             if HAS_REF:
                 tl.store(ref_logits_ptr + row * capacity + place, ref, mask=fits)
             count += tl.sum(keep.to(tl.int32), 0)
+        c0 += BLOCK
     tl.store(stats + _M * rows, m)
     tl.store(stats + _S * rows, s)
     tl.store(stats + _X * rows, x_sum)
@@ -287,7 +289,8 @@ def _fold_kernel(
         tl.store(count_ptr + row, count)
     if PROBS:
         tl.store(decay_ptr + row, tl.exp(m_start - m))
-        for c0 in range(0, columns, BLOCK):
+        c0 = 0
+        while c0 < columns:
             c = c0 + tl.arange(0, BLOCK)
             inside = c < columns
             x = tl.load(x_ptr + row * x_stride + c, mask=inside, other=0.0)
@@ -308,6 +311,7 @@ def _fold_kernel(
                 ref = transform_logit(r, scale, softcap, inv_temperature, SOFTCAP)
                 d = tl.where(p > 0, logit - ref - d0, 0.0)
                 tl.store(pd_ptr + row * x_stride + c, (weight * d).to(pd_ptr.dtype.element_ty), mask=inside)
+            c0 += BLOCK
 
 
 def fold_triton(
@@ -320,7 +324,7 @@ def fold_triton(
     log_epsilon: float,
     out: Probabilities | None = None,
     *,
-    block: int = 2048,
+    block: int = 512,
     warps: int = 4,
 ) -> None:
     """The fold in one launch; same outcome as `fold_torch`, `x` is left as it is."""
@@ -355,7 +359,7 @@ def compile_cases(cc: int) -> list[CompileCase]:
                 }  # fmt: skip
                 constants = {
                     "HAS_REF": ref, "HAS_BIAS": bias, "SOFTCAP": softcap, "LISTS": lists, "PROBS": probs,
-                    "REF_PROBS": probs and ref, "BLOCK": 2048,
+                    "REF_PROBS": probs and ref, "BLOCK": 512,
                 }  # fmt: skip
                 name = f"fold ref={ref} lists={lists} probs={probs} softcap={softcap}"
                 cases.append(compile_case(name, _fold_kernel, types, constants, num_warps=4, num_stages=2))

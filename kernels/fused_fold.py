@@ -35,10 +35,10 @@ from torch import Tensor
 @jit
 def _fused_fold_kernel(
     h_ptr, ref_h_ptr, w_ptr, bias_ptr, stats_ptr, targets_ptr, count_ptr, ids_ptr, logits_ptr, ref_logits_ptr,
-    partial_ptr, v0, columns, rows, width, w_stride, split_columns, capacity, scale, softcap, inv_temperature,
+    partial_ptr, v0, columns, rows, w_stride, split_columns, capacity, scale, softcap, inv_temperature,
     log_epsilon,
     HAS_REF: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, LISTS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # Row blocks vary fastest, so that programs that run together read the same weights out of L2.
     row_blocks = tl.cdiv(rows, BLOCK_M)
@@ -46,7 +46,7 @@ def _fused_fold_kernel(
     row = (tl.program_id(0) % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     alive = row < rows
     k0 = tl.arange(0, BLOCK_K)
-    h_rows = h_ptr + row.to(tl.int64)[:, None] * width
+    h_rows = h_ptr + row.to(tl.int64)[:, None] * WIDTH
     target = tl.load(targets_ptr + row, mask=alive, other=-1) - v0
     m_known = tl.load(stats_ptr + _M * rows + row, mask=alive, other=0.0)
     s_known = tl.load(stats_ptr + _S * rows + row, mask=alive, other=1.0)
@@ -57,7 +57,7 @@ def _fused_fold_kernel(
     x_sum = tl.zeros([BLOCK_M], tl.float32)
     target_logit = tl.zeros([BLOCK_M], tl.float32)
     if HAS_REF:
-        ref_rows = ref_h_ptr + row.to(tl.int64)[:, None] * width
+        ref_rows = ref_h_ptr + row.to(tl.int64)[:, None] * WIDTH
         ref_m = tl.load(stats_ptr + _REF_M * rows + row, mask=alive, other=0.0)
         d0 = tl.load(stats_ptr + _D0 * rows + row, mask=alive, other=0.0)
         ref_s = tl.zeros([BLOCK_M], tl.float32)
@@ -66,15 +66,16 @@ def _fused_fold_kernel(
         e_sum = tl.zeros([BLOCK_M], tl.float32)
     first = split * split_columns
     last = tl.minimum(first + split_columns, columns)
-    for c0 in range(first, last, BLOCK_N):
+    c0 = first
+    while c0 < last:  # Triton 3.6 interprets no range of a runtime length
         c = c0 + tl.arange(0, BLOCK_N)
         inside = c < last
         w_columns = w_ptr + c.to(tl.int64)[None, :] * w_stride
         x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if HAS_REF:
             r = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in range(0, width, BLOCK_K):
-            present = k + k0 < width
+        for k in range(0, WIDTH, BLOCK_K):
+            present = k + k0 < WIDTH
             w = tl.load(w_columns + (k + k0)[:, None], mask=present[:, None] & inside[None, :], other=0.0)
             h = tl.load(h_rows + (k + k0)[None, :], mask=alive[:, None] & present[None, :], other=0.0)
             if UPCAST:
@@ -130,6 +131,7 @@ def _fused_fold_kernel(
                     ref_best = tl.sum(tl.where(taken, ref, 0.0), 1)
                     tl.store(ref_logits_ptr + row * capacity + place, ref_best, mask=fits)
                 left = tl.where(taken, float("-inf"), left)
+        c0 += BLOCK_N
     partial = partial_ptr + split * (9 if HAS_REF else 4) * rows + row
     tl.store(partial, m, mask=alive)
     tl.store(partial + rows, s, mask=alive)
@@ -158,7 +160,8 @@ def _merge_kernel(partial_ptr, stats_ptr, rows, splits, HAS_REF: tl.constexpr, B
         ref_target = tl.load(stats + _REF_TARGET * rows, mask=alive, other=0.0)
         d_sum = tl.load(stats + _D * rows, mask=alive, other=0.0)
         e_sum = tl.load(stats + _E * rows, mask=alive, other=0.0)
-    for split in range(0, splits):
+    split = 0
+    while split < splits:
         part = partial_ptr + split * (9 if HAS_REF else 4) * rows + row
         m_part = tl.load(part, mask=alive, other=0.0)
         s_part = tl.load(part + rows, mask=alive, other=1.0)
@@ -179,6 +182,7 @@ def _merge_kernel(partial_ptr, stats_ptr, rows, splits, HAS_REF: tl.constexpr, B
             ref_target += tl.load(part + 6 * rows, mask=alive, other=0.0)
             d_sum = old * d_sum + new * tl.load(part + 7 * rows, mask=alive, other=0.0)
             e_sum = old * e_sum + new * tl.load(part + 8 * rows, mask=alive, other=0.0)
+        split += 1
     tl.store(stats + _M * rows, m, mask=alive)
     tl.store(stats + _S * rows, s, mask=alive)
     tl.store(stats + _X * rows, x_sum, mask=alive)
@@ -217,10 +221,10 @@ def fused_fold(
     has_ref, has_bias = ref_h is not None, bias is not None
     _fused_fold_kernel[(row_blocks * splits,)](
         h, ref_h, w, bias, state.stats, state.targets, state.count, state.ids, state.logits, state.ref_logits, partial,
-        v0, columns, rows, h.shape[1], w.stride(0), split_columns, state.capacity, transform.scale,
+        v0, columns, rows, w.stride(0), split_columns, state.capacity, transform.scale,
         transform.softcap or 0.0, 1.0 / transform.temperature, log_epsilon, HAS_REF=has_ref, HAS_BIAS=has_bias,
         SOFTCAP=transform.softcap is not None, LISTS=state.capacity > 0, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        BLOCK_N=config.block_n, BLOCK_K=config.block_k, WIDTH=h.shape[1],
         # The interpreter's dot product would take the bits of bfloat16 for integers.
         UPCAST=interpreted(), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -237,19 +241,20 @@ def compile_cases(cc: int) -> list[CompileCase]:
             for lists, softcap in ((True, False), (False, False), (True, True), (False, True)):
                 bias = softcap
                 # Turing never comes here; that the kernel compiles for it all the same is checked with small tiles.
-                config = fused_config(cc, ref, softcap) or FusedConfig(16, 16, 16, 8, 1)
+                config = fused_config(cc, ref) or FusedConfig(16, 16, 32, 8, 1)
                 types = {
                     "h_ptr": f"*{half}:16", "ref_h_ptr": f"*{half}:16" if ref else None, "w_ptr": f"*{half}:16",
                     "bias_ptr": f"*{half}" if bias else None, "stats_ptr": "*fp32:16", "targets_ptr": "*i64:16",
                     "count_ptr": "*i32:16", "ids_ptr": "*i32:16", "logits_ptr": "*fp32:16",
                     "ref_logits_ptr": "*fp32:16" if ref else None, "partial_ptr": "*fp32:16",
                     **dict.fromkeys(("v0", "columns", "rows", "capacity"), "i32"),
-                    **dict.fromkeys(("width", "w_stride", "split_columns"), "i32:16"),
+                    **dict.fromkeys(("w_stride", "split_columns"), "i32:16"),
                     **dict.fromkeys(("scale", "softcap", "inv_temperature", "log_epsilon"), "fp32"),
                 }  # fmt: skip
                 constants = {
                     "HAS_REF": ref, "HAS_BIAS": bias, "SOFTCAP": softcap, "LISTS": lists,
-                    "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "UPCAST": False,
+                    "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+                    "WIDTH": 896 if lists else 900, "UPCAST": False,
                 }  # fmt: skip
                 name = f"fused_fold {tuple(config[:5])} {half} ref={ref} lists={lists} softcap={softcap}"
                 cases.append(compile_case(name, _fused_fold_kernel, types, constants, config.warps, config.stages))

@@ -70,10 +70,7 @@ class _Settings(NamedTuple):
 def _forward(
     hidden: Tensor, ref_hidden: Tensor | None, head: Head, targets: Tensor, wanted: Tensor | None, at: _Settings
 ) -> Swept:
-    launch = launch_config(
-        hidden.device, at.dtype, hidden.shape[1], has_ref=ref_hidden is not None, softcap=head.softcap is not None,
-        path=at.path,
-    )  # fmt: skip
+    launch = launch_config(hidden.device, at.dtype, hidden.shape[1], has_ref=ref_hidden is not None, path=at.path)
     with without_autocast(hidden), torch.no_grad():
         return sweep(
             hidden, ref_hidden, head, targets, wanted, temperature=at.temperature,

@@ -68,9 +68,8 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str =
         num_generations: G; B is a multiple of it.
         scale_rewards: divide by the std of the `group`, of the whole `batch`, or `none`.
 
-    A group whose rewards are all equal gets exactly 0, whatever rounding says: eight
-    times 0.35 has a std of 6e-8, not 0,
-    and dividing by it would invent advantages. NaN rewards count in no mean and get 0.
+    A group whose rewards are all equal gets exactly 0, whatever rounding says: eight times 0.35 has a std of 6e-8, not
+    0, and dividing by it would invent advantages. NaN rewards count in no mean and get 0.
     """
     groups = rewards.float().view(-1, num_generations)
     valid = ~groups.isnan()
