@@ -24,7 +24,6 @@ from lowvram_grpo.kernels.fold import (
     REF_TARGET,
     TARGET,
     D,
-    E,
     M,
     Probabilities,
     RowState,
@@ -36,6 +35,7 @@ from lowvram_grpo.kernels.fold import (
 )
 from lowvram_grpo.kernels.fused_fold import fused_fold
 from lowvram_grpo.kernels.launch import LaunchConfig
+from lowvram_grpo.kernels.lists import entries_of
 from torch import Tensor
 
 from lowvram_grpo.policy.head import Head
@@ -163,8 +163,7 @@ class Sweeper:
         # Logits, and their probabilities for the dense product; PyTorch's fold needs copies of its own. The plan is the
         # same with and without a gradient: scoring twice gives the same bits.
         tile_bytes = refs * (4 + item) + (8 * refs + 4 if launch.path == "torch" else 0)
-        # Lists, and a quarter of what pruning them takes.
-        list_bytes = (12 + 4 * has_ref) * params.capacity if params.mode != "dense" else 0
+        list_bytes = (10 + 4 * has_ref) * params.capacity if params.mode != "dense" else 0
         self.plan = plan_tiles(
             n, self.vocab, self.width, workspace_mib, item=item, view=view, tile_bytes=tile_bytes,
             row_bytes=refs * self.width * item + list_bytes,
@@ -259,69 +258,6 @@ class Sweeper:
             g[block].neg_().add_(w).mul_(factor)
         return state
 
-    def lists_of(self, state: RowState, wanted: Tensor | None, keep_kl: bool) -> tuple[Entries, Tensor, Tensor]:
-        """Pruned lists of a row block, in the order of the vocabulary; which rows are diffuse (r,) bool; and the bound
-        of the KL's missing sum (r,)."""
-        stats = state.stats
-        lse = stats[M] + stats[S].log()
-        tail, diffuse = torch.empty_like(lse), state.overflowed
-        kept = []
-        step = -(-len(lse) // 4)
-        for r0 in range(0, len(lse), step):
-            block = slice(r0, r0 + step)
-            p = (state.logits[block] - lse[block, None]).exp_()
-            listed = torch.arange(state.capacity, device=self.device) < state.count[block, None]
-            keep = listed & (p > self.params.epsilon)
-            tail[block] = (1 - torch.where(keep, p, 0.0).sum(1)).clamp(min=0)
-            diffuse[block] |= tail[block] > self.params.max_tail
-            if wanted is not None:
-                diffuse[block] &= wanted[block]
-                keep &= wanted[block, None]
-            rows, place = (keep & ~diffuse[block, None]).nonzero().unbind(1)
-            kept.append((rows + r0, place, p[rows, place]))
-        rows, place, coef = map(torch.cat, zip(*kept))
-        alive = ~diffuse if wanted is None else wanted & ~diffuse
-        tail = torch.where(alive, tail, 0.0)
-        ids = state.ids[rows, place]
-        if self.launch.path == "fused":
-            # Atomic counters gave out the places: without sorting, sums would differ from run to run.
-            order = (rows * self.vocab + ids).argsort()
-            rows, place, ids, coef = rows[order], place[order], ids[order], coef[order]
-        slope = self.transform.slope(state.logits[rows, place])
-        kl_coef, kl_tail, spread = (tail.new_empty(0) for _ in range(3))
-        if keep_kl:
-            mean = stats[D] / stats[S]
-            gap = state.logits[rows, place] - state.ref_logits[rows, place] - (stats[D0] + mean)[rows]
-            kl_coef = coef * gap
-            total = lambda values: torch.zeros_like(tail).index_add_(0, rows, values)
-            kl_tail = torch.where(alive, -total(kl_coef), 0.0)
-            variance = stats[E] / stats[S] - mean.square()
-            spread = (tail * (variance - total(kl_coef * gap)).clamp(min=0)).sqrt()
-        target_slope = self.transform.slope(stats[TARGET])
-        coef_target = -torch.ones_like(tail) if target_slope is None else -target_slope
-        if slope is not None:
-            coef = coef * slope
-            kl_coef = kl_coef * slope if keep_kl else kl_coef
-        owners = alive.nonzero()[:, 0]
-        # The target is one more entry, of coefficient -1, first in its row; the others move up by the targets so far.
-        offsets = torch.nn.functional.pad((torch.bincount(rows, minlength=len(alive)) + alive).cumsum(0), (1, 0))
-        moved = torch.arange(len(rows), device=self.device) + alive.cumsum(0)[rows]
-
-        def join(first: Tensor, rest: Tensor) -> Tensor:
-            joined = rest.new_empty(len(first) + len(rest))
-            joined[offsets[owners]], joined[moved] = first, rest
-            return joined
-
-        entries = Entries(
-            offsets,
-            join(state.targets[owners].int(), ids),
-            join(coef_target[owners], coef),
-            join(coef.new_zeros(len(owners)), kl_coef) if keep_kl else kl_coef,
-            tail,
-            kl_tail,
-        )
-        return entries, diffuse, spread
-
 
 class _Rows:
     """Collects (rows, H) results of row blocks whose number is not known in advance, without holding them twice where
@@ -394,7 +330,10 @@ def sweep(
             state = sweeper.dense(h, ref_h, t, *pieces)
             diffuse.append(torch.arange(r0, r1, device=device))
         elif want_grad:
-            entries, is_diffuse, block_spread = sweeper.lists_of(state, need, want_kl_grad)
+            entries, is_diffuse, block_spread = entries_of(
+                state, transform, epsilon=params.epsilon, max_tail=params.max_tail, wanted=need, keep_kl=want_kl_grad,
+                shuffled=launch.path == "fused", vocab=sweeper.vocab, scratch=workspace_mib * 2**17,
+            )  # fmt: skip
             rows = is_diffuse.nonzero()[:, 0]
             if want_kl_grad:
                 spread[block] = block_spread
