@@ -12,10 +12,11 @@ Operations, with a frozen head and temperature 1 (CCE and torch have no other):
     int8, nf4    as train, with a quantized head
     loss         the GRPO loss from (B, T) log-probs on
 
-Each provider is first held against float64 (`correct.py`); one that fails gets no time. Cases come in order of worth, so
-that a time box cuts the least of them, and a row that --out holds already for this GPU and commit is skipped. Without a
-GPU this is a dry run on tiny shapes: a check of the program, never a measurement. The hidden states are made to have
-the entropy of real models (`profiles.py`); --hidden takes real ones: a file of torch.save({h (N, H), t (N,), W (V, H)}).
+Each provider is first held against float64 (`correct.py`); one that fails gets no time. Cases come in order of worth,
+so that a time box cuts the least of them, and a row that --out holds already for this GPU and commit is skipped.
+Without a GPU this is a dry run on tiny shapes: a check of the program, never a measurement. The hidden states are made
+to have the entropy of real models (`profiles.py`); --hidden takes real ones, a file of
+torch.save({"h": (N, H), "t": (N,), "W": (V, H)}).
 """
 
 from __future__ import annotations
@@ -91,6 +92,9 @@ class Bench:
     @property
     def over(self) -> bool:
         return time.monotonic() > self.until
+
+    def forget(self) -> None:
+        self._inputs = None
 
     def inputs(self, case: Case) -> Inputs:
         key = case[1:]
@@ -223,7 +227,8 @@ def _say(row: dict) -> None:
     what = f"{row['op']:6} {row['shape']:13} {row['rows']:5} {row['dtype']:8} {row['profile']:8} {row['provider']:12}"
     if "ms" in row:
         memory = "" if row["peak_mib"] is None else f"  {row['peak_mib']:8.0f} MiB"
-        share = "" if row["dry_run"] or "share_of_ceiling" not in row else f"  {row['share_of_ceiling']:.0%} of the ceiling"
+        known = "share_of_ceiling" in row and not row["dry_run"]
+        share = f"  {row['share_of_ceiling']:.0%} of the ceiling" if known else ""
         print(f"{what} {row['ms']:9.3f} ms{memory}{share}", flush=True)
     else:
         print(what, row.get("missing") or row.get("error") or row.get("gate_reason"), flush=True)
@@ -271,6 +276,24 @@ def steps(args: argparse.Namespace) -> Iterator[Case | None]:
     yield from (c for c in cases if c not in first)
 
 
+def measure_all(bench: Bench, args: argparse.Namespace) -> None:
+    for case in steps(args):
+        if bench.over:
+            print("time is up; the same command goes on where this one stopped.")
+            return
+        if case is None:
+            bench_loss(bench.out, bench.device, args.seconds, args.dry_run)
+            continue
+        try:
+            bench.run(case)
+        except torch.OutOfMemoryError as error:
+            # The inputs themselves or the oracle: nobody gets a row but the reason.
+            print(case, reason(error), flush=True)
+            bench.forget()
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
 def main() -> None:
     args = parse()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -280,21 +303,9 @@ def main() -> None:
     if not out.has(op="ceiling", what="copy"):
         size = 2**30 if device.type == "cuda" else 2**20
         out.add(op="ceiling", what="copy", **copy_ceiling(device, args.seconds, size))
-    for case in steps(args):
-        if bench.over:
-            print("time is up; the same command goes on where this one stopped.")
-            return
-        if case is None:
-            bench_loss(out, device, args.seconds, args.dry_run)
-            continue
-        try:
-            bench.run(case)
-        except torch.OutOfMemoryError as error:
-            # The inputs themselves or the oracle: nobody gets a row but the reason.
-            print(case, reason(error), flush=True)
-            bench._inputs = None
-            gc.collect()
-            torch.cuda.empty_cache()
+    measure_all(bench, args)
+    # Frozen objects would be reported as leaks at exit.
+    gc.unfreeze()
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("triton", "transformers", "bitsandbytes", "peft", "trl", "liger-kernel", "unsloth-zoo", "cut-cross-entropy")
 # What makes two rows the same measurement; `gpu`, `commit` and `dry_run` are part of it.
 KEY = (
-    "part", "op", "provider", "path", "shape", "rows", "tokens", "dtype", "profile", "model", "weights", "gpu", "commit",
-    "dry_run",
+    "part", "op", "provider", "path", "shape", "rows", "tokens", "dtype", "profile", "model", "weights", "gpu",
+    "commit", "dry_run",
 )  # fmt: skip
 
 
