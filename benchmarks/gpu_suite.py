@@ -64,7 +64,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "env": Part(1, 60),
-    "tests": Part(20),
+    "tests": Part(20, 60),
     "kernels": Part(34),
     "rivals": Part(16),
     "train": Part(6, 60),
