@@ -95,6 +95,9 @@ class RowState:
     ) -> RowState:
         """hint, ref_hint (R,): the targets' logits, up to a relative error of `slack`."""
         rows, device = len(targets), targets.device
+        # A target that a bias forbids has a logit of -inf; the maximum must start somewhere.
+        hint = hint.clamp(min=LOWEST)
+        ref_hint = None if ref_hint is None else ref_hint.clamp(min=LOWEST)
         stats = torch.zeros(4 if ref_hint is None else 10, rows, device=device)
         stats[M] = hint - slack * (1 + hint.abs())
         if ref_hint is not None:

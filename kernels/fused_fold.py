@@ -27,7 +27,7 @@ from lowvram_grpo.kernels.fold import (
     Transform,
     transform_logit,
 )
-from lowvram_grpo.kernels.launch import FusedConfig, fused_config
+from lowvram_grpo.kernels.launch import FusedConfig, fused_config, whole_waves
 from lowvram_grpo.kernels.runtime import CompileCase, compile_case, interpreted, jit, tl
 from torch import Tensor
 
@@ -212,7 +212,7 @@ def fused_fold(
         return
     row_blocks = -(-rows // config.block_m)
     tiles = -(-columns // config.block_n)
-    splits = max(1, min(tiles, config.programs // row_blocks))
+    splits = whole_waves(row_blocks, tiles, config.programs)
     split_columns = -(-tiles // splits) * config.block_n
     splits = -(-columns // split_columns)
     partial = torch.empty(splits, 4 if ref_h is None else 9, rows, device=h.device)

@@ -20,7 +20,7 @@ FUSED_MAX_WIDTH = 2048
 
 
 class FusedConfig(NamedTuple):
-    """Tiles of the fused kernel. `programs`: into how many, at most, a launch is split: whole waves of the device."""
+    """Tiles of the fused kernel. `programs`: how many the device runs at a time."""
 
     block_m: int
     block_n: int
@@ -36,6 +36,16 @@ class LaunchConfig(NamedTuple):
     path: str
     reason: str
     fused: FusedConfig | None = None
+
+
+def whole_waves(row_blocks: int, tiles: int, programs: int) -> int:
+    """Into how many ranges to split V, so that the last wave of `row_blocks` times as many programs is about full."""
+
+    def idle(splits: int) -> float:
+        waves = -(-row_blocks * splits // programs)
+        return 1 - row_blocks * splits / (waves * programs)
+
+    return min(range(1, min(tiles, max(16, -(-programs // row_blocks))) + 1), key=lambda s: (round(idle(s), 2), s))
 
 
 def fused_config(cc: int, has_ref: bool) -> FusedConfig | None:
@@ -97,5 +107,6 @@ def launch_config(
             path, reason = "fused", f"a hidden size of {width} favours logits that never leave the chip"
     else:
         reason = "asked for"
-    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    # The fused kernel's registers let one program onto a multiprocessor at a time.
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
     return LaunchConfig(path, reason, config._replace(programs=programs) if path == "fused" else None)

@@ -29,6 +29,7 @@ from lowvram_grpo.kernels.launch import launch_config
 from lowvram_grpo.kernels.sweep import DirectionParams, Swept, sweep, without_autocast
 from lowvram_grpo.kernels.trainable_head import TrainableHead
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lowvram_grpo.policy.head import Head
 
@@ -71,7 +72,7 @@ def _forward(
     hidden: Tensor, ref_hidden: Tensor | None, head: Head, targets: Tensor, wanted: Tensor | None, at: _Settings
 ) -> Swept:
     launch = launch_config(hidden.device, at.dtype, hidden.shape[1], has_ref=ref_hidden is not None, path=at.path)
-    with without_autocast(hidden), torch.no_grad():
+    with without_autocast(hidden), torch.no_grad(), torch.cuda.device_of(hidden):
         return sweep(
             hidden, ref_hidden, head, targets, wanted, temperature=at.temperature,
             params=DirectionParams(at.mode, at.epsilon, at.capacity, at.max_tail), launch=launch, dtype=at.dtype,
@@ -94,10 +95,11 @@ def _backward(
     """dL/d hidden (N, H) of `dtype` from c = dL/d logp and e = dL/d KL, both (N,)."""
     path = launch_config(c.device, at.dtype, head.shape[1], path=at.path).path
     factor = head.logit_scale / at.temperature
-    d_hidden = sparse_direction(
-        head, entries, c.float().contiguous(), None if e is None else e.float().contiguous(), mean, factor, dtype,
-        use_triton=path != "torch", workspace_mib=at.workspace_mib,
-    )  # fmt: skip
+    with torch.cuda.device_of(c):
+        d_hidden = sparse_direction(
+            head, entries, c.float().contiguous(), None if e is None else e.float().contiguous(), mean, factor, dtype,
+            use_triton=path != "torch", workspace_mib=at.workspace_mib,
+        )  # fmt: skip
     step = max(1, 2**20 // head.shape[1])
     for k0 in range(0, len(diffuse), step):
         rows, part = diffuse[k0 : k0 + step], slice(k0, k0 + step)
@@ -122,6 +124,7 @@ class _FrozenHead(torch.autograd.Function):
         return swept.logps, swept.entropy, swept.ref_logps, swept.kl, swept.entries.tail, swept.kl_spread, swept.diffuse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, c, _entropy, _ref, e, *_):
         *entries, diffuse, g, g_kl, mean = ctx.saved_tensors
         d_hidden = _gradient(c, e, Entries(*entries), diffuse, g, g_kl, mean, ctx.head, ctx.dtype, ctx.at)
@@ -233,13 +236,13 @@ _sweep_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 def _compute_dtype(hidden: Tensor, path: str | None) -> torch.dtype:
-    """The dtype of the matmuls: that of 16-bit hidden states on a GPU (or autocast's), float32 on a CPU."""
+    """The dtype of the matmuls: that of 16-bit hidden states on a GPU (or autocast's), else float32."""
     device = hidden.device.type
     if device == "cpu" and path in (None, "torch"):
         return torch.float32
     if device == "cuda" and hidden.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
         return torch.get_autocast_dtype("cuda")
-    return hidden.dtype
+    return torch.float32 if hidden.dtype == torch.float64 else hidden.dtype
 
 
 def linear_logps(
@@ -307,9 +310,13 @@ def linear_logps(
     if trainable:
         if ref_hidden is not None:
             raise ValueError("a reference cannot share the sweep of a head that is being trained")
+        if not head.dense:
+            raise ValueError("the bias of a quantized head cannot be trained; freeze it")
         transform = Transform(head.logit_scale, head.softcap, temperature)
         sweep_once = lambda weights: _forward(hidden.detach(), None, weights, targets, None, at)
-        logps, ent = TrainableHead.apply(hidden, head.weight, head.bias, targets, sweep_once, transform, workspace_mib)
+        logps, ent = TrainableHead.apply(
+            hidden, head.weight, head.bias, targets, sweep_once, transform, at.dtype, workspace_mib
+        )
         return LinearLogps(logps, ent if entropy else None)
     ref_hidden = None if ref_hidden is None else ref_hidden.detach()
     lists = want_grad and params.mode != "dense"

@@ -52,13 +52,13 @@ class Int8Weight:
     def read(self, codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
         """Dequantize (n, H) codes with (n, blocks) scales into `out` (n, H)."""
         h = codes.shape[1]
+        # The product is made in float16 or better and rounded once; bfloat16 scales would all be off by up to 2^-9.
+        scales = scales.float() if out.dtype == torch.float32 else scales
         if h % BLOCK == 0:
-            # In the dtype of `out`, so that no float32 temporary is needed: int8 codes are exact in bfloat16.
-            torch.mul(
-                codes.unflatten(1, (-1, BLOCK)), scales.to(out.dtype)[..., None], out=out.unflatten(1, (-1, BLOCK))
-            )
+            blocks = out.unflatten(1, (-1, BLOCK))
+            torch.mul(codes.unflatten(1, (-1, BLOCK)), scales[..., None], out=blocks)
         else:
-            torch.mul(codes, scales.to(out.dtype).repeat_interleave(BLOCK, 1)[:, :h], out=out)
+            torch.mul(codes, scales.repeat_interleave(BLOCK, 1)[:, :h], out=out)
         return out
 
     def tile(self, v0: int, v1: int, out: Tensor) -> Tensor:
@@ -148,6 +148,8 @@ class NF4Weight:
     def _read(self, packed: Tensor, scales: Tensor, out: Tensor) -> Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
+        if not out.numel():  # bitsandbytes would end the process
+            return out
         state = QuantState(
             absmax=scales.to(out.device).flatten(),
             shape=out.shape,

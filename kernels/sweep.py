@@ -11,7 +11,9 @@ listed row and H floats for a diffuse one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -117,6 +119,8 @@ def plan_tiles(
     row_bytes = row_bytes or width * item
     rows = max(1, min(n, _MAX_ROWS, budget // (2 * row_bytes)))
     columns = (budget - rows * row_bytes) // (tile_bytes * rows + (0 if view else width * item))
+    # Leading dimensions that are not multiples of 16 bytes cost cuBLAS its fast kernels.
+    columns -= columns % 128 if columns > 128 else 0
     return TilePlan(rows, max(1, min(vocab, columns)))
 
 
@@ -124,6 +128,17 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
     """Autocast would quietly turn the float32 products of the sweep into bfloat16 ones."""
     device = tensor.device.type
     return torch.autocast(device if device != "meta" else "cpu", enabled=False)
+
+
+@cache
+def _accumulates(device: torch.device) -> bool:
+    """Whether 16-bit products can be added to a float32 tensor in one call; torch 2.9 refuses (pytorch #167931)."""
+    half, total = torch.zeros(8, 8, dtype=torch.float16, device=device), torch.zeros(8, 8, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, half, half, torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -140,6 +155,8 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if total.is_meta:
         return total
     if total.is_cuda and a.dtype != torch.float32:
+        if not _accumulates(total.device):
+            return total.add_(torch.ops.aten.mm.dtype(a, b, torch.float32))
         return torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
     return torch.addmm(total, a.float(), b.float(), out=total)
 
@@ -173,10 +190,10 @@ class Sweeper:
         rows, columns = self.plan
         buffer = lambda *shape, of=torch.float32: torch.empty(*shape, dtype=of, device=device)
         self.weights = buffer(0 if view else columns, self.width, of=dtype)
-        self.probs = want_grad
-        self._x = [buffer(rows * columns) for _ in range(1 + has_ref)]
-        self._p = [buffer(rows * columns, of=dtype) for _ in range(1 + has_ref)] if want_grad else []
+        # Made when first used: the fused kernel needs no tile but for diffuse rows.
+        self._tiles: dict[str, Tensor] = {}
         self._decay = buffer(rows)
+        self.log_epsilon = math.log(params.epsilon)
 
     def edges(self, resident: bool) -> list[int]:
         """Where tiles begin; the fused kernel takes what lies on the device in two launches, the first a probe."""
@@ -199,47 +216,61 @@ class Sweeper:
         slack = 2**-7 if self.dtype != torch.float32 else 2**-20
         return RowState.start(targets, hint, ref_hint, self.params.capacity if lists else 0, slack)
 
-    def _tile(self, buffers: list[Tensor], rows: int, columns: int, which: int) -> Tensor:
-        return buffers[which][: rows * columns].view(rows, columns)
+    def _tile(self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A contiguous (rows, columns) piece of the buffer of that name."""
+        if name not in self._tiles:
+            self._tiles[name] = torch.empty(self.plan.rows * self.plan.columns, dtype=dtype, device=self.device)
+        return self._tiles[name][: rows * columns].view(rows, columns)
 
     def fold(
         self, state: RowState, h: Tensor, ref_h: Tensor | None, v0: int, v1: int, out: Probabilities | None = None
     ):
         """Multiply and fold vocabulary entries v0 to v1; returns their weights (v1 - v0, H)."""
         w, bias = self.head.tile(v0, v1, self.weights)
-        log_epsilon = torch.tensor(self.params.epsilon, dtype=torch.float64).log().item()
         if self.launch.path == "fused" and out is None:
-            fused_fold(state, h, ref_h, w, bias, v0, self.transform, log_epsilon, self.launch.fused)
+            fused_fold(state, h, ref_h, w, bias, v0, self.transform, self.log_epsilon, self.launch.fused)
             return w
-        tile = lambda which: self._tile(self._x, len(h), v1 - v0, which)
-        x = matmul(h, w.T, tile(0))
-        ref_x = None if ref_h is None else matmul(ref_h, w.T, tile(1))
+        x = matmul(h, w.T, self._tile("x", len(h), v1 - v0))
+        ref_x = None if ref_h is None else matmul(ref_h, w.T, self._tile("ref x", len(h), v1 - v0))
         fold = fold_torch if self.launch.path == "torch" else fold_triton
-        fold(state, x, ref_x, bias, v0, self.transform, log_epsilon, out)
+        fold(state, x, ref_x, bias, v0, self.transform, self.log_epsilon, out)
         return w
 
-    def listed(self, h: Tensor, ref_h: Tensor | None, targets: Tensor) -> RowState | None:
-        """The state after one pass; None if most lists overflow on the first tile already and `auto` may give up."""
-        state = self.start(h, ref_h, targets, self.lists)
+    def listed(
+        self, h: Tensor, ref_h: Tensor | None, targets: Tensor, wanted: Tensor | None, lists: bool
+    ) -> RowState | None:
+        """The state after one pass; None if the lists of most rows that are wanted overflow on the first tile already
+        and `auto` may give up."""
+        state = self.start(h, ref_h, targets, lists)
         edges = self.edges(self.head.is_view(self.dtype, self.device))
         for i, (v0, v1) in enumerate(pairwise(edges)):
             self.fold(state, h, ref_h, v0, v1)
-            hopeless = i == 0 and self.lists and self.params.mode == "auto" and v1 < self.vocab
-            if hopeless and 2 * int(state.overflowed.sum()) > len(h):
-                return None
+            if i == 0 and lists and self.params.mode == "auto" and v1 < self.vocab:
+                wanted = torch.ones_like(state.overflowed) if wanted is None else wanted
+                if bool(2 * (state.overflowed & wanted).sum() > wanted.sum()):
+                    return None
         return state
 
-    def dense(self, h: Tensor, ref_h: Tensor | None, targets: Tensor, g: Tensor, g_kl: Tensor | None) -> RowState:
-        """The state after one pass, and d logp / d h into `g` (r, H), d KL / d h into `g_kl`."""
+    def dense(
+        self, h: Tensor, ref_h: Tensor | None, targets: Tensor, g: Tensor, g_kl: Tensor | None,
+        centre: Tensor | None = None,
+    ) -> RowState:  # fmt: skip
+        """The state after one pass, and d logp / d h into `g` (r, H), d KL / d h into `g_kl`.
+
+        centre (r,): E[l - r] where it is known. Log-ratios are rounded to the matmul's dtype, so what is subtracted
+        from them afterwards should be small.
+        """
         state = self.start(h, ref_h, targets, False)
+        if centre is not None:
+            state.stats[D0] = centre
         g.zero_()
         if g_kl is not None:
             g_kl.zero_()
         for v0 in range(0, self.vocab, self.plan.columns):
             v1 = min(v0 + self.plan.columns, self.vocab)
             shape = len(h), v1 - v0
-            pd = None if g_kl is None else self._tile(self._p, *shape, 1)
-            out = Probabilities(self._tile(self._p, *shape, 0), pd, self._decay[: len(h)])
+            pd = None if g_kl is None else self._tile("pd", *shape, self.dtype)
+            out = Probabilities(self._tile("p", *shape, self.dtype), pd, self._decay[: len(h)])
             w = self.fold(state, h, ref_h, v0, v1, out)
             add_matmul(g.mul_(out.decay[:, None]), out.p, w)
             if g_kl is not None:
@@ -311,7 +342,7 @@ def sweep(
     sweeper = Sweeper(head, transform, n, dtype, device, has_ref, workspace_mib, params, launch, want_grad)
     column = lambda present=True: torch.empty(n if present else 0, device=device)
     logps, entropy, ref_logps, kl = column(), column(), column(has_ref), column(has_ref)
-    spread, lse = column(want_kl_grad), column()
+    spread, lse = column(want_kl_grad).zero_(), column()
     g, g_kl = _Rows(width, device), _Rows(width, device)
     lists: list[Entries] = []
     diffuse: list[Tensor] = []
@@ -321,15 +352,32 @@ def sweep(
         block = slice(r0, r1)
         h = hidden[block].to(dtype).contiguous()
         ref_h = ref_hidden[block].to(dtype).contiguous() if has_ref else None
-        t, need = targets[block], None if wanted is None else wanted[block]
+        t, need = targets[block], None if wanted is None or device.type == "meta" else wanted[block]
+        select = lambda x, rows: None if x is None else x[rows]
+
+        def dense(rows: Tensor | slice, count: int, reserve: int, centre: Tensor | None = None) -> Tensor:
+            """Statistics of some rows of the block, whose directions are kept."""
+            pieces = g.take(count, reserve), g_kl.take(count, reserve) if want_kl_grad else None
+            diffuse.append(torch.arange(r0, r1, device=device)[rows])  # noqa: B023
+            return sweeper.dense(h[rows], select(ref_h, rows), t[rows], *pieces, centre).stats  # noqa: B023
+
         entries = None
-        state = None if all_dense else sweeper.listed(h, ref_h, t)
+        state = None if all_dense else sweeper.listed(h, ref_h, t, need, sweeper.lists)
         if state is None:
             all_dense = True
-            pieces = g.take(r1 - r0, n - r0), g_kl.take(r1 - r0, n - r0) if want_kl_grad else None
-            state = sweeper.dense(h, ref_h, t, *pieces)
-            diffuse.append(torch.arange(r0, r1, device=device))
-        elif want_grad:
+            if need is None:
+                stats = dense(slice(None), r1 - r0, n - r0)
+            else:
+                some, others = need.nonzero()[:, 0], (~need).nonzero()[:, 0]
+                stats = torch.empty(10 if has_ref else 4, r1 - r0, device=device)
+                if len(some):
+                    stats[:, some] = dense(some, len(some), len(some))
+                if len(others):
+                    plain = sweeper.listed(h[others], select(ref_h, others), t[others], None, False)
+                    stats[:, others] = plain.stats
+        else:
+            stats = state.stats
+        if state is not None and want_grad:
             entries, is_diffuse, block_spread = entries_of(
                 state, transform, epsilon=params.epsilon, max_tail=params.max_tail, wanted=need, keep_kl=want_kl_grad,
                 shuffled=launch.path == "fused", vocab=sweeper.vocab, scratch=workspace_mib * 2**17,
@@ -338,11 +386,9 @@ def sweep(
             if want_kl_grad:
                 spread[block] = block_spread
             if len(rows):
-                pieces = g.take(len(rows), len(rows)), g_kl.take(len(rows), len(rows)) if want_kl_grad else None
-                sweeper.dense(h[rows], ref_h[rows] if has_ref else None, t[rows], *pieces)
-                diffuse.append(rows + r0)
+                centre = (stats[D0] + stats[D] / stats[S])[rows] if has_ref else None
+                dense(rows, len(rows), len(rows), centre)
         lists.append(entries or _no_entries(r1 - r0, device, want_kl_grad))
-        stats = state.stats
         log_s = stats[S].log()
         lse[block] = stats[M] + log_s
         logps[block] = stats[TARGET] - lse[block]

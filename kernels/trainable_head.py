@@ -18,11 +18,11 @@ class TrainableHead(torch.autograd.Function):
     """(logps, entropy), differentiable in hidden states, weight and bias; entropy is not."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, sweep_once, transform, workspace_mib):
-        """sweep_once: a Head's statistics, by the same sweep that scores without gradient."""
+    def forward(ctx, hidden, weight, bias, targets, sweep_once, transform, dtype, workspace_mib):
+        """sweep_once: a Head's statistics, by the same sweep that scores without gradient, its products in `dtype`."""
         swept = sweep_once(Head(weight.detach(), bias, transform.scale, transform.softcap))
         ctx.save_for_backward(hidden, weight, bias, targets, swept.lse)
-        ctx.transform = transform
+        ctx.transform, ctx.dtype = transform, dtype
         ctx.plan = plan_tiles(len(hidden), *weight.shape, workspace_mib)
         ctx.mark_non_differentiable(swept.entropy)
         return swept.logps, swept.entropy
@@ -33,12 +33,13 @@ class TrainableHead(torch.autograd.Function):
         transform, plan = ctx.transform, ctx.plan
         factor = transform.scale / transform.temperature
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        d_weight = torch.zeros_like(weight)
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         with without_autocast(hidden):
             for v0 in range(0, weight.shape[0], plan.columns):
-                w = weight.detach()[v0 : v0 + plan.columns]
-                d_w = torch.zeros_like(w, dtype=torch.float32)
+                # The products of the forward pass, or exp(logit - lse) would not sum to 1.
+                w = weight.detach()[v0 : v0 + plan.columns].to(ctx.dtype)
+                d_w = torch.zeros_like(w, dtype=torch.float32) if d_weight is not None else None
                 for r0 in range(0, len(hidden), plan.rows):
                     block = slice(r0, r0 + plan.rows)
                     h, c, t = hidden[block].to(w.dtype), grad_logps[block, None], targets[block] - v0
@@ -57,7 +58,9 @@ class TrainableHead(torch.autograd.Function):
                         d_bias[v0 : v0 + plan.columns] += d_logits.sum(0)
                     d_logits = d_logits.to(w.dtype)
                     add_matmul(d_hidden[block], d_logits, w)
-                    add_matmul(d_w, d_logits.T, h)
-                d_weight[v0 : v0 + plan.columns] = d_w.to(weight.dtype)
+                    if d_w is not None:
+                        add_matmul(d_w, d_logits.T, h)
+                if d_w is not None:
+                    d_weight[v0 : v0 + plan.columns] = d_w.to(weight.dtype)
         d_bias = None if bias is None else d_bias.to(bias.dtype)
-        return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None, None
+        return d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None, None, None

@@ -91,7 +91,7 @@ class UpdateSums:
         self._clipped.append((sums.low_clipped / tokens, sums.high_clipped / tokens))
         self._ratios.append((sums.ratio_min, sums.ratio_max))
         if scores.diffuse is not None:
-            self._rows += scores.logps.numel()
+            self._rows += scores.rows
             self._diffuse += scores.diffuse
             self._bounds += [] if scores.bound is None else [scores.bound]
 

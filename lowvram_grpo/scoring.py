@@ -18,7 +18,8 @@ class Scores(NamedTuple):
     Attributes:
         logps, kl: differentiable log-prob and exact KL to the reference.
         entropy, ref_logps: without gradient.
-        diffuse: rows of the sweep that took the dense product (a count), None without a gradient.
+        rows: of the sweep, those that are scored.
+        diffuse: how many of them took the dense product, None without a gradient.
         bound: the largest error that short lists can have left in a row of the gradient's direction, likewise.
     """
 
@@ -26,6 +27,7 @@ class Scores(NamedTuple):
     entropy: Tensor
     ref_logps: Tensor | None = None
     kl: Tensor | None = None
+    rows: int = 0
     diffuse: int | None = None
     bound: Tensor | None = None
 
@@ -95,6 +97,7 @@ def score(
     spread = lambda values: None if values is None else blank.masked_scatter(mask, values)
     return Scores(
         *map(spread, (out.logps, out.entropy, out.ref_logps, out.kl)),
+        len(out.logps),
         None if out.diffuse is None else len(out.diffuse),
         None if out.bound is None or not len(out.bound) else out.bound.max(),
     )

@@ -346,6 +346,8 @@ class GRPOTrainer(Trainer):
             with active as model, self.compute_loss_context_manager():
                 return run(model)
         finally:
+            # Inside an outer autocast, weights that this pass has cast would stay cached without their graph.
+            torch.clear_autocast_cache()
             self.model.train(was_training)
 
     # Evaluation and logging

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lowvram_grpo.kernels import fold
 from lowvram_grpo.kernels.linear_logps import linear_logps, linear_logps_ref
-from lowvram_grpo.kernels.runtime import HAS_TRITON
+from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from lowvram_grpo.kernels.sweep import DirectionParams
 from problems import in_dtype, peaked, problem
 
@@ -16,7 +16,7 @@ from lowvram_grpo.policy.head import Head
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATHS = ["torch", "cublas", "fused"] if HAS_TRITON else ["torch"]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 EXTRAS = [{}, {"bias": True, "scale": 0.3}, {"softcap": 5.0, "spread": 4.0}]
 
 
@@ -142,16 +142,48 @@ def test_random_weights_take_the_dense_product_by_themselves(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_rows_that_need_no_gradient_get_none(path):
+@pytest.mark.parametrize("direction", ["sparse", "dense"])
+@pytest.mark.parametrize("wanted", [[True, False] * 4, [False] * 8])
+def test_rows_that_need_no_gradient_get_none(path, direction, wanted):
+    """Whatever the loss says: here it asks all rows for one."""
     hidden, head, targets = peaked(8, 700, 16)
-    wanted = torch.tensor([True, False] * 4)
-    for direction in ("sparse", "dense"):
-        h = hidden.clone().requires_grad_()
-        out = linear_logps(h, head, targets, wanted=wanted, path=path, direction=direction)
-        everything = linear_logps(hidden.clone().requires_grad_(), head, targets, path=path, direction=direction)
-        assert torch.equal(out.logps, everything.logps)
-        (out.logps * wanted).sum().backward()
-        assert (h.grad[1::2] == 0).all() and (h.grad[::2] != 0).any(1).all()
+    wanted, ref = torch.tensor(wanted), hidden + 0.1
+    h = hidden.clone().requires_grad_()
+    out = linear_logps(h, head, targets, wanted=wanted, path=path, direction=direction, ref_hidden=ref, kl=True)
+    whole = hidden.clone().requires_grad_()
+    everything = linear_logps(whole, head, targets, path=path, direction=direction, ref_hidden=ref, kl=True)
+    for a, b in ((out.logps, everything.logps), (out.kl, everything.kl), (out.ref_logps, everything.ref_logps)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert set(out.diffuse.tolist()) <= set(wanted.nonzero()[:, 0].tolist())
+    (out.logps.sum() + out.kl.sum()).backward()
+    (everything.logps.sum() + everything.kl.sum()).backward()
+    assert (h.grad[~wanted] == 0).all()
+    torch.testing.assert_close(h.grad[wanted], whole.grad[wanted], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("direction", ["sparse", "dense"])
+def test_no_rows_of_a_quantized_head_are_never_asked_for(kind, direction, monkeypatch):
+    """bitsandbytes ends the process when its CUDA kernel is asked for an empty tensor."""
+    import bitsandbytes.functional as bnb
+
+    asked, original = [], bnb.dequantize_4bit
+    monkeypatch.setattr(
+        bnb, "dequantize_4bit", lambda a, *rest, **k: (asked.append(a.numel()), original(a, *rest, **k))[1]
+    )
+    hidden, head, targets = peaked(6, 200, 64)
+    nobody = torch.zeros(6, dtype=torch.bool)
+    out = linear_logps(hidden.requires_grad_(), head.quantized(kind), targets, wanted=nobody, direction=direction)
+    out.logps.sum().backward()
+    assert not hidden.grad.any() and 0 not in asked
+
+
+def test_bounds_of_dense_rows_are_those_of_nothing_missing():
+    hidden, head, targets = peaked(6, 200, 16)
+    out = linear_logps(
+        hidden.requires_grad_(), head, targets, direction="auto", ref_hidden=hidden.detach() + 0.1, kl=True
+    )
+    assert len(out.diffuse) == 6 and out.kl_bound.max() < 1e-4 and (out.kl_bound >= 0).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -207,6 +239,9 @@ def test_a_forbidden_token_has_probability_zero(path):
     out = linear_logps(hidden.requires_grad_(), Head(head.weight, bias), targets, entropy=True, path=path)
     assert out.entropy.isfinite().all()
     torch.testing.assert_close(out.logps.double(), exact.logps, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        out = linear_logps(hidden, Head(head.weight, bias), torch.full_like(targets, 7), entropy=True, path=path)
+    assert (out.logps == -torch.inf).all() and out.entropy.isfinite().all()
 
 
 @pytest.mark.parametrize("path", PATHS)

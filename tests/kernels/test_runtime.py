@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # as if it were not installed
@@ -30,3 +32,15 @@ def test_modules_import_and_say_what_is_missing():
     )
     assert done.returncode == 0, done.stderr
     assert "The fused GRPO loss needs Triton, which is not installed here; use objective.grpo_loss." in done.stdout
+
+
+@pytest.mark.parametrize("cores", [24, 28, 30, 34, 46, 132])
+@pytest.mark.parametrize("rows,block", [(2048, 64), (1470, 32), (300, 64), (17, 64)])
+def test_launches_fill_the_last_wave(cores, rows, block):
+    from lowvram_grpo.kernels.launch import whole_waves
+
+    blocks = -(-rows // block)
+    splits = whole_waves(blocks, 1187, cores)
+    waves = -(-blocks * splits // cores)
+    assert blocks * splits / (waves * cores) > 0.9
+    assert whole_waves(blocks, 1, cores) == 1

@@ -1,0 +1,81 @@
+"""PNG plots of one group of rows: time and memory by head, and peaks under the cap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from report import OURS, PROVIDERS, tables_of
+
+BLUES = ("#0b3c6f", "#2f7fc1", "#8cc0ea")
+OTHERS = ("#4d4d4d", "#7a5195", "#e07b39", "#59a14f", "#b5a642", "#d37295", "#9c755f")
+COLOURS = {**dict(zip(OURS, BLUES)), **dict(zip([p for p in PROVIDERS if p not in OURS], OTHERS))}
+
+
+def draw(rows: list[dict], title: str, folder: Path, slug: str) -> list[Path]:
+    """Files written; none where there is nothing to draw."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    cases = tables_of(rows)["train"]
+    kinds = sorted({(n, dtype, profile) for _, n, dtype, profile in cases}, key=str)
+    for n, dtype, profile in kinds:
+        chosen = {case[0]: cells for case, cells in cases.items() if case[1:] == (n, dtype, profile)}
+        path = folder / f"{slug}-train-{n}-{dtype}-{profile}.png"
+        if _bars(chosen, f"log-probs and gradient, {n} rows, {dtype}, {profile}\n{title}", path):
+            drawn.append(path)
+    steps = [r for r in rows if r.get("part") == "memory" and r.get("peak_reserved_gib")]
+    if steps:
+        path = folder / f"{slug}-memory.png"
+        _memory(steps, title, path)
+        drawn.append(path)
+    return drawn
+
+
+def _bars(cases: dict[str, dict], title: str, path: Path) -> bool:
+    """Two panels, ms and MiB, a group of bars a head; a provider without a time has no bar."""
+    green = lambda row, key: row.get(key) if row.get("gate") == "passed" else None
+    names = [p for p in PROVIDERS if any(green(cells.get(p, {}), "ms") for cells in cases.values())]
+    if not names:
+        return False
+    memory = any(green(cells.get(p, {}), "peak_mib") for cells in cases.values() for p in names)
+    panels = [("ms", "ms"), ("peak_mib", "peak MiB above the inputs")][: 1 + memory]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(max(7, 2.2 * len(cases)), 3.4 * len(panels)), squeeze=False)
+    for axis, (key, label) in zip(axes[:, 0], panels):
+        width = 0.85 / len(names)
+        for i, name in enumerate(names):
+            at = [x + (i - (len(names) - 1) / 2) * width for x in range(len(cases))]
+            heights = [green(cells.get(name, {}), key) or float("nan") for cells in cases.values()]
+            axis.bar(at, heights, width * 0.92, label=name, color=COLOURS[name])
+        axis.set_xticks(range(len(cases)), list(cases))
+        axis.set_ylabel(label)
+        axis.set_yscale("log")
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_title(title, fontsize=10)
+    axes[0, 0].legend(fontsize=8, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    return True
+
+
+def _memory(steps: list[dict], title: str, path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(6.5, 0.6 + 0.5 * len(steps)))
+    labels = [r["model"] for r in steps]
+    peaks, colours = [r["peak_reserved_gib"] for r in steps], [BLUES[1] if r["fits"] else "#c44e52" for r in steps]
+    axis.barh(labels, peaks, color=colours)
+    for i, r in enumerate(steps):
+        said = "out of memory" if r["fits"] is False else "failed"
+        said = f"{r['step_s'][-1]:.1f} s a step" if r.get("step_s") else said
+        axis.text(r["peak_reserved_gib"], i, f" {said}", va="center", fontsize=8)
+    axis.axvline(steps[0]["cap_gib"], color="#444444", linestyle="--", linewidth=1)
+    axis.set_xlim(0, 1.25 * max(steps[0]["cap_gib"], *(r["peak_reserved_gib"] for r in steps)))
+    axis.invert_yaxis()
+    axis.set_xlabel("peak reserved GiB; dashed: the cap")
+    axis.set_title(title, fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)

@@ -1,0 +1,142 @@
+"""The benchmarks run where there is no GPU, and say that this was no measurement."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import correct
+import gpu_suite
+import pytest
+import report
+import roofline
+import torch
+from correct import oracle, verdict
+from profiles import SHAPES, Shape, head_weight, inputs_of, measured
+
+from lowvram_grpo.policy.head import Head
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_the_dry_run_of_the_suite(tmp_path):
+    call = [sys.executable, ROOT / "benchmarks" / "gpu_suite.py", "--dry-run", "--minutes", "4", "--out", tmp_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = lambda parts: subprocess.run(
+        [*map(str, call), "--only", parts], capture_output=True, text=True, env=environment, timeout=240
+    )
+    done = run("env,kernels,memory,rollouts")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert {row["part"] for row in rows} == {"suite", "kernels", "memory", "rollouts"}
+    assert all(row["dry_run"] for row in rows)
+    assert not [row["error"] for row in rows if row.get("error")]
+    timed = {row["provider"] for row in rows if row.get("op") == "train" and "ms" in row}
+    assert {"ours-torch", "eager"} <= timed
+    if sys.platform == "linux":
+        assert {"ours-fused", "ours-cublas"} <= timed
+    kernels = tmp_path / "kernels.jsonl"
+    before = kernels.read_text()
+    assert run("kernels").returncode == 0 and kernels.read_text() == before
+    assert report.load(tmp_path) == [] and len(report.load(tmp_path, dry_run=True)) >= len(rows)
+    # As much as comes back from a machine that is lent.
+    assert len(list(tmp_path.iterdir())) <= 8 and all(path.is_file() for path in tmp_path.iterdir())
+
+
+def test_a_part_that_hangs_is_stopped(tmp_path):
+    suite = gpu_suite.Suite(argparse.Namespace(out=tmp_path, dry_run=True, minutes=1))
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    started = time.monotonic()
+    assert suite.call("hang", [sys.executable, "-c", child], 1.0) is None
+    assert time.monotonic() - started < 20
+    assert suite.call("say", [sys.executable, "-c", "print('hello')"], 30.0) == 0
+    assert "hello" in (tmp_path / "suite.log").read_text()
+
+
+def measured_row(provider, ms, gate="passed", **extra):
+    return {
+        "part": "kernels", "op": "train", "provider": provider, "shape": "qwen2.5-0.5b", "rows": 4096,
+        "dtype": "bfloat16", "profile": "peaked", "ms": ms, "peak_mib": 10.0, "gate": gate, "error_grad": 1e-3,
+        "error_logps": 1e-3, "gpu": "Card", "commit": "c0ffee00", "versions": {"torch": "2"}, "dry_run": False,
+        "utc": "2026", **extra,
+    }  # fmt: skip
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_failed_gate_wins_nothing(tmp_path):
+    rows = [
+        measured_row("ours-fused", 1.0, gate="failed"),
+        measured_row("ours-cublas", 4.0),
+        measured_row("eager", 8.0),
+    ]
+    write(tmp_path / "a" / "kernels.jsonl", rows)
+    loaded = report.load(tmp_path)
+    (line,) = report.headlines(loaded)
+    assert "ours-cublas 4.00 ms" in line and "2.00 x" in line
+    text = report.document(loaded, {}, roofline=False)
+    assert "gate failed" in text and "2.00 (cublas : eager)" in text and "1.00 / 10" not in text
+
+
+def test_rows_of_other_commits_and_dry_runs_are_not_compared(tmp_path):
+    rows = [measured_row("ours-fused", 1.0), measured_row("eager", 8.0, commit="decade00"),
+            measured_row("trl", 9.0, dry_run=True)]  # fmt: skip
+    write(tmp_path / "a" / "kernels.jsonl", rows)
+    assert len(report.load(tmp_path)) == 2 and report.headlines(report.load(tmp_path)) == []
+
+
+def test_the_rivals_script_gets_the_commit_of_its_header(tmp_path):
+    header = {"part": "rivals", "op": "header", "gpu": "Card", "commit": "c0ffee00", "versions": {}, "dry_run": False}
+    row = {"part": "train", "provider": "trl", "model": "3b", "fits": False, "cap_gib": 8.0, "utc": "2026"}
+    write(tmp_path / "rivals.jsonl", [header, row])
+    text = report.document(report.load(tmp_path), {}, roofline=False)
+    assert "| 3b | trl | 8.00 | no |" in text
+
+
+def test_without_rows_the_report_says_what_to_run():
+    text = report.document([], {}, roofline=True)
+    assert "Nothing has been measured yet" in text and report.COMMAND in text and "Modelled, not measured" in text
+
+
+def test_the_modelled_paths_are_in_order():
+    for card in roofline.CARDS.values():
+        fused, cublas, torch_path = (roofline.model(card, SHAPES["gemma3-1b"], 4096, p).ms for p in report_paths())
+        assert 0 < fused <= cublas <= torch_path
+
+
+def report_paths():
+    return [name.removeprefix("ours-") for name in report.OURS]
+
+
+def test_profiles_differ_as_models_do():
+    weight = head_weight(Shape(20000, 256), torch.float32, torch.device("cpu"))
+    peaked, mixed, diffuse = (measured(inputs_of(weight, 64, name)) for name in ("peaked", "mixed", "diffuse"))
+    assert 0.2 < peaked["entropy_mean"] < 1.0 < mixed["entropy_mean"] < 3.0 < diffuse["entropy_mean"]
+    assert peaked["kept_mean"] < mixed["kept_mean"] < diffuse["kept_mean"]
+
+
+def test_the_oracle_is_autograd(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    h, ref, w, c, e = draw(5, 8).requires_grad_(), draw(5, 8), draw(5000, 8), draw(5), draw(5)
+    t = torch.randint(0, 5000, (5,), generator=g)
+    logp, ref_logp = torch.log_softmax(h @ w.T, -1), torch.log_softmax(ref @ w.T, -1)
+    logps, kl = logp.gather(1, t[:, None])[:, 0], (logp.exp() * (logp - ref_logp)).sum(1)
+    (c * logps + e * kl).sum().backward()
+    # The head's tiles are float32; what is tested is the formula.
+    found = oracle(h.detach(), Head(w), t, c, ref, e)
+    for a, b in zip(found, (logps.detach(), kl.detach(), h.grad)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    eager = correct.errors(found, logps.detach() + 1e-3, None, h.grad)
+    assert verdict({"error_logps": 1.9e-3}, eager, found, ours=True, slack=0.0) is None
+    assert "error_logps" in verdict({"error_logps": 3e-3}, eager, found, ours=True, slack=0.0)
+    assert "above" in verdict({"error_logps": float("nan")}, eager, found, ours=False, slack=0.0)
