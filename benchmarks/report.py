@@ -234,10 +234,8 @@ def other_sections(rows: list[dict]) -> list[str]:
         body = [[_number(r.get(k)).replace("|", "/") for k in keys] for r in theirs]
         lines += ["### The same by .gpu-stage/rivals.py", "", said, "", *_markdown(header, body)]
     tests = [r for r in rows if r.get("part") == "suite" and r.get("op") == "tests"]
-    if tests:
-        for what, key in (("on the device", "counts"), ("of the kernels", "kernel_counts")):
-            if tests[-1].get(key):
-                lines += [f"Tests {what}: {tests[-1][key].strip('= ')}.", ""]
+    if tests and tests[-1].get("counts"):
+        lines += [f"Tests on the device: {tests[-1]['counts'].strip('= ')}.", ""]
     return lines
 
 
