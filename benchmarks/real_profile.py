@@ -75,12 +75,12 @@ def measure(states: dict, rows: int) -> dict[str, float]:
         return out
 
     found = {"rows": len(t)}
-    out = step("auto")
+    out = step("sparse")
     ours, listed = leaf.grad.double(), torch.ones(len(t), dtype=torch.bool)
     listed[out.diffuse] = False
     found |= {"entropy_mean": float(out.entropy.mean()), "entropy_p95": float(out.entropy.quantile(0.95))}
     found["diffuse_share"] = len(out.diffuse) / len(t)
-    found["flop_auto"] = flops(lambda: step("auto"), unit)
+    found["flop_sparse"] = flops(lambda: step("sparse"), unit)
     found["flop_dense"] = flops(lambda: step("dense"), unit)
     with torch.no_grad():
         found["flop_no_grad"] = flops(lambda: linear_logps(h, head, t, temperature=temperature), unit)

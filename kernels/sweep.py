@@ -45,7 +45,7 @@ from lowvram_grpo.policy.head import Head
 MODES = ("auto", "sparse", "dense")
 _MAX_ROWS = 2048
 # On a CPU, making lists costs more than the product they save where hidden states are narrow: 2.5 times the dense
-# sweep's time at H = 576 (SmolLM2-135M), 0.64 times at H = 896 (Qwen2.5-Coder-0.5B); docs/LOG.md, 2026-11-21.
+# sweep's time at H = 576 (SmolLM2-135M), 0.63 times at H = 896 (Qwen2.5-Coder-0.5B); docs/LOG.md, 2026-11-21.
 _CPU_LISTS_FROM_WIDTH = 768
 
 
