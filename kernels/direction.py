@@ -147,12 +147,11 @@ def sparse_direction(
         while r1 < n and ends[r1 + 1] - ends[r0] + (r1 + 1 - r0) <= budget:
             r1 += 1
         cut = _cut(entries, r0, r1, ends[r0], ends[r1])
-        # Lists of rows that need no gradient are not even read.
-        e_part = None if e is None else e[r0:r1]
-        w = head.rows(cut.ids, torch.float32 if out.device.type == "cpu" and not use_triton else dtype)
-        (_launch if use_triton else _torch)(
-            w, cut, c[r0:r1], e_part, mean, factor, out[r0:r1], **({"direct": True} if use_triton else {})
-        )
+        given = cut, c[r0:r1], None if e is None else e[r0:r1], mean, factor, out[r0:r1]
+        if use_triton:
+            _launch(head.rows(cut.ids, dtype), *given, direct=True)
+        else:
+            _torch(head.rows(cut.ids, torch.float32 if out.device.type == "cpu" else dtype), *given)
         r0 = r1
     return out
 

@@ -215,6 +215,16 @@ def transform_logit(x, scale, softcap, inv_temperature, SOFTCAP: tl.constexpr):
 
 
 @jit
+def _load_logit(
+    ptr, bias_ptr, c, inside, scale, softcap, inv_temperature, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr
+):  # fmt: skip
+    x = tl.load(ptr + c, mask=inside, other=0.0)
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    return transform_logit(x, scale, softcap, inv_temperature, SOFTCAP)
+
+
+@jit
 def _fold_kernel(
     x_ptr, ref_ptr, bias_ptr, stats_ptr, targets_ptr, count_ptr, ids_ptr, logits_ptr, ref_logits_ptr, p_ptr, pd_ptr,
     decay_ptr, v0, columns, x_stride, rows, capacity, scale, softcap, inv_temperature, log_epsilon,
@@ -223,6 +233,7 @@ def _fold_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     stats = stats_ptr + row
+    x_row = x_ptr + row * x_stride
     m = tl.load(stats + _M * rows)
     s = tl.load(stats + _S * rows)
     x_sum = tl.load(stats + _X * rows)
@@ -230,6 +241,7 @@ def _fold_kernel(
     target = tl.load(targets_ptr + row) - v0
     m_start = m
     if HAS_REF:
+        ref_row = ref_ptr + row * x_stride
         ref_m = tl.load(stats + _REF_M * rows)
         ref_s = tl.load(stats + _REF_S * rows)
         ref_target = tl.load(stats + _REF_TARGET * rows)
@@ -242,11 +254,7 @@ def _fold_kernel(
     while c0 < columns:  # Triton 3.6 interprets no range of a runtime length
         c = c0 + tl.arange(0, BLOCK)
         inside = c < columns
-        x = tl.load(x_ptr + row * x_stride + c, mask=inside, other=0.0)
-        if HAS_BIAS:
-            b = tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
-            x += b
-        logit = transform_logit(x, scale, softcap, inv_temperature, SOFTCAP)
+        logit = _load_logit(x_row, bias_ptr, c, inside, scale, softcap, inv_temperature, HAS_BIAS, SOFTCAP)
         target_logit += tl.sum(tl.where(c == target, logit, 0.0), 0)
         logit = tl.where(inside, logit, float("-inf"))
         m_new = tl.maximum(m, tl.max(logit, 0))
@@ -256,10 +264,7 @@ def _fold_kernel(
         s = decay * s + tl.sum(p, 0)
         m = m_new
         if HAS_REF:
-            r = tl.load(ref_ptr + row * x_stride + c, mask=inside, other=0.0)
-            if HAS_BIAS:
-                r += b
-            ref = transform_logit(r, scale, softcap, inv_temperature, SOFTCAP)
+            ref = _load_logit(ref_row, bias_ptr, c, inside, scale, softcap, inv_temperature, HAS_BIAS, SOFTCAP)
             ref_target += tl.sum(tl.where(c == target, ref, 0.0), 0)
             ref = tl.where(inside, ref, float("-inf"))
             ref_new = tl.maximum(ref_m, tl.max(ref, 0))
@@ -296,11 +301,7 @@ def _fold_kernel(
         while c0 < columns:
             c = c0 + tl.arange(0, BLOCK)
             inside = c < columns
-            x = tl.load(x_ptr + row * x_stride + c, mask=inside, other=0.0)
-            if HAS_BIAS:
-                b = tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
-                x += b
-            logit = transform_logit(x, scale, softcap, inv_temperature, SOFTCAP)
+            logit = _load_logit(x_row, bias_ptr, c, inside, scale, softcap, inv_temperature, HAS_BIAS, SOFTCAP)
             p = tl.exp(logit - m)
             weight = p
             if SOFTCAP:
@@ -308,10 +309,7 @@ def _fold_kernel(
                 weight = p * (1.0 - u * u)
             tl.store(p_ptr + row * x_stride + c, weight.to(p_ptr.dtype.element_ty), mask=inside)
             if REF_PROBS:
-                r = tl.load(ref_ptr + row * x_stride + c, mask=inside, other=0.0)
-                if HAS_BIAS:
-                    r += b
-                ref = transform_logit(r, scale, softcap, inv_temperature, SOFTCAP)
+                ref = _load_logit(ref_row, bias_ptr, c, inside, scale, softcap, inv_temperature, HAS_BIAS, SOFTCAP)
                 d = tl.where(p > 0, logit - ref - d0, 0.0)
                 tl.store(pd_ptr + row * x_stride + c, (weight * d).to(pd_ptr.dtype.element_ty), mask=inside)
             c0 += BLOCK

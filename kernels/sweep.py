@@ -170,11 +170,11 @@ class Sweeper:
     ):  # fmt: skip
         self.head, self.transform, self.params, self.launch = head, transform, params, launch
         self.vocab, self.width = head.shape
-        self.dtype, self.device, self.has_ref = dtype, device, has_ref
+        self.dtype, self.device = dtype, device
         narrow = params.mode == "auto" and device.type == "cpu" and launch.path == "torch"
         narrow = narrow and self.width < _CPU_LISTS_FROM_WIDTH
         self.lists = want_grad and params.mode != "dense" and device.type != "meta" and not narrow
-        view = head.is_view(dtype, device)
+        self.view = head.is_view(dtype, device)
         item = torch.empty(0, dtype=dtype).element_size()
         refs = 1 + has_ref
         # Logits, and their probabilities for the dense product; PyTorch's fold needs copies of its own. The plan is the
@@ -182,25 +182,22 @@ class Sweeper:
         tile_bytes = refs * (4 + item) + (8 * refs + 4 if launch.path == "torch" else 0)
         list_bytes = (10 + 4 * has_ref) * params.capacity if params.mode != "dense" else 0
         self.plan = plan_tiles(
-            n, self.vocab, self.width, workspace_mib, item=item, view=view, tile_bytes=tile_bytes,
+            n, self.vocab, self.width, workspace_mib, item=item, view=self.view, tile_bytes=tile_bytes,
             row_bytes=refs * self.width * item + list_bytes,
         )  # fmt: skip
         # Rows of float32 weights that fit into the small change.
         self._step = max(1, workspace_mib * 2**20 // 16 // (4 * self.width))
-        rows, columns = self.plan
-        buffer = lambda *shape, of=torch.float32: torch.empty(*shape, dtype=of, device=device)
-        self.weights = buffer(0 if view else columns, self.width, of=dtype)
+        self.weights = torch.empty(0 if self.view else self.plan.columns, self.width, dtype=dtype, device=device)
         # Made when first used: the fused kernel needs no tile but for diffuse rows.
         self._tiles: dict[str, Tensor] = {}
-        self._decay = buffer(rows)
+        self._decay = torch.empty(self.plan.rows, device=device)
         self.log_epsilon = math.log(params.epsilon)
 
-    def edges(self, resident: bool) -> list[int]:
+    def edges(self) -> list[int]:
         """Where tiles begin; the fused kernel takes what lies on the device in two launches, the first a probe."""
-        step = self.plan.columns
-        if self.launch.path == "fused" and resident:
+        if self.launch.path == "fused" and self.view:
             return [0, min(4096, self.vocab), self.vocab] if self.vocab > 4096 else [0, self.vocab]
-        return [*range(0, self.vocab, step), self.vocab]
+        return [*range(0, self.vocab, self.plan.columns), self.vocab]
 
     def start(self, h: Tensor, ref_h: Tensor | None, targets: Tensor, lists: bool) -> RowState:
         hint = torch.empty(len(h), device=self.device)
@@ -242,8 +239,7 @@ class Sweeper:
         """The state after one pass; None if the lists of most rows that are wanted overflow on the first tile already
         and `auto` may give up."""
         state = self.start(h, ref_h, targets, lists)
-        edges = self.edges(self.head.is_view(self.dtype, self.device))
-        for i, (v0, v1) in enumerate(pairwise(edges)):
+        for i, (v0, v1) in enumerate(pairwise(self.edges())):
             self.fold(state, h, ref_h, v0, v1)
             if i == 0 and lists and self.params.mode == "auto" and v1 < self.vocab:
                 wanted = torch.ones_like(state.overflowed) if wanted is None else wanted
