@@ -22,7 +22,8 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
 SCALE_REWARDS = ("group", "batch", "none")
 IMPORTANCE_LEVELS = ("token", "sequence")
-FUSED_LOSS = ("auto", "on", "off")
+SWITCH = ("auto", "on", "off")
+HEAD_DTYPES = ("dense", "int8", "nf4")
 
 # Accepted so that a TRL script runs unchanged; each says on screen why it does nothing when it is set.
 INERT_FIELDS = {
@@ -171,6 +172,23 @@ class GRPOConfig(TrainingArguments):
         "(ours) Triton kernels for log-probs and loss: auto (where there is a GPU for them), on, or off.", "auto"
     )
     workspace_mib: int = _help("(ours) Scratch memory of the sweep over the vocabulary, in MiB.", 64)
+    vram_gib: float | None = _help("(ours) Hard cap on this process's GPU memory in GiB; unset: what is free at start.")
+    head_dtype: str = _help(
+        "(ours) How lm_head (and the input embedding, where tied) is kept: dense, int8 in blocks of 64, or nf4.",
+        "dense",
+    )
+    embedding_offload: bool = _help("(ours) Keep an untied input embedding in pinned host memory.", False)
+    activation_offload: bool = _help(
+        "(ours) Keep checkpointed activations in pinned host memory until the backward pass.", False
+    )
+    mlp_tile: int | None = _help("(ours) Run each MLP over this many tokens at a time; unset: all at once.")
+    shared_prefix: str = _help(
+        "(ours) Run a group's prompt once for all its completions in every scoring pass: auto, on, or off.", "auto"
+    )
+    oom_step_down: bool = _help("(ours) When memory runs out, take the next saver and redo the same work.", True)
+    memory_probe: str = _help(
+        "(ours) Before step 1, try the longest step that can come: auto (on a GPU), on, off.", "auto"
+    )
     self_test: bool = _help(
         "(ours) Before step 1, compare sampled with scored log-probs and policy with reference.", True
     )
@@ -224,7 +242,10 @@ class GRPOConfig(TrainingArguments):
         one_of("kl_estimator", KL_ESTIMATORS)
         one_of("scale_rewards", SCALE_REWARDS)
         one_of("importance_sampling_level", IMPORTANCE_LEVELS)
-        one_of("fused_loss", FUSED_LOSS)
+        one_of("fused_loss", SWITCH)
+        one_of("head_dtype", HEAD_DTYPES)
+        one_of("shared_prefix", SWITCH)
+        one_of("memory_probe", SWITCH)
         need(not (self.generation_batch_size and self.steps_per_generation),
              "generation_batch_size and steps_per_generation say the same thing; set one of them.")  # fmt: skip
         need(not self.auto_find_batch_size,

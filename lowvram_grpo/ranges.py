@@ -79,6 +79,8 @@ TRAINING_RANGES: dict[str, Range] = {
     "ref_model_mixup_alpha": _SHARE,
     "ref_model_sync_steps": _COUNT,
     "workspace_mib": _COUNT,
+    "vram_gib": _POSITIVE,
+    "mlp_tile": _COUNT,
     "cold_start_learning_rate": _POSITIVE,
     "cold_start_max_steps": _COUNT,
     "learning_rate": _NOT_NEGATIVE,
