@@ -7,7 +7,7 @@ sweep; the loss is the mean negative log-prob of the reference's tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -36,15 +36,15 @@ class ColdStart:
         pairs: Callable[[int], list[tuple[list[int], list[int]]]],
         *,
         learning_rate: float,
-        micro_batch_size: int,
+        guarded: Callable[[Callable[[int, int], float], Callable[[], None]], float],
         pad_id: int,
-        workspace_mib: int,
         max_grad_norm: float = 1.0,
         fp16: bool = False,
     ):
-        """`pairs(step)` gives the batch of a step; `fp16` scales the loss, whose gradients would underflow."""
-        self.model, self.pairs = model, pairs
-        self.micro_batch_size, self.pad_id, self.workspace_mib = micro_batch_size, pad_id, workspace_mib
+        """`pairs(step)` gives the batch of a step; `fp16` scales the loss, whose gradients would underflow.
+        `guarded(work, undo)` calls `work(micro_batch_size, workspace_mib)`, again after `undo()` where memory ran out.
+        """
+        self.model, self.pairs, self.guarded, self.pad_id = model, pairs, guarded, pad_id
         self.max_grad_norm = max_grad_norm
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
@@ -53,10 +53,22 @@ class ColdStart:
     def step(self, index: int, autocast: Callable) -> float:
         """One optimizer step; returns the mean negative log-prob (nats a token) before it."""
         batch = self.pairs(index)
-        tokens = sum(len(completion) for _, completion in batch)
         self.model.train()
-        total = 0.0
-        for rows in self._micro_batches(batch):
+        total = self.guarded(
+            lambda micro_batch_size, workspace_mib: self._gradients(batch, autocast, micro_batch_size, workspace_mib),
+            self.optimizer.zero_grad,
+        )
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _gradients(self, batch: list, autocast: Callable, micro_batch_size: int, workspace_mib: int) -> float:
+        tokens, total = sum(len(completion) for _, completion in batch), 0.0
+        for first in range(0, len(batch), micro_batch_size):
+            rows = batch[first : first + micro_batch_size]
             prompt_ids, prompt_mask = pad_left([p for p, _ in rows], self.pad_id, self.parameters[0].device)
             ids = [torch.tensor(c, device=prompt_ids.device) for _, c in rows]
             width = max(map(len, ids))
@@ -70,18 +82,9 @@ class ColdStart:
                     completion_ids,
                     mask,
                     temperature=1.0,
-                    workspace_mib=self.workspace_mib,
+                    workspace_mib=workspace_mib,
                 ).logps
             loss = -logps.sum() / tokens
             self.scaler.scale(loss).backward()
             total += float(loss.detach())
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         return total
-
-    def _micro_batches(self, batch: list) -> Iterator[list]:
-        for first in range(0, len(batch), self.micro_batch_size):
-            yield batch[first : first + self.micro_batch_size]

@@ -181,6 +181,7 @@ class GRPOConfig(TrainingArguments):
     activation_offload: bool = _help(
         "(ours) Keep checkpointed activations in pinned host memory until the backward pass.", False
     )
+    optimizer_offload: bool = _help("(ours) Keep the optimizer's moments in host memory.", False)
     mlp_tile: int | None = _help("(ours) Run each MLP over this many tokens at a time; unset: all at once.")
     shared_prefix: str = _help(
         "(ours) Run a group's prompt once for all its completions in every scoring pass: auto, on, or off.", "auto"

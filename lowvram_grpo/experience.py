@@ -72,6 +72,23 @@ class MicroBatch:
         return MicroBatch(**{k: None if v is None else v.to(device) for k, v in moved.items()})
 
 
+def split(micro: MicroBatch, rows: int) -> list[MicroBatch]:
+    """The same completions in micro-batches of at most `rows`, trimmed to their own longest prompt and completion."""
+    count = len(micro.advantages)
+    return [micro] if count <= rows else [_part(micro, slice(i, i + rows)) for i in range(0, count, rows)]
+
+
+def _part(micro: MicroBatch, rows: slice) -> MicroBatch:
+    given = {f.name: getattr(micro, f.name) for f in fields(micro)}
+    part = {name: None if value is None else value[rows] for name, value in given.items()}
+    longest = {side: int(part[f"{side}_mask"].sum(1).max()) for side in ("prompt", "completion")}
+    for name, value in part.items():
+        if value is not None and value.dim() == 2:
+            prompt = name.startswith("prompt_")
+            part[name] = value[:, value.shape[1] - longest["prompt"] :] if prompt else value[:, : longest["completion"]]
+    return MicroBatch(**part)
+
+
 def pad_right(rows: list[Tensor], width: int, value: float) -> Tensor:
     """(b, width) of the rows' dtype."""
     out = rows[0].new_full((len(rows), width), value)

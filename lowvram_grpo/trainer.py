@@ -10,8 +10,7 @@ import copy
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +21,12 @@ from lowvram_grpo.batching import PromptLoader, PromptSampler
 from lowvram_grpo.config import GRPOConfig
 from lowvram_grpo.data import check_dataset
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.experience import MicroBatch, Rollout, updates_of
-from lowvram_grpo.loss import choose_kernels, micro_loss, wanted_rows
-from lowvram_grpo.memory.guard import naming_oom
+from lowvram_grpo.experience import MicroBatch, Rollout, split, updates_of
+from lowvram_grpo.learner import Learner
+from lowvram_grpo.loss import choose_kernels
+from lowvram_grpo.memory.guard import Event, Guard
+from lowvram_grpo.memory.ladder import Rung
+from lowvram_grpo.memory.optimizer import GuardedStep
 from lowvram_grpo.metrics import (
     MetricBook,
     UpdateSums,
@@ -43,7 +45,6 @@ from lowvram_grpo.rollout.engine import GenerateEngine, end_ids
 from lowvram_grpo.rollout.sampler import sampling_of
 from lowvram_grpo.run.completions import CompletionsLog, as_text
 from lowvram_grpo.run.observer import Observer
-from lowvram_grpo.scoring import Scores, score, scored_states
 from lowvram_grpo.warmup import before_first_step, check_lengths
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class GRPOTrainer(Trainer):
         peft_config: adapter to train; without one all weights are trained and the reference is a frozen copy.
         quantization_config: bitsandbytes configuration for loading `model` from a name.
         observer: receives notices, phases and sample completions; prints notices when left out.
+        ladder: memory savers to take, in this order, before the usual ones when memory runs out.
 
     Raises:
         UserError: anything a person can mend, in one sentence.
@@ -90,6 +92,7 @@ class GRPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         *,
         observer: Observer | None = None,
+        ladder: tuple[Rung, ...] = (),
     ):
         args = args or GRPOConfig(output_dir="grpo")
         self.observer = observer or Observer(log_completions=args.log_completions)
@@ -119,16 +122,24 @@ class GRPOTrainer(Trainer):
                 "kl_estimator exact sweeps policy and reference through one frozen lm_head, and here all weights are "
                 "trained; pass a peft_config, or take k3."
             )
-        self.kernels = choose_kernels(
+        kernels = choose_kernels(
             args.fused_loss, args.device, compute_dtype(args.device), unwrap(model).get_output_embeddings().in_features
         )
-        self.objective = Objective(
-            beta=args.beta,
-            epsilon=args.epsilon,
-            epsilon_high=args.epsilon_high,
-            delta=args.delta,
-            kl_estimator=args.kl_estimator,
-            importance_sampling_level=args.importance_sampling_level,
+        self.learner = Learner(
+            model,
+            self.reference,
+            Objective(
+                beta=args.beta,
+                epsilon=args.epsilon,
+                epsilon_high=args.epsilon_high,
+                delta=args.delta,
+                kl_estimator=args.kl_estimator,
+                importance_sampling_level=args.importance_sampling_level,
+            ),
+            kernels,
+            args,
+            steps_per_rollout=self.plan.steps_per_rollout,
+            autocast=self.compute_loss_context_manager,
         )
         self.rewards = RewardRunner(
             reward_funcs,
@@ -139,10 +150,25 @@ class GRPOTrainer(Trainer):
             device=args.device,
             timeout=args.reward_timeout,
         )
+        self.guard = Guard(
+            {
+                "rollout_batch_size": args.rollout_batch_size or self.plan.completions_per_rollout,
+                "per_device_train_batch_size": self.plan.micro_batch_size,
+                **{key: getattr(args, key) for key in ("activation_offload", "mlp_tile", "workspace_mib",
+                                                       "optimizer_offload")},
+            },
+            self._take,
+            ladder=ladder,
+            tell=self._tell_rung,
+            limits=f"prompts of up to {args.max_prompt_length} and completions of up to {args.max_completion_length} "
+            "tokens",
+            active=args.oom_step_down and args.device.type == "cuda",
+        )  # fmt: skip
         self.collector = Collector(
             GenerateEngine(model, sampling_of(args, end_ids(model, tokenizer), tokenizer), args.rollout_batch_size),
             self.rewards,
             tokenizer,
+            self.guard,
             max_prompt_length=args.max_prompt_length,
             chat_template_kwargs=args.chat_template_kwargs,
             scale_rewards=args.scale_rewards,
@@ -158,6 +184,7 @@ class GRPOTrainer(Trainer):
         self._early_log: list[dict[str, Any]] = []
         self._eval_prefix, self._eval_batches = "eval", 0
         self._updates: list[list[MicroBatch]] | None = None
+        self._step: GuardedStep | None = None
 
     # Data
 
@@ -215,18 +242,7 @@ class GRPOTrainer(Trainer):
         update = self._updates[offset % self.plan.updates_per_rollout % len(self._updates)]
         self.observer.phase("updating")
         self.model.train()
-        self._sums, loss = UpdateSums(), torch.zeros((), device=self.args.device)
-        learns = [bool(wanted_rows(micro, self.objective).any()) for micro in update]
-        if not any(learns):
-            # The optimizer must see gradients of zero, not none: its momentum moves the weights all the same.
-            learns[0] = True
-        with naming_oom("the backward pass", "per_device_train_batch_size"):
-            for micro, needs_gradient in zip(update, learns):
-                with self.compute_loss_context_manager(), torch.set_grad_enabled(needs_gradient):
-                    share = self.compute_loss(model, micro)
-                if needs_gradient:
-                    self.accelerator.backward(share)
-                loss += share.detach()
+        loss = self.guard.run("forward", lambda: self._gradients(update), self._redo_from_here())
         if self.args.torch_empty_cache_steps and step % self.args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
         seconds = time.perf_counter() - started
@@ -235,43 +251,65 @@ class GRPOTrainer(Trainer):
             self.metrics["train"].add({"tokens_per_second": tokens / seconds})
         return loss
 
+    def _gradients(self, update: list[MicroBatch]) -> Tensor:
+        """Accumulate the update's gradients, in micro-batches as small as they have to be; its loss."""
+        self.model.zero_grad()
+        self._sums, loss = UpdateSums(), torch.zeros((), device=self.args.device)
+        micros = [part for micro in update for part in split(micro, self.plan.micro_batch_size)]
+        for micro, needs_gradient in zip(micros, self.learner.learning(micros)):
+            with self.compute_loss_context_manager(), torch.set_grad_enabled(needs_gradient):
+                share = self.compute_loss(self.model, micro)
+            if needs_gradient:
+                with self.guard.phase("backward"):
+                    self.accelerator.backward(share)
+            loss += share.detach()
+        return loss
+
+    def _redo_from_here(self) -> Callable[[], None]:
+        """Brings back the random numbers (of dropout) as they are now."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        host, there = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
+
+        def undo() -> None:
+            self.model.zero_grad()
+            torch.set_rng_state(host)
+            for device, state in zip(devices, there):
+                torch.cuda.set_rng_state(state, device)
+
+        return undo
+
     def compute_loss(self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, **kwargs) -> Tensor:
         """This micro-batch's share of the update's loss."""
-        ref_states = None
-        if self.joint_reference and inputs.ref_per_token_logps is None:
-            ref_states = self._frozen(lambda reference: scored_states(reference, *inputs.sequence()), reference=True)
-        scores = self.score(inputs, ref_states=ref_states)
+        sums, scores = self.learner.loss(inputs)
         if inputs.old_per_token_logps is None and self.model.training:
             self._add_sampler_gap(inputs, scores.logps.detach())
-        sums = micro_loss(scores, inputs, self.objective, self.kernels.fused)
         self._sums.add(sums, scores)
         return (sums.loss, scores) if return_outputs else sums.loss
 
-    @property
-    def joint_reference(self) -> bool:
-        """Whether the reference rides along in the policy's own sweep: it has the same head, and one use of a rollout
-        is not cheaper served by log-probs that are kept."""
-        if self.reference is None or self.reference.kind == "frozen copy":
-            return False
-        return self.grpo_args.kl_estimator == "exact" or self.plan.steps_per_rollout == 1
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*(() if model is None else (model,)))
+        if made or self._step is None:
+            self._step = GuardedStep(optimizer, self.guard, offload=self.grpo_args.optimizer_offload)
+        return optimizer
+
+    def _take(self, key: str, value: Any) -> None:
+        """Switch a memory saver on in the middle of the run."""
+        setattr(self.grpo_args, key, value)
+        if key == "rollout_batch_size":
+            self.collector.engine.rows = value
+        elif key == "per_device_train_batch_size":
+            self.plan = replace(self.plan, micro_batch_size=value)
+        elif key == "optimizer_offload" and self._step is not None:
+            self._step.offload = value
+
+    def _tell_rung(self, sentence: str, event: Event) -> None:
+        self.observer.notice(sentence)
+        self.log({"memory/oom_phase": event.phase, "memory/rung": str(event.rung)})
 
     def _add_sampler_gap(self, micro: MicroBatch, logps: Tensor) -> None:
         gap = sampler_metrics(logps, micro.sampling_per_token_logps, micro.completion_mask)
         self.metrics["train"].add(gap)
-
-    def score(self, micro: MicroBatch, model: nn.Module | None = None, ref_states: Tensor | None = None) -> Scores:
-        """Log-probs of a micro-batch under the policy, or under `model`; with `ref_states` those of the reference."""
-        with naming_oom("scoring", "per_device_train_batch_size"):
-            return score(
-                model or self.model,
-                *micro.sequence(),
-                temperature=self.grpo_args.temperature or 1.0,
-                workspace_mib=self.grpo_args.workspace_mib,
-                path=self.kernels.path,
-                wanted=wanted_rows(micro, self.objective) if torch.is_grad_enabled() else None,
-                ref_states=ref_states,
-                kl=ref_states is not None and self.grpo_args.kl_estimator == "exact",
-            )
 
     def collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
         """Sample and score the rollout of `step`; its random numbers depend on (seed, step) alone."""
@@ -279,7 +317,7 @@ class GRPOTrainer(Trainer):
         # Evaluation draws from seeds of its own, one a batch, the same at every evaluation.
         place = step if mode == "train" else -1 - self._eval_batches
         seed = (self.args.seed * 1_000_003 + place) % 2**63
-        with naming_oom("sampling", "rollout_batch_size"), self.compute_loss_context_manager():
+        with self.compute_loss_context_manager():
             rollout, logged = self.collector.collect(rows, group, seed=seed, trainer_state=self.state)
         lengths = [len(ids) for ids in rollout.batch.completion_ids]
         self.metrics[mode].add(logged)
@@ -317,38 +355,19 @@ class GRPOTrainer(Trainer):
         )
 
     def _learnable(self, rollout: Rollout) -> list[list[MicroBatch]]:
-        """Micro-batches with what is computed once a rollout: old log-probs where it serves several steps, and the
-        reference's unless it rides along in each step's sweep."""
+        """Micro-batches with what is computed once a rollout."""
+        return self.guard.run("score", lambda: self._prepared(rollout))
+
+    def _prepared(self, rollout: Rollout) -> list[list[MicroBatch]]:
         updates = self.cut(rollout, self.plan.updates_per_rollout)
+        gaps = []
         for micro in (micro for update in updates for micro in update):
-            if self.plan.steps_per_rollout > 1:
-                micro.old_per_token_logps = self.score_frozen(micro)
-                self._add_sampler_gap(micro, micro.old_per_token_logps)
-            self._with_reference(micro)
+            self.learner.prepare(micro)
+            if micro.old_per_token_logps is not None:
+                gaps.append((micro, micro.old_per_token_logps))
+        for gap in gaps:
+            self._add_sampler_gap(*gap)
         return updates
-
-    def _with_reference(self, micro: MicroBatch) -> MicroBatch:
-        if self.reference is not None and not self.joint_reference:
-            micro.ref_per_token_logps = self._frozen(lambda model: self.score(micro, model).logps, reference=True)
-        return micro
-
-    def score_frozen(self, micro: MicroBatch, model: nn.Module | None = None) -> Tensor:
-        """(b, T) log-probs without gradient and without dropout."""
-        return self._frozen(lambda policy: self.score(micro, model or policy).logps)
-
-    @torch.no_grad()
-    def _frozen(self, run: Callable[[nn.Module], Tensor], reference: bool = False) -> Tensor:
-        """What `run` makes of the policy, or of the reference, in evaluation mode and without gradient."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            active = self.reference.active() if reference else nullcontext(self.model)
-            with active as model, self.compute_loss_context_manager():
-                return run(model)
-        finally:
-            # Inside an outer autocast, weights that this pass has cast would stay cached without their graph.
-            torch.clear_autocast_cache()
-            self.model.train(was_training)
 
     # Evaluation and logging
 
@@ -361,15 +380,21 @@ class GRPOTrainer(Trainer):
         """Sample, reward and score a batch of evaluation prompts; metrics go out under eval_*."""
         rollout = self.collect(inputs, self.state.global_step, mode="eval")
         self._eval_batches += 1
-        self._sums, loss = UpdateSums(), torch.zeros((), device=self.args.device)
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for micro in self.cut(rollout, 1)[0]:
-                loss += self.compute_loss(self.model, self._with_reference(micro))
+        loss = self.guard.run("score", lambda: self._evaluated(rollout))
         self.model.train(was_training)
         self.metrics["eval"].add(self._sums.take())
         return loss, None, None
+
+    @torch.no_grad()
+    def _evaluated(self, rollout: Rollout) -> Tensor:
+        self._sums, loss = UpdateSums(), torch.zeros((), device=self.args.device)
+        for micro in self.cut(rollout, 1)[0]:
+            with self.compute_loss_context_manager():
+                self.learner.add_reference(micro)
+                loss += self.compute_loss(self.model, micro)
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.is_in_train and self._early_log:

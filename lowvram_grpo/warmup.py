@@ -131,9 +131,10 @@ def _cold_start(trainer: GRPOTrainer, rows: list, pairs: list[int], steps: int, 
         trainer.model,
         batch,
         learning_rate=args.cold_start_learning_rate,
-        micro_batch_size=trainer.plan.micro_batch_size,
+        guarded=lambda work, undo: trainer.guard.run(
+            "forward", lambda: work(trainer.plan.micro_batch_size, args.workspace_mib), undo
+        ),
         pad_id=trainer.collector.engine.sampling.pad_id,
-        workspace_mib=args.workspace_mib,
         fp16=args.fp16,
     )
     trainer.observer.notice(
@@ -172,11 +173,11 @@ def _cold_row(step: int, signal: Signal | None) -> dict[str, float]:
 
 def _self_test(trainer: GRPOTrainer, rollout: Rollout) -> None:
     micro = trainer.cut(rollout, 1)[0][0]
-    scored = trainer.score_frozen(micro)
+    scored = trainer.learner.score_frozen(micro)
     reference = None
     if trainer.reference is not None:
         with trainer.reference.active() as model:
-            reference = trainer.score_frozen(micro, model)
+            reference = trainer.learner.score_frozen(micro, model)
     text = self_test(micro.sampling_per_token_logps, scored, reference, micro.completion_mask, _coarsest_dtype(trainer))
     trainer.observer.notice(text)
 

@@ -137,7 +137,7 @@ def test_old_logps_make_the_first_ratio_exactly_one(config, dataset, tokenizer, 
     rollout = trainer.collect([dataset[i] for i in range(2)], 0)
     for micro in trainer._learnable(rollout)[0]:
         trainer.model.train()
-        assert torch.equal(trainer.score(micro).logps.detach(), micro.old_per_token_logps)
+        assert torch.equal(trainer.learner.score(micro).logps.detach(), micro.old_per_token_logps)
 
 
 def test_truncated_completions_can_be_masked_even_if_all_are(config, dataset, tokenizer, model):
@@ -309,7 +309,7 @@ def test_float16_weights_are_trained_in_float32(config, dataset, tokenizer, mode
 
 @pytest.mark.parametrize("where", ["generate", "score"])
 def test_out_of_memory_names_its_phase(config, dataset, tokenizer, model, monkeypatch, where):
-    import lowvram_grpo.trainer as module
+    import lowvram_grpo.learner as module
 
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
@@ -319,7 +319,7 @@ def test_out_of_memory_names_its_phase(config, dataset, tokenizer, model, monkey
         monkeypatch.setattr(trainer.collector.engine, "generate", full)
     else:
         monkeypatch.setattr(module, "score", full)
-    with pytest.raises(UserError, match=r"Out of GPU memory during .*Tried to allocate 2.00 GiB"):
+    with pytest.raises(UserError, match=r"Out of GPU memory in the .* phase \(tried to allocate 2.00 GiB\)"):
         trainer.train()
 
 

@@ -86,7 +86,7 @@ def test_a_cold_start_without_references_is_refused(config, tokenizer, dataset):
 
 def test_its_loss_is_the_mean_negative_log_prob(tokenizer, model):
     pairs = [([5, 6], [7, 8, 1]), ([9], [10, 1]), ([4, 3, 2], [11, 12, 13, 14, 1])]
-    warm = ColdStart(model, lambda step: pairs, learning_rate=0.0, micro_batch_size=2, pad_id=0, workspace_mib=1)
+    warm = ColdStart(model, lambda step: pairs, learning_rate=0.0, guarded=lambda work, undo: work(2, 1), pad_id=0)
     total = 0.0
     for prompt, completion in pairs:
         ids = torch.tensor([prompt + completion])
@@ -94,7 +94,7 @@ def test_its_loss_is_the_mean_negative_log_prob(tokenizer, model):
         total -= float(logp.detach().gather(1, torch.tensor(completion)[:, None]).sum())
     assert warm.step(0, torch.enable_grad) == pytest.approx(total / 10, rel=1e-5)
     # and learning on it makes the references likelier
-    warm = ColdStart(model, lambda step: pairs, learning_rate=1e-2, micro_batch_size=2, pad_id=0, workspace_mib=1)
+    warm = ColdStart(model, lambda step: pairs, learning_rate=1e-2, guarded=lambda work, undo: work(2, 1), pad_id=0)
     losses = [warm.step(i, torch.enable_grad) for i in range(8)]
     assert losses[-1] < losses[0] / 2
     assert score(model, *map(torch.tensor, ([[5, 6]], [[1, 1]], [[7]], [[1]])), temperature=1.0, workspace_mib=1)

@@ -1,27 +1,126 @@
-"""What an out-of-memory error says to a person: which phase, and which setting makes it smaller."""
+"""When memory runs out in the middle of a run: give back what nobody needs, take the next rung, do the same work again.
+
+The work of each phase is a function that starts from the same state whenever it is called: its rollout has seeds of its
+own, its gradients begin at zero, its weights are those from before. So a step that ran out of memory ends as if it had
+never begun, and the next attempt gives the same gradient to rounding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.memory.ladder import Rung, next_rung
+
+T = TypeVar("T")
+
+# What CUDA libraries say in a RuntimeError when an allocation of their own fails.
+_SIGNS = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
-@contextmanager
-def naming_oom(phase: str, setting: str) -> Iterator[None]:
-    """Turn a CUDA out-of-memory error inside the block into one sentence.
+class Event(NamedTuple):
+    """Memory ran out in `phase`, and `rung` was taken."""
 
-    Raises:
-        UserError: instead of torch.OutOfMemoryError.
+    phase: str
+    rung: Rung
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device, not the program, is at fault."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def release() -> None:
+    """Give memory that nobody uses back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Guard:
+    """Runs the phases of a step under the ladder.
+
+    Args:
+        settings: what the rungs change now, by name.
+        apply: sets one of them, `apply(key, value)`.
+        ladder: the preset's rungs, those below the starting point first.
+        tell: receives one sentence for people at each rung, and the event.
+        limits: describes the longest work there is ("prompts of 256 tokens, ..."), for errors.
+        active: whether to climb; without, running out of memory ends the run with a sentence.
     """
-    try:
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        apply: Callable[[str, Any], None],
+        *,
+        ladder: Sequence[Rung] = (),
+        tell: Callable[[str, Event], None],
+        limits: str,
+        active: bool = True,
+    ):
+        self.settings, self.apply, self.ladder, self.tell = settings, apply, tuple(ladder), tell
+        self.limits, self.active = limits, active
+        self.events: list[Event] = []
+        self._phase = "load"
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is being done: an error inside belongs to the innermost phase."""
+        outer, self._phase = self._phase, name
         yield
-    except torch.OutOfMemoryError as error:
-        asked = str(error).split(". ")[1] if ". " in str(error) else str(error)
-        raise UserError(
-            f"Out of GPU memory during {phase} ({asked}); lower {setting}, max_completion_length or num_generations, "
-            "or use --quantization nf4."
-        ) from error
+        # Not in a finally: whoever catches the error asks which phase it came from.
+        self._phase = outer
+
+    def run(self, phase: str, work: Callable[[], T], undo: Callable[[], None] | None = None) -> T:
+        """The result of `work`, which is called again after each rung; `undo` brings back the state it starts from.
+
+        Raises:
+            UserError: memory ran out, and there is no rung left that relieves the phase.
+        """
+        outer = self._phase
+        while True:
+            try:
+                with self.phase(phase):
+                    return work()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed, asked = self._phase, _asked(error)
+            finally:
+                self._phase = outer
+            # Only here, outside of the except block, are the frames of the failed attempt gone, and with them whatever
+            # tensors they held.
+            if undo is not None:
+                undo()
+            release()
+            self._climb(failed, asked)
+
+    def _climb(self, phase: str, asked: str) -> None:
+        rung = next_rung(phase, self.settings, self.ladder) if self.active else None
+        if rung is None:
+            raise UserError(
+                f"Out of GPU memory in the {phase} phase ({asked}), with {self.limits}"
+                f"{', and no memory saver is left to take' if self.active else ''}; lower max_completion_length, "
+                "max_prompt_length or num_generations, take a smaller model (`lowvram-grpo plan` says which fits), or "
+                "close what else uses the GPU."
+            )
+        self.apply(rung.key, rung.value)
+        self.settings[rung.key] = rung.value
+        self.events.append(Event(phase, rung))
+        sentence = f"out of GPU memory in the {phase} phase ({asked}): {rung.words} from now on ({rung})."
+        self.tell(sentence, self.events[-1])
+
+
+def _asked(error: BaseException) -> str:
+    """What was asked for, from PyTorch's message."""
+    parts = str(error).split(". ")
+    tried = [part for part in parts if part.startswith("Tried to allocate")]
+    return (tried or parts)[0].rstrip(".").replace("Tried to allocate", "tried to allocate")

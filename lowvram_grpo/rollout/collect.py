@@ -8,6 +8,7 @@ from typing import Any
 from lowvram_grpo.data import is_conversational
 from lowvram_grpo.encoding import encode_prompts
 from lowvram_grpo.experience import Rollout
+from lowvram_grpo.memory.guard import Guard
 from lowvram_grpo.objective import group_advantages
 from lowvram_grpo.rewards.runner import RewardRunner
 from lowvram_grpo.rollout.engine import GenerateEngine, RolloutBatch
@@ -28,6 +29,7 @@ class Collector:
     """Rows of a dataset to a `Rollout`.
 
     Args:
+        guard: runs the sampler.
         tell: called with a short text at each phase ("sampling 16 completions").
     """
 
@@ -36,6 +38,7 @@ class Collector:
         engine: GenerateEngine,
         rewards: RewardRunner,
         tokenizer,
+        guard: Guard,
         *,
         max_prompt_length: int | None,
         chat_template_kwargs: dict[str, Any] | None,
@@ -43,7 +46,7 @@ class Collector:
         only_prompts: bool,
         tell: Callable[[str], None],
     ):
-        self.engine, self.rewards, self.tokenizer, self.tell = engine, rewards, tokenizer, tell
+        self.engine, self.rewards, self.tokenizer, self.guard, self.tell = engine, rewards, tokenizer, guard, tell
         self.max_prompt_length, self.chat_template_kwargs = max_prompt_length, chat_template_kwargs
         self.scale_rewards, self.only_prompts = scale_rewards, only_prompts
 
@@ -67,7 +70,8 @@ class Collector:
         """
         prompts = [row["prompt"] for row in rows]
         self.tell(f"sampling {len(rows) * num_generations} completions")
-        batch = self.engine.generate(self.encode(prompts), num_generations, seed=seed)
+        ids = self.encode(prompts)
+        batch = self.guard.run("rollout", lambda: self.engine.generate(ids, num_generations, seed=seed))
         prompts = [p for p in prompts for _ in range(num_generations)]
         completions = self._decode(batch, prompts)
         self.tell("scoring")

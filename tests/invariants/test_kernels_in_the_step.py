@@ -49,7 +49,7 @@ def test_fused_and_plain_steps_agree(config, dataset, tokenizer, model, estimato
             per_device_train_batch_size=3, num_iterations=iterations, workspace_mib=1,
         )  # fmt: skip
         trainer = trainer_for(copy.deepcopy(model), args, dataset, tokenizer)
-        assert trainer.kernels.fused == (fused == "on")
+        assert trainer.learner.kernels.fused == (fused == "on")
         found.append(step(trainer, rows))
     (fused, its), (plain, theirs) = found
     assert fused.keys() == plain.keys() and len(plain) > 10
@@ -123,7 +123,7 @@ def test_dead_micro_batches_cost_no_backward_and_change_nothing(config, dataset,
         with pytest.MonkeyPatch.context() as patch:
             if not skip:
                 everything = lambda micro, objective: torch.ones_like(micro.weights, dtype=torch.bool)
-                patch.setattr("lowvram_grpo.trainer.wanted_rows", everything)
+                patch.setattr("lowvram_grpo.learner.wanted_rows", everything)
             found.append(step(trainer, rows))
         passes.append(len(calls))
     assert passes == ([2, 4] if beta == 0 else [4, 4])

@@ -1,0 +1,109 @@
+"""From micro-batches to gradients: what an optimizer step does between its rollout and its optimizer.
+
+The trainer, the start-up probe and the memory ledger (which runs it on meta tensors) all call this one class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from lowvram_grpo.config import GRPOConfig
+from lowvram_grpo.experience import MicroBatch
+from lowvram_grpo.loss import KernelChoice, LossSums, micro_loss, wanted_rows
+from lowvram_grpo.objective import Objective
+from lowvram_grpo.policy.reference import Reference
+from lowvram_grpo.scoring import Scores, score, scored_states
+
+
+class Learner:
+    """Scores micro-batches under the policy and its reference, and makes their losses.
+
+    Args:
+        args: read anew at each pass: savers may be switched on in the middle of a run.
+        steps_per_rollout: optimizer steps that a rollout serves.
+        autocast: makes the context in which sampler and scorer compute.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: Reference | None,
+        objective: Objective,
+        kernels: KernelChoice,
+        args: GRPOConfig,
+        *,
+        steps_per_rollout: int,
+        autocast: Callable[[], AbstractContextManager],
+    ):
+        self.model, self.reference, self.objective, self.kernels, self.args = model, reference, objective, kernels, args
+        self.steps_per_rollout, self.autocast = steps_per_rollout, autocast
+
+    @property
+    def joint_reference(self) -> bool:
+        """Whether the reference rides along in the policy's own sweep: it has the same head, and one use of a rollout
+        is not cheaper served by log-probs that are kept."""
+        if self.reference is None or self.reference.kind == "frozen copy":
+            return False
+        return self.args.kl_estimator == "exact" or self.steps_per_rollout == 1
+
+    def score(self, micro: MicroBatch, model: nn.Module | None = None, ref_states: Tensor | None = None) -> Scores:
+        """Log-probs of a micro-batch under the policy, or under `model`; with `ref_states` those of the reference."""
+        return score(
+            model or self.model,
+            *micro.sequence(),
+            temperature=self.args.temperature or 1.0,
+            workspace_mib=self.args.workspace_mib,
+            path=self.kernels.path,
+            wanted=wanted_rows(micro, self.objective) if torch.is_grad_enabled() else None,
+            ref_states=ref_states,
+            kl=ref_states is not None and self.args.kl_estimator == "exact",
+        )
+
+    def loss(self, micro: MicroBatch) -> tuple[LossSums, Scores]:
+        """This micro-batch's share of the update's loss, and the scores it was made from."""
+        ref_states = None
+        if self.joint_reference and micro.ref_per_token_logps is None:
+            ref_states = self.frozen(lambda reference: scored_states(reference, *micro.sequence()), reference=True)
+        scores = self.score(micro, ref_states=ref_states)
+        return micro_loss(scores, micro, self.objective, self.kernels.fused), scores
+
+    def learning(self, update: list[MicroBatch]) -> list[bool]:
+        """Which micro-batches need a gradient. One at least: the optimizer must see gradients of zero, not none, as
+        its momentum moves the weights all the same."""
+        learns = [bool(wanted_rows(micro, self.objective).any()) for micro in update]
+        if not any(learns):
+            learns[0] = True
+        return learns
+
+    def prepare(self, micro: MicroBatch) -> None:
+        """Fill in what is computed once a rollout: old log-probs where it serves several steps, and the reference's
+        unless it rides along in each step's sweep."""
+        if self.steps_per_rollout > 1:
+            micro.old_per_token_logps = self.score_frozen(micro)
+        self.add_reference(micro)
+
+    def add_reference(self, micro: MicroBatch) -> None:
+        if self.reference is not None and not self.joint_reference:
+            micro.ref_per_token_logps = self.frozen(lambda model: self.score(micro, model).logps, reference=True)
+
+    def score_frozen(self, micro: MicroBatch, model: nn.Module | None = None) -> Tensor:
+        """(b, T) log-probs without gradient and without dropout."""
+        return self.frozen(lambda policy: self.score(micro, model or policy).logps)
+
+    @torch.no_grad()
+    def frozen(self, run: Callable[[nn.Module], Tensor], reference: bool = False) -> Tensor:
+        """What `run` makes of the policy, or of the reference, in evaluation mode and without gradient."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            active = self.reference.active() if reference else nullcontext(self.model)
+            with active as model, self.autocast():
+                return run(model)
+        finally:
+            # Inside an outer autocast, weights that this pass has cast would stay cached without their graph.
+            torch.clear_autocast_cache()
+            self.model.train(was_training)

@@ -1,0 +1,88 @@
+"""The ladder of memory savers: which setting relieves which phase, and what the next step down is.
+
+A preset lists its rungs in the order in which they cost speed. The planner climbs them before the run until the
+prediction fits; the guard climbs on from there when memory runs out all the same, by those rungs only that can change
+in the middle of a run without changing the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+PHASES = ("load", "rollout", "score", "forward", "backward", "optimizer")
+_TRAINING = ("score", "forward", "backward")
+
+# Setting -> phases that it relieves, for those that may change during a run.
+RELIEVES: dict[str, tuple[str, ...]] = {
+    "rollout_batch_size": ("rollout",),
+    "per_device_train_batch_size": _TRAINING,
+    "activation_offload": ("forward", "backward"),
+    "mlp_tile": ("forward", "backward"),
+    "workspace_mib": ("rollout", *_TRAINING),
+    "optimizer_offload": ("optimizer",),
+}
+
+_WORDS = {
+    "rollout_batch_size": "sampling {} at once",
+    "per_device_train_batch_size": "training on {} at once",
+    "activation_offload": "kept activations wait in host memory",
+    "mlp_tile": "MLPs run {} tokens at a time",
+    "workspace_mib": "{} MiB of scratch memory for the vocabulary sweep",
+    "optimizer_offload": "the optimizer's moments live in host memory",
+    "embedding_offload": "the input embedding lives in host memory",
+    "head_dtype": "lm_head is kept in {}",
+    "quantization": "the base is kept in {}",
+    "gradient_checkpointing": "activations are recomputed in the backward pass",
+    "optim": "optimizer {}",
+    "shared_prefix": "shared prompts: {}",
+}
+
+
+class Rung(NamedTuple):
+    """One setting and the value it is lowered to."""
+
+    key: str
+    value: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}={str(self.value).lower() if isinstance(self.value, bool) else self.value}"
+
+    @property
+    def words(self) -> str:
+        """For people, as in `training on 2 completions at once`."""
+        count = f"{self.value} completion{'s' if self.value != 1 else ''}"
+        return _WORDS.get(self.key, str(self)).format(count if self.key.endswith("batch_size") else self.value)
+
+
+def lowers(rung: Rung, now: Any) -> bool:
+    """Whether taking `rung` saves memory where its setting is `now` (None: no bound yet)."""
+    if rung.key in ("activation_offload", "optimizer_offload", "embedding_offload", "gradient_checkpointing"):
+        return bool(rung.value) and not now
+    if isinstance(rung.value, int) and not isinstance(rung.value, bool):
+        return now is None or rung.value < now
+    return rung.value != now
+
+
+def _halvings(now: int) -> Iterator[int]:
+    while now > 1:
+        now = (now + 1) // 2
+        yield now
+
+
+def last_resorts(settings: Mapping[str, Any]) -> Iterator[Rung]:
+    """Rungs below the last one of any preset: what is left to give up in the middle of a run."""
+    yield from (Rung("rollout_batch_size", n) for n in _halvings(settings["rollout_batch_size"]))
+    yield from (Rung("per_device_train_batch_size", n) for n in _halvings(settings["per_device_train_batch_size"]))
+    yield Rung("activation_offload", True)
+    yield from (Rung("mlp_tile", n) for n in (512, 256, 128))
+    yield from (Rung("workspace_mib", n) for n in (32, 16, 8))
+    yield Rung("optimizer_offload", True)
+
+
+def next_rung(phase: str, settings: Mapping[str, Any], ladder: Sequence[Rung] = ()) -> Rung | None:
+    """The first rung that relieves `phase` and is below `settings`; None where there is none left."""
+    for rung in (*ladder, *last_resorts(settings)):
+        if phase in RELIEVES.get(rung.key, ()) and lowers(rung, settings.get(rung.key)):
+            return rung
+    return None
