@@ -2,12 +2,16 @@
 
 Inside `with Ledger() as ledger`, every operator's output is asked for its storage; storages that were not there before
 are counted until they are freed. On meta tensors nothing is computed, so a step on a model of any size takes seconds.
-What an allocator adds (rounding, fragmentation) and what libraries keep for themselves is not in it.
+Each storage has a category, each peak belongs to a phase. What an allocator adds beyond rounding up to its blocks, and
+what libraries keep for themselves, is not in it: see `overheads`.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,42 +19,137 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+# In the order in which tables show them. Whatever is not tagged is an activation.
+CATEGORIES = ("base weights", "head", "adapter", "gradients", "optimizer", "KV cache", "workspace", "activations")
+ACTIVATIONS = "activations"
+
+
+@dataclass
+class Peak:
+    """The most bytes held at once, and what they were.
+
+    Attributes:
+        bytes: in all.
+        categories: of them, by category.
+    """
+
+    bytes: int = 0
+    categories: dict[str, int] = field(default_factory=dict)
+
+
+class _Entry:
+    __slots__ = ("category", "ref", "size")
+
+    def __init__(self, ref: Any, size: int, category: str):
+        self.ref, self.size, self.category = ref, size, category
+
 
 class Ledger(TorchDispatchMode):
     """Bytes of storages made inside the context.
 
+    Args:
+        block: sizes are rounded up to multiples of it (512 in CUDA's caching allocator).
+
     Attributes:
         live: bytes that are held now.
-        peak: the most that were held at once.
+        phases: the peak of each phase, by name.
     """
 
-    def __init__(self):
+    def __init__(self, *, block: int = 1):
         super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, weakref.ref] = {}
+        self.block = block
+        self.live = 0
+        self.phases: dict[str, Peak] = {}
+        self._held: dict[str, int] = {}
+        self._known: dict[int, _Entry] = {}
+        self._whole = self._peak = Peak()
+        self._category = ACTIVATIONS
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that were held at once, over all phases."""
+        return max(self._whole.bytes, *(peak.bytes for peak in self.phases.values()), 0)
+
+    @property
+    def categories(self) -> dict[str, int]:
+        """Bytes that are held now, by category."""
+        return {name: size for name, size in self._held.items() if size}
 
     def ignore(self, *tensors: Tensor) -> None:
-        """Leave these tensors out: they were there before."""
+        """Leave these tensors out: they were there before, or are not in the device's memory."""
         for tensor in tensors:
-            self._remember(tensor.untyped_storage(), 0)
+            storage = tensor.untyped_storage()
+            known = self._known.get(id(storage))
+            if known is None:
+                self._remember(storage, 0, ACTIVATIONS)
+            else:
+                self._add(-known.size, known.category)
+                known.size = 0
 
-    def _remember(self, storage: torch.UntypedStorage, size: int) -> None:
+    def tag(self, category: str, tensors: Iterable[Tensor]) -> None:
+        """Count these tensors as `category` from now on; those that are not known are counted from now on too."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            known = self._known.get(id(storage))
+            if known is None:
+                self._remember(storage, self._rounded(storage), category)
+            elif known.category != category:
+                self._add(-known.size, known.category)
+                known.category = category
+                self._add(known.size, category)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Peak]:
+        """Peaks inside the block belong to the phase `name`; it may be entered several times."""
+        outer, self._peak = self._peak, self.phases.setdefault(name, Peak())
+        self._look()
+        try:
+            yield self._peak
+        finally:
+            self._peak = outer
+
+    @contextmanager
+    def making(self, category: str) -> Iterator[None]:
+        """Storages made inside the block are of `category`."""
+        outer, self._category = self._category, category
+        try:
+            yield
+        finally:
+            self._category = outer
+
+    def _rounded(self, storage: torch.UntypedStorage) -> int:
+        return -(-storage.nbytes() // self.block) * self.block
+
+    def _add(self, size: int, category: str) -> None:
+        self.live += size
+        self._held[category] = self._held.get(category, 0) + size
+
+    def _look(self) -> None:
+        if self.live > self._peak.bytes:
+            self._peak.bytes, self._peak.categories = self.live, dict(self._held)
+
+    def _remember(self, storage: torch.UntypedStorage, size: int, category: str) -> None:
         key = id(storage)
 
-        def forget(_):
-            self._known.pop(key, None)
-            self.live -= size
+        def forget(_: Any) -> None:
+            entry = self._known.pop(key)
+            self._add(-entry.size, entry.category)
 
-        self._known[key] = weakref.ref(storage, forget)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        self._known[key] = _Entry(weakref.ref(storage, forget), size, category)
+        self._add(size, category)
+        self._look()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        given = {id(x.untyped_storage()) for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if id(storage) not in self._known and id(storage) not in given:
-                    self._remember(storage, storage.nbytes())
+        given = None
+        for tensor in (out,) if isinstance(out, Tensor) else tree_iter(out):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if id(storage) in self._known:
+                continue
+            if given is None:
+                given = {id(x.untyped_storage()) for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+            if id(storage) not in given:
+                self._remember(storage, self._rounded(storage), self._category)
         return out
