@@ -35,7 +35,7 @@ from lowvram_grpo.metrics import (
     reward_metrics,
     sampler_metrics,
 )
-from lowvram_grpo.objective import Objective
+from lowvram_grpo.objective import objective_of
 from lowvram_grpo.policy.adapter import restore_adapter
 from lowvram_grpo.policy.load import build_policy, compute_dtype, is_peft, load_tokenizer, unwrap
 from lowvram_grpo.policy.reference import Reference
@@ -128,14 +128,7 @@ class GRPOTrainer(Trainer):
         self.learner = Learner(
             model,
             self.reference,
-            Objective(
-                beta=args.beta,
-                epsilon=args.epsilon,
-                epsilon_high=args.epsilon_high,
-                delta=args.delta,
-                kl_estimator=args.kl_estimator,
-                importance_sampling_level=args.importance_sampling_level,
-            ),
+            objective_of(args),
             kernels,
             args,
             steps_per_rollout=self.plan.steps_per_rollout,

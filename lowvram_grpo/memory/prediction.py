@@ -1,0 +1,228 @@
+"""Predicted peak of each phase of a training step, for a model that exists only as a configuration.
+
+The policy is built on meta tensors by the code that loads real ones, then the longest step is rehearsed under the
+ledger. Decoder layers are alike, so a model of many is measured at two smaller depths: bytes are affine in the number of
+layers (tests/memory/test_prediction.py holds that against the whole model), and a plan takes a second instead of ten.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lowvram_grpo.learner import Learner
+from lowvram_grpo.memory.ledger import Ledger, Peak
+from lowvram_grpo.memory.overheads import CPU, CUDA, Overheads
+from lowvram_grpo.memory.stand_in import StandIn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from lowvram_grpo.config import GRPOConfig
+
+_META = torch.device("meta")
+_WEIGHTS = ("base weights", "head", "adapter", "gradients", "optimizer")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What is trained, apart from GRPOConfig.
+
+    Attributes:
+        config: of the model.
+        quantization: none or nf4.
+        dtype: of the weights that are not quantized, and of autocast; float32 runs without autocast.
+        lora: arguments of peft.LoraConfig.
+        device: cuda or cpu.
+        follows: the reference has weights of its own (a given adapter, or a cold start).
+    """
+
+    config: PretrainedConfig
+    quantization: str
+    dtype: torch.dtype
+    lora: dict[str, Any]
+    device: str = "cuda"
+    follows: bool = False
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes of device memory, overheads included.
+
+    Attributes:
+        phases: peak of each phase.
+        categories: what the highest of them is made of.
+    """
+
+    phases: dict[str, int]
+    categories: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.phases.__getitem__)
+
+
+def predict(blueprint: Blueprint, args: GRPOConfig, *, exact: bool = False) -> Prediction:
+    """Peaks of the longest step that `args` allow. `exact` runs all layers, however many."""
+    config = blueprint.config.get_text_config()
+    depth, period = config.num_hidden_layers, _period(config)
+    low, high = 2 * period, 4 * period
+    if exact or depth <= high:
+        peaks = count(blueprint, args)
+    else:
+        small, large = (count(replace(blueprint, config=_cut(blueprint.config, n)), args) for n in (low, high))
+        peaks = {name: _line(small[name], large[name], (depth - low) / (high - low)) for name in small}
+    return _with_overheads(peaks, CUDA if blueprint.device == "cuda" else CPU)
+
+
+def _line(small: Peak, large: Peak, steps: float) -> Peak:
+    at = lambda a, b: round(a + (b - a) * steps)
+    names = small.categories.keys() | large.categories.keys()
+    categories = {n: at(small.categories.get(n, 0), large.categories.get(n, 0)) for n in names}
+    return Peak(at(small.bytes, large.bytes), categories)
+
+
+def _period(config: PretrainedConfig) -> int:
+    """After how many layers their kinds repeat; all of them where they do not."""
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return 1
+    return next(p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:])))
+
+
+def _cut(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    cut = copy.deepcopy(config)
+    text = cut.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return cut
+
+
+def _with_overheads(peaks: dict[str, Peak], extra: Overheads) -> Prediction:
+    def slack(peak: Peak) -> int:
+        moving = peak.bytes - sum(peak.categories.get(name, 0) for name in _WEIGHTS)
+        return round(moving * extra.fragmentation)
+
+    phases = {name: peak.bytes + slack(peak) + extra.context + extra.cublas for name, peak in peaks.items()}
+    highest = peaks[max(phases, key=phases.__getitem__)]
+    parts = {name: size for name, size in highest.categories.items() if size}
+    beside = {"CUDA context": extra.context + extra.cublas, "fragmentation": slack(highest)}
+    return Prediction(phases, parts | {name: size for name, size in beside.items() if size})
+
+
+def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
+    """Peak of each phase as the ledger counts it: tensors only."""
+    from lowvram_grpo.memory.rehearsal import Rehearsal, workload
+
+    overheads = CUDA if blueprint.device == "cuda" else CPU
+    ledger = Ledger(block=overheads.block)
+    stand_in = StandIn(blueprint.device, None if blueprint.dtype == torch.float32 else blueprint.dtype)
+    work = workload(args, blueprint.config)
+    skeleton = _skeleton(blueprint)
+    with stand_in, ledger:
+        with ledger.phase("load"):
+            model = _policy(skeleton, blueprint, args, ledger)
+        engine, learner = _around(model, blueprint, args, stand_in, ledger)
+        rehearsal = Rehearsal(
+            model, engine, learner, phase=ledger.phase, backward=lambda loss: _backward(loss, stand_in)
+        )
+        with _gradients_tagged(model, ledger):
+            # The moments are made first: from the second step on they are there in every phase.
+            optimizer = _optimizer(model, args, blueprint.device)
+            rehearsal.blank_gradients()
+            with ledger.making("optimizer"):
+                rehearsal.optimizer(optimizer)
+            model.zero_grad()
+            rehearsal.rollout(work)
+            rehearsal.gradients(work)
+            rehearsal.optimizer(optimizer)
+    return ledger.phases
+
+
+def _skeleton(blueprint: Blueprint) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(blueprint.config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=blueprint.dtype, attn_implementation="sdpa")
+
+
+def _policy(skeleton: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig, ledger: Ledger) -> nn.Module:
+    """The policy as a run would have it: streamed in, embeddings placed, adapter attached."""
+    from peft import LoraConfig
+
+    from lowvram_grpo.policy.load import build_policy
+    from lowvram_grpo.policy.stream import materialize, meta_source
+
+    with ledger.making("base weights"):
+        model = materialize(
+            skeleton, meta_source(skeleton), device=_META, dtype=blueprint.dtype, quantization=blueprint.quantization
+        )
+    with ledger.making("adapter"):
+        return build_policy(model, args, None, LoraConfig(**blueprint.lora, task_type="CAUSAL_LM"))
+
+
+def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: StandIn, ledger: Ledger):
+    """The engine and the learner that a trainer would put around the model."""
+    from lowvram_grpo.loss import KernelChoice
+    from lowvram_grpo.objective import objective_of
+    from lowvram_grpo.policy.reference import Reference
+    from lowvram_grpo.rollout.engine import GenerateEngine
+    from lowvram_grpo.rollout.sampler import Sampling
+
+    with ledger.making("adapter"):
+        reference = Reference(model, follows=blueprint.follows or args.sync_ref_model) if args.beta > 0 else None
+    sampling = Sampling(args.max_completion_length, eos_ids=(0,), pad_id=0, temperature=args.temperature)
+    engine = GenerateEngine(model, sampling, args.rollout_batch_size)
+    engine.on_cache = lambda cache: ledger.tag("KV cache", _tensors(cache))
+    kernels = KernelChoice("torch" if blueprint.device == "cpu" else None, False, "counting bytes")
+    learner = Learner(
+        model,
+        reference,
+        objective_of(args),
+        kernels,
+        args,
+        steps_per_rollout=args.batch_plan().steps_per_rollout,
+        autocast=stand_in.autocast,
+    )
+    return engine, learner
+
+
+def _tensors(cache: Any) -> list[Tensor]:
+    return [x for layer in cache.layers for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
+
+
+def _backward(loss: Tensor, stand_in: StandIn) -> None:
+    with stand_in.autocast():
+        loss.backward()
+
+
+@contextmanager
+def _gradients_tagged(model: nn.Module, ledger: Ledger) -> Iterator[None]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.tag("gradients", [p.grad])) for p in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _optimizer(model: nn.Module, args: GRPOConfig, device: str) -> torch.optim.Optimizer:
+    from transformers import Trainer
+
+    kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    if issubclass(kind, torch.optim.AdamW) and device == "cuda":
+        kwargs["foreach"] = True  # what it decides for itself where it sees CUDA tensors
+    return kind([p for p in model.parameters() if p.requires_grad], **kwargs)
