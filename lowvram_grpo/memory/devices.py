@@ -237,6 +237,11 @@ def nvidia_card_without_cuda_torch() -> str | None:
 
     if torch.version.cuda is not None or torch.version.hip is not None:
         return None
+    return _nvidia_card()
+
+
+def _nvidia_card() -> str | None:
+    """The first NVIDIA card that the driver knows, without torch."""
     if known := nvml.cards():
         return known[0].name
     gpus = Path("/proc/driver/nvidia/gpus")
