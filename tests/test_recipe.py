@@ -199,7 +199,7 @@ def test_a_zero_on_the_command_line_is_a_value(tmp_path, monkeypatch):
 def test_every_preset_resolves():
     from lowvram_grpo import GRPOConfig, preset
 
-    assert preset.names() == ["8gb", "cpu"]
+    assert preset.names() == ["4gb", "6gb", "8gb", "12gb", "16gb", "24gb", "cpu"]
     for name in preset.names():
         recipe = resolve({"preset": name})
         assert recipe.preset == name and recipe.training.keys() <= set(GRPOConfig.__dataclass_fields__)
@@ -215,7 +215,8 @@ def test_the_automatic_preset_follows_the_card(monkeypatch):
 
     for gib in (4, 8, 24):
         monkeypatch.setattr(devices, "detect", lambda gib=gib: card(gib))
-        assert preset.pick() == "8gb"
+        assert preset.pick() == f"{gib}gb"
+        assert resolve({}).preset == f"{gib}gb"
     monkeypatch.undo()
     assert preset.pick() == "cpu"
 

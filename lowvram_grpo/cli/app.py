@@ -139,12 +139,12 @@ def doctor() -> None:
 
 @app.command()
 def presets(
-    name: Annotated[str | None, typer.Argument(help="Show this one whole.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[[show] NAME]", help="Show this one whole.")] = None,
 ) -> None:
-    """List the presets, or show one."""
+    """List the presets, or show one with its ladder."""
     from lowvram_grpo.cli.presets import start
 
-    start(name)
+    start(words or [])
 
 
 app.command()(report)

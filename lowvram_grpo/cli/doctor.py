@@ -5,12 +5,16 @@ from __future__ import annotations
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
 from lowvram_grpo.cli.quiet import hush
+
+if TYPE_CHECKING:
+    from lowvram_grpo.memory.devices import Device
 
 
 def start() -> int:
@@ -59,21 +63,38 @@ def _packages(table: Table) -> list[str]:
 
 
 def _device(table: Table) -> list[str]:
-    from lowvram_grpo.memory.devices import cuda_install_line, detect, nvidia_card_without_cuda_torch
-    from lowvram_grpo.preset import pick
+    from lowvram_grpo.memory import devices
 
-    device = detect()
-    gib = f"{device.free_bytes / 2**30:.1f} of {device.total_bytes / 2**30:.1f} GiB free"
-    table.add_row("device", device.name, gib)
+    found = devices.detect_all()
+    choice = devices.choose(found)
+    for device in found:
+        _describe(table, device, f"taken: {choice.reason}" if device is choice.device and len(found) > 1 else "")
+    table.add_row("vocabulary sweep", *_sweep())
+    for sentence in choice.notices:
+        table.add_row("note", "", sentence)
+    card = devices.nvidia_card_without_cuda_torch()
+    if card:
+        return [f"there is an {card}, but torch is a CPU-only build; run `{devices.cuda_install_line()}`."]
+    return []
+
+
+def _describe(table: Table, device: Device, note: str) -> None:
+    """The rows of one device: what it is, its memory by every opinion, what of it is ours, and the preset for that."""
+    from lowvram_grpo import preset
+    from lowvram_grpo.memory.budget import budget, gib
+
+    table.add_row("device", device.name if device.kind == "cpu" else f"cuda:{device.index} {device.name}", note)
     if device.capability is not None:
         major, minor = device.capability
         table.add_row("capability", f"sm_{major}{minor}", "bfloat16" if device.bf16 else "no bfloat16: float16 is used")
-    table.add_row("preset", pick(), "what `--preset auto` takes here")
-    table.add_row("vocabulary sweep", *_sweep())
-    card = nvidia_card_without_cuda_torch()
-    if card:
-        return [f"there is an {card}, but torch is a CPU-only build; run `{cuda_install_line()}`."]
-    return []
+    opinions = [("CUDA", device.cuda_free_bytes), ("the driver", device.nvml_free_bytes)]
+    said = ", ".join(f"{gib(size)} by {who}" for who, size in opinions if size is not None)
+    table.add_row("memory", gib(device.total_bytes), f"free: {said or gib(device.free_bytes)}")
+    ours, picked = budget(device), preset.choose(device)
+    table.add_row("budget", gib(ours.usable_bytes), ours.reason)
+    table.add_row("preset", picked.name, f"what `--preset auto` takes here: {picked.reason}")
+    for sentence in (*ours.notices, *picked.notices):
+        table.add_row("note", "", sentence)
 
 
 def _sweep() -> tuple[str, str]:

@@ -34,10 +34,20 @@ def test_version_doctor_and_presets():
     assert call("--version").stdout.startswith("lowvram-grpo ")
     assert "ready." in call("doctor").stdout
     assert "8gb" in call("presets").stdout and "nf4" in call("presets", "8gb").stdout
+    shown = call("presets", "show", "24gb").stdout
+    assert "learning_rate" in shown and "1.  embedding_offload=true" in shown and "quantization=nf4 *" in shown
 
 
 def test_usage_errors_are_one_sentence():
-    mistakes = ["demo --steps 0", "demo --steps -1", "trian", "presets 9gb", "report /no/such/run"]
+    mistakes = [
+        "demo --steps 0",
+        "demo --steps -1",
+        "trian",
+        "presets 9gb",
+        "presets show",
+        "presets 8gb cpu",
+        "report /no/such/run",
+    ]
     for arguments in map(str.split, mistakes):
         done = call(*arguments, code=2)
         assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,110 @@
+"""Well-known models without the hub."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.memory import architectures
+
+
+@pytest.mark.parametrize("name", architectures.names())
+def test_the_model_has_the_published_number_of_parameters(name):
+    from transformers import AutoModelForCausalLM
+
+    config, source = architectures.resolve_config(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == architectures.parameters(name)
+    assert source == f"the table of architectures ({name})" and config.dtype == torch.bfloat16
+
+
+def test_the_table_is_whole():
+    assert len(architectures.names()) == 20
+    known = {"Qwen2.5-7B": 7_615_616_512, "Qwen3-4B": 4_022_468_096, "Llama-3.1-8B": 8_030_261_248,
+             "Phi-4-mini": 3_836_021_760, "Gemma-3-1B": 999_885_952}  # fmt: skip
+    assert {name: architectures.parameters(name) for name in known} == known
+
+
+@pytest.mark.parametrize(
+    "spelling,name",
+    [
+        ("Qwen2.5-7B", "Qwen2.5-7B"),
+        ("qwen2.5-7b-instruct", "Qwen2.5-7B"),
+        ("Qwen/Qwen2.5-Coder-7B-Instruct", "Qwen2.5-7B"),
+        ("qwen2.5:0.5b", "Qwen2.5-0.5B"),
+        ("Qwen 2.5 3B", "Qwen2.5-3B"),
+        ("Qwen/Qwen3-4B-Instruct-2507", "Qwen3-4B"),
+        ("meta-llama/Llama-3.1-8B", "Llama-3.1-8B"),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "Llama-3.1-8B"),
+        ("unsloth/Llama-3.2-1B-Instruct-bnb-4bit", "Llama-3.2-1B"),
+        ("unsloth/Qwen2.5-14B-Instruct-unsloth-bnb-4bit", "Qwen2.5-14B"),
+        ("google/gemma-3-4b-it", "Gemma-3-4B"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M"),
+        ("microsoft/Phi-4-mini-instruct", "Phi-4-mini"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "Mistral-7B-v0.3"),
+        ("mistral-7b", "Mistral-7B-v0.3"),
+        # Other shapes
+        ("mistralai/Mistral-7B-Instruct-v0.2", None),
+        ("Qwen/Qwen2.5-72B", None),
+        ("Qwen/Qwen2-7B", None),
+        ("meta-llama/Llama-3-8B", None),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", None),
+        ("microsoft/phi-4", None),
+    ],
+)
+def test_spellings(spelling, name):
+    assert architectures.lookup(spelling) == name
+
+
+def test_no_two_models_share_a_spelling():
+    assert [architectures.lookup(name) for name in architectures.names()] == architectures.names()
+
+
+def test_a_family_comes_by_size():
+    assert architectures.family("Qwen/Qwen2.5-7B-Instruct") == [
+        "Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B", "Qwen2.5-14B",
+    ]  # fmt: skip
+    assert architectures.family("llama-3.1-8b")[0] == "Llama-3.2-1B"
+    assert architectures.family("somebody/elses") == []
+
+
+def test_a_folder_and_its_file_come_before_the_table(tmp_path, monkeypatch, model_dir):
+    config, source = architectures.resolve_config(model_dir)
+    assert config.hidden_size == 32 and source == model_dir
+    assert architectures.resolve_config(f"{model_dir}/config.json")[0].hidden_size == 32
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-model").rename(tmp_path / "Qwen2.5-7B")
+    assert architectures.resolve_config("Qwen2.5-7B")[0].hidden_size == 32
+
+
+def test_what_is_no_model_is_said_in_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        architectures.resolve_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="not a model's configuration"):
+        architectures.resolve_config(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nobody"}), encoding="utf-8")
+    with pytest.raises(UserError, match="not a model's configuration"):
+        architectures.resolve_config(str(tmp_path / "config.json"))
+
+
+def test_a_near_spelling_is_named():
+    with pytest.raises(UserError, match=r"did you mean 'qwen2\.5-7b'.*hub"):
+        architectures.resolve_config("Qwen/Qwn2.5-7B")
+
+
+def test_planning_modules_load_neither_torch_nor_transformers():
+    code = (
+        "import sys\n"
+        "from lowvram_grpo import preset\n"
+        "from lowvram_grpo.memory import architectures, budget, devices\n"
+        "assert architectures.family('qwen3-4b') and preset.pick_for_gib(8) == '8gb'\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
