@@ -1,0 +1,188 @@
+"""Checkpoints in safetensors files, read one tensor at a time.
+
+Each tensor is mapped into memory on its own and unmapped when it is dropped, so a process never appears to hold a whole
+shard, and Windows need not commit one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.policy.stream import expected_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+# Saved by old versions of transformers, and computed from the configuration since.
+COMPUTED = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file: its bytes are [begin, begin + size) of the file."""
+
+    path: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __call__(self) -> Tensor:
+        """The tensor, on the CPU, as a private view of the file."""
+        if self.size == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        # Copy on write, for torch has no read-only tensors.
+        data = np.memmap(self.path, dtype=np.uint8, mode="c", offset=self.begin, shape=(self.size,))
+        if self.begin % self.dtype.itemsize:
+            data = np.array(data)
+        return torch.from_numpy(data).view(self.dtype).view(self.shape)
+
+
+class CheckpointSource:
+    """(name, function that reads the tensor) for the tensors of a checkpoint, in the order of its files.
+
+    Attributes:
+        tensors: what is stored, by name.
+    """
+
+    def __init__(self, tensors: dict[str, StoredTensor]):
+        self.tensors = tensors
+
+    def __iter__(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        yield from self.tensors.items()
+
+    def renamed(self, names: dict[str, str]) -> CheckpointSource:
+        """The tensors that are keys of `names`, under its values."""
+        return CheckpointSource({names[name]: t for name, t in self.tensors.items() if name in names})
+
+
+def checkpoint_source(model: str, **hub: Any) -> CheckpointSource:
+    """The safetensors of a folder or hub id, one file or several by their index.
+
+    Args:
+        model: a folder, or a hub id that is downloaded if it is not cached.
+        hub: revision, token, cache_dir.
+
+    Raises:
+        FileNotFoundError: there are no safetensors.
+        UserError: a file is cut off.
+        ValueError: a file is no safetensors file, or holds dtypes that are not known here.
+        OSError: no such model.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in _files(model, **hub):
+        found = _read_header(path)
+        if twice := tensors.keys() & found.keys():
+            raise ValueError(f"{path} repeats the tensor {min(twice)}")
+        tensors |= found
+    return CheckpointSource(tensors)
+
+
+def _files(model: str, **hub: Any) -> list[str]:
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    optional = {"_raise_exceptions_for_missing_entries": False, **hub}
+    if single := cached_file(model, "model.safetensors", **optional):
+        return [single]
+    if index := cached_file(model, "model.safetensors.index.json", **optional):
+        return get_checkpoint_shard_files(model, index, **hub)[0]
+    raise FileNotFoundError(f"{model} holds no safetensors")
+
+
+def _read_header(path: str) -> dict[str, StoredTensor]:
+    """A file starts with its header's length (8 bytes, little-endian) and the header (json); offsets count from there.
+
+    https://github.com/huggingface/safetensors#format
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > os.path.getsize(path):
+            raise ValueError(f"{path} is no safetensors file")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{path} holds {entry['dtype']}")
+        begin = 8 + length + entry["data_offsets"][0]
+        tensors[name] = StoredTensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
+    if any(t.begin + t.size > os.path.getsize(path) for t in tensors.values()):
+        raise UserError(f"{path!r} is cut off; download it again.")
+    return dict(sorted(tensors.items(), key=lambda item: item[1].begin))
+
+
+def can_stream(model: PreTrainedModel, source: CheckpointSource, quantization: str) -> dict[str, str] | None:
+    """How the checkpoint's names map to the model's, or None where only from_pretrained knows how to load it.
+
+    Args:
+        model: from `skeleton`.
+        source: from `checkpoint_source`.
+        quantization: none or nf4; None is returned for anything else.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if quantization not in ("none", "nf4") or getattr(model.config, "quantization_config", None) is not None:
+        return None
+    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
+        return None
+    # GPT-2's layers hold their weights transposed.
+    if any(isinstance(module, Conv1D) for module in model.modules()):
+        return None
+    if any(_converts(rule, source) for rule in _conversions(model)):
+        return None
+    return _match(model, source)
+
+
+def _conversions(model: PreTrainedModel) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(model)
+
+
+def _converts(rule: Any, source: CheckpointSource) -> bool:
+    """Whether transformers would rename a tensor by this rule, or make another of it."""
+    return any(rule.rename_source_key(name)[1] is not None for name in source.tensors)
+
+
+def _match(model: PreTrainedModel, source: CheckpointSource) -> dict[str, str] | None:
+    expected, tied = set(expected_names(model)), getattr(model, "all_tied_weights_keys", {})
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    names: dict[str, str] = {}
+    copies: list[tuple[str, str]] = []
+    for name in source.tensors:
+        if name.endswith(COMPUTED) and name not in shapes:
+            continue
+        place = name if name in shapes else prefix + name
+        if shapes.get(place) != source.tensors[name].shape:
+            return None
+        if place in tied:
+            copies.append((name, tied[place]))
+        else:
+            names[name] = place
+    for name, place in copies:
+        twin = next((n for n, p in names.items() if p == place), None)
+        if twin is None:
+            names[name] = place
+        elif not torch.equal(source.tensors[twin](), source.tensors[name]()):
+            # The config says tied, the checkpoint knows better.
+            return None
+    placed = list(names.values())
+    return names if len(placed) == len(set(placed)) and set(placed) == expected else None

@@ -1,0 +1,145 @@
+"""Models in GGUF files (llama.cpp's format), dequantized one tensor at a time.
+
+Names and layouts are mapped by transformers' own tables. What a file was quantized to is not kept: its weights are
+16-bit again, or quantized anew to NF4.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.policy.stream import materialize, skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def gguf_parts(model: str, gguf_file: str | None = None) -> tuple[str, str] | None:
+    """(folder or hub id, file in it) if `model` names a GGUF file, else None.
+
+    Raises:
+        UserError: it does, and the package that reads them is missing.
+    """
+    if gguf_file is None:
+        if not model.lower().endswith(".gguf"):
+            return None
+        folder, gguf_file = os.path.split(model)
+    else:
+        folder = model
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            f"{gguf_file!r} is a GGUF file, and the package that reads them is missing: `pip install gguf`."
+        )
+    return folder or ".", gguf_file
+
+
+def load_gguf(
+    folder: str,
+    file: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str = "none",
+    keep_on_host: tuple[str, ...] = (),
+    attention: str | None = None,
+    **hub: Any,
+) -> PreTrainedModel:
+    """The model in a GGUF file of a folder or hub id; `hub` has its revision, token or cache_dir.
+
+    Raises:
+        UserError: transformers has no tables for its architecture.
+        OSError: no such file.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoConfig
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(folder, file, **hub)
+    try:
+        config = AutoConfig.from_pretrained(folder, gguf_file=file, **hub)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise _unsupported(file, one_line(error)) from error
+    reader = GGUFReader(path)
+    model = skeleton(config, dtype, **({"attn_implementation": attention} if attention else {}))
+    source = gguf_source(path, model, reader)
+    materialize(model, source, device=device, dtype=dtype, quantization=quantization, keep_on_host=keep_on_host)
+    _scale_rotary(model, reader)
+    model.config._name_or_path = model.name_or_path = os.path.join(folder, file)
+    return model
+
+
+def gguf_source(path: str, model: PreTrainedModel, reader: Any = None) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """(parameter name, function that gives it in float32) for the tensors of a GGUF file.
+
+    Args:
+        path: of the file.
+        model: of the file's configuration, on meta: its names are what the file's are mapped to.
+        reader: a `gguf.GGUFReader` of `path`, if there is one.
+
+    Raises:
+        UserError: the architecture is none that transformers maps tensor by tensor.
+    """
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+        read_field,
+    )
+
+    reader = reader or GGUFReader(path)
+    architecture = read_field(reader, "general.architecture")[0]
+    if any("_exps" in tensor.name for tensor in reader.tensors):
+        raise _unsupported(path, f"{architecture} has mixture-of-experts layers")
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+    try:
+        names = get_gguf_hf_weights_map(model, processor)
+    except NotImplementedError as error:
+        raise _unsupported(path, one_line(error)) from error
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return _tensors(reader, processor, {theirs: ours for theirs, ours in names.items() if ours not in tied})
+
+
+def _tensors(reader: Any, processor: Any, names: dict[str, str]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    from gguf import dequantize
+
+    for stored in reader.tensors:
+
+        def read(stored=stored) -> Tensor:
+            weights = dequantize(stored.data, stored.tensor_type)
+            result = processor.process(
+                weights=weights, name=stored.name, tensor_key_mapping=names, parsed_parameters={}
+            )
+            # Copied, for what is not quantized is a view of the file, which torch cannot take read-only.
+            return torch.from_numpy(np.array(result.weights, dtype=np.float32, order="C"))
+
+        if stored.name in names:
+            yield names[stored.name], read
+
+
+def _scale_rotary(model: nn.Module, reader: Any) -> None:
+    """Llama 3's scaled rotary frequencies: a GGUF file has their divisors as a tensor, transformers' tables skip it."""
+    from gguf import dequantize
+
+    for stored in reader.tensors:
+        if stored.name != "rope_freqs.weight":
+            continue
+        divisors = torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32))
+        for name, buffer in model.named_buffers():
+            if name.endswith("inv_freq") and buffer.shape == divisors.shape:
+                buffer.div_(divisors.to(buffer.device))
+
+
+def _unsupported(file: str, reason: str) -> UserError:
+    return UserError(
+        f"The GGUF file {os.path.basename(file)!r} cannot be trained here ({reason}); take the model's safetensors "
+        "instead."
+    )

@@ -1,0 +1,239 @@
+"""A model's weights brought into place one tensor at a time.
+
+`from_pretrained` may hold several 16-bit tensors on the device while it quantizes, and what a checkpoint needs on the
+way depends on its threads. Here a tensor is read, cast, moved, quantized and dropped before the next is touched: the
+device never holds more than the finished model and one linear layer in 16 bits. The same code runs on meta tensors,
+which is how the memory of loading can be known before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.policy.quantization import bitsandbytes_config
+
+if TYPE_CHECKING:
+    from bitsandbytes.nn import Linear4bit
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Source = Iterable[tuple[str, Tensor | Callable[[], Tensor]]]
+
+# bitsandbytes' own choice for the second quantization of QLoRA's double quantization.
+STATISTICS_BLOCK = 256
+
+
+@contextmanager
+def _empty_weights(dtype: torch.dtype) -> Iterator[None]:
+    """Modules built inside have their parameters on meta, and buffers that are real."""
+    from accelerate import init_empty_weights
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model of this configuration with its parameters on meta, in `dtype`; buffers are real.
+
+    `kwargs` (attn_implementation) go to `AutoModelForCausalLM.from_config`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    with _empty_weights(dtype):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+
+
+def materialize(
+    model: PreTrainedModel,
+    source: Source,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    quantization: str = "none",
+    keep_on_host: Iterable[str] = (),
+) -> PreTrainedModel:
+    """Give a model on meta its weights, tensor by tensor, and leave it as from_pretrained would (in eval mode).
+
+    Args:
+        model: causal language model whose parameters are on meta; changed in place.
+        source: (parameter name, tensor or function that reads it), in any order; each tensor is read when it is placed.
+            Parameters that are tied to others are not expected.
+        device: where the weights go; "meta" runs the same operators without computing anything.
+        dtype: of all weights that are not quantized, and of what 4-bit layers compute in.
+        quantization: `none`, or `nf4`: every linear layer but the output head becomes a bitsandbytes Linear4bit.
+        keep_on_host: names of modules whose weights stay in host memory, dense and frozen, in `dtype`. They may be
+            views of the source's memory. With `device` "meta" they are the source's meta tensors.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of another shape, or the quantization cannot be streamed.
+    """
+    device = torch.device(device)
+    quantizer = None
+    if quantization == "nf4":
+        quantizer = _replace_linear_layers(model, device, dtype)
+    elif quantization != "none":
+        raise UserError(f"quantization is {quantization!r}; weights are streamed as none or nf4.")
+    _place_buffers(model, device)
+    missing = set(expected_names(model))
+    staging = _Staging(model, device, dtype)
+    for name, tensor in source:
+        if name not in missing:
+            raise UserError(f"The checkpoint holds {name!r}, which the model has no place for (or twice); is the "
+                            "config.json beside it its own?")  # fmt: skip
+        missing.remove(name)
+        _place(model, name, tensor() if callable(tensor) else tensor, staging, keep_on_host)
+        # Or the last tensor would stay alive while the next is read.
+        del tensor
+    if missing:
+        raise UserError(f"The checkpoint lacks {_some(missing)}; download it again, or check that it is complete.")
+    model.tie_weights()
+    for module in model.modules():
+        module._is_hf_initialized = True
+    if quantizer is not None:
+        model.hf_quantizer = quantizer
+        quantizer.postprocess_model(model)
+    return model.eval()
+
+
+def meta_source(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of what a checkpoint of this model on meta would hold, in its own order; no storage is made."""
+    state = model.state_dict(keep_vars=True)
+    for name in expected_names(model):
+        yield name, state[name].detach()
+
+
+def expected_names(model: nn.Module) -> list[str]:
+    """What a checkpoint has to hold: parameters and saved buffers, tied ones once.
+
+    Linear4bit layers are to be still without weights: theirs would have statistics beside them.
+    """
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return [name for name in model.state_dict() if name not in tied]
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more
+
+
+def _replace_linear_layers(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Any:
+    """transformers' quantizer, having put empty Linear4bit layers into the model."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    config = bitsandbytes_config("nf4", dtype)
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    device_map = {"": device.index or 0 if device.type == "cuda" else device.type}
+    quantizer.validate_environment(device_map=device_map)
+    model.config.quantization_config = config
+    # The new layers' weights are on meta until they are placed: no ledger should count them.
+    with _disable_current_modes():
+        quantizer.preprocess_model(model=model, dtype=dtype, device_map=device_map)
+    return quantizer
+
+
+def _place_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Buffers are computed by constructors and not in checkpoints: those on meta are taken from a second skeleton."""
+    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if lost and device.type != "meta":
+        with _empty_weights(model.dtype):
+            computed = dict(type(model)(copy.deepcopy(model.config)).named_buffers())
+    for name, buffer in list(model.named_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        value = computed[name] if buffer.is_meta and device.type != "meta" else buffer
+        model.get_submodule(parent)._buffers[leaf] = value.to(device)
+
+
+class _Staging:
+    """Where weights stand in `dtype` on `device` just before they are quantized: one buffer for all of them.
+
+    A fresh buffer for each would leave holes in the allocator between packed weights that stay.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        largest = max((m.weight.numel() for m in model.modules() if _is_4bit(m)), default=0)
+        self._buffer = torch.empty(largest, dtype=dtype, device=device)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return self._buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    return hasattr(module, "weight") and hasattr(module.weight, "quant_state")
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor, staging: _Staging, keep_on_host: Iterable[str]) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    old = getattr(module, leaf)
+    if tensor.shape != old.shape:
+        raise UserError(
+            f"{name!r} is {tuple(tensor.shape)} in the checkpoint and {tuple(old.shape)} in the model; is the "
+            "config.json beside it its own?"
+        )
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor.to(staging.device, old.dtype)
+    elif leaf == "weight" and _is_4bit(module):
+        module.weight = quantize(module, staging(tensor))
+        module.quant_state = module.weight.quant_state
+    elif any(parent == kept or parent.startswith(kept + ".") for kept in keep_on_host):
+        host = "meta" if tensor.is_meta else "cpu"
+        module._parameters[leaf] = nn.Parameter(tensor.to(host, staging.dtype), requires_grad=False)
+    else:
+        # Never a view of the file: it may be trained, and the file may be replaced.
+        value = torch.empty(tensor.shape, dtype=staging.dtype, device=staging.device).copy_(tensor)
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
+    getattr(module, leaf)._is_hf_initialized = True
+
+
+def quantize(layer: Linear4bit, weight: Tensor) -> nn.Parameter:
+    """The Params4bit that `layer.weight.to(device)` would make of `weight` (out, in), on its device, meta included."""
+    from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
+    from bitsandbytes.nn import Params4bit
+
+    old = layer.weight
+    packed, state = quantize_4bit(
+        weight, blocksize=old.blocksize, quant_type=old.quant_type, quant_storage=old.quant_storage
+    )
+    if old.compress_statistics:
+        # bitsandbytes would do this too, but with a table that it keeps on the first device it meets, even if that
+        # is meta: all that is quantized after it fails.
+        offset = state.absmax.mean()
+        absmax, state2 = quantize_blockwise(state.absmax - offset, code=_dynamic_map(), blocksize=STATISTICS_BLOCK)
+        state = QuantState(
+            absmax, state.shape, state.code, state.blocksize, state.quant_type, state.dtype, offset, state2
+        )
+    return Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=old.blocksize,
+        compress_statistics=old.compress_statistics,
+        quant_type=old.quant_type,
+        quant_storage=old.quant_storage,
+        module=layer,
+        bnb_quantized=True,
+    )
+
+
+@lru_cache(maxsize=1)
+def _dynamic_map() -> Tensor:
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map()
