@@ -26,6 +26,7 @@ import torch
 from lowvram_grpo.kernels.direction import Entries, sparse_direction
 from lowvram_grpo.kernels.fold import Transform
 from lowvram_grpo.kernels.launch import launch_config
+from lowvram_grpo.kernels.logits import compute_dtype
 from lowvram_grpo.kernels.sweep import DirectionParams, Swept, sweep, without_autocast
 from lowvram_grpo.kernels.trainable_head import TrainableHead
 from torch import Tensor
@@ -235,16 +236,6 @@ def _op_backward(ctx, c, _entropy, _ref, e, *_):
 _sweep_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-def _compute_dtype(hidden: Tensor, path: str | None) -> torch.dtype:
-    """The dtype of the matmuls: that of 16-bit hidden states on a GPU (or autocast's), else float32."""
-    device = hidden.device.type
-    if device == "cpu" and path in (None, "torch"):
-        return torch.float32
-    if device == "cuda" and hidden.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
-        return torch.get_autocast_dtype("cuda")
-    return torch.float32 if hidden.dtype == torch.float64 else hidden.dtype
-
-
 def linear_logps(
     hidden: Tensor,  # (N, H), any float dtype, any strides
     head: Head | Tensor,  # or its weight (V, H)
@@ -305,7 +296,7 @@ def linear_logps(
     want_grad = torch.is_grad_enabled() and hidden.requires_grad and not trainable
     at = _Settings(
         temperature, params.mode, params.epsilon, params.capacity, params.max_tail, path,
-        _compute_dtype(hidden, path), workspace_mib, want_grad, want_grad and kl,
+        compute_dtype(hidden, path), workspace_mib, want_grad, want_grad and kl,
     )  # fmt: skip
     if trainable:
         if ref_hidden is not None:

@@ -10,12 +10,21 @@ logits are 9.7e-5.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 BLOCK = 64
+_BLOCK_ELEMENTS = 2**22  # of a dense weight, while it is being quantized: 16 MiB in float32
+
+
+def row_blocks(v: int, h: int) -> Iterator[slice]:
+    """Slices that cut V rows of H weights into blocks of about 4 million weights."""
+    step = max(1, _BLOCK_ELEMENTS // h)
+    for v0 in range(0, v, step):
+        yield slice(v0, min(v0 + step, v))
 
 
 @dataclass(frozen=True)
@@ -34,19 +43,21 @@ class Int8Weight:
         return self.codes.device
 
     @classmethod
-    def quantize(cls, weight: Tensor) -> Int8Weight:
-        """Round a dense (V, H) weight to the nearest code, row block by row block."""
+    def quantize(cls, weight: Tensor, device: torch.device | None = None) -> Int8Weight:
+        """Round a dense (V, H) weight to the nearest code, row block by row block; the codes lie on `device`, the
+        weight's own if left out, which never holds more than a block of the dense weight."""
         v, h = weight.shape
+        device = device or weight.device
         blocks = -(-h // BLOCK)
-        codes = torch.empty(v, h, dtype=torch.int8, device=weight.device)
-        scales = torch.empty(v, blocks, dtype=torch.float16, device=weight.device)
-        for v0 in range(0, v, 8192):
-            w = torch.nn.functional.pad(weight[v0 : v0 + 8192].float(), (0, blocks * BLOCK - h))
+        codes = torch.empty(v, h, dtype=torch.int8, device=device)
+        scales = torch.empty(v, blocks, dtype=torch.float16, device=device)
+        for rows in row_blocks(v, h):
+            w = torch.nn.functional.pad(weight[rows].detach().to(device).float(), (0, blocks * BLOCK - h))
             w = w.unflatten(1, (-1, BLOCK))
             # Rounded against the scale as it is stored, or float16's rounding would be an error of its own.
             scale = (w.abs().amax(2) / 127).clamp(min=torch.finfo(torch.float16).tiny).half()
-            scales[v0 : v0 + 8192] = scale
-            codes[v0 : v0 + 8192] = (w / scale.float()[..., None]).round_().clamp_(-127, 127).flatten(1)[:, :h].char()
+            scales[rows] = scale
+            codes[rows] = (w / scale.float()[..., None]).round_().clamp_(-127, 127).flatten(1)[:, :h].char()
         return cls(codes, scales)
 
     def read(self, codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
@@ -100,20 +111,33 @@ class NF4Weight:
         return self.packed.device
 
     @classmethod
-    def quantize(cls, weight: Tensor, double: bool = True) -> NF4Weight:
-        """By bitsandbytes.
+    def quantize(cls, weight: Tensor, double: bool = True, device: torch.device | None = None) -> NF4Weight:
+        """By bitsandbytes, row block by row block, onto `device` (the weight's own if left out).
 
         Raises:
             ValueError: the hidden size is not a multiple of 64, so blocks would run across rows.
         """
-        from bitsandbytes.functional import quantize_4bit
+        from bitsandbytes.functional import get_4bit_type, quantize_4bit, quantize_blockwise
 
-        if weight.shape[1] % BLOCK:
-            raise ValueError(f"an NF4 head needs a hidden size that is a multiple of {BLOCK}, not {weight.shape[1]}")
-        packed, state = quantize_4bit(
-            weight.detach().contiguous(), blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
-        )
-        return cls.of(packed, state, tuple(weight.shape))
+        v, h = weight.shape
+        if h % BLOCK:
+            raise ValueError(f"an NF4 head needs a hidden size that is a multiple of {BLOCK}, not {h}")
+        device = device or weight.device
+        packed = torch.empty(v, h // 2, dtype=torch.uint8, device=device)
+        absmax = torch.empty(v, h // BLOCK, device=device)
+        for rows in row_blocks(v, h):
+            part, state = quantize_4bit(
+                weight[rows].detach().to(device).contiguous(), blocksize=BLOCK, quant_type="nf4"
+            )
+            packed[rows], absmax[rows] = part.view(-1, h // 2), state.absmax.view(-1, h // BLOCK)
+        code = get_4bit_type("nf4", device=device)
+        if not double:
+            return cls(packed, absmax, code)
+        # As quantize_4bit(compress_statistics=True) does, which would want the whole weight at once.
+        offset = absmax.mean()
+        small, inner = quantize_blockwise(absmax.flatten() - offset, blocksize=256)
+        offset = 0.0 if offset.is_meta else float(offset)
+        return cls(packed, small.view(absmax.shape), code, (inner.absmax, inner.code), offset, inner.blocksize)
 
     @classmethod
     def of(cls, packed: Tensor, state, shape: tuple[int, int]) -> NF4Weight:

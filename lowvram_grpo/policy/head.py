@@ -74,6 +74,12 @@ class Head:
             return self.weight.detach()[ids.to(self.weight.device)].to(ids.device, dtype)
         return self.weight.rows(ids, torch.empty(len(ids), self.shape[1], dtype=dtype, device=ids.device))
 
+    def logits(self, hidden: Tensor, workspace_mib: int = 64) -> Tensor:
+        """float32 (N, V) logits of hidden states (N, H), without gradient; `workspace_mib` for tiles of the weight."""
+        from lowvram_grpo.kernels.logits import linear_logits  # the kernels import this module
+
+        return linear_logits(hidden, self, workspace_mib=workspace_mib)
+
     def centre(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(mean, radius): the mean weight row (H,) float32, and the furthest that any row is from it, a float32
         scalar; with soft-capping the zero row and the longest row's norm, for the slopes of the tail are unknown.
@@ -160,7 +166,10 @@ def head_of(causal_lm: nn.Module) -> Head:
             "adapter's target_modules and modules_to_save."
         )
     weight = layer.weight if isinstance(layer, nn.Linear) else None
-    if getattr(weight, "quant_state", None) is not None:
+    quantized = getattr(layer, "quantized_weight", None)  # embeddings.QuantizedHead
+    if quantized is not None:
+        weight = quantized
+    elif getattr(weight, "quant_state", None) is not None:
         try:
             weight = _nf4(layer)
         except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from transformers.utils import find_adapter_config_file
 
 from lowvram_grpo.errors import UserError, did_you_mean, one_line
 from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source
+from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.gguf import gguf_parts, load_gguf
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.quantization import bitsandbytes_config, check_stored, streamed_quantization
@@ -258,9 +260,13 @@ def keep_differentiable(model: nn.Module) -> None:
 
 
 def build_policy(
-    model: str | nn.Module, args: GRPOConfig, quantization_config: Any, peft_config: PeftConfig | None
+    model: str | nn.Module,
+    args: GRPOConfig,
+    quantization_config: Any,
+    peft_config: PeftConfig | None,
+    tell: Callable[[str], None] = lambda sentence: None,
 ) -> nn.Module:
-    """The model that GRPOTrainer trains, from whatever it was given.
+    """The model that GRPOTrainer trains, from whatever it was given; `tell` hears what was made smaller.
 
     Raises:
         UserError: arguments that contradict each other, or a model that cannot be trained.
@@ -280,6 +286,15 @@ def build_policy(
         model = attach_lora(model, peft_config)
     elif getattr(model, "is_quantized", False) and not is_peft(model):
         raise UserError("A quantized model cannot be trained directly; pass a peft_config to train an adapter on it.")
+    if is_peft(model) or args.head_dtype != "dense" or args.embedding_offload:
+        for sentence in place_embeddings(
+            unwrap(model),
+            head_dtype=args.head_dtype,
+            embedding_offload=args.embedding_offload,
+            device=args.device,
+            workspace_mib=args.workspace_mib,
+        ):
+            tell(sentence)
     head_of(unwrap(model))
     keep_differentiable(model)
     if not any(p.requires_grad for p in model.parameters()):

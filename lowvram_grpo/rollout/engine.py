@@ -76,7 +76,7 @@ class GenerateEngine:
         """G completions of each prompt. The same seed, weights and prompts give the same completions."""
         batch = RolloutBatch([], [], [], [])
         at_once = len(prompt_ids) if self.rows is None else max(1, self.rows // num_generations)
-        device = unwrap(self.model).get_input_embeddings().weight.device
+        device = next(self.model.parameters()).device
         with sampling_mode(self.model, self.sampling), seeded(seed, device):
             for first in range(0, len(prompt_ids), at_once):
                 prompts = prompt_ids[first : first + at_once]

@@ -1,0 +1,57 @@
+"""Logits of a few hidden states over the whole vocabulary: what a sampler needs, where a sweep would keep none.
+
+Memory: N x V float32 for the logits, and `workspace_mib` for a tile of the weight where it is not a view. The product
+is the sweep's own (same dtype, float32 accumulation and output), so the sampler sees the numbers that are scored.
+"""
+
+from __future__ import annotations
+
+import torch
+from lowvram_grpo.kernels.sweep import matmul, without_autocast
+from torch import Tensor
+
+from lowvram_grpo.policy.head import Head
+
+
+def compute_dtype(hidden: Tensor, path: str | None = None) -> torch.dtype:
+    """The dtype of the matmuls: that of 16-bit hidden states on a GPU (or autocast's), else float32."""
+    device = hidden.device.type
+    if device == "cpu" and path in (None, "torch"):
+        return torch.float32
+    if device == "cuda" and hidden.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return torch.float32 if hidden.dtype == torch.float64 else hidden.dtype
+
+
+def linear_logits(hidden: Tensor, head: Head, *, workspace_mib: int = 64) -> Tensor:
+    """`softcap(scale * (W h + b))`, float32 (N, V), for hidden states (N, H) of any float dtype; no gradient."""
+    vocab, width = head.shape
+    dtype = compute_dtype(hidden)
+    with without_autocast(hidden), torch.no_grad():
+        h = hidden.to(dtype)
+        out = torch.empty(len(h), vocab, dtype=torch.float32, device=h.device)
+        view = head.is_view(dtype, h.device)
+        columns = vocab if view else _columns(len(h), vocab, width, h.element_size(), workspace_mib)
+        buffer = torch.empty(0 if view else columns, width, dtype=dtype, device=h.device)
+        for v0 in range(0, vocab, columns):
+            v1 = min(v0 + columns, vocab)
+            w, bias = head.tile(v0, v1, buffer)
+            if v1 - v0 == vocab:
+                matmul(h, w.T, out)
+            else:
+                # A product straight into columns of `out` is a copy anyway wherever the library wants them dense.
+                out[:, v0:v1] = matmul(h, w.T, torch.empty(len(h), v1 - v0, device=h.device))
+            if bias is not None:
+                out[:, v0:v1] += bias
+        if head.logit_scale != 1.0:
+            out *= head.logit_scale
+        if head.softcap is not None:
+            out.div_(head.softcap).tanh_().mul_(head.softcap)
+        return out
+
+
+def _columns(n: int, vocab: int, width: int, item: int, workspace_mib: int) -> int:
+    """Vocabulary entries a tile. Three quarters for the weights: int8 scales, or NF4's own output, come beside them."""
+    columns = workspace_mib * 2**20 * 3 // 4 // (2 * width * item + 4 * n)
+    columns -= columns % 128 if columns > 128 else 0
+    return max(1, min(vocab, columns))
