@@ -7,7 +7,7 @@ fixed for the whole update before it is cut, so that how it is cut cannot change
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class MicroBatch:
         advantages: (b,) float32.
         sampling_per_token_logps: (b, T) float32.
         old_per_token_logps, ref_per_token_logps: (b, T) float32, filled in by the trainer where the loss needs them.
+        prompt_lengths, completion_lengths: b numbers of tokens, on the host: what the masks say, without a wait.
+        group_sizes: runs of adjacent rows that have the same prompt.
     """
 
     prompt_ids: Tensor
@@ -62,14 +64,21 @@ class MicroBatch:
     sampling_per_token_logps: Tensor
     old_per_token_logps: Tensor | None = None
     ref_per_token_logps: Tensor | None = None
+    prompt_lengths: list[int] | None = None
+    completion_lengths: list[int] | None = None
+    group_sizes: list[int] | None = None
 
     def sequence(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The arguments of `scoring.score`."""
         return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
 
+    def lengths(self) -> dict[str, list[int] | None]:
+        """What `scoring.score` need not count."""
+        return {"prompt_lengths": self.prompt_lengths, "completion_lengths": self.completion_lengths}
+
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return MicroBatch(**{k: None if v is None else v.to(device) for k, v in moved.items()})
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return MicroBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()})
 
 
 def pad_right(rows: list[Tensor], width: int, value: float) -> Tensor:
@@ -125,6 +134,9 @@ def updates_of(
                     weights[rows.start - update.start : rows.stop - update.start, :t],
                     rollout.advantages.values[rows],
                     logps[rows, :t],
+                    prompt_lengths=[len(prompt) for prompt in batch.prompt_ids[rows]],
+                    completion_lengths=[len(row) for row in ids[rows]],
+                    group_sizes=[len(list(run)) for _, run in groupby(batch.prompt_ids[rows])],
                 ).to(device)
             )
         cut.append(micro)

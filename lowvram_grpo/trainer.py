@@ -37,6 +37,7 @@ from lowvram_grpo.objective import Objective
 from lowvram_grpo.policy.adapter import restore_adapter
 from lowvram_grpo.policy.load import build_policy, compute_dtype, is_peft, load_tokenizer, unwrap
 from lowvram_grpo.policy.reference import Reference
+from lowvram_grpo.policy.shared_prefix import shared_groups
 from lowvram_grpo.rewards.runner import RewardRunner, check_columns
 from lowvram_grpo.rollout.collect import Collector, reward_columns
 from lowvram_grpo.rollout.engine import GenerateEngine, end_ids
@@ -239,7 +240,8 @@ class GRPOTrainer(Trainer):
         """This micro-batch's share of the update's loss."""
         ref_states = None
         if self.joint_reference and inputs.ref_per_token_logps is None:
-            ref_states = self._frozen(lambda reference: scored_states(reference, *inputs.sequence()), reference=True)
+            states = lambda reference: scored_states(reference, *inputs.sequence(), **self._sharing(inputs, reference))
+            ref_states = self._frozen(states, reference=True)
         scores = self.score(inputs, ref_states=ref_states)
         if inputs.old_per_token_logps is None and self.model.training:
             self._add_sampler_gap(inputs, scores.logps.detach())
@@ -259,6 +261,12 @@ class GRPOTrainer(Trainer):
         gap = sampler_metrics(logps, micro.sampling_per_token_logps, micro.completion_mask)
         self.metrics["train"].add(gap)
 
+    def _sharing(self, micro: MicroBatch, model: nn.Module) -> dict[str, list[int] | None]:
+        """Lengths and groups of a micro-batch, as the functions of `scoring` take them."""
+        lengths = micro.lengths()
+        groups = shared_groups(self.grpo_args.shared_prefix, model, **lengths, group_sizes=micro.group_sizes)
+        return {**lengths, "group_sizes": groups}
+
     def score(self, micro: MicroBatch, model: nn.Module | None = None, ref_states: Tensor | None = None) -> Scores:
         """Log-probs of a micro-batch under the policy, or under `model`; with `ref_states` those of the reference."""
         with naming_oom("scoring", "per_device_train_batch_size"):
@@ -271,6 +279,7 @@ class GRPOTrainer(Trainer):
                 wanted=wanted_rows(micro, self.objective) if torch.is_grad_enabled() else None,
                 ref_states=ref_states,
                 kl=ref_states is not None and self.grpo_args.kl_estimator == "exact",
+                **self._sharing(micro, model or self.model),
             )
 
     def collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
