@@ -7,7 +7,7 @@ fixed for the whole update before it is cut, so that how it is cut cannot change
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class MicroBatch:
         advantages: (b,) float32.
         sampling_per_token_logps: (b, T) float32.
         old_per_token_logps, ref_per_token_logps: (b, T) float32, filled in by the trainer where the loss needs them.
+        prompt_lengths, completion_lengths: b numbers of tokens, on the host: what the masks say, without a wait.
+        group_sizes: runs of adjacent rows that have the same prompt.
     """
 
     prompt_ids: Tensor
@@ -62,14 +64,21 @@ class MicroBatch:
     sampling_per_token_logps: Tensor
     old_per_token_logps: Tensor | None = None
     ref_per_token_logps: Tensor | None = None
+    prompt_lengths: list[int] | None = None
+    completion_lengths: list[int] | None = None
+    group_sizes: list[int] | None = None
 
     def sequence(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The arguments of `scoring.score`."""
         return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
 
+    def lengths(self) -> dict[str, list[int] | None]:
+        """What `scoring.score` need not count."""
+        return {"prompt_lengths": self.prompt_lengths, "completion_lengths": self.completion_lengths}
+
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return MicroBatch(**{k: None if v is None else v.to(device) for k, v in moved.items()})
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return MicroBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()})
 
 
 def split(micro: MicroBatch, rows: int) -> list[MicroBatch]:
@@ -79,13 +88,16 @@ def split(micro: MicroBatch, rows: int) -> list[MicroBatch]:
 
 
 def _part(micro: MicroBatch, rows: slice) -> MicroBatch:
-    given = {f.name: getattr(micro, f.name) for f in fields(micro)}
-    part = {name: None if value is None else value[rows] for name, value in given.items()}
+    part = {f.name: getattr(micro, f.name) for f in fields(micro) if f.name != "group_sizes"}
+    part = {name: None if value is None else value[rows] for name, value in part.items()}
     longest = {side: int(part[f"{side}_mask"].sum(1).max()) for side in ("prompt", "completion")}
     for name, value in part.items():
-        if value is not None and value.dim() == 2:
+        if isinstance(value, Tensor) and value.dim() == 2:
             prompt = name.startswith("prompt_")
             part[name] = value[:, value.shape[1] - longest["prompt"] :] if prompt else value[:, : longest["completion"]]
+    if micro.group_sizes is not None:
+        group_of = [i for i, size in enumerate(micro.group_sizes) for _ in range(size)]
+        part["group_sizes"] = [len(list(run)) for _, run in groupby(group_of[rows])]
     return MicroBatch(**part)
 
 
@@ -142,6 +154,9 @@ def updates_of(
                     weights[rows.start - update.start : rows.stop - update.start, :t],
                     rollout.advantages.values[rows],
                     logps[rows, :t],
+                    prompt_lengths=[len(prompt) for prompt in batch.prompt_ids[rows]],
+                    completion_lengths=[len(row) for row in ids[rows]],
+                    group_sizes=[len(list(run)) for _, run in groupby(batch.prompt_ids[rows])],
                 ).to(device)
             )
         cut.append(micro)

@@ -16,6 +16,7 @@ from lowvram_grpo.experience import MicroBatch
 from lowvram_grpo.loss import KernelChoice, LossSums, micro_loss, wanted_rows
 from lowvram_grpo.objective import Objective
 from lowvram_grpo.policy.reference import Reference
+from lowvram_grpo.policy.shared_prefix import shared_groups
 from lowvram_grpo.scoring import Scores, score, scored_states
 
 
@@ -61,13 +62,21 @@ class Learner:
             wanted=wanted_rows(micro, self.objective) if torch.is_grad_enabled() else None,
             ref_states=ref_states,
             kl=ref_states is not None and self.args.kl_estimator == "exact",
+            **self._sharing(micro, model or self.model),
         )
+
+    def _sharing(self, micro: MicroBatch, model: nn.Module) -> dict[str, list[int] | None]:
+        """Lengths and groups of a micro-batch, as the functions of `scoring` take them."""
+        lengths = micro.lengths()
+        groups = shared_groups(self.args.shared_prefix, model, **lengths, group_sizes=micro.group_sizes)
+        return {**lengths, "group_sizes": groups}
 
     def loss(self, micro: MicroBatch) -> tuple[LossSums, Scores]:
         """This micro-batch's share of the update's loss, and the scores it was made from."""
         ref_states = None
         if self.joint_reference and micro.ref_per_token_logps is None:
-            ref_states = self.frozen(lambda reference: scored_states(reference, *micro.sequence()), reference=True)
+            states = lambda reference: scored_states(reference, *micro.sequence(), **self._sharing(micro, reference))
+            ref_states = self.frozen(states, reference=True)
         scores = self.score(micro, ref_states=ref_states)
         return micro_loss(scores, micro, self.objective, self.kernels.fused), scores
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lowvram_grpo.kernels.linear_logps import linear_logps
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.load import unwrap
+from lowvram_grpo.policy.shared_prefix import PrefixLayout, packed_states, ragged_index, why_not
 
 
 class Scores(NamedTuple):
@@ -39,12 +40,20 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """(B, L, H) after the final norm, without touching the head."""
-    causal_lm = unwrap(model)
-    decoder = getattr(causal_lm, causal_lm.base_model_prefix)
-    out = decoder(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
-    )
+    places = position_ids(attention_mask)
+    if input_ids.is_meta:
+        # Attention is counted as CUDA's kernels do it. Transformers cannot look into a mask here, but this is what it
+        # makes of one with padding.
+        why_not(model)
+        b, length = input_ids.shape
+        attention_mask = torch.empty(b, 1, length, length, dtype=torch.bool, device="meta")
+    out = _decoder(model)(input_ids=input_ids, attention_mask=attention_mask, position_ids=places, use_cache=False)
     return out.last_hidden_state
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    causal_lm = unwrap(model)
+    return getattr(causal_lm, causal_lm.base_model_prefix)
 
 
 def scored_states(
@@ -53,12 +62,31 @@ def scored_states(
     prompt_mask: Tensor,  # (B, P)
     completion_ids: Tensor,  # (B, T) right-padded
     completion_mask: Tensor,  # (B, T)
+    *,
+    prompt_lengths: list[int] | None = None,
+    completion_lengths: list[int] | None = None,
+    group_sizes: list[int] | None = None,
 ) -> Tensor:
-    """(N, H) the hidden state before each of the N unmasked completion tokens, row after row."""
+    """(N, H) the hidden state before each of the N unmasked completion tokens, row after row.
+
+    Lengths are those that the masks say; given, no pass waits for the GPU to count, and tensors may be on meta.
+    With `group_sizes`, runs of adjacent rows that share a prompt, each prompt goes through the model once: ask
+    `policy.shared_prefix.shared_groups` whether the model can.
+    """
+    (b, p), t = prompt_ids.shape, completion_ids.shape[1]
+    lengths = _lengths(completion_mask, completion_lengths)
     input_ids = torch.cat([prompt_ids, completion_ids], 1)
+    if group_sizes is not None:
+        prompts = _lengths(prompt_mask, prompt_lengths)
+        layout = PrefixLayout(prompts, lengths, group_sizes, width=p + t, prompt_width=p, device=input_ids.device)
+        return packed_states(_decoder(model), input_ids, layout)[layout.scored]
     attention_mask = torch.cat([prompt_mask, completion_mask.to(prompt_mask.dtype)], 1)
     hidden = last_hidden_state(model, input_ids, attention_mask)
-    return hidden[:, prompt_ids.shape[1] - 1 : -1][completion_mask.bool()]
+    return hidden.flatten(0, 1)[ragged_index(range(p - 1, b * (p + t), p + t), lengths, hidden.device)]
+
+
+def _lengths(mask: Tensor, known: list[int] | None) -> list[int]:
+    return mask.sum(1).tolist() if known is None else known
 
 
 def score(
@@ -74,27 +102,36 @@ def score(
     wanted: Tensor | None = None,  # (B, T) bool
     ref_states: Tensor | None = None,  # (N, H)
     kl: bool = False,
+    prompt_lengths: list[int] | None = None,
+    completion_lengths: list[int] | None = None,
+    group_sizes: list[int] | None = None,
 ) -> Scores:
     """Log-prob and entropy of each completion token at `temperature`, under `model` with its adapter on or off.
 
     `wanted`, `path` and `kl` as in `linear_logps`; `ref_states` are the reference's `scored_states`, for a reference
-    that has the model's own head.
+    that has the model's own head. Lengths and `group_sizes` as in `scored_states`.
     """
-    mask = completion_mask.bool()
+    shape = completion_ids.shape
+    lengths = _lengths(completion_mask, completion_lengths)
+    scored = ragged_index(range(0, shape.numel(), shape[1]), lengths, completion_ids.device)
+    states = scored_states(
+        model, prompt_ids, prompt_mask, completion_ids, completion_mask,
+        prompt_lengths=prompt_lengths, completion_lengths=lengths, group_sizes=group_sizes,
+    )  # fmt: skip
     out = linear_logps(
-        scored_states(model, prompt_ids, prompt_mask, completion_ids, completion_mask),
+        states,
         head_of(unwrap(model)),
-        completion_ids[mask],
+        completion_ids.flatten()[scored],
         temperature=temperature,
         entropy=True,
         workspace_mib=workspace_mib,
         ref_hidden=ref_states,
         kl=kl,
-        wanted=None if wanted is None else wanted[mask],
+        wanted=None if wanted is None else wanted.flatten()[scored],
         path=path,
     )
-    blank = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    spread = lambda values: None if values is None else blank.masked_scatter(mask, values)
+    blank = torch.zeros(shape.numel(), dtype=torch.float32, device=completion_ids.device)
+    spread = lambda values: None if values is None else blank.index_copy(0, scored, values).view(shape)
     return Scores(
         *map(spread, (out.logps, out.entropy, out.ref_logps, out.kl)),
         len(out.logps),

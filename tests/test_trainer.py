@@ -245,7 +245,7 @@ def test_self_test_stops_a_model_that_does_not_score_what_it_samples(config, dat
     import lowvram_grpo.scoring as scoring
 
     monkeypatch.setattr(scoring, "position_ids", lambda mask: torch.arange(mask.shape[1]).expand_as(mask).flip(1))
-    trainer = trainer_for(model, config(), dataset, tokenizer, peft_config=LORA)
+    trainer = trainer_for(model, config(shared_prefix="off"), dataset, tokenizer, peft_config=LORA)
     with pytest.raises(UserError, match="Self-test failed"):
         trainer.train()
 

@@ -1,8 +1,8 @@
 """Predicted peak of each phase of a training step, for a model that exists only as a configuration.
 
 The policy is built on meta tensors by the code that loads real ones, then the longest step is rehearsed under the
-ledger. Decoder layers are alike, so a model of many is measured at two smaller depths: bytes are affine in the number of
-layers (tests/memory/test_prediction.py holds that against the whole model), and a plan takes a second instead of ten.
+ledger. Decoder layers are alike, so a model of many is measured at two smaller depths: bytes are affine in the number
+of layers (tests/memory/test_prediction.py holds that against the whole model), and a plan takes a second, not ten.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def predict(blueprint: Blueprint, args: GRPOConfig, *, exact: bool = False) -> P
     """Peaks of the longest step that `args` allow. `exact` runs all layers, however many."""
     config = blueprint.config.get_text_config()
     depth, period = config.num_hidden_layers, _period(config)
-    low, high = 2 * period, 4 * period
+    low, high = 2 * period, 3 * period
     if exact or depth <= high:
         peaks = count(blueprint, args)
     else:
@@ -124,15 +124,16 @@ def _with_overheads(peaks: dict[str, Peak], extra: Overheads) -> Prediction:
 def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     """Peak of each phase as the ledger counts it: tensors only."""
     from lowvram_grpo.memory.rehearsal import Rehearsal, workload
+    from lowvram_grpo.policy.stream import skeleton
 
     overheads = CUDA if blueprint.device == "cuda" else CPU
     ledger = Ledger(block=overheads.block)
     stand_in = StandIn(blueprint.device, None if blueprint.dtype == torch.float32 else blueprint.dtype)
     work = workload(args, blueprint.config)
-    skeleton = _skeleton(blueprint)
+    empty = skeleton(blueprint.config, blueprint.dtype, attn_implementation="sdpa")
     with stand_in, ledger:
         with ledger.phase("load"):
-            model = _policy(skeleton, blueprint, args, ledger)
+            model = _policy(empty, blueprint, args, ledger)
         engine, learner = _around(model, blueprint, args, stand_in, ledger)
         rehearsal = Rehearsal(
             model, engine, learner, phase=ledger.phase, backward=lambda loss: _backward(loss, stand_in)
@@ -150,25 +151,30 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     return ledger.phases
 
 
-def _skeleton(blueprint: Blueprint) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(blueprint.config)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=blueprint.dtype, attn_implementation="sdpa")
-
-
-def _policy(skeleton: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig, ledger: Ledger) -> nn.Module:
+def _policy(empty: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig, ledger: Ledger) -> nn.Module:
     """The policy as a run would have it: streamed in, embeddings placed, adapter attached."""
     from peft import LoraConfig
 
+    from lowvram_grpo.policy.embeddings import place_embeddings, stays_on_host
     from lowvram_grpo.policy.load import build_policy
     from lowvram_grpo.policy.stream import materialize, meta_source
 
     with ledger.making("base weights"):
         model = materialize(
-            skeleton, meta_source(skeleton), device=_META, dtype=blueprint.dtype, quantization=blueprint.quantization
+            empty,
+            meta_source(empty),
+            device=_META,
+            dtype=blueprint.dtype,
+            quantization=blueprint.quantization,
+            keep_on_host=stays_on_host(empty, args.head_dtype, args.embedding_offload),
         )
+    with ledger.making("head"):
+        place_embeddings(
+            model, head_dtype=args.head_dtype, embedding_offload=args.embedding_offload, device=_META,
+            workspace_mib=args.workspace_mib,
+        )  # fmt: skip
+    tables = (model.get_output_embeddings(), model.get_input_embeddings())
+    ledger.tag("head", [x for table in tables for x in (*table.parameters(), *table.buffers())])
     with ledger.making("adapter"):
         return build_policy(model, args, None, LoraConfig(**blueprint.lora, task_type="CAUSAL_LM"))
 
