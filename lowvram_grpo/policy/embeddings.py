@@ -173,6 +173,17 @@ def _pinned(table: Tensor) -> Tensor:
         return table
 
 
+def stays_on_host(causal_lm: nn.Module, head_dtype: str, embedding_offload: bool) -> tuple[str, ...]:
+    """Names of the modules whose weights `place_embeddings` wants to find in host memory: those that it quantizes from
+    there, and the one that stays."""
+    head, embedding = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
+    tied = getattr(causal_lm.config.get_text_config(), "tie_word_embeddings", False)
+    wanted = [head] if head_dtype != "dense" else []
+    if (embedding_offload and not tied) or (head_dtype != "dense" and tied):
+        wanted.append(embedding)
+    return tuple(name for name, module in causal_lm.named_modules() if any(module is table for table in wanted))
+
+
 def place_embeddings(
     causal_lm: nn.Module,
     *,

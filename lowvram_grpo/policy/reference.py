@@ -34,7 +34,8 @@ def adapter_is_blank(model: nn.Module, adapter: str) -> bool:
             continue
         if ".lora_B." in name or ".lora_embedding_B." in name:
             found = True
-            blank &= not bool(parameter.detach().any())
+            # On meta, where memory is planned, an adapter is always a fresh one.
+            blank &= parameter.is_meta or not bool(parameter.detach().any())
         elif ".lora_A." not in name and ".lora_embedding_A." not in name:
             return False
     return found and blank
