@@ -140,7 +140,12 @@ class GRPOTrainer(Trainer):
             timeout=args.reward_timeout,
         )
         self.collector = Collector(
-            GenerateEngine(model, sampling_of(args, end_ids(model, tokenizer), tokenizer), args.rollout_batch_size),
+            GenerateEngine(
+                model,
+                sampling_of(args, end_ids(model, tokenizer), tokenizer),
+                args.rollout_batch_size,
+                workspace_mib=args.workspace_mib,
+            ),
             self.rewards,
             tokenizer,
             max_prompt_length=args.max_prompt_length,
