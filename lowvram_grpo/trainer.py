@@ -158,7 +158,12 @@ class GRPOTrainer(Trainer):
             active=args.oom_step_down and args.device.type == "cuda",
         )  # fmt: skip
         self.collector = Collector(
-            GenerateEngine(model, sampling_of(args, end_ids(model, tokenizer), tokenizer), args.rollout_batch_size),
+            GenerateEngine(
+                model,
+                sampling_of(args, end_ids(model, tokenizer), tokenizer),
+                args.rollout_batch_size,
+                workspace_mib=args.workspace_mib,
+            ),
             self.rewards,
             tokenizer,
             self.guard,

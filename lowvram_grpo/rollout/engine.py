@@ -1,18 +1,21 @@
-"""Completions from the training weights themselves: one prefill a prompt, its KV cache copied to the G completions."""
+"""Completions from the training weights themselves, in waves that fit into memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lowvram_grpo.policy.load import unwrap
-from lowvram_grpo.rollout.sampler import LogprobRecorder, Sampling
-from lowvram_grpo.scoring import position_ids
+from lowvram_grpo.rollout.decode import Wave, decode
+from lowvram_grpo.rollout.fallback import generate_with_transformers, seeded
+from lowvram_grpo.rollout.sampler import Sampling, stream_key
 
 
 @dataclass
@@ -41,89 +44,142 @@ def pad_left(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[
 
 
 @contextmanager
-def sampling_mode(model: nn.Module, sampling: Sampling) -> Iterator[None]:
-    """Eval mode, no gradient, and a generation config with no defaults to leak.
+def sampling_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradient.
 
     In train mode with activation checkpointing on, transformers drops the KV cache and still feeds only the last token:
     4 % of the tokens come out right.
     """
-    causal_lm, was_training = unwrap(model), model.training
-    inherited, causal_lm.generation_config = causal_lm.generation_config, sampling.generation_config()
+    was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        causal_lm.generation_config = inherited
         model.train(was_training)
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers that depend on `seed` alone; the global generators are left as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+def waves(prompts: int, group: int, rows: int | None) -> list[list[tuple[int, int]]]:
+    """(prompt, completion) pairs in order, cut into waves of at most `rows` (None: one wave).
+
+    A prompt is prefilled once a wave, so groups stay whole where they fit, and are cut into equal parts where not.
+    """
+    pairs = [(p, g) for p in range(prompts) for g in range(group)]
+    if rows is None or rows >= len(pairs):
+        return [pairs] if pairs else []
+    if rows >= group:
+        step = rows // group * group
+        return [pairs[first : first + step] for first in range(0, len(pairs), step)]
+    parts = -(-group // rows)
+    edges = [group * i // parts for i in range(parts + 1)]
+    return [pairs[p * group + a : p * group + b] for p in range(prompts) for a, b in pairwise(edges)]
 
 
 class GenerateEngine:
-    """Samples with transformers' `generate`, at most `rows` completions at once (whole groups; None: all)."""
+    """Samples from the training weights through the head that scores them.
 
-    def __init__(self, model: nn.Module, sampling: Sampling, rows: int | None = None):
+    Args:
+        rows: completions sampled at once, all if left out; a group may be split over several waves.
+        workspace_mib: memory for tiles of the head.
+        on_cache: called with the KV cache whenever it has grown, for a ledger to tag its storages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sampling: Sampling,
+        rows: int | None = None,
+        *,
+        workspace_mib: int = 64,
+        on_cache: Callable[[DynamicCache], None] | None = None,
+    ):
         self.model, self.sampling, self.rows = model, sampling, rows
+        self.workspace_mib, self.on_cache = workspace_mib, on_cache
+        if sampling.foreign:
+            warnings.warn(
+                f"generation_kwargs {', '.join(sampling.foreign)}: completions are sampled by transformers' generate, "
+                "which is slower, and what is drawn depends on rollout_batch_size.",
+                stacklevel=2,
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; its input embedding may be in host memory."""
+        return next(self.model.parameters()).device
 
     def generate(self, prompt_ids: list[list[int]], num_generations: int, *, seed: int) -> RolloutBatch:
-        """G completions of each prompt. The same seed, weights and prompts give the same completions."""
+        """G completions of each prompt. The same seed, weights and prompts give the same completions, to rounding
+        whatever `rows` is. The KV cache is gone when this returns."""
         batch = RolloutBatch([], [], [], [])
-        at_once = len(prompt_ids) if self.rows is None else max(1, self.rows // num_generations)
-        device = next(self.model.parameters()).device
-        with sampling_mode(self.model, self.sampling), seeded(seed, device):
-            for first in range(0, len(prompt_ids), at_once):
-                prompts = prompt_ids[first : first + at_once]
-                self._append(batch, prompts, *self._sample(prompts, num_generations, device), num_generations)
+        with sampling_mode(self.model):
+            if self.sampling.foreign:
+                self._generate_by_transformers(batch, prompt_ids, num_generations, seed)
+            else:
+                for pairs in waves(len(prompt_ids), num_generations, self.rows):
+                    self._append(batch, [prompt_ids[p] for p, _ in pairs], *self._sample(prompt_ids, pairs, seed))
         return batch
 
-    def _sample(self, prompts: list[list[int]], num_generations: int, device: torch.device) -> tuple[list, Tensor]:
-        """Sampled ids, padded, and their log-probs (B, T)."""
-        recorder = LogprobRecorder(self.sampling.temperature)
+    def _sample(
+        self, prompt_ids: list[list[int]], pairs: list[tuple[int, int]], seed: int
+    ) -> tuple[list[list[int]], Tensor]:
+        """Ids and log-probs (B, T) of one wave."""
+        first, last, device = pairs[0][0], pairs[-1][0], self.device
+        prompts = prompt_ids[first : last + 1]
         ids, mask = pad_left(prompts, self.sampling.pad_id, device)
-        cache = self._prefill(ids, mask, num_generations)
-        ids, mask = (x.repeat_interleave(num_generations, 0) for x in (ids, mask))
-        sequences = unwrap(self.model).generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            logits_processor=self.sampling.processors(recorder),
-        )
-        completions = sequences[:, ids.shape[1] :]
-        return completions.tolist(), recorder.finish(completions[:, -1]).cpu()
+        equal = len({len(p) for p in prompts}) == 1
+        owner = torch.tensor([p - first for p, _ in pairs], device=device)
+        keys = torch.tensor([stream_key(seed, p, g) for p, g in pairs], device=device)
+        wave = self._wave(ids, None if equal else mask, owner, keys)
+        try:
+            return decode(wave, self.sampling)
+        finally:
+            wave.close()
 
-    def _prefill(self, ids: Tensor, mask: Tensor, num_generations: int) -> DynamicCache | None:
-        """KV of all prompt tokens but the last, computed once a prompt and then repeated G times."""
-        if ids.shape[1] < 2:
-            return None
-        causal_lm = unwrap(self.model)
-        cache = DynamicCache(config=causal_lm.config)
-        decoder = getattr(causal_lm, causal_lm.base_model_prefix)
-        decoder(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=position_ids(mask)[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache.batch_repeat_interleave(num_generations)
-        return cache
+    def _wave(self, ids: Tensor, mask: Tensor | None, owner: Tensor, keys: Tensor) -> Wave:
+        return Wave(
+            unwrap(self.model), self.sampling, ids, mask, owner, keys,
+            workspace_mib=self.workspace_mib, on_cache=self.on_cache,
+        )  # fmt: skip
 
-    def _append(
-        self, batch: RolloutBatch, prompts: list[list[int]], rows: list[list[int]], logps: Tensor, group: int
+    def rehearse(
+        self, prompt_length: int, completion_length: int, rows: int, num_generations: int | None = None
     ) -> None:
+        """The memory of a wave of `rows` completions without its time: the prefill, and the last decode step with a
+        cache that holds prompt_length + completion_length - 1 tokens by its end. Runs on meta tensors too.
+
+        Args:
+            prompt_length: tokens of every prompt; at least 2 are taken.
+            num_generations: completions of a prompt, hence rows / G prompts, rounded up; one prompt if left out.
+        """
+        group, device = num_generations or rows, self.device
+        ids = torch.zeros(-(-rows // group), max(2, prompt_length), dtype=torch.long, device=device)
+        owner = torch.arange(rows, device=device) // group
+        with sampling_mode(self.model):
+            wave = self._wave(ids, None, owner, torch.zeros_like(owner))
+            try:
+                wave.skip(completion_length - 1)
+                wave.step()
+            finally:
+                wave.close()
+
+    def _generate_by_transformers(
+        self, batch: RolloutBatch, prompt_ids: list[list[int]], group: int, seed: int
+    ) -> None:
+        at_once = len(prompt_ids) if self.rows is None else max(1, self.rows // group)
+        with seeded(seed, self.device):
+            for first in range(0, len(prompt_ids), at_once):
+                prompts = prompt_ids[first : first + at_once]
+                ids, mask = pad_left(prompts, self.sampling.pad_id, self.device)
+                found = generate_with_transformers(unwrap(self.model), self.sampling, ids, mask, group)
+                self._append(batch, [p for p in prompts for _ in range(group)], *found)
+
+    def _append(self, batch: RolloutBatch, prompts: list[list[int]], rows: list[list[int]], logps: Tensor) -> None:
         """Cut each row behind its first end token."""
         ends = set(self.sampling.eos_ids)
         for i, row in enumerate(rows):
             stop = next((t for t, token in enumerate(row) if token in ends), None)
             length = len(row) if stop is None else stop + 1
-            batch.prompt_ids.append(prompts[i // group])
+            batch.prompt_ids.append(prompts[i])
             batch.completion_ids.append(row[:length])
             batch.sampling_per_token_logps.append(logps[i, :length])
             batch.truncated.append(stop is None)

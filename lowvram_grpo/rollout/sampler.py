@@ -1,4 +1,9 @@
-"""What happens between logits and the sampled token, as transformers logits processors."""
+"""What happens between a step's logits and the sampled tokens, on the device and without the host's help.
+
+The filters have the meaning and the order of transformers' own: unknown ids, repetition penalty, minimum length, then,
+unless greedy, temperature, top-k, top-p, min-p. Noise is a function of (seed, prompt, completion, token), so what a
+completion draws depends neither on who is sampled beside it nor on the device.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from lowvram_grpo.config import GRPOConfig
+
+_MASK64 = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # increment and multipliers of splitmix64 (Steele, Lea, Flood 2014)
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -19,10 +29,11 @@ class Sampling:
 
     Attributes:
         eos_ids: every id that ends a completion.
-        pad_id: fills up finished rows; may equal an end id, masks never look at it.
+        pad_id: fills up prompts; may equal an end id, masks never look at it.
         known_ids: ids below this have a token; an embedding table is often larger (Qwen2.5: 151,936 rows for 151,665
             tokens) and the rest must not be sampled. None: all.
-        extra: further arguments of GenerationConfig.
+        extra: further arguments of transformers' GenerationConfig. `min_new_tokens` is known here; anything else
+            is left to transformers' `generate` (see `fallback.py`).
     """
 
     max_new_tokens: int
@@ -36,42 +47,14 @@ class Sampling:
     known_ids: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def generation_config(self) -> GenerationConfig:
-        """Every sampling argument spelled out: whatever is left None would be inherited from the model's own
-        generation_config (top_p 0.8, top_k 20, repetition_penalty 1.1 in Qwen2.5)."""
-        filters = {}
-        if self.temperature > 0:
-            filters = {
-                "temperature": self.temperature,
-                "top_p": self.top_p,
-                "top_k": self.top_k,
-                "min_p": self.min_p,
-                "typical_p": 1.0,
-                "epsilon_cutoff": 0.0,
-                "eta_cutoff": 0.0,
-            }
-        fixed = {
-            "max_new_tokens": self.max_new_tokens,
-            "min_length": 0,
-            "do_sample": self.temperature > 0,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "use_cache": True,
-            "repetition_penalty": 1.0,
-            "no_repeat_ngram_size": 0,
-            "eos_token_id": list(self.eos_ids),
-            "pad_token_id": self.pad_id,
-        }
-        return GenerationConfig(**{**fixed, **filters, **self.extra})
+    @property
+    def min_new_tokens(self) -> int:
+        return self.extra.get("min_new_tokens") or 0
 
-    def processors(self, recorder: LogprobRecorder) -> LogitsProcessorList:
-        """The recorder first, so that it sees the model's own logits; penalties after it."""
-        chain: list[LogitsProcessor] = [recorder]
-        if self.known_ids is not None:
-            chain.append(ForbidUnknown(self.known_ids))
-        if self.repetition_penalty != 1.0:
-            chain.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        return LogitsProcessorList(chain)
+    @property
+    def foreign(self) -> list[str]:
+        """Names in `extra` that only transformers' `generate` knows."""
+        return sorted(set(self.extra) - {"min_new_tokens"})
 
 
 def sampling_of(args: GRPOConfig, eos_ids: tuple[int, ...], tokenizer) -> Sampling:
@@ -91,43 +74,139 @@ def sampling_of(args: GRPOConfig, eos_ids: tuple[int, ...], tokenizer) -> Sampli
     )
 
 
-class ForbidUnknown(LogitsProcessor):
+# Filters: float32 (B, V) in, the same shape out; what is ruled out is -inf
+
+
+def forbid_unknown(logits: Tensor, known_ids: int) -> Tensor:
     """Rows of the embedding table without a token are never sampled."""
-
-    def __init__(self, known_ids: int):
-        self.known_ids = known_ids
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if scores.shape[1] <= self.known_ids:
-            return scores
-        forbidden = torch.arange(scores.shape[1], device=scores.device) >= self.known_ids
-        return scores.masked_fill(forbidden, -torch.inf)
+    if logits.shape[1] <= known_ids:
+        return logits
+    return logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= known_ids, -torch.inf)
 
 
-class LogprobRecorder(LogitsProcessor):
-    """Keeps the log-prob of each sampled token under softmax(logits / T), one step's logits at a time.
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits of the `seen` (B, V) bool ids divided by `penalty` where positive, multiplied where negative (CTRL,
+    arXiv:1909.05858)."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
-    `generate` can return the logits of every step, but that is T x B x V floats: 1.5 GB for 300 tokens of 8 rows of
-    Qwen2.5. A token is known when the next step's logits arrive, so one step's logits are enough.
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """The k largest, and what equals the least of them."""
+    least = logits.topk(min(k, logits.shape[1]), dim=1).values[:, -1:]
+    return logits.masked_fill(logits < least, -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """The fewest most probable ids that have p of the mass together, at least one (arXiv:1904.09751)."""
+    ascending, order = logits.sort(dim=1)
+    drop = ascending.softmax(1).cumsum(1) <= 1 - p
+    drop[:, -1] = False
+    return logits.masked_fill(torch.empty_like(drop).scatter_(1, order, drop), -torch.inf)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Ids that are at least p times as probable as the most probable one (arXiv:2407.01082)."""
+    probs = logits.softmax(1)
+    return logits.masked_fill(probs < p * probs.amax(1, keepdim=True), -torch.inf)
+
+
+# Noise
+
+
+def _signed(x: int) -> int:
+    """The int64 with the bits of x modulo 2^64."""
+    x &= _MASK64
+    return x - 2**64 if x >= 2**63 else x
+
+
+def _mix_int(x: int) -> int:
+    """splitmix64's finalizer on a Python integer."""
+    x &= _MASK64
+    x = ((x ^ (x >> 30)) * _MULTIPLIERS[0]) & _MASK64
+    x = ((x ^ (x >> 27)) * _MULTIPLIERS[1]) & _MASK64
+    return x ^ (x >> 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right of int64."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finalizer on int64; products wrap."""
+    x = (x ^ _shift(x, 30)) * _signed(_MULTIPLIERS[0])
+    x = (x ^ _shift(x, 27)) * _signed(_MULTIPLIERS[1])
+    return x ^ _shift(x, 31)
+
+
+def stream_key(seed: int, prompt: int, completion: int) -> int:
+    """int64 key of the random stream of one completion."""
+    return _signed(_mix_int(_mix_int(_mix_int(seed + _GOLDEN) + prompt) + completion))
+
+
+def gumbel(keys: Tensor, step: int, stream: int, n: int) -> Tensor:
+    """float64 (B, n) Gumbel noise from int64 (B,) keys, the token's position and the number of the stream."""
+    start = _mix(keys + _signed((2 * step + stream + 1) * _GOLDEN))
+    index = torch.arange(1, n + 1, device=keys.device)
+    bits = _shift(_mix(start[:, None] + index * _signed(_GOLDEN)), 11)
+    return -(-((bits.double() + 0.5) * 2.0**-53).log()).log()
+
+
+def draw(logits: Tensor, keys: Tensor, step: int) -> Tensor:
+    """(B,) ids drawn from softmax(logits), float32 (B, V), by Gumbel-max in two stages.
+
+    A block of 128 ids is drawn by its mass, then an id in it: V / 128 + 128 random numbers a row where plain Gumbel-max
+    would take V, and no running sum over V whose rounding would favour the early ids.
+    """
+    logits = F.pad(logits, (0, -logits.shape[1] % _BLOCK), value=-torch.inf).unflatten(1, (-1, _BLOCK))
+    mass = logits.logsumexp(2)
+    block = (mass + gumbel(keys, step, 0, mass.shape[1])).argmax(1)
+    inside = logits.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0]
+    return block * _BLOCK + (inside + gumbel(keys, step, 1, _BLOCK)).argmax(1)
+
+
+class Sampler:
+    """Draws for the B rows of a wave, step by step.
+
+    Args:
+        keys: (B,) int64, see `stream_key`.
+        prompt_ids: (B, P), without padding or with a row's own ids as its padding; only for a repetition penalty.
     """
 
-    def __init__(self, temperature: float):
-        self.temperature = temperature or 1.0
-        self._previous: Tensor | None = None
-        self._logps: list[Tensor] = []
+    def __init__(self, sampling: Sampling, keys: Tensor, prompt_ids: Tensor, vocab: int):
+        self.sampling, self.keys = sampling, keys
+        self.ends = torch.tensor(sampling.eos_ids, dtype=torch.long, device=keys.device)
+        self.seen: Tensor | None = None
+        if sampling.repetition_penalty != 1.0:
+            self.seen = torch.zeros(len(keys), vocab, dtype=torch.bool, device=keys.device)
+            self.seen.scatter_(1, prompt_ids, True)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._settle(input_ids[:, -1])
-        self._previous = scores
-        return scores
+    def __call__(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """(B,) ids of step `step` (from 0), and their float32 log-probs under softmax(logits / T), before any filter.
 
-    def _settle(self, tokens: Tensor) -> None:
-        if self._previous is not None:
-            logits = self._previous.float() / self.temperature
-            self._logps.append(logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1))
-            self._previous = None
+        `logits`, float32 (B, V), are used up.
+        """
+        if self.sampling.temperature not in (0.0, 1.0):
+            logits /= self.sampling.temperature
+        filtered = self._filtered(logits, step)
+        tokens = draw(filtered, self.keys, step) if self.sampling.temperature else filtered.argmax(1)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
 
-    def finish(self, last_tokens: Tensor) -> Tensor:
-        """(B, T) float32 log-probs, once the last tokens (B,) are known."""
-        self._settle(last_tokens)
-        return torch.stack(self._logps, 1)
+    def _filtered(self, logits: Tensor, step: int) -> Tensor:
+        """The penalty commutes with the temperature, so it may come after it."""
+        at = self.sampling
+        if at.known_ids is not None:
+            logits = forbid_unknown(logits, at.known_ids)
+        if self.seen is not None:
+            logits = penalize_repetition(logits, self.seen, at.repetition_penalty)
+        if step < at.min_new_tokens:
+            logits = logits.index_fill(1, self.ends, -torch.inf)
+        if not at.temperature:
+            return logits
+        if at.top_k:
+            logits = keep_top_k(logits, at.top_k)
+        if at.top_p < 1.0:
+            logits = keep_top_p(logits, at.top_p)
+        return keep_min_p(logits, at.min_p) if at.min_p else logits
