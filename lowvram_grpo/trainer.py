@@ -298,6 +298,8 @@ class GRPOTrainer(Trainer):
             self.collector.engine.rows = value
         elif key == "per_device_train_batch_size":
             self.plan = replace(self.plan, micro_batch_size=value)
+        elif key == "workspace_mib":
+            self.collector.engine.workspace_mib = value
         elif key == "optimizer_offload" and self._step is not None:
             self._step.offload = value
 

@@ -131,13 +131,13 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     stand_in = StandIn(blueprint.device, None if blueprint.dtype == torch.float32 else blueprint.dtype)
     work = workload(args, blueprint.config)
     empty = skeleton(blueprint.config, blueprint.dtype, attn_implementation="sdpa")
+    args = copy.copy(args)
+    args.gradient_checkpointing_kwargs = {"context_fn": stand_in.recompute}
     with stand_in, ledger:
         with ledger.phase("load"):
             model = _policy(empty, blueprint, args, ledger)
         engine, learner = _around(model, blueprint, args, stand_in, ledger)
-        rehearsal = Rehearsal(
-            model, engine, learner, phase=ledger.phase, backward=lambda loss: _backward(loss, stand_in)
-        )
+        rehearsal = Rehearsal(model, engine, learner, phase=ledger.phase)
         with _gradients_tagged(model, ledger):
             # The moments are made first: from the second step on they are there in every phase.
             optimizer = _optimizer(model, args, blueprint.device)
@@ -190,7 +190,7 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
     with ledger.making("adapter"):
         reference = Reference(model, follows=blueprint.follows or args.sync_ref_model) if args.beta > 0 else None
     sampling = Sampling(args.max_completion_length, eos_ids=(0,), pad_id=0, temperature=args.temperature)
-    engine = GenerateEngine(model, sampling, args.rollout_batch_size)
+    engine = GenerateEngine(model, sampling, args.rollout_batch_size, workspace_mib=args.workspace_mib)
     engine.on_cache = lambda cache: ledger.tag("KV cache", _tensors(cache))
     kernels = KernelChoice("torch" if blueprint.device == "cpu" else None, False, "counting bytes")
     learner = Learner(
@@ -207,11 +207,6 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
 
 def _tensors(cache: Any) -> list[Tensor]:
     return [x for layer in cache.layers for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
-
-
-def _backward(loss: Tensor, stand_in: StandIn) -> None:
-    with stand_in.autocast():
-        loss.backward()
 
 
 @contextmanager

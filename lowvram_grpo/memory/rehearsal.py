@@ -102,7 +102,7 @@ class Rehearsal:
     def rollout(self, work: Workload) -> None:
         rows = min(self.engine.rows or work.completions, work.completions)
         with self.phase("rollout"), self.learner.autocast(), torch.no_grad():
-            self.engine.rehearse(work.prompt, work.completion, rows)
+            self.engine.rehearse(work.prompt, work.completion, rows, min(work.group, rows))
 
     def gradients(self, work: Workload) -> None:
         """Scoring, forward and backward of the largest micro-batch; leaves gradients behind."""

@@ -8,7 +8,7 @@ functions that can be overridden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class StandIn(TorchFunctionMode):
         self.device, self.dtype = device, autocast
         self._depth = 0
         self._cast: dict[int, tuple[Tensor, Tensor]] = {}
+        self._cast_with_grad = True
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -48,10 +49,17 @@ class StandIn(TorchFunctionMode):
             if not self._depth:
                 self._cast.clear()
 
+    def recompute(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """`context_fn` of torch.utils.checkpoint: what is recomputed runs outside of all function modes."""
+        return nullcontext(), self._again()
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        with self, self.autocast():
+            yield
+
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.clear_autocast_cache:
-            self._cast.clear()
         if self.dtype is not None and self._depth and func in _IN_16_BITS:
             args, kwargs = tree_map(self._in_16_bits, (args, kwargs))
         if func is F.scaled_dot_product_attention:
@@ -67,6 +75,10 @@ class StandIn(TorchFunctionMode):
             return value
         if not (value.is_leaf and value.requires_grad):
             return value.to(self.dtype)
+        if torch.is_grad_enabled() != self._cast_with_grad:
+            # `Learner.frozen` clears autocast's cache between passes with and without gradient; nothing tells us.
+            self._cast.clear()
+            self._cast_with_grad = torch.is_grad_enabled()
         known = self._cast.get(id(value))
         if known is None or known[0] is not value:
             self._cast[id(value)] = known = (value, value.to(self.dtype))

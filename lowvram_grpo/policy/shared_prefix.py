@@ -260,7 +260,7 @@ def _probe(causal_lm: nn.Module) -> str | None:
         return f"the attention of {type(causal_lm).__name__} has soft-capping"
     if config._attn_implementation not in ("sdpa", NAME):
         return f"attn_implementation is {config._attn_implementation}, not sdpa"
-    device = causal_lm.get_input_embeddings().weight.device
+    device = next(causal_lm.get_output_embeddings().buffers(), next(decoder.parameters())).device
     layout = PrefixLayout([2, 2, 1], [3, 1, 2], [2, 1], width=5, prompt_width=2, device=device)
     try:
         with _attention_set(decoder, NAME), torch.no_grad():
