@@ -7,6 +7,7 @@ is the sweep's own (same dtype, float32 accumulation and output), so the sampler
 from __future__ import annotations
 
 import torch
+from lowvram_grpo.kernels.cuts import cuts
 from lowvram_grpo.kernels.sweep import matmul, without_autocast
 from torch import Tensor
 
@@ -33,8 +34,7 @@ def linear_logits(hidden: Tensor, head: Head, *, workspace_mib: int = 64) -> Ten
         view = head.is_view(dtype, h.device)
         columns = vocab if view else _columns(len(h), vocab, width, h.element_size(), workspace_mib)
         buffer = torch.empty(0 if view else columns, width, dtype=dtype, device=h.device)
-        for v0 in range(0, vocab, columns):
-            v1 = min(v0 + columns, vocab)
+        for v0, v1 in cuts(vocab, columns, h.device):
             w, bias = head.tile(v0, v1, buffer)
             if v1 - v0 == vocab:
                 matmul(h, w.T, out)

@@ -14,17 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from lowvram_grpo.kernels.cuts import cuts
 from torch import Tensor
 
 BLOCK = 64
 _BLOCK_ELEMENTS = 2**22  # of a dense weight, while it is being quantized: 16 MiB in float32
 
 
-def row_blocks(v: int, h: int) -> Iterator[slice]:
+def row_blocks(v: int, h: int, device: torch.device) -> Iterator[slice]:
     """Slices that cut V rows of H weights into blocks of about 4 million weights."""
-    step = max(1, _BLOCK_ELEMENTS // h)
-    for v0 in range(0, v, step):
-        yield slice(v0, min(v0 + step, v))
+    return (slice(*block) for block in cuts(v, max(1, _BLOCK_ELEMENTS // h), device))
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Int8Weight:
         blocks = -(-h // BLOCK)
         codes = torch.empty(v, h, dtype=torch.int8, device=device)
         scales = torch.empty(v, blocks, dtype=torch.float16, device=device)
-        for rows in row_blocks(v, h):
+        for rows in row_blocks(v, h, torch.device(device)):
             w = torch.nn.functional.pad(weight[rows].detach().to(device).float(), (0, blocks * BLOCK - h))
             w = w.unflatten(1, (-1, BLOCK))
             # Rounded against the scale as it is stored, or float16's rounding would be an error of its own.
@@ -125,7 +124,7 @@ class NF4Weight:
         device = device or weight.device
         packed = torch.empty(v, h // 2, dtype=torch.uint8, device=device)
         absmax = torch.empty(v, h // BLOCK, device=device)
-        for rows in row_blocks(v, h):
+        for rows in row_blocks(v, h, torch.device(device)):
             part, state = quantize_4bit(
                 weight[rows].detach().to(device).contiguous(), blocksize=BLOCK, quant_type="nf4"
             )

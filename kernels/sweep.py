@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, starmap
 from typing import NamedTuple
 
 import torch
+from lowvram_grpo.kernels.cuts import cuts
 from lowvram_grpo.kernels.direction import Entries
 from lowvram_grpo.kernels.fold import (
     D0,
@@ -197,13 +198,13 @@ class Sweeper:
         """Where tiles begin; the fused kernel takes what lies on the device in two launches, the first a probe."""
         if self.launch.path == "fused" and self.view:
             return [0, min(4096, self.vocab), self.vocab] if self.vocab > 4096 else [0, self.vocab]
-        return [*range(0, self.vocab, self.plan.columns), self.vocab]
+        tiles = cuts(self.vocab, self.plan.columns, self.device)
+        return [0, *(end for _, end in tiles)]
 
     def start(self, h: Tensor, ref_h: Tensor | None, targets: Tensor, lists: bool) -> RowState:
         hint = torch.empty(len(h), device=self.device)
         ref_hint = None if ref_h is None else torch.empty_like(hint)
-        for r0 in range(0, len(h), self._step):
-            block = slice(r0, r0 + self._step)
+        for block in starmap(slice, cuts(len(h), self._step, self.device)):
             w = self.head.rows(targets[block], self.dtype)
             bias = 0.0 if self.head.bias is None else self.head.bias.detach().to(self.device)[targets[block]].float()
             for x, into in ((h, hint), (ref_h, ref_hint)):
@@ -262,8 +263,7 @@ class Sweeper:
         g.zero_()
         if g_kl is not None:
             g_kl.zero_()
-        for v0 in range(0, self.vocab, self.plan.columns):
-            v1 = min(v0 + self.plan.columns, self.vocab)
+        for v0, v1 in cuts(self.vocab, self.plan.columns, self.device):
             shape = len(h), v1 - v0
             pd = None if g_kl is None else self._tile("pd", *shape, self.dtype)
             out = Probabilities(self._tile("p", *shape, self.dtype), pd, self._decay[: len(h)])
@@ -277,8 +277,7 @@ class Sweeper:
         if g_kl is not None:
             g_kl.div_(mass).addcmul_(g, (state.stats[D] / state.stats[S])[:, None], value=-1).mul_(factor)
         slope = self.transform.slope(state.stats[TARGET])
-        for r0 in range(0, len(h), self._step):
-            block = slice(r0, r0 + self._step)
+        for block in starmap(slice, cuts(len(h), self._step, self.device)):
             w = self.head.rows(targets[block], self.dtype).float()
             if slope is not None:
                 w *= slope[block, None]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.kernels.cuts import cuts
 from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
 
 _CENTRES = WeakTensorKeyDictionary()
@@ -98,13 +99,13 @@ class Head:
         step = max(1, 2**22 // h)
         buffer = torch.empty(min(step, v), h, device=device)
         mean, radius = torch.zeros(h, device=device), torch.zeros((), device=device)
-        tiles = range(0, v, step)
+        tiles = cuts(v, step, device)
         if self.softcap is None:
-            for v0 in tiles:
-                mean += self.tile(v0, min(v0 + step, v), buffer)[0].sum(0)
+            for v0, v1 in tiles:
+                mean += self.tile(v0, v1, buffer)[0].sum(0)
             mean /= v
-        for v0 in tiles:
-            w = self.tile(v0, min(v0 + step, v), buffer)[0]
+        for v0, v1 in tiles:
+            w = self.tile(v0, v1, buffer)[0]
             radius = torch.maximum(radius, (w - mean).norm(dim=1).amax())
         return mean, radius
 
