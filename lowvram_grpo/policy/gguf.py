@@ -60,6 +60,7 @@ def load_gguf(
     """
     from gguf import GGUFReader
     from transformers import AutoConfig
+    from transformers.modeling_gguf_pytorch_utils import read_field
     from transformers.utils.hub import cached_file
 
     path = cached_file(folder, file, **hub)
@@ -68,6 +69,10 @@ def load_gguf(
     except (ValueError, KeyError, NotImplementedError) as error:
         raise _unsupported(file, one_line(error)) from error
     reader = GGUFReader(path)
+    # transformers' tables take the default of some architectures, which is right for the models they were made for.
+    head_size = read_field(reader, f"{read_field(reader, 'general.architecture')[0]}.attention.key_length")
+    if head_size and hasattr(config, "head_dim"):
+        config.head_dim = head_size[0]
     model = skeleton(config, dtype, **({"attn_implementation": attention} if attention else {}))
     source = gguf_source(path, model, reader)
     materialize(model, source, device=device, dtype=dtype, quantization=quantization, keep_on_host=keep_on_host)

@@ -211,13 +211,23 @@ def _load_whole(
     if stored is not None or "quantization_config" in kwargs:
         kwargs.setdefault("device_map", {"": device.index or 0 if device.type == "cuda" else device.type})
     loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-    for module in loaded.modules():
-        # What a checkpoint was made on says nothing about what this GPU computes in.
-        if stored is not None and hasattr(module, "compute_dtype"):
-            module.compute_dtype = loaded.dtype
+    if stored is not None and isinstance(kwargs["dtype"], torch.dtype):
+        _recast(loaded, kwargs["dtype"])
     for name in keep_on_host:
         loaded.get_submodule(name).to("cpu")
     return loaded
+
+
+def _recast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Compute a stored 4-bit model in `dtype`: what it was made on says nothing about what this GPU is good at, and
+    from_pretrained keeps the dtypes that are stored."""
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
+    for parameter in model.parameters():
+        # quant_storage may be a float dtype, and stands for no numbers.
+        if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _load_gguf(
