@@ -40,8 +40,8 @@ def write_gguf(path, model, architecture, kind="F32", divisors=None):
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*WORDS, "Ġ", "Ġa", *(f"x{i}" for i in range(config.vocab_size - len(WORDS) - 2))])
-    writer.add_token_merges(["Ġ a"])
+    writer.add_token_list([*WORDS, "Ġ", "Ġa", "Ġb", *(f"x{i}" for i in range(config.vocab_size - len(WORDS) - 3))])
+    writer.add_token_merges(["Ġ a", "Ġ b"])
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(0)
     names = gguf.get_tensor_name_map(

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.policy import load
+from lowvram_grpo.policy import pretrained
 from lowvram_grpo.policy.load import bitsandbytes_config, load_causal_lm
 
 CPU = torch.device("cpu")
@@ -33,8 +33,8 @@ def ways(monkeypatch):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, **k: (went.append(word), real(*a, **k))[1])
 
-    spy(load, "materialize", "streamed")
-    spy(load.AutoModelForCausalLM, "from_pretrained", "whole")
+    spy(pretrained, "materialize", "streamed")
+    spy(pretrained.AutoModelForCausalLM, "from_pretrained", "whole")
     return went
 
 
