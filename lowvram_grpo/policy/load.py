@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowvram_grpo.errors import UserError, did_you_mean, one_line
-from lowvram_grpo.policy.gguf import gguf_parts
+from lowvram_grpo.policy.gguf import gguf_parts, gguf_tokenizer
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.pretrained import hub_arguments, load_gguf_file, load_streamed, load_whole
 from lowvram_grpo.policy.quantization import bitsandbytes_config
@@ -74,11 +74,9 @@ def load_tokenizer(model: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     Raises:
         UserError: no such model, or it has no tokenizer.
     """
-    folder = model
-    if gguf := gguf_parts(model, kwargs.pop("gguf_file", None)):
-        folder, kwargs["gguf_file"] = gguf
+    gguf = gguf_parts(model, kwargs.pop("gguf_file", None))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+        tokenizer = gguf_tokenizer(*gguf, **kwargs) if gguf else AutoTokenizer.from_pretrained(model, **kwargs)
     except (OSError, ValueError) as error:
         raise _explain(model, error) from error
     if tokenizer.pad_token is None:

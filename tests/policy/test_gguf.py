@@ -40,7 +40,9 @@ def write_gguf(path, model, architecture, kind="F32", divisors=None):
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*WORDS, "Ġ", "Ġa", "Ġb", *(f"x{i}" for i in range(config.vocab_size - len(WORDS) - 3))])
+    writer.add_token_list(
+        ["<|endoftext|>", *WORDS[1:], "Ġ", "Ġa", "Ġb", *(f"x{i}" for i in range(config.vocab_size - len(WORDS) - 3))]
+    )
     writer.add_token_merges(["Ġ a", "Ġ b"])
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(0)
@@ -117,6 +119,7 @@ def test_the_tokenizer_is_in_the_file_too(tmp_path):
     assert tokenizer.convert_tokens_to_ids(["a", "z", "<eos>"]) == [WORDS.index(w) for w in ("a", "z", "<eos>")]
     assert tokenizer.pad_token_id == 0 and tokenizer.eos_token_id == 1
     assert load_tokenizer(str(tmp_path), gguf_file="m.gguf").get_vocab() == tokenizer.get_vocab()
+    assert load(path).generation_config.eos_token_id == 1
     # The trainer finds the tokenizer by the model's name.
     assert load_tokenizer(load(path).config._name_or_path).get_vocab() == tokenizer.get_vocab()
     assert load(str(tmp_path), init_kwargs={"gguf_file": "m.gguf"}).config.vocab_size == 96
