@@ -19,7 +19,7 @@ from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.policy.stream import materialize, skeleton
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def gguf_parts(model: str, gguf_file: str | None = None) -> tuple[str, str] | None:
@@ -41,6 +41,29 @@ def gguf_parts(model: str, gguf_file: str | None = None) -> tuple[str, str] | No
     return folder or ".", gguf_file
 
 
+def gguf_tokenizer(folder: str, file: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file, with the end-of-sequence and pad tokens that the file names.
+
+    `kwargs` go to AutoTokenizer, which in some versions takes those two tokens from the architecture instead.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+    from transformers.utils.hub import cached_file
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, **kwargs)
+    hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir")}
+    reader = GGUFReader(cached_file(folder, file, **hub))
+    for key, role in (("eos", "eos_token"), ("padding", "pad_token")):
+        if (found := _special_token(reader, key)) is not None:
+            setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(found))
+    return tokenizer
+
+
+def _special_token(reader: Any, key: str) -> int | None:
+    field = reader.fields.get(f"tokenizer.ggml.{key}_token_id")
+    return None if field is None else int(field.contents())
+
+
 def load_gguf(
     folder: str,
     file: str,
@@ -60,6 +83,7 @@ def load_gguf(
     """
     from gguf import GGUFReader
     from transformers import AutoConfig
+    from transformers.modeling_gguf_pytorch_utils import read_field
     from transformers.utils.hub import cached_file
 
     path = cached_file(folder, file, **hub)
@@ -68,10 +92,16 @@ def load_gguf(
     except (ValueError, KeyError, NotImplementedError) as error:
         raise _unsupported(file, one_line(error)) from error
     reader = GGUFReader(path)
+    # transformers' tables take the default of some architectures, which is right for the models they were made for.
+    head_size = read_field(reader, f"{read_field(reader, 'general.architecture')[0]}.attention.key_length")
+    if head_size and hasattr(config, "head_dim"):
+        config.head_dim = head_size[0]
     model = skeleton(config, dtype, **({"attn_implementation": attention} if attention else {}))
     source = gguf_source(path, model, reader)
     materialize(model, source, device=device, dtype=dtype, quantization=quantization, keep_on_host=keep_on_host)
     _scale_rotary(model, reader)
+    if model.generation_config.eos_token_id is None:
+        model.generation_config.eos_token_id = _special_token(reader, "eos")
     model.config._name_or_path = model.name_or_path = os.path.join(folder, file)
     return model
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import find_adapter_config_file
 
 from lowvram_grpo.errors import UserError, did_you_mean, one_line
-from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source
 from lowvram_grpo.policy.embeddings import place_embeddings
-from lowvram_grpo.policy.gguf import gguf_parts, load_gguf
+from lowvram_grpo.policy.gguf import gguf_parts, gguf_tokenizer
 from lowvram_grpo.policy.head import head_of
-from lowvram_grpo.policy.quantization import bitsandbytes_config, check_stored, streamed_quantization
-from lowvram_grpo.policy.stream import materialize, skeleton
+from lowvram_grpo.policy.pretrained import hub_arguments, load_gguf_file, load_streamed, load_whole
+from lowvram_grpo.policy.quantization import bitsandbytes_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -30,12 +27,6 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 __all__ = ["DTYPES", "bitsandbytes_config", "build_policy", "compute_dtype", "load_causal_lm", "load_tokenizer"]
-
-# Others may change how the weights are read, which only from_pretrained knows.
-STREAMED_ARGUMENTS = {
-    "dtype", "quantization_config", "device_map", "attn_implementation", "trust_remote_code", "revision", "token",
-    "cache_dir",
-}  # fmt: skip
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -85,11 +76,9 @@ def load_tokenizer(model: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     Raises:
         UserError: no such model, or it has no tokenizer.
     """
-    folder = model
-    if gguf := gguf_parts(model, kwargs.pop("gguf_file", None)):
-        folder, kwargs["gguf_file"] = gguf
+    gguf = gguf_parts(model, kwargs.pop("gguf_file", None))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+        tokenizer = gguf_tokenizer(*gguf, **kwargs) if gguf else AutoTokenizer.from_pretrained(model, **kwargs)
     except (OSError, ValueError) as error:
         raise _explain(model, error) from error
     if tokenizer.pad_token is None:
@@ -135,116 +124,16 @@ def load_causal_lm(
         kwargs.setdefault("quantization_config", quantization_config)
     try:
         if gguf := gguf_parts(model, kwargs.pop("gguf_file", None)):
-            loaded = _load_gguf(*gguf, device, kwargs, keep_on_host)
+            loaded = load_gguf_file(*gguf, device, kwargs, keep_on_host)
         else:
-            config = AutoConfig.from_pretrained(model, **_hub_arguments(kwargs), **_remote_code(kwargs))
-            loaded = _load_streamed(model, config, device, kwargs, keep_on_host)
+            config = AutoConfig.from_pretrained(model, **hub_arguments(kwargs))
+            loaded = load_streamed(model, config, device, kwargs, keep_on_host)
             if loaded is None:
-                loaded = _load_whole(model, config, device, kwargs, keep_on_host)
+                loaded = load_whole(model, config, device, kwargs, keep_on_host)
     except (OSError, ValueError, ImportError) as error:
         raise _explain(model, error) from error
     keep_differentiable(loaded)
     return loaded
-
-
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {k: kwargs[k] for k in ("revision", "token", "cache_dir") if k in kwargs}
-
-
-def _remote_code(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
-
-
-def _attention(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"attn_implementation": kwargs["attn_implementation"]} if kwargs.get("attn_implementation") else {}
-
-
-def _one_device(device_map: Any, default: torch.device) -> torch.device | None:
-    """Where a device_map puts the whole model, None if it may spread it."""
-    place = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else device_map
-    if place is None:
-        return default if device_map is None else None
-    if isinstance(place, dict) or place in ("auto", "balanced", "balanced_low_0", "sequential", "disk"):
-        return None
-    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-
-
-def _load_streamed(
-    model: str, config: Any, device: torch.device, kwargs: dict[str, Any], keep_on_host: tuple[str, ...]
-) -> PreTrainedModel | None:
-    """The model, or None where only from_pretrained knows how to load it as these arguments ask for."""
-    hub, dtype = _hub_arguments(kwargs), kwargs["dtype"]
-    if dtype == "auto":
-        dtype = config.dtype
-    target = _one_device(kwargs.get("device_map"), device)
-    quantization = streamed_quantization(kwargs.get("quantization_config"), dtype)
-    if set(kwargs) - STREAMED_ARGUMENTS or target is None or quantization is None or not isinstance(dtype, torch.dtype):
-        return None
-    if getattr(config, "auto_map", None) or find_adapter_config_file(model, **hub):
-        return None
-    try:
-        source = checkpoint_source(model, **hub)
-    except (FileNotFoundError, ValueError):
-        return None
-    empty = skeleton(config, dtype, **_attention(kwargs))
-    names = can_stream(empty, source, quantization)
-    if names is None:
-        return None
-    loaded = materialize(
-        empty,
-        source.renamed(names),
-        device=target,
-        dtype=dtype,
-        quantization=quantization,
-        keep_on_host=keep_on_host,
-    )
-    # Without the file, the one that was made from the configuration stands.
-    with suppress(OSError):
-        loaded.generation_config = GenerationConfig.from_pretrained(model, **hub)
-    return loaded
-
-
-def _load_whole(
-    model: str, config: Any, device: torch.device, kwargs: dict[str, Any], keep_on_host: tuple[str, ...]
-) -> PreTrainedModel:
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        check_stored(model, stored, kwargs.pop("quantization_config", None))
-    if stored is not None or "quantization_config" in kwargs:
-        kwargs.setdefault("device_map", {"": device.index or 0 if device.type == "cuda" else device.type})
-    loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-    for module in loaded.modules():
-        # What a checkpoint was made on says nothing about what this GPU computes in.
-        if stored is not None and hasattr(module, "compute_dtype"):
-            module.compute_dtype = loaded.dtype
-    for name in keep_on_host:
-        loaded.get_submodule(name).to("cpu")
-    return loaded
-
-
-def _load_gguf(
-    folder: str, file: str, device: torch.device, kwargs: dict[str, Any], keep_on_host: tuple[str, ...]
-) -> PreTrainedModel:
-    quantization = streamed_quantization(kwargs.get("quantization_config"), kwargs["dtype"])
-    target = _one_device(kwargs.get("device_map"), device)
-    unknown = sorted(set(kwargs) - STREAMED_ARGUMENTS)
-    if quantization is None:
-        raise UserError(f"The GGUF file {file!r} is loaded with quantization none or nf4; set one of them.")
-    if target is None or unknown or not isinstance(kwargs["dtype"], torch.dtype):
-        name = unknown[0] if unknown else "device_map" if target is None else "dtype"
-        raise UserError(
-            f"model_init_kwargs has {name}={kwargs[name]!r}, which a GGUF file is not loaded with; drop it."
-        )
-    return load_gguf(
-        folder,
-        file,
-        device=target,
-        dtype=kwargs["dtype"],
-        quantization=quantization,
-        keep_on_host=keep_on_host,
-        attention=kwargs.get("attn_implementation"),
-        **_hub_arguments(kwargs),
-    )
 
 
 def keep_differentiable(model: nn.Module) -> None:

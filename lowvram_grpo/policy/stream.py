@@ -93,8 +93,10 @@ def materialize(
     staging = _Staging(model, device, dtype)
     for name, tensor in source:
         if name not in missing:
-            raise UserError(f"The checkpoint holds {name!r}, which the model has no place for (or twice); is the "
-                            "config.json beside it its own?")  # fmt: skip
+            raise UserError(
+                f"The checkpoint holds {name!r}, which the model has no place for (or twice); is the config.json "
+                "beside it its own?"
+            )
         missing.remove(name)
         _place(model, name, tensor() if callable(tensor) else tensor, staging, keep_on_host)
         # Or the last tensor would stay alive while the next is read.

@@ -1,0 +1,150 @@
+"""The ways to a pretrained model: streamed tensor by tensor, from a GGUF file, or whole, by from_pretrained.
+
+`kwargs` are the arguments of from_pretrained throughout, `dtype` among them.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import find_adapter_config_file
+
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source
+from lowvram_grpo.policy.gguf import load_gguf
+from lowvram_grpo.policy.quantization import check_stored, streamed_quantization
+from lowvram_grpo.policy.stream import materialize, skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Others may change how the weights are read, which only from_pretrained knows.
+STREAMED_ARGUMENTS = {
+    "dtype", "quantization_config", "device_map", "attn_implementation", "trust_remote_code", "revision", "token",
+    "cache_dir",
+}  # fmt: skip
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of from_pretrained's arguments that say where a model's files are and whether its code may run."""
+    return {k: kwargs[k] for k in ("revision", "token", "cache_dir", "trust_remote_code") if k in kwargs}
+
+
+def _files_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in hub_arguments(kwargs).items() if k != "trust_remote_code"}
+
+
+def _attention(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"attn_implementation": kwargs["attn_implementation"]} if kwargs.get("attn_implementation") else {}
+
+
+def _one_device(device_map: Any, default: torch.device) -> torch.device | None:
+    """Where a device_map puts the whole model, None if it may spread it."""
+    place = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else device_map
+    if place is None:
+        return default if device_map is None else None
+    if isinstance(place, dict) or place in ("auto", "balanced", "balanced_low_0", "sequential", "disk"):
+        return None
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+
+
+def load_streamed(
+    model: str, config: Any, device: torch.device, kwargs: dict[str, Any], keep_on_host: tuple[str, ...]
+) -> PreTrainedModel | None:
+    """The model, or None where only from_pretrained knows how to load it as these arguments ask for."""
+    hub, dtype = _files_arguments(kwargs), kwargs["dtype"]
+    if dtype == "auto":
+        dtype = config.dtype
+    target = _one_device(kwargs.get("device_map"), device)
+    quantization = streamed_quantization(kwargs.get("quantization_config"), dtype)
+    if set(kwargs) - STREAMED_ARGUMENTS or target is None or quantization is None or not isinstance(dtype, torch.dtype):
+        return None
+    if getattr(config, "auto_map", None) or find_adapter_config_file(model, **hub):
+        return None
+    try:
+        source = checkpoint_source(model, **hub)
+    except (FileNotFoundError, ValueError):
+        return None
+    empty = skeleton(config, dtype, **_attention(kwargs))
+    names = can_stream(empty, source, quantization)
+    if names is None:
+        return None
+    loaded = materialize(
+        empty,
+        source.renamed(names),
+        device=target,
+        dtype=dtype,
+        quantization=quantization,
+        keep_on_host=keep_on_host,
+    )
+    # Without the file, the one that was made from the configuration stands.
+    with suppress(OSError):
+        loaded.generation_config = GenerationConfig.from_pretrained(model, **hub)
+    return loaded
+
+
+def load_whole(
+    model: str, config: Any, device: torch.device, kwargs: dict[str, Any], keep_on_host: tuple[str, ...]
+) -> PreTrainedModel:
+    """The model by from_pretrained.
+
+    Raises:
+        UserError: the checkpoint is quantized already, and in another way than asked for.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        check_stored(model, stored, kwargs.pop("quantization_config", None))
+    if stored is not None or "quantization_config" in kwargs:
+        kwargs.setdefault("device_map", {"": device.index or 0 if device.type == "cuda" else device.type})
+    loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    if stored is not None and isinstance(kwargs["dtype"], torch.dtype):
+        _recast(loaded, kwargs["dtype"])
+    for name in keep_on_host:
+        loaded.get_submodule(name).to("cpu")
+    return loaded
+
+
+def _recast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Compute a stored 4-bit model in `dtype`: what it was made on says nothing about what this GPU is good at, and
+    from_pretrained keeps the dtypes that are stored."""
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
+    for parameter in model.parameters():
+        # quant_storage may be a float dtype, and stands for no numbers.
+        if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(dtype)
+
+
+def load_gguf_file(
+    folder: str, file: str, device: torch.device, kwargs: dict[str, Any], keep_on_host: tuple[str, ...]
+) -> PreTrainedModel:
+    """The model in a GGUF file.
+
+    Raises:
+        UserError: an argument that a GGUF file cannot be loaded with, or an architecture without tables.
+    """
+    quantization = streamed_quantization(kwargs.get("quantization_config"), kwargs["dtype"])
+    target = _one_device(kwargs.get("device_map"), device)
+    unknown = sorted(set(kwargs) - STREAMED_ARGUMENTS)
+    if quantization is None:
+        raise UserError(f"The GGUF file {file!r} is loaded with quantization none or nf4; set one of them.")
+    if target is None or unknown or not isinstance(kwargs["dtype"], torch.dtype):
+        name = unknown[0] if unknown else "device_map" if target is None else "dtype"
+        raise UserError(
+            f"model_init_kwargs has {name}={kwargs[name]!r}, which a GGUF file is not loaded with; drop it."
+        )
+    return load_gguf(
+        folder,
+        file,
+        device=target,
+        dtype=kwargs["dtype"],
+        quantization=quantization,
+        keep_on_host=keep_on_host,
+        attention=kwargs.get("attn_implementation"),
+        **_files_arguments(kwargs),
+    )
