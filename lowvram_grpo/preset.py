@@ -28,6 +28,8 @@ _GIB = 2**30
 # What of a card is not ours on a working day, in GiB and as a share of a large one: desktop, driver and reserve. An 8
 # GB card keeps its preset with 6.5 GiB free on Windows, and an empty 6 GB card on Linux does not reach it.
 _NOT_OURS, _NOT_OURS_SHARE = 2.1, 0.1
+# What a Windows desktop and its reserve take of a card, in GiB.
+_DESKTOP = 1.7
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,14 @@ def pick_for_gib(gib: float) -> str:
     cards = _cards()
     fitting = [preset for preset in cards if preset.vram_gib <= gib * 1.05]  # 7.99 is an 8 GB card
     return (fitting[-1] if fitting else cards[0]).name
+
+
+def card_budget(gib: float) -> int:
+    """Bytes that a card sold with `gib` leaves for a run on a Windows desktop: 6.3 of 8 (headless Linux leaves 7.2).
+
+    What is planned for it runs on every such card. `memory.budget` knows better where the card is there to be asked.
+    """
+    return int((gib - max(_DESKTOP, _NOT_OURS_SHARE * gib)) * _GIB)
 
 
 def _cards() -> list[Preset]:

@@ -37,6 +37,7 @@ ALIASES = {
 IGNORED = ("overwrite_output_dir", "use_peft", "bnb_4bit_quant_type", "use_bnb_nested_quant", "lora_task_type")
 LOADING = ("load_in_4bit", "load_in_8bit")
 CHOICES = {
+    "memory_plan": ("auto", "off"),
     "quantization": ("none", "int8", "nf4"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
@@ -63,6 +64,7 @@ class Recipe:
     chat_template: str | None = None
     reward: list[str] = field(default_factory=list)
     preset: str = "auto"
+    memory_plan: str = "auto"
     quantization: str = "none"
     dtype: str = "auto"
     attn_implementation: str | None = None
@@ -203,6 +205,11 @@ def training_types() -> dict[str, Any]:
 
     hints = typing.get_type_hints(GRPOConfig)
     return {f.name: hints[f.name] for f in fields(GRPOConfig) if f.init and f.name not in ("output_dir",)}
+
+
+def typed(key: str, value: Any) -> Any:
+    """`value` (text from a preset's ladder, say) as the type of the setting `key`."""
+    return cast(key, value, _JOB_TYPES.get(key) or training_types()[key])
 
 
 def cast(key: str, value: Any, hint: Any) -> Any:

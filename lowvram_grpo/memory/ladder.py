@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lowvram_grpo.preset import AT_LOAD, saves
+
 PHASES = ("load", "rollout", "score", "forward", "backward", "optimizer")
 _TRAINING = ("score", "forward", "backward")
 
-# Setting -> phases that it relieves, for those that may change during a run.
+# Setting -> phases that it relieves.
 RELIEVES: dict[str, tuple[str, ...]] = {
+    "quantization": PHASES,
+    "head_dtype": PHASES,
+    "embedding_offload": PHASES,
     "rollout_batch_size": ("rollout",),
     "per_device_train_batch_size": _TRAINING,
     "activation_offload": ("forward", "backward"),
@@ -33,9 +38,6 @@ _WORDS = {
     "embedding_offload": "the input embedding lives in host memory",
     "head_dtype": "lm_head is kept in {}",
     "quantization": "the base is kept in {}",
-    "gradient_checkpointing": "activations are recomputed in the backward pass",
-    "optim": "optimizer {}",
-    "shared_prefix": "shared prompts: {}",
 }
 
 
@@ -53,15 +55,6 @@ class Rung(NamedTuple):
         """For people, as in `training on 2 completions at once`."""
         count = f"{self.value} completion{'s' if self.value != 1 else ''}"
         return _WORDS.get(self.key, str(self)).format(count if self.key.endswith("batch_size") else self.value)
-
-
-def lowers(rung: Rung, now: Any) -> bool:
-    """Whether taking `rung` saves memory where its setting is `now` (None: no bound yet)."""
-    if rung.key in ("activation_offload", "optimizer_offload", "embedding_offload", "gradient_checkpointing"):
-        return bool(rung.value) and not now
-    if isinstance(rung.value, int) and not isinstance(rung.value, bool):
-        return now is None or rung.value < now
-    return rung.value != now
 
 
 def _halvings(now: int) -> Iterator[int]:
@@ -83,6 +76,8 @@ def last_resorts(settings: Mapping[str, Any]) -> Iterator[Rung]:
 def next_rung(phase: str, settings: Mapping[str, Any], ladder: Sequence[Rung] = ()) -> Rung | None:
     """The first rung that relieves `phase` and is below `settings`; None where there is none left."""
     for rung in (*ladder, *last_resorts(settings)):
-        if phase in RELIEVES.get(rung.key, ()) and lowers(rung, settings.get(rung.key)):
+        if rung.key in AT_LOAD or phase not in RELIEVES[rung.key]:
+            continue
+        if saves(rung.key, rung.value, settings.get(rung.key)):
             return rung
     return None

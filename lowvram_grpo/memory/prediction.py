@@ -82,6 +82,9 @@ def predict(blueprint: Blueprint, args: GRPOConfig, *, exact: bool = False) -> P
     else:
         small, large = (count(replace(blueprint, config=_cut(blueprint.config, n)), args) for n in (low, high))
         peaks = {name: _line(small[name], large[name], (depth - low) / (high - low)) for name in small}
+    # Two straight lines: which of them is higher depends on the depth.
+    adapter = peaks.pop("adapter")
+    peaks["load"] = max(peaks["load"], adapter, key=lambda peak: peak.bytes)
     return _with_overheads(peaks, CUDA if blueprint.device == "cuda" else CPU)
 
 
@@ -123,7 +126,10 @@ def _with_overheads(peaks: dict[str, Peak], extra: Overheads) -> Prediction:
 
 def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     """Peak of each phase as the ledger counts it: tensors only."""
+    from peft import LoraConfig
+
     from lowvram_grpo.memory.rehearsal import Rehearsal, workload
+    from lowvram_grpo.policy.load import build_policy
     from lowvram_grpo.policy.stream import skeleton
 
     overheads = CUDA if blueprint.device == "cuda" else CPU
@@ -135,7 +141,9 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     args.gradient_checkpointing_kwargs = {"context_fn": stand_in.recompute}
     with stand_in, ledger:
         with ledger.phase("load"):
-            model = _policy(empty, blueprint, args, ledger)
+            model = _base(empty, blueprint, args, ledger)
+        with ledger.phase("adapter"), ledger.making("adapter"):
+            model = build_policy(model, args, None, LoraConfig(**blueprint.lora, task_type="CAUSAL_LM"))
         engine, learner = _around(model, blueprint, args, stand_in, ledger)
         rehearsal = Rehearsal(model, engine, learner, phase=ledger.phase)
         with _gradients_tagged(model, ledger):
@@ -151,12 +159,9 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     return ledger.phases
 
 
-def _policy(empty: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig, ledger: Ledger) -> nn.Module:
-    """The policy as a run would have it: streamed in, embeddings placed, adapter attached."""
-    from peft import LoraConfig
-
+def _base(empty: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig, ledger: Ledger) -> PreTrainedModel:
+    """The base model as a run would have it: streamed in, embeddings placed."""
     from lowvram_grpo.policy.embeddings import place_embeddings, stays_on_host
-    from lowvram_grpo.policy.load import build_policy
     from lowvram_grpo.policy.stream import materialize, meta_source
 
     with ledger.making("base weights"):
@@ -175,8 +180,7 @@ def _policy(empty: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig, ledg
         )  # fmt: skip
     tables = (model.get_output_embeddings(), model.get_input_embeddings())
     ledger.tag("head", [x for table in tables for x in (*table.parameters(), *table.buffers())])
-    with ledger.making("adapter"):
-        return build_policy(model, args, None, LoraConfig(**blueprint.lora, task_type="CAUSAL_LM"))
+    return model
 
 
 def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: StandIn, ledger: Ledger):

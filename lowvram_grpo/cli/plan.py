@@ -1,0 +1,115 @@
+"""`lowvram-grpo plan`: will it fit, what was chosen, where does each GiB go."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from lowvram_grpo.cli.quiet import hush
+from lowvram_grpo.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lowvram_grpo.memory.planner import Plan, Planner
+    from lowvram_grpo.recipe import Recipe
+
+GIB = 2**30
+
+
+def start(
+    model: str, vram: float | None, preset: str | None, extra: list[str], *, config: Path | None, as_json: bool
+) -> None:
+    """Print one plan, or with neither card nor preset the plans of all presets.
+
+    Raises:
+        UserError: an unknown model, preset or flag.
+    """
+    hush()
+    from lowvram_grpo import preset as presets
+    from lowvram_grpo.cli.train import parse_extra
+    from lowvram_grpo.memory.architectures import resolve_config
+    from lowvram_grpo.memory.planner import Planner
+    from lowvram_grpo.recipe import resolve
+
+    if vram is not None and not vram > 0:
+        raise UserError(f"--vram is {vram:g}; it must be a number of GiB above 0, as in --vram 8.")
+    flags = {"model": model, **parse_extra(extra)}
+    chosen = preset or (presets.pick_for_gib(vram) if vram is not None else None)
+    names = [chosen] if chosen else [name for name in presets.names() if presets.load(name).vram_gib is not None]
+    recipes = [resolve({**flags, "preset": name}, config) for name in names]
+    resolved, source = resolve_config(model)
+    planner = Planner(resolved)
+    cards = [vram if vram is not None else presets.load(recipe.preset).vram_gib for recipe in recipes]
+    if None in cards:
+        raise UserError(f"Preset {chosen} has no card to plan for; take one of 4gb to 24gb, or pass --vram.")
+    if chosen is None:
+        matrix(planner, recipes, cards, source, as_json)
+        return
+    plan = planner.plan(recipes[0], presets.card_budget(cards[0]))
+    if as_json:
+        print(json.dumps({**plan.as_json(), "vram_gib": cards[0]}, indent=2))
+    else:
+        show(plan, cards[0], source)
+
+
+def matrix(planner: Planner, recipes: list[Recipe], cards: list[float], source: str, as_json: bool) -> None:
+    """One line a preset."""
+    from lowvram_grpo import preset as presets
+
+    plans = [planner.plan(recipe, presets.card_budget(card), advise=False) for recipe, card in zip(recipes, cards)]
+    if as_json:
+        rows = [{**plan.as_json(), "vram_gib": card} for plan, card in zip(plans, cards)]
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(box=None, pad_edge=False, title=f"{recipes[0].model} ({source})", title_justify="left")
+    for column in ("preset", "card", "budget", "peak", "fits", "savers taken on top of the preset"):
+        table.add_column(column, justify="right" if column in ("card", "budget", "peak") else "left")
+    for plan, card in zip(plans, cards):
+        table.add_row(
+            plan.recipe.preset, f"{card:g} GB", f"{plan.budget / GIB:.1f}", f"{plan.prediction.peak / GIB:.2f}",
+            "[green]yes[/green]" if plan.fits else "[red]no[/red]", ", ".join(map(str, plan.rungs)) or "none",
+        )  # fmt: skip
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(_HOW)
+
+
+_HOW = (
+    "GiB. Budget: what a Windows desktop leaves of such a card. Peaks are predicted (docs/memory.md), CUDA context "
+    "included; --vram or --preset shows one in full."
+)
+
+
+def show(plan: Plan, card: float, source: str) -> None:
+    """The plan in full, for people."""
+    from lowvram_grpo.memory.planner import setting
+
+    console, found = Console(highlight=False), plan.prediction
+    verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
+    console.print(
+        f"[bold]{plan.recipe.model}[/bold] ({source}) {verdict} a card of {card:g} GB with preset {plan.recipe.preset}: "
+        f"peak {found.peak / GIB:.2f} GiB of {plan.budget / GIB:.1f}"
+    )
+    keys = ("num_generations", "prompts_per_step", "max_prompt_length", "max_completion_length")
+    console.print("  " + ", ".join(f"{key} {setting(plan.recipe, key)}" for key in keys))
+    phases = Table(box=None, pad_edge=False)
+    phases.add_column("phase")
+    phases.add_column("peak GiB", justify="right")
+    phases.add_column("")
+    for name, size in found.phases.items():
+        bar = "█" * round(40 * size / max(plan.budget, found.peak))
+        phases.add_row(name, f"{size / GIB:.2f}", f"[{'cyan' if size <= plan.budget else 'red'}]{bar}[/]")
+    console.print(phases)
+    parts = Table(box=None, pad_edge=False)
+    parts.add_column(f"at the peak ({found.peak_phase})")
+    parts.add_column("MiB", justify="right")
+    for name, size in sorted(found.categories.items(), key=lambda item: -item[1]):
+        parts.add_row(name, f"{size / 2**20:,.0f}")
+    console.print(parts)
+    console.print("savers taken on top of the preset: " + (", ".join(map(str, plan.rungs)) or "none"))
+    for sentence in plan.advice:
+        console.print(f"instead: {sentence}")

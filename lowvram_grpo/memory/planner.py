@@ -1,0 +1,201 @@
+"""Does it fit, and with which savers: climbs a preset's ladder on paper until the predicted peak is within the budget.
+
+Only rungs that relieve the phase with the highest peak are taken, in the ladder's order, so that nothing is given up
+that would not help. What a person set is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lowvram_grpo import preset as presets
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.memory.ladder import RELIEVES, Rung
+from lowvram_grpo.recipe import job_types, typed
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from lowvram_grpo.memory.prediction import Prediction
+    from lowvram_grpo.recipe import Recipe
+
+GIB = 2**30
+# Who set a value, as the resolved recipe records it.
+_BY_A_PERSON = ("flag", "file", "adapter")
+PLANNED = "memory plan"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would run, and how much of the card it takes.
+
+    Attributes:
+        recipe: with the settings of the rungs that were taken.
+        budget: bytes that may be used, CUDA context included.
+        prediction: of that recipe.
+        rungs: taken, in order.
+        advice: where it does not fit, what would.
+    """
+
+    recipe: Recipe
+    budget: int
+    prediction: Prediction
+    rungs: tuple[Rung, ...] = ()
+    advice: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.prediction.peak <= self.budget
+
+    def as_json(self) -> dict[str, Any]:
+        """GiB as floats with three digits."""
+        gib = lambda size: round(size / GIB, 3)
+        found = self.prediction
+        return {
+            "model": self.recipe.model,
+            "preset": self.recipe.preset,
+            "budget_gib": gib(self.budget),
+            "fits": self.fits,
+            "peak_gib": gib(found.peak),
+            "peak_phase": found.peak_phase,
+            "phases": {name: gib(size) for name, size in found.phases.items()},
+            "categories": {name: gib(size) for name, size in found.categories.items()},
+            "rungs": [str(rung) for rung in self.rungs],
+            "settings": {key: setting(self.recipe, key) for key in RELIEVES},
+            "advice": list(self.advice),
+        }
+
+
+def ladder_of(name: str) -> tuple[Rung, ...]:
+    """The rungs of a preset, their values cast to the types of their settings.
+
+    Raises:
+        UserError: no such preset.
+    """
+    return tuple(Rung(key, typed(key, value)) for key, value in presets.load(name).ladder)
+
+
+def setting(recipe: Recipe, key: str) -> Any:
+    """The value that `key` has in a resolved recipe, GRPOConfig's default included."""
+    if key in job_types():
+        return getattr(recipe, key)
+    if key in recipe.training:
+        return recipe.training[key]
+    from lowvram_grpo.config import GRPOConfig
+
+    return GRPOConfig.__dataclass_fields__[key].default
+
+
+def with_setting(recipe: Recipe, key: str, value: Any, origin: str = PLANNED) -> Recipe:
+    """A copy of `recipe` with one setting changed."""
+    changed = replace(recipe, training=dict(recipe.training), origin={**recipe.origin, key: origin})
+    if key in job_types():
+        return replace(changed, **{key: value})
+    changed.training[key] = value
+    return changed
+
+
+class Planner:
+    """Plans recipes for one model on one kind of device.
+
+    Args:
+        config: of the model.
+        device: cuda or cpu.
+        half: the 16-bit dtype of the device, `bfloat16` or `float16`.
+        cold_start: an automatic cold start may come, after which the reference has weights of its own.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, *, device: str = "cuda", half: str = "bfloat16", cold_start: bool = False
+    ):
+        self.config, self.device, self.half, self.cold_start = config, device, half, cold_start
+        self._known: dict[str, Prediction] = {}
+
+    def predict(self, recipe: Recipe, *, exact: bool = False) -> Prediction:
+        """Raises UserError where settings contradict each other."""
+        import torch
+
+        from lowvram_grpo.memory.prediction import Blueprint, predict
+        from lowvram_grpo.policy.load import DTYPES
+
+        args = paper_config(recipe)
+        key = repr((exact, sorted(vars(args).items(), key=lambda kv: kv[0]), recipe.quantization, recipe.lora_r))
+        if key not in self._known:
+            plain = "float32" if self.device == "cpu" else self.half
+            dtype = DTYPES[plain if recipe.dtype == "auto" else recipe.dtype]
+            lora = {"r": recipe.lora_r, "target_modules": recipe.lora_target_modules}
+            blueprint = Blueprint(
+                self.config, recipe.quantization, dtype, lora, self.device,
+                follows=bool(recipe.adapter) or self.cold_start or str(args.cold_start) not in ("off", "auto", "0"),
+            )  # fmt: skip
+            with torch.random.fork_rng(devices=[]):
+                self._known[key] = predict(blueprint, args, exact=exact)
+        return self._known[key]
+
+    def plan(self, recipe: Recipe, budget: int, *, advise: bool = True) -> Plan:
+        """The first configuration down the ladder of `recipe.preset` whose predicted peak is within `budget` bytes;
+        where none is, the last one, with advice."""
+        rungs: list[Rung] = []
+        left = [rung for rung in ladder_of(recipe.preset) if recipe.origin.get(rung.key) not in _BY_A_PERSON]
+        found = self.predict(recipe)
+        while found.peak > budget:
+            rung = self._next(recipe, found, left)
+            if rung is None:
+                break
+            left.remove(rung)
+            recipe = with_setting(recipe, rung.key, rung.value)
+            rungs.append(rung)
+            found = self.predict(recipe)
+        plan = Plan(recipe, budget, found, tuple(rungs))
+        return plan if plan.fits or not advise else replace(plan, advice=tuple(self._advice(plan)))
+
+    def _next(self, recipe: Recipe, found: Prediction, left: list[Rung]) -> Rung | None:
+        helpful = (r for r in left if found.peak_phase in RELIEVES[r.key])
+        return next((r for r in helpful if presets.saves(r.key, r.value, setting(recipe, r.key))), None)
+
+    def _advice(self, plan: Plan) -> Iterator[str]:
+        """What would fit: shorter completions or prompts, a smaller group, a smaller model."""
+        for key, least in (("max_completion_length", 64), ("max_prompt_length", 64), ("num_generations", 2)):
+            value = setting(plan.recipe, key)
+            while value is not None and value // 2 >= least:
+                value //= 2
+                if self.predict(with_setting(plan.recipe, key, value)).peak <= plan.budget:
+                    yield f"--{key.replace('_', '-')} {value} fits"
+                    break
+        smaller = self._smaller_model(plan)
+        if smaller:
+            yield f"{smaller} fits"
+        yield f"a card with {plan.prediction.peak / GIB + 0.05:.1f} GiB free fits"
+
+    def _smaller_model(self, plan: Plan) -> str | None:
+        from lowvram_grpo.memory.architectures import family, resolve_config
+
+        for name in reversed(family(str(plan.recipe.model))):
+            config, _ = resolve_config(name)
+            other = Planner(config, device=self.device, half=self.half, cold_start=self.cold_start)
+            if other._size < self._size and other.plan(plan.recipe, plan.budget, advise=False).fits:
+                return name
+        return None
+
+    @property
+    def _size(self) -> int:
+        text = self.config.get_text_config()
+        return text.num_hidden_layers * text.hidden_size**2
+
+
+def paper_config(recipe: Recipe) -> Any:
+    """The GRPOConfig of a recipe, made without touching a GPU; precision is the planner's to say.
+
+    Raises:
+        UserError: settings that do not fit together.
+    """
+    from lowvram_grpo.config import GRPOConfig
+
+    settings = {k: v for k, v in recipe.training.items() if k not in ("bf16", "fp16", "tf32", "reward_weights")}
+    settings |= {"output_dir": "plan", "use_cpu": True, "report_to": "none", "model_init_kwargs": None}
+    try:
+        return GRPOConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"The training settings do not fit together: {error}") from error
