@@ -120,7 +120,7 @@ def decode(wave: Wave, sampling: Sampling, look_every: int | None = None) -> tup
     length = 0
     while length < sampling.max_new_tokens:
         ids[:, length], logps[:, length] = wave.step()
-        ended |= torch.isin(ids[:, length], wave.sampler.ends)
+        ended |= (wave.tokens[:, None] == wave.sampler.ends).any(1)
         length += 1
         if length % every == 0 and bool(ended.all()):
             break
