@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin
 
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.rollout.sampler import Sampler, Sampling
@@ -87,23 +86,19 @@ class Wave:
         return self.tokens, logps
 
     def skip(self, tokens: int) -> None:
-        """Go on as if so many tokens had been drawn: their KV is zero. For rehearsals."""
-        for index, layer in enumerate(self.cache.layers):
-            if tokens and getattr(layer, "keys", None) is not None:
-                self._skip(index, layer, tokens)
+        """Go on as if so many tokens had been drawn, with a blank KV cache of the size that it would have then. For
+        rehearsals."""
+        for layer in self.cache.layers:
+            if getattr(layer, "keys", None) is None:
+                continue
+            length = layer.keys.shape[2] + tokens
+            if getattr(layer, "is_sliding", False):
+                length = min(length, layer.sliding_window - 1)
+                layer.cumulative_length += tokens
+            blank = lambda x, n=length: x.new_zeros(x.shape[0], x.shape[1], n, x.shape[3])
+            layer.keys, layer.values = blank(layer.keys), blank(layer.values)
         self._grown()
         self.step_index += tokens
-
-    def _skip(self, index: int, layer: CacheLayerMixin, tokens: int) -> None:
-        """A layer with a sliding window is fed no more than the window, and a copy frees what it had to begin with: it
-        keeps a view of all it was last fed."""
-        window = layer.sliding_window if getattr(layer, "is_sliding", False) else tokens
-        fed = min(tokens, window)
-        blank = lambda x: x.new_zeros(1, 1, 1, 1).expand(x.shape[0], x.shape[1], fed, x.shape[3])
-        self.cache.update(blank(layer.keys), blank(layer.values), index)
-        if fed < tokens:
-            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
-            layer.cumulative_length += tokens - fed
 
     def close(self) -> None:
         """Free the KV cache, also where the frames of an error still hold the object."""
@@ -125,7 +120,7 @@ def decode(wave: Wave, sampling: Sampling, look_every: int | None = None) -> tup
     length = 0
     while length < sampling.max_new_tokens:
         ids[:, length], logps[:, length] = wave.step()
-        ended |= torch.isin(ids[:, length], wave.sampler.ends)
+        ended |= (wave.tokens[:, None] == wave.sampler.ends).any(1)
         length += 1
         if length % every == 0 and bool(ended.all()):
             break
