@@ -280,6 +280,7 @@ class GRPOTrainer(Trainer):
                 ref_states=ref_states,
                 kl=ref_states is not None and self.grpo_args.kl_estimator == "exact",
                 **self._sharing(micro, model or self.model),
+                offload=self.grpo_args.activation_offload,
             )
 
     def collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
