@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -121,6 +122,45 @@ def test_host_buffers_serve_again_and_survive_a_broken_backward_pass():
     training_pass(model, larger, offload=True)
     assert len(lane._free) == len(first)
     assert_equal(plain, training_pass(model, offload=True))
+
+
+class LateLane(offload._Lane):
+    """Copies nothing until somebody waits for it, as a stream might; what is copied out must then still be there."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.queue, self.done, self.hosts = [], 0, set()
+
+    def buffer(self, size):
+        buffer = super().buffer(size)
+        self.hosts.add(buffer.data_ptr())
+        return buffer
+
+    def copy(self, to, source):
+        outward = to.data_ptr() in self.hosts
+        self.queue.append((to, weakref.ref(source) if outward else lambda: source))
+        return len(self.queue)
+
+    @torch.no_grad()
+    def wait(self, event):
+        while self.done < (event or 0):
+            to, source = self.queue[self.done]
+            to.copy_(source())
+            self.queue[self.done] = None
+            self.done += 1
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["layers kept", "layers recomputed"])
+def test_nobody_reads_or_frees_memory_before_its_copy_is_done(checkpointed, monkeypatch):
+    model = adapted(tiny("Llama", num_hidden_layers=4))
+    if checkpointed:
+        checkpoint_activations(model)
+    plain = training_pass(model)
+    monkeypatch.setattr(offload, "_Lane", LateLane)
+    for _ in range(2):
+        assert_equal(plain, training_pass(model, offload=True))
+    lane = offload._LANES[torch.device("cpu")]
+    assert lane.done and lane.done >= len(lane.queue) - 1
 
 
 def test_on_meta_the_device_holds_less_between_the_passes():
