@@ -196,6 +196,10 @@ def build_policy(
             p.data = p.data.float()
     if args.disable_dropout:
         disable_dropout(model)
+    from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps  # which needs `unwrap`
+
+    if args.mlp_tile:
+        tile_mlps(model, args.mlp_tile)
     if args.gradient_checkpointing:
         checkpoint_activations(model, args.gradient_checkpointing_kwargs)
     return model
@@ -215,19 +219,6 @@ def attach_lora(model: PreTrainedModel, peft_config: PeftConfig) -> nn.Module:
         raise UserError(f"The LoRA configuration does not fit the model: {error}") from error
     head_of(wrapped.get_base_model())
     return wrapped
-
-
-def checkpoint_activations(model: nn.Module, kwargs: dict[str, Any] | None = None) -> None:
-    """Switch on activation checkpointing; with frozen embeddings the inputs must be made to require grad, or the first
-    checkpointed block would cut the graph off from the adapter."""
-    causal_lm = unwrap(model)
-    options = {"use_reentrant": False, **(kwargs or {})}
-    if hasattr(causal_lm, "activation_checkpointing_enable"):  # transformers >= 5.18 renames it
-        causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    if causal_lm is not model:
-        causal_lm.enable_input_require_grads()
 
 
 def disable_dropout(model: nn.Module) -> None:

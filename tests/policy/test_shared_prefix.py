@@ -13,7 +13,7 @@ from transformers import FalconConfig, FalconForCausalLM
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.experience import MicroBatch
 from lowvram_grpo.memory.ledger import Ledger
-from lowvram_grpo.policy.load import checkpoint_activations
+from lowvram_grpo.policy.checkpointing import checkpoint_activations
 from lowvram_grpo.policy.shared_prefix import NAME, PrefixLayout, packed_tokens, shared_groups, why_not
 from lowvram_grpo.rollout.engine import GenerateEngine
 from lowvram_grpo.rollout.sampler import Sampling
