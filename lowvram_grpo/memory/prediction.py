@@ -41,6 +41,8 @@ class Blueprint:
         lora: arguments of peft.LoraConfig.
         device: cuda or cpu.
         follows: the reference has weights of its own (a given adapter, or a cold start).
+        longest_prompt: in tokens, where the data is known.
+        attention: attn_implementation; all but eager hold no scores.
     """
 
     config: PretrainedConfig
@@ -49,6 +51,8 @@ class Blueprint:
     lora: dict[str, Any]
     device: str = "cuda"
     follows: bool = False
+    longest_prompt: int | None = None
+    attention: str = "sdpa"
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,9 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     overheads = CUDA if blueprint.device == "cuda" else CPU
     ledger = Ledger(block=overheads.block)
     stand_in = StandIn(blueprint.device, None if blueprint.dtype == torch.float32 else blueprint.dtype)
-    work = workload(args, blueprint.config)
-    empty = skeleton(blueprint.config, blueprint.dtype, attn_implementation="sdpa")
+    work = workload(args, blueprint.config, blueprint.longest_prompt)
+    attention = "eager" if blueprint.attention == "eager" else "sdpa"
+    empty = skeleton(blueprint.config, blueprint.dtype, attn_implementation=attention)
     args = copy.copy(args)
     args.gradient_checkpointing_kwargs = {"context_fn": stand_in.recompute}
     with stand_in, ledger:

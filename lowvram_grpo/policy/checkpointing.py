@@ -8,13 +8,13 @@ tokens at a time; the price is one more forward pass of each MLP, and 4-bit weig
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowvram_grpo.errors import UserError
@@ -36,11 +36,11 @@ def checkpoint_activations(model: nn.Module, kwargs: dict[str, Any] | None = Non
         causal_lm.enable_input_require_grads()
 
 
-def tile_mlps(model: nn.Module, tokens: int) -> None:
+def tile_mlps(model: nn.Module, tokens: int, context_fn: Callable = noop_context_fn) -> None:
     """Run the MLP of each decoder layer over at most `tokens` tokens of the batch at a time, from the next pass on.
 
     Results are the same up to the rounding of matmuls of another height. May be called again with another number,
-    though not between a forward pass and its backward pass.
+    though not between a forward pass and its backward pass. `context_fn` as in torch.utils.checkpoint.
 
     Raises:
         UserError: some layer has no MLP that works on single tokens; the model is left as it was.
@@ -51,7 +51,7 @@ def tile_mlps(model: nn.Module, tokens: int) -> None:
         if not hasattr(mlp, "_tile_tokens"):
             # A bound method, which deepcopy binds to the copy.
             mlp._untiled_forward, mlp.forward = mlp.__dict__.get("forward"), MethodType(_tiled_forward, mlp)
-        mlp._tile_tokens = tokens
+        mlp._tile_tokens, mlp._tile_contexts = tokens, context_fn
 
 
 def untile_mlps(model: nn.Module) -> None:
@@ -61,7 +61,7 @@ def untile_mlps(model: nn.Module) -> None:
             del mlp.forward
             if mlp._untiled_forward is not None:
                 mlp.forward = mlp._untiled_forward
-            del mlp._tile_tokens, mlp._untiled_forward
+            del mlp._tile_tokens, mlp._tile_contexts, mlp._untiled_forward
 
 
 def _mlps(causal_lm: nn.Module) -> Iterator[nn.Module]:
@@ -91,7 +91,7 @@ def _tiled_forward(self: nn.Module, hidden: Tensor) -> Tensor:
         return run(hidden)
     tiles = rows[None].split(self._tile_tokens, 1)
     if torch.is_grad_enabled() and self.training:
-        outs = [checkpoint(run, tile, use_reentrant=False) for tile in tiles]
+        outs = [checkpoint(run, tile, use_reentrant=False, context_fn=self._tile_contexts) for tile in tiles]
     else:
         outs = [run(tile) for tile in tiles]
     return torch.cat(outs, 1).view(*hidden.shape[:-1], -1)
