@@ -267,6 +267,7 @@ class GRPOTrainer(Trainer):
                 with self.guard.phase("backward"):
                     self.accelerator.backward(share)
             loss += share.detach()
+            del share  # and with it what its graph holds, before the next forward pass
         return loss
 
     def _redo_from_here(self) -> Callable[[], None]:

@@ -108,11 +108,11 @@ class Rehearsal:
         """Scoring, forward and backward of the largest micro-batch; leaves gradients behind."""
         rows = min(work.micro_batch, work.completions)
         self.model.train()
-        if work.accumulates:
-            self.blank_gradients()
         micro = longest_micro_batch(work, rows, self.device)
         with self.phase("score"):
             self.learner.prepare(micro)
+        if work.accumulates:
+            self.blank_gradients()
         with self.phase("forward"), self.learner.autocast():
             loss = self.learner.loss(micro)[0].loss
         with self.phase("backward"):

@@ -194,7 +194,8 @@ def build_policy(
             unwrap(model),
             head_dtype=args.head_dtype,
             embedding_offload=args.embedding_offload,
-            device=args.device,
+            # On meta, where memory is planned, nothing is ever anywhere else.
+            device=torch.device("meta") if next(model.parameters()).is_meta else args.device,
             workspace_mib=args.workspace_mib,
         ):
             tell(sentence)
