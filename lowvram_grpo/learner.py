@@ -15,6 +15,8 @@ from lowvram_grpo.config import GRPOConfig
 from lowvram_grpo.experience import MicroBatch
 from lowvram_grpo.loss import KernelChoice, LossSums, micro_loss, wanted_rows
 from lowvram_grpo.objective import Objective
+from lowvram_grpo.policy.head import head_of
+from lowvram_grpo.policy.load import unwrap
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.shared_prefix import shared_groups
 from lowvram_grpo.scoring import Scores, score, scored_states
@@ -42,6 +44,10 @@ class Learner:
     ):
         self.model, self.reference, self.objective, self.kernels, self.args = model, reference, objective, kernels, args
         self.steps_per_rollout, self.autocast = steps_per_rollout, autocast
+        head = head_of(unwrap(model))
+        if not head.trainable:
+            # Known from now on; the first backward pass would find it out at its fullest moment.
+            head.centre(next(p for p in model.parameters() if p.requires_grad).device)
 
     @property
     def joint_reference(self) -> bool:

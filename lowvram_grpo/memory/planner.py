@@ -25,6 +25,8 @@ GIB = 2**30
 # Who set a value, as the resolved recipe records it.
 _BY_A_PERSON = ("flag", "file", "adapter")
 PLANNED = "memory plan"
+# Nobody wants less, in tokens.
+_SHORTEST = 64
 
 
 @dataclass(frozen=True)
@@ -147,32 +149,42 @@ class Planner:
     def plan(self, recipe: Recipe, budget: int, *, advise: bool = True) -> Plan:
         """The first configuration down the ladder of `recipe.preset` whose predicted peak is within `budget` bytes;
         where none is, the last one, with advice."""
-        rungs: list[Rung] = []
         left = [rung for rung in ladder_of(recipe.preset) if recipe.origin.get(rung.key) not in _BY_A_PERSON]
         found = self.predict(recipe)
+        if found.peak > budget:
+            # Asked first, so that a model that is far too large is known to be after two predictions.
+            bottom = self._bottom(recipe, left, budget)
+            if not bottom.fits:
+                return replace(bottom, advice=tuple(self._advice(bottom))) if advise else bottom
+        rungs: list[Rung] = []
         while found.peak > budget:
             rung = self._next(recipe, found, left)
-            if rung is None:
-                break
+            if rung is None:  # the ones left over do not relieve this phase by themselves
+                return self._bottom(recipe, left, budget, tuple(rungs))
             left.remove(rung)
             recipe = with_setting(recipe, rung.key, rung.value)
             rungs.append(rung)
             found = self.predict(recipe)
-        plan = Plan(recipe, budget, found, tuple(rungs))
-        return plan if plan.fits or not advise else replace(plan, advice=tuple(self._advice(plan)))
+        return Plan(recipe, budget, found, tuple(rungs))
+
+    def _bottom(self, recipe: Recipe, left: list[Rung], budget: int, taken: tuple[Rung, ...] = ()) -> Plan:
+        """With every rung that still saves something."""
+        for rung in left:
+            if presets.saves(rung.key, rung.value, setting(recipe, rung.key)):
+                recipe, taken = with_setting(recipe, rung.key, rung.value), (*taken, rung)
+        return Plan(recipe, budget, self.predict(recipe), taken)
 
     def _next(self, recipe: Recipe, found: Prediction, left: list[Rung]) -> Rung | None:
         helpful = (r for r in left if found.peak_phase in RELIEVES[r.key])
         return next((r for r in helpful if presets.saves(r.key, r.value, setting(recipe, r.key))), None)
 
     def _advice(self, plan: Plan) -> Iterator[str]:
-        """What would fit: shorter completions or prompts, a smaller group, a smaller model."""
-        for key, least in (("max_completion_length", 64), ("max_prompt_length", 64), ("num_generations", 2)):
+        """What would fit, at the bottom of the ladder: shorter completions or prompts, a smaller model or card."""
+        for key in ("max_completion_length", "max_prompt_length"):
             value = setting(plan.recipe, key)
-            while value is not None and value // 2 >= least:
-                value //= 2
-                if self.predict(with_setting(plan.recipe, key, value)).peak <= plan.budget:
-                    yield f"--{key.replace('_', '-')} {value} fits"
+            for shorter in [value // 2, value // 4] if value else []:
+                if shorter >= _SHORTEST and self.predict(with_setting(plan.recipe, key, shorter)).peak <= plan.budget:
+                    yield f"--{key.replace('_', '-')} {shorter} fits"
                     break
         smaller = self._smaller_model(plan)
         if smaller:
@@ -188,7 +200,7 @@ class Planner:
                 config, device=self.device, half=self.half, cold_start=self.cold_start,
                 longest_prompt=self.longest_prompt,
             )  # fmt: skip
-            if other._size < self._size and other.plan(plan.recipe, plan.budget, advise=False).fits:
+            if other._size < self._size and other.predict(plan.recipe).peak <= plan.budget:
                 return name
         return None
 

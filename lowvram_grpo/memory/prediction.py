@@ -82,7 +82,9 @@ def predict(blueprint: Blueprint, args: GRPOConfig, *, exact: bool = False) -> P
     """Peaks of the longest step that `args` allow. `exact` runs all layers, however many."""
     config = blueprint.config.get_text_config()
     depth, period = config.num_hidden_layers, _period(config)
-    low, high = 2 * period, 3 * period
+    # Fewer than four layers are all in flight at once where activations go to host memory.
+    low = -(-4 // period) * period
+    high = low + period
     if exact or depth <= high:
         peaks = count(blueprint, args)
     else:
@@ -149,18 +151,18 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     with stand_in, ledger:
         with ledger.phase("load"), ledger.making("base weights"):
             model = _base(empty, blueprint, args)
-        with ledger.phase("adapter"), ledger.making("adapter"):
-            model = build_policy(model, args, None, LoraConfig(**blueprint.lora, task_type="CAUSAL_LM"))
+        with ledger.phase("adapter"):
+            with ledger.making("adapter"):
+                model = build_policy(model, args, None, LoraConfig(**blueprint.lora, task_type="CAUSAL_LM"))
             tables = (unwrap(model).get_output_embeddings(), unwrap(model).get_input_embeddings())
             ledger.tag("head", [x for table in tables for x in (*table.parameters(), *table.buffers())])
-        engine, learner = _around(model, blueprint, args, stand_in, ledger)
-        rehearsal = Rehearsal(model, engine, learner, phase=ledger.phase)
+            engine, learner = _around(model, blueprint, args, stand_in, ledger)
+        rehearsal = Rehearsal(model, engine, learner, phase=ledger.phase, making=ledger.making)
         with _gradients_tagged(model, ledger):
             # The moments are made first: from the second step on they are there in every phase.
             optimizer = _optimizer(model, args, blueprint.device)
             rehearsal.blank_gradients()
-            with ledger.making("optimizer"):
-                rehearsal.optimizer(optimizer)
+            rehearsal.optimizer(optimizer)
             model.zero_grad()
             rehearsal.rollout(work)
             rehearsal.gradients(work)
@@ -191,7 +193,8 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
     from lowvram_grpo.rollout.engine import GenerateEngine
     from lowvram_grpo.rollout.sampler import Sampling
 
-    with ledger.making("adapter"):
+    # peft makes a second adapter on the CPU, and moves it wherever the base is, but not to meta.
+    with ledger.making("adapter"), _META:
         reference = Reference(model, follows=blueprint.follows or args.sync_ref_model) if args.beta > 0 else None
     sampling = Sampling(args.max_completion_length, eos_ids=(0,), pad_id=0, temperature=args.temperature)
     engine = GenerateEngine(model, sampling, args.rollout_batch_size, workspace_mib=args.workspace_mib)

@@ -7,7 +7,7 @@ optimizer. What it is given are lengths, not text.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,6 +85,7 @@ class Rehearsal:
     Args:
         phase: makes the context of a phase, by its name: the ledger's, or the guard's.
         backward: accumulates the gradients of a loss.
+        making: makes a context in which what is made is of a category of the ledger.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class Rehearsal:
         *,
         phase: Callable[[str], AbstractContextManager],
         backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+        making: Callable[[str], AbstractContextManager] = lambda category: nullcontext(),
     ):
         self.model, self.engine, self.learner, self.phase, self.backward = model, engine, learner, phase, backward
+        self.making = making
         self.device = next(p for p in model.parameters() if p.requires_grad).device
 
     def rollout(self, work: Workload) -> None:
@@ -119,10 +122,11 @@ class Rehearsal:
             self.backward(loss)
 
     def blank_gradients(self) -> None:
-        for p in self.model.parameters():
-            if p.requires_grad and p.grad is None:
-                p.grad = torch.zeros_like(p)
+        with self.making("gradients"):
+            for p in self.model.parameters():
+                if p.requires_grad and p.grad is None:
+                    p.grad = torch.zeros_like(p)
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        with self.phase("optimizer"):
+        with self.phase("optimizer"), self.making("optimizer"):
             optimizer.step()

@@ -6,12 +6,12 @@ import random
 from pathlib import Path
 
 import torch
-from tests.conftest import Quiet
 
 from lowvram_grpo import GRPOConfig, GRPOTrainer
 from lowvram_grpo.memory.ledger import Ledger, Peak
 from lowvram_grpo.policy.embeddings import stays_on_host
 from lowvram_grpo.policy.load import bitsandbytes_config, load_causal_lm
+from tests.conftest import Quiet
 
 
 def drawn(completions, **_):
@@ -19,12 +19,14 @@ def drawn(completions, **_):
     return [random.random() for _ in completions]
 
 
-def measured(folder: str, args: GRPOConfig, tokenizer, prompt: str, quantization: str, lora: dict) -> dict[str, Peak]:
-    """Peaks of a run whose prompts are all `prompt` and whose completions are all of full length."""
+def measured(
+    folder: str, args: GRPOConfig, tokenizer, prompts: list[str], quantization: str, lora: dict
+) -> dict[str, Peak]:
+    """Peaks of a run on `prompts`, over and over, whose completions are all of full length."""
     from datasets import Dataset
     from peft import LoraConfig
 
-    data = Dataset.from_dict({"prompt": [prompt] * 16})
+    data = Dataset.from_dict({"prompt": prompts * 8})
     ledger = Ledger(device="cpu")
     with ledger:
         with ledger.phase("load"):
