@@ -58,10 +58,12 @@ class Prediction:
     Attributes:
         phases: peak of each phase.
         categories: what the highest of them is made of.
+        parts: what each of them is made of.
     """
 
     phases: dict[str, int]
     categories: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -117,11 +119,13 @@ def _with_overheads(peaks: dict[str, Peak], extra: Overheads) -> Prediction:
         moving = peak.bytes - sum(peak.categories.get(name, 0) for name in _WEIGHTS)
         return round(moving * extra.fragmentation)
 
+    def parts(peak: Peak) -> dict[str, int]:
+        beside = {"CUDA context": extra.context + extra.cublas, "fragmentation": slack(peak)}
+        return {name: size for name, size in {**peak.categories, **beside}.items() if size}
+
     phases = {name: peak.bytes + slack(peak) + extra.context + extra.cublas for name, peak in peaks.items()}
-    highest = peaks[max(phases, key=phases.__getitem__)]
-    parts = {name: size for name, size in highest.categories.items() if size}
-    beside = {"CUDA context": extra.context + extra.cublas, "fragmentation": slack(highest)}
-    return Prediction(phases, parts | {name: size for name, size in beside.items() if size})
+    made_of = {name: parts(peak) for name, peak in peaks.items()}
+    return Prediction(phases, made_of[max(phases, key=phases.__getitem__)], made_of)
 
 
 def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
@@ -145,7 +149,7 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
         with ledger.phase("adapter"), ledger.making("adapter"):
             model = build_policy(model, args, None, LoraConfig(**blueprint.lora, task_type="CAUSAL_LM"))
         engine, learner = _around(model, blueprint, args, stand_in, ledger)
-        rehearsal = Rehearsal(model, engine, learner, phase=ledger.phase)
+        rehearsal = Rehearsal(model, engine, learner, phase=ledger.phase, making=ledger.making)
         with _gradients_tagged(model, ledger):
             # The moments are made first: from the second step on they are there in every phase.
             optimizer = _optimizer(model, args, blueprint.device)

@@ -7,7 +7,7 @@ optimizer. What it is given are lengths, not text.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,6 +85,7 @@ class Rehearsal:
     Args:
         phase: makes the context of a phase, by its name: the ledger's, or the guard's.
         backward: accumulates the gradients of a loss.
+        making: makes the context in which tensors of a category are made, by its name: the ledger's.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class Rehearsal:
         *,
         phase: Callable[[str], AbstractContextManager],
         backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+        making: Callable[[str], AbstractContextManager] = lambda category: nullcontext(),
     ):
         self.model, self.engine, self.learner, self.phase, self.backward = model, engine, learner, phase, backward
+        self.making = making
         self.device = next(p for p in model.parameters() if p.requires_grad).device
 
     def rollout(self, work: Workload) -> None:
@@ -108,20 +111,22 @@ class Rehearsal:
         """Scoring, forward and backward of the largest micro-batch; leaves gradients behind."""
         rows = min(work.micro_batch, work.completions)
         self.model.train()
-        if work.accumulates:
-            self.blank_gradients()
         micro = longest_micro_batch(work, rows, self.device)
         with self.phase("score"):
             self.learner.prepare(micro)
+        # A rollout is scored before its first update, when the last step's gradients are gone.
+        if work.accumulates:
+            self.blank_gradients()
         with self.phase("forward"), self.learner.autocast():
             loss = self.learner.loss(micro)[0].loss
         with self.phase("backward"):
             self.backward(loss)
 
     def blank_gradients(self) -> None:
-        for p in self.model.parameters():
-            if p.requires_grad and p.grad is None:
-                p.grad = torch.zeros_like(p)
+        with self.making("gradients"):
+            for p in self.model.parameters():
+                if p.requires_grad and p.grad is None:
+                    p.grad = torch.zeros_like(p)
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         with self.phase("optimizer"):
