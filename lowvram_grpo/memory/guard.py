@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -54,6 +54,9 @@ class Guard:
         tell: receives one sentence for people at each rung, and the event.
         limits: describes the longest work there is ("prompts of 256 tokens, ..."), for errors.
         active: whether to climb; without, running out of memory ends the run with a sentence.
+
+    Attributes:
+        watch: makes a context that is entered around each phase, by its name: for measuring its memory.
     """
 
     def __init__(
@@ -69,13 +72,15 @@ class Guard:
         self.settings, self.apply, self.ladder, self.tell = settings, apply, tuple(ladder), tell
         self.limits, self.active = limits, active
         self.events: list[Event] = []
+        self.watch: Callable[[str], AbstractContextManager] | None = None
         self._phase = "load"
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What is being done: an error inside belongs to the innermost phase."""
         outer, self._phase = self._phase, name
-        yield
+        with self.watch(name) if self.watch else nullcontext():
+            yield
         # Not in a finally: whoever catches the error asks which phase it came from.
         self._phase = outer
 
