@@ -57,15 +57,15 @@ def _panel(axis: Any, row: dict[str, Any]) -> None:
         for category, colour in COLOURS.items():
             size = row["predicted_parts_mib"][name].get(category, 0) / 1024
             if size:
-                axis.bar(at, size, 0.62, bottom=foot, color=colour, edgecolor="white", linewidth=0.4, label=category)
+                axis.bar(at, size, 0.54, bottom=foot, color=colour, edgecolor="white", linewidth=0.4, label=category)
                 foot += size
         axis.text(at, foot + 0.012 * budget, f"{foot:.2f}", ha="center", va="bottom", fontsize=9, color=_INK,
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2}, zorder=3)  # fmt: skip
         top = max(top, foot)
         if (seen := measured_mib(row, name)) is not None:
-            axis.plot(at + 0.38, seen / 1024, marker="<", color="#b3002d", linestyle="none", label="measured")
-            axis.text(at + 0.42, seen / 1024 - 0.03 * budget, f"{seen / 1024:.2f}", fontsize=8, color="#b3002d",
-                      va="top", ha="center")  # fmt: skip
+            axis.plot(at + 0.33, seen / 1024, marker="<", color="#b3002d", linestyle="none", label="measured")
+            axis.text(at + 0.29, seen / 1024 - 0.03 * budget, f"{seen / 1024:.2f}", fontsize=8, color="#b3002d",
+                      va="top", ha="left")  # fmt: skip
             top = max(top, seen / 1024)
     axis.axhline(budget, color="#b3002d", linestyle="--", linewidth=1.2)
     axis.text(
