@@ -360,10 +360,11 @@ def sweep(
         state = None if all_dense else sweeper.listed(h, ref_h, t, need, sweeper.lists)
         if state is None:
             all_dense = True
-            if need is None:
+            some = None if need is None else need.nonzero()[:, 0]
+            if some is None or len(some) == r1 - r0:  # without copies
                 stats = dense(slice(None), r1 - r0, n - r0)
             else:
-                some, others = need.nonzero()[:, 0], (~need).nonzero()[:, 0]
+                others = (~need).nonzero()[:, 0]
                 stats = torch.empty(10 if has_ref else 4, r1 - r0, device=device)
                 if len(some):
                     stats[:, some] = dense(some, len(some), len(some))

@@ -64,7 +64,13 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     # A chat template that is missing or does not fit is found here, before gigabytes are loaded.
     check_prompts(tokenizer, train_data, chat_template_kwargs=recipe.training.get("chat_template_kwargs"))
     _check_reward_columns(recipe, [f for f, _ in rewards], train_data, eval_data)
+    said: list[str] = []
+    if not recipe.resume:
+        recipe = _fitted(recipe, args, tokenizer, train_data, said.append)
+        args = _config(recipe, weights=[weight for _, weight in rewards])
     if dry_run:
+        for sentence in said:
+            print(f"note: {sentence}")
         _print_plan(recipe, args, specs, tokenizer, train_data, eval_data)
         return Path(recipe.output_dir or "runs")
     if directory is None:
@@ -72,8 +78,37 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
         directory = RunDirectory.create(recipe.output_dir, name)
         directory.recipe_path.write_text(recipe.to_toml(), encoding="utf-8")
     args.output_dir = str(directory.path)
-    _train(recipe, args, directory, [f for f, _ in rewards], tokenizer, train_data, eval_data)
+    _train(recipe, args, directory, [f for f, _ in rewards], tokenizer, train_data, eval_data, said)
     return directory.path
+
+
+def _fitted(recipe: Recipe, args: GRPOConfig, tokenizer, train_data, tell: Callable[[str], None]) -> Recipe:
+    """The recipe with what the memory plan makes of it, and without a quantization that the checkpoint has already."""
+    from lowvram_grpo.cold_start import REFERENCE_COLUMN
+    from lowvram_grpo.encoding import prompt_length_report
+    from lowvram_grpo.fitting import fit
+    from lowvram_grpo.memory.devices import detect
+    from lowvram_grpo.policy.load import model_config
+
+    config = model_config(recipe.model, **_hub_arguments(recipe))
+    if getattr(config, "quantization_config", None) and recipe.origin.get("quantization") not in ("flag", "file"):
+        recipe.quantization = "none"
+    if args.device.type != "cuda":
+        return recipe
+    report = prompt_length_report(
+        tokenizer,
+        train_data,
+        max_prompt_length=args.max_prompt_length,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    return fit(
+        recipe,
+        config,
+        detect(args.device.index or 0),
+        tell,
+        cold_start=str(args.cold_start) == "auto" and REFERENCE_COLUMN in train_data.column_names,
+        longest_prompt=report.longest,
+    )
 
 
 def _check_device(recipe: Recipe) -> None:
@@ -181,6 +216,7 @@ def _config(recipe: Recipe, *, weights: list[float]) -> GRPOConfig:
 
 def _model(recipe: Recipe, args: GRPOConfig):
     from lowvram_grpo.policy.adapter import load_adapter
+    from lowvram_grpo.policy.embeddings import stays_on_host
     from lowvram_grpo.policy.load import DTYPES, bitsandbytes_config, compute_dtype, load_causal_lm
 
     dtype = compute_dtype(args.device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
@@ -189,7 +225,12 @@ def _model(recipe: Recipe, args: GRPOConfig):
         init["attn_implementation"] = recipe.attn_implementation
     quantization = bitsandbytes_config(recipe.quantization, dtype)
     model = load_causal_lm(
-        recipe.model, device=args.device, dtype=dtype, quantization_config=quantization, init_kwargs=init
+        recipe.model,
+        device=args.device,
+        dtype=dtype,
+        quantization_config=quantization,
+        init_kwargs=init,
+        keep_on_host=lambda model: stays_on_host(model, args.head_dtype, args.embedding_offload),
     )
     return load_adapter(model, recipe.adapter) if recipe.adapter else model
 
@@ -208,10 +249,11 @@ def _lora(recipe: Recipe):
     )
 
 
-def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -> None:
+def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data, said) -> None:
     from transformers.trainer_callback import PrinterCallback
 
     from lowvram_grpo.implied import IMPLIED
+    from lowvram_grpo.memory.planner import ladder_of
     from lowvram_grpo.resume import planned_steps, step_of
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
     from lowvram_grpo.run.completions import CompletionsLog
@@ -229,6 +271,8 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -
     subtitle = f"{recipe.model} on {recipe.data}"
     with Console("lowvram-grpo", subtitle, plain=recipe.plain or None, log_completions=args.log_completions) as console:
         console.notice(f"run directory: {directory.path}")
+        for sentence in said:
+            console.notice(sentence)
         if recipe.origin.get("template", "").startswith("guessed"):
             console.notice(
                 f"neither --template nor --reward given: by its columns the data is for template {recipe.template}, "
@@ -254,6 +298,7 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data) -
             callbacks=[interrupt],
             peft_config=_lora(recipe),
             observer=console,
+            ladder=ladder_of(recipe.preset),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(MetricsWriter(directory.metrics_path))

@@ -63,6 +63,7 @@ class Learner:
             ref_states=ref_states,
             kl=ref_states is not None and self.args.kl_estimator == "exact",
             **self._sharing(micro, model or self.model),
+            offload=self.args.activation_offload,
         )
 
     def _sharing(self, micro: MicroBatch, model: nn.Module) -> dict[str, list[int] | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from lowvram_grpo.kernels.linear_logps import linear_logps
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.load import unwrap
+from lowvram_grpo.policy.offload import offloaded_activations
 from lowvram_grpo.policy.shared_prefix import PrefixLayout, packed_states, ragged_index, why_not
 
 
@@ -38,8 +41,8 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, L, H) after the final norm, without touching the head."""
+def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, offload: bool = False) -> Tensor:
+    """(B, L, H) after the final norm, without touching the head. `offload`: activations wait in host memory."""
     places = position_ids(attention_mask)
     if input_ids.is_meta:
         # Attention is counted as CUDA's kernels do it. Transformers cannot look into a mask here, but this is what it
@@ -47,8 +50,14 @@ def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
         why_not(model)
         b, length = input_ids.shape
         attention_mask = torch.empty(b, 1, length, length, dtype=torch.bool, device="meta")
-    out = _decoder(model)(input_ids=input_ids, attention_mask=attention_mask, position_ids=places, use_cache=False)
+    decoder = _decoder(model)
+    with offloaded_activations(offload, _weights(decoder)):
+        out = decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=places, use_cache=False)
     return out.last_hidden_state
+
+
+def _weights(decoder: nn.Module) -> Iterator[Tensor]:
+    return chain(decoder.parameters(), decoder.buffers())
 
 
 def _decoder(model: nn.Module) -> nn.Module:
@@ -66,12 +75,13 @@ def scored_states(
     prompt_lengths: list[int] | None = None,
     completion_lengths: list[int] | None = None,
     group_sizes: list[int] | None = None,
+    offload: bool = False,
 ) -> Tensor:
     """(N, H) the hidden state before each of the N unmasked completion tokens, row after row.
 
     Lengths are those that the masks say; given, no pass waits for the GPU to count, and tensors may be on meta.
     With `group_sizes`, runs of adjacent rows that share a prompt, each prompt goes through the model once: ask
-    `policy.shared_prefix.shared_groups` whether the model can.
+    `policy.shared_prefix.shared_groups` whether the model can. `offload`: activations wait in host memory.
     """
     (b, p), t = prompt_ids.shape, completion_ids.shape[1]
     lengths = _lengths(completion_mask, completion_lengths)
@@ -79,9 +89,11 @@ def scored_states(
     if group_sizes is not None:
         prompts = _lengths(prompt_mask, prompt_lengths)
         layout = PrefixLayout(prompts, lengths, group_sizes, width=p + t, prompt_width=p, device=input_ids.device)
-        return packed_states(_decoder(model), input_ids, layout)[layout.scored]
+        decoder = _decoder(model)
+        with offloaded_activations(offload, _weights(decoder)):
+            return packed_states(decoder, input_ids, layout)[layout.scored]
     attention_mask = torch.cat([prompt_mask, completion_mask.to(prompt_mask.dtype)], 1)
-    hidden = last_hidden_state(model, input_ids, attention_mask)
+    hidden = last_hidden_state(model, input_ids, attention_mask, offload=offload)
     return hidden.flatten(0, 1)[ragged_index(range(p - 1, b * (p + t), p + t), lengths, hidden.device)]
 
 
@@ -105,18 +117,19 @@ def score(
     prompt_lengths: list[int] | None = None,
     completion_lengths: list[int] | None = None,
     group_sizes: list[int] | None = None,
+    offload: bool = False,
 ) -> Scores:
     """Log-prob and entropy of each completion token at `temperature`, under `model` with its adapter on or off.
 
     `wanted`, `path` and `kl` as in `linear_logps`; `ref_states` are the reference's `scored_states`, for a reference
-    that has the model's own head. Lengths and `group_sizes` as in `scored_states`.
+    that has the model's own head. Lengths, `group_sizes` and `offload` as in `scored_states`.
     """
     shape = completion_ids.shape
     lengths = _lengths(completion_mask, completion_lengths)
     scored = ragged_index(range(0, shape.numel(), shape[1]), lengths, completion_ids.device)
     states = scored_states(
         model, prompt_ids, prompt_mask, completion_ids, completion_mask,
-        prompt_lengths=prompt_lengths, completion_lengths=lengths, group_sizes=group_sizes,
+        prompt_lengths=prompt_lengths, completion_lengths=lengths, group_sizes=group_sizes, offload=offload,
     )  # fmt: skip
     out = linear_logps(
         states,

@@ -24,9 +24,10 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.experience import MicroBatch, Rollout, split, updates_of
 from lowvram_grpo.learner import Learner
 from lowvram_grpo.loss import choose_kernels
-from lowvram_grpo.memory.guard import Event, Guard
+from lowvram_grpo.memory.guard import Event, Guard, cap
 from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.memory.optimizer import GuardedStep
+from lowvram_grpo.memory.probe import probe
 from lowvram_grpo.metrics import (
     MetricBook,
     UpdateSums,
@@ -37,6 +38,7 @@ from lowvram_grpo.metrics import (
 )
 from lowvram_grpo.objective import objective_of
 from lowvram_grpo.policy.adapter import restore_adapter
+from lowvram_grpo.policy.checkpointing import tile_mlps
 from lowvram_grpo.policy.load import build_policy, compute_dtype, is_peft, load_tokenizer, unwrap
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.rewards.runner import RewardRunner, check_columns
@@ -102,7 +104,8 @@ class GRPOTrainer(Trainer):
         set_seed(args.seed)
         name = model if isinstance(model, str) else unwrap(model).config._name_or_path
         tokenizer = processing_class or load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-        model = build_policy(model, args, quantization_config, peft_config)
+        cap(args)
+        model = build_policy(model, args, quantization_config, peft_config, self.observer.notice)
         self.plan, self.grpo_args = args.batch_plan(), args
         super().__init__(
             model=model,
@@ -212,7 +215,10 @@ class GRPOTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         for notice in self.grpo_args.notices():
             self.observer.notice(notice)
-        check_lengths(self)
+        longest = check_lengths(self)
+        wanted = self.grpo_args.memory_probe
+        if not self._checked and (wanted == "on" or (wanted == "auto" and self.args.device.type == "cuda")):
+            probe(self, longest)
         if not resume_from_checkpoint and not self._checked:
             before_first_step(self)
             self._early_log = list(self.state.log_history)
@@ -261,6 +267,7 @@ class GRPOTrainer(Trainer):
                 with self.guard.phase("backward"):
                     self.accelerator.backward(share)
             loss += share.detach()
+            del share  # and with it what its graph holds, before the next forward pass
         return loss
 
     def _redo_from_here(self) -> Callable[[], None]:
@@ -298,6 +305,8 @@ class GRPOTrainer(Trainer):
             self.collector.engine.rows = value
         elif key == "per_device_train_batch_size":
             self.plan = replace(self.plan, micro_batch_size=value)
+        elif key == "mlp_tile":
+            tile_mlps(self.model, value)
         elif key == "workspace_mib":
             self.collector.engine.workspace_mib = value
         elif key == "optimizer_offload" and self._step is not None:

@@ -67,8 +67,12 @@ def before_first_step(trainer: GRPOTrainer) -> None:
     trainer.pending_rollout = rollout
 
 
-def check_lengths(trainer: GRPOTrainer) -> None:
-    """Say how many prompts are cut; stop where even a cut prompt and its completion exceed the model's positions."""
+def check_lengths(trainer: GRPOTrainer) -> int:
+    """Say how many prompts are cut; stop where even a cut prompt and its completion exceed the model's positions.
+
+    Returns:
+        the tokens of the longest prompt, cut as it will be.
+    """
     args, tokenizer = trainer.grpo_args, trainer.processing_class
     report = prompt_length_report(
         tokenizer,
@@ -85,6 +89,7 @@ def check_lengths(trainer: GRPOTrainer) -> None:
             f"The longest prompt ({longest} tokens) and max_completion_length {args.max_completion_length} do not fit "
             f"the model's {limit} positions; lower max_prompt_length or max_completion_length."
         )
+    return longest
 
 
 def _probe(trainer: GRPOTrainer, rows: list) -> tuple[Rollout, Signal]:

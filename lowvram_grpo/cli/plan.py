@@ -91,8 +91,8 @@ def show(plan: Plan, card: float, source: str) -> None:
     console, found = Console(highlight=False), plan.prediction
     verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
     console.print(
-        f"[bold]{plan.recipe.model}[/bold] ({source}) {verdict} a card of {card:g} GB with preset {plan.recipe.preset}: "
-        f"peak {found.peak / GIB:.2f} GiB of {plan.budget / GIB:.1f}"
+        f"[bold]{plan.recipe.model}[/bold] ({source}) {verdict} a card of {card:g} GB with preset "
+        f"{plan.recipe.preset}: peak {found.peak / GIB:.2f} GiB of {plan.budget / GIB:.1f}"
     )
     keys = ("num_generations", "prompts_per_step", "max_prompt_length", "max_completion_length")
     console.print("  " + ", ".join(f"{key} {setting(plan.recipe, key)}" for key in keys))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     Raises:
         UserError: an unknown flag, or whatever the job finds wrong.
     """
+    notice = prepare_cuda()
     hush()
     from lowvram_grpo.job import run
     from lowvram_grpo.recipe import resolve
@@ -35,7 +38,20 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     if resume:
         check_same_policy(resolve({}, config), recipe, directory)
     recipe.resume = resume
+    if notice:
+        print(f"[lowvram-grpo] {notice}")
     run(recipe, dry_run=dry_run)
+
+
+def prepare_cuda() -> str | None:
+    """What has to be settled before CUDA starts: the allocator, and one card of several. Returns a sentence for people
+    where there was a choice."""
+    from lowvram_grpo.memory.devices import pin_card
+
+    if sys.platform != "win32":  # not supported there
+        # Rollouts and training passes ask for blocks of different sizes; segments that grow serve both.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    return pin_card()
 
 
 def parse_extra(arguments: list[str]) -> dict[str, Any]:

@@ -10,12 +10,17 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.memory.budget import budget
+from lowvram_grpo.memory.devices import detect
 from lowvram_grpo.memory.ladder import Rung, next_rung
+
+if TYPE_CHECKING:
+    from lowvram_grpo.config import GRPOConfig
 
 T = TypeVar("T")
 
@@ -44,6 +49,16 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def cap(args: GRPOConfig) -> None:
+    """Hold PyTorch's allocator to what of the card is ours: beyond it allocations fail, before a driver pages to host
+    memory or a desktop starves. Nothing to do without CUDA."""
+    if args.device.type != "cuda":
+        return
+    device = detect(args.device.index or 0)
+    allowed = budget(device, args.vram_gib).allocator_bytes
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / device.total_bytes), args.device)
+
+
 class Guard:
     """Runs the phases of a step under the ladder.
 
@@ -54,9 +69,6 @@ class Guard:
         tell: receives one sentence for people at each rung, and the event.
         limits: describes the longest work there is ("prompts of 256 tokens, ..."), for errors.
         active: whether to climb; without, running out of memory ends the run with a sentence.
-
-    Attributes:
-        watch: makes a context that is entered around each phase, by its name: for measuring its memory.
     """
 
     def __init__(
@@ -72,6 +84,7 @@ class Guard:
         self.settings, self.apply, self.ladder, self.tell = settings, apply, tuple(ladder), tell
         self.limits, self.active = limits, active
         self.events: list[Event] = []
+        #: Entered around each phase: a ledger's, or one that reads the device's own counters.
         self.watch: Callable[[str], AbstractContextManager] | None = None
         self._phase = "load"
 
@@ -94,7 +107,10 @@ class Guard:
         while True:
             try:
                 with self.phase(phase):
-                    return work()
+                    done = work()
+                if phase == "rollout" and self.active:
+                    release()  # the cache's odd sizes are of no use to the training passes
+                return done
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -49,15 +49,16 @@ class Ledger(TorchDispatchMode):
 
     Args:
         block: sizes are rounded up to multiples of it (512 in CUDA's caching allocator).
+        device: type of the device whose memory is counted; all if left out.
 
     Attributes:
         live: bytes that are held now.
         phases: the peak of each phase, by name.
     """
 
-    def __init__(self, *, block: int = 1):
+    def __init__(self, *, block: int = 1, device: str | None = None):
         super().__init__()
-        self.block = block
+        self.block, self.device = block, device
         self.live = 0
         self.phases: dict[str, Peak] = {}
         self._held: dict[str, int] = {}
@@ -108,6 +109,13 @@ class Ledger(TorchDispatchMode):
         finally:
             self._peak = outer
 
+    def cut(self, name: str) -> None:
+        """What the current phase has been so far becomes the phase `name`; the current one begins anew."""
+        before = self._peak
+        self.phases[name] = Peak(before.bytes, before.categories)
+        before.bytes, before.categories = 0, {}
+        self._look()
+
     @contextmanager
     def making(self, category: str) -> Iterator[None]:
         """Storages made inside the block are of `category`."""
@@ -143,7 +151,7 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = None
         for tensor in (out,) if isinstance(out, Tensor) else tree_iter(out):
-            if not isinstance(tensor, Tensor):
+            if not isinstance(tensor, Tensor) or self.device not in (None, tensor.device.type):
                 continue
             storage = tensor.untyped_storage()
             if id(storage) in self._known:

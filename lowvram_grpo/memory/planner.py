@@ -105,12 +105,20 @@ class Planner:
         device: cuda or cpu.
         half: the 16-bit dtype of the device, `bfloat16` or `float16`.
         cold_start: an automatic cold start may come, after which the reference has weights of its own.
+        longest_prompt: of the data, in tokens; max_prompt_length where it is not known.
     """
 
     def __init__(
-        self, config: PretrainedConfig, *, device: str = "cuda", half: str = "bfloat16", cold_start: bool = False
+        self,
+        config: PretrainedConfig,
+        *,
+        device: str = "cuda",
+        half: str = "bfloat16",
+        cold_start: bool = False,
+        longest_prompt: int | None = None,
     ):
         self.config, self.device, self.half, self.cold_start = config, device, half, cold_start
+        self.longest_prompt = longest_prompt
         self._known: dict[str, Prediction] = {}
 
     def predict(self, recipe: Recipe, *, exact: bool = False) -> Prediction:
@@ -129,6 +137,8 @@ class Planner:
             blueprint = Blueprint(
                 self.config, recipe.quantization, dtype, lora, self.device,
                 follows=bool(recipe.adapter) or self.cold_start or str(args.cold_start) not in ("off", "auto", "0"),
+                longest_prompt=self.longest_prompt,
+                attention=recipe.attn_implementation or "sdpa",
             )  # fmt: skip
             with torch.random.fork_rng(devices=[]):
                 self._known[key] = predict(blueprint, args, exact=exact)
@@ -174,7 +184,10 @@ class Planner:
 
         for name in reversed(family(str(plan.recipe.model))):
             config, _ = resolve_config(name)
-            other = Planner(config, device=self.device, half=self.half, cold_start=self.cold_start)
+            other = Planner(
+                config, device=self.device, half=self.half, cold_start=self.cold_start,
+                longest_prompt=self.longest_prompt,
+            )  # fmt: skip
             if other._size < self._size and other.plan(plan.recipe, plan.budget, advise=False).fits:
                 return name
         return None

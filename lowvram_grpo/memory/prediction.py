@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lowvram_grpo.config import GRPOConfig
 
 _META = torch.device("meta")
+# Phases that are counted in two parts.
+_PARTS = {"adapter": "load", "prefill": "rollout"}
 _WEIGHTS = ("base weights", "head", "adapter", "gradients", "optimizer")
 
 
@@ -41,6 +43,8 @@ class Blueprint:
         lora: arguments of peft.LoraConfig.
         device: cuda or cpu.
         follows: the reference has weights of its own (a given adapter, or a cold start).
+        longest_prompt: in tokens, where the data is known.
+        attention: attn_implementation; all but eager hold no scores.
     """
 
     config: PretrainedConfig
@@ -49,6 +53,8 @@ class Blueprint:
     lora: dict[str, Any]
     device: str = "cuda"
     follows: bool = False
+    longest_prompt: int | None = None
+    attention: str = "sdpa"
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,9 @@ def predict(blueprint: Blueprint, args: GRPOConfig, *, exact: bool = False) -> P
     else:
         small, large = (count(replace(blueprint, config=_cut(blueprint.config, n)), args) for n in (low, high))
         peaks = {name: _line(small[name], large[name], (depth - low) / (high - low)) for name in small}
-    # Two straight lines: which of them is higher depends on the depth.
-    adapter = peaks.pop("adapter")
-    peaks["load"] = max(peaks["load"], adapter, key=lambda peak: peak.bytes)
+    # Each of these is two straight lines, and which of them is higher depends on the depth.
+    for part, phase in _PARTS.items():
+        peaks[phase] = max(peaks.pop(part), peaks[phase], key=lambda peak: peak.bytes)
     return _with_overheads(peaks, CUDA if blueprint.device == "cuda" else CPU)
 
 
@@ -133,21 +139,24 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     from peft import LoraConfig
 
     from lowvram_grpo.memory.rehearsal import Rehearsal, workload
-    from lowvram_grpo.policy.load import build_policy
+    from lowvram_grpo.policy.load import build_policy, unwrap
     from lowvram_grpo.policy.stream import skeleton
 
     overheads = CUDA if blueprint.device == "cuda" else CPU
     ledger = Ledger(block=overheads.block)
     stand_in = StandIn(blueprint.device, None if blueprint.dtype == torch.float32 else blueprint.dtype)
-    work = workload(args, blueprint.config)
-    empty = skeleton(blueprint.config, blueprint.dtype, attn_implementation="sdpa")
+    work = workload(args, blueprint.config, blueprint.longest_prompt)
+    attention = "eager" if blueprint.attention == "eager" else "sdpa"
+    empty = skeleton(blueprint.config, blueprint.dtype, attn_implementation=attention)
     args = copy.copy(args)
     args.gradient_checkpointing_kwargs = {"context_fn": stand_in.recompute}
     with stand_in, ledger:
-        with ledger.phase("load"):
-            model = _base(empty, blueprint, args, ledger)
+        with ledger.phase("load"), ledger.making("base weights"):
+            model = _base(empty, blueprint, args)
         with ledger.phase("adapter"), ledger.making("adapter"):
             model = build_policy(model, args, None, LoraConfig(**blueprint.lora, task_type="CAUSAL_LM"))
+            tables = (unwrap(model).get_output_embeddings(), unwrap(model).get_input_embeddings())
+            ledger.tag("head", [x for table in tables for x in (*table.parameters(), *table.buffers())])
         engine, learner = _around(model, blueprint, args, stand_in, ledger)
         rehearsal = Rehearsal(model, engine, learner, phase=ledger.phase, making=ledger.making)
         with _gradients_tagged(model, ledger):
@@ -163,28 +172,19 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     return ledger.phases
 
 
-def _base(empty: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig, ledger: Ledger) -> PreTrainedModel:
-    """The base model as a run would have it: streamed in, embeddings placed."""
-    from lowvram_grpo.policy.embeddings import place_embeddings, stays_on_host
+def _base(empty: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig) -> PreTrainedModel:
+    """The base model as a run would have it: streamed in, embeddings left where `place_embeddings` wants them."""
+    from lowvram_grpo.policy.embeddings import stays_on_host
     from lowvram_grpo.policy.stream import materialize, meta_source
 
-    with ledger.making("base weights"):
-        model = materialize(
-            empty,
-            meta_source(empty),
-            device=_META,
-            dtype=blueprint.dtype,
-            quantization=blueprint.quantization,
-            keep_on_host=stays_on_host(empty, args.head_dtype, args.embedding_offload),
-        )
-    with ledger.making("head"):
-        place_embeddings(
-            model, head_dtype=args.head_dtype, embedding_offload=args.embedding_offload, device=_META,
-            workspace_mib=args.workspace_mib,
-        )  # fmt: skip
-    tables = (model.get_output_embeddings(), model.get_input_embeddings())
-    ledger.tag("head", [x for table in tables for x in (*table.parameters(), *table.buffers())])
-    return model
+    return materialize(
+        empty,
+        meta_source(empty),
+        device=_META,
+        dtype=blueprint.dtype,
+        quantization=blueprint.quantization,
+        keep_on_host=stays_on_host(empty, args.head_dtype, args.embedding_offload),
+    )
 
 
 def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: StandIn, ledger: Ledger):
@@ -199,7 +199,13 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
         reference = Reference(model, follows=blueprint.follows or args.sync_ref_model) if args.beta > 0 else None
     sampling = Sampling(args.max_completion_length, eos_ids=(0,), pad_id=0, temperature=args.temperature)
     engine = GenerateEngine(model, sampling, args.rollout_batch_size, workspace_mib=args.workspace_mib)
-    engine.on_cache = lambda cache: ledger.tag("KV cache", _tensors(cache))
+
+    def on_cache(cache: Any) -> None:
+        ledger.tag("KV cache", _tensors(cache))
+        if "prefill" not in ledger.phases:
+            ledger.cut("prefill")
+
+    engine.on_cache = on_cache
     kernels = KernelChoice("torch" if blueprint.device == "cpu" else None, False, "counting bytes")
     learner = Learner(
         model,

@@ -19,7 +19,7 @@ from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.policy.stream import materialize, skeleton
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def gguf_parts(model: str, gguf_file: str | None = None) -> tuple[str, str] | None:
@@ -71,7 +71,7 @@ def load_gguf(
     device: torch.device,
     dtype: torch.dtype,
     quantization: str = "none",
-    keep_on_host: tuple[str, ...] = (),
+    keep_on_host: Callable[[PreTrainedModel], tuple[str, ...]] = lambda model: (),
     attention: str | None = None,
     **hub: Any,
 ) -> PreTrainedModel:
@@ -81,6 +81,20 @@ def load_gguf(
         UserError: transformers has no tables for its architecture.
         OSError: no such file.
     """
+    config, reader = gguf_config(folder, file, **hub)
+    model = skeleton(config, dtype, **({"attn_implementation": attention} if attention else {}))
+    source = gguf_source(file, model, reader)
+    kept = keep_on_host(model)
+    materialize(model, source, device=device, dtype=dtype, quantization=quantization, keep_on_host=kept)
+    _scale_rotary(model, reader)
+    if model.generation_config.eos_token_id is None:
+        model.generation_config.eos_token_id = _special_token(reader, "eos")
+    model.config._name_or_path = model.name_or_path = os.path.join(folder, file)
+    return model
+
+
+def gguf_config(folder: str, file: str, **hub: Any) -> tuple[PretrainedConfig, Any]:
+    """The model configuration in a GGUF file, and the reader that has the file open. Raises as `load_gguf`."""
     from gguf import GGUFReader
     from transformers import AutoConfig
     from transformers.modeling_gguf_pytorch_utils import read_field
@@ -96,14 +110,7 @@ def load_gguf(
     head_size = read_field(reader, f"{read_field(reader, 'general.architecture')[0]}.attention.key_length")
     if head_size and hasattr(config, "head_dim"):
         config.head_dim = head_size[0]
-    model = skeleton(config, dtype, **({"attn_implementation": attention} if attention else {}))
-    source = gguf_source(path, model, reader)
-    materialize(model, source, device=device, dtype=dtype, quantization=quantization, keep_on_host=keep_on_host)
-    _scale_rotary(model, reader)
-    if model.generation_config.eos_token_id is None:
-        model.generation_config.eos_token_id = _special_token(reader, "eos")
-    model.config._name_or_path = model.name_or_path = os.path.join(folder, file)
-    return model
+    return config, reader
 
 
 def gguf_source(path: str, model: PreTrainedModel, reader: Any = None) -> Iterator[tuple[str, Callable[[], Tensor]]]:

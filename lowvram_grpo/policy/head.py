@@ -96,7 +96,7 @@ class Head:
     @torch.no_grad()
     def _centre(self, device: torch.device) -> tuple[Tensor, Tensor]:
         v, h = self.shape
-        step = max(1, 2**22 // h)
+        step = max(1, 2**20 // h)
         buffer = torch.empty(min(step, v), h, device=device)
         mean, radius = torch.zeros(h, device=device), torch.zeros((), device=device)
         tiles = cuts(v, step, device)

@@ -13,14 +13,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowvram_grpo.errors import UserError, did_you_mean, one_line
 from lowvram_grpo.policy.embeddings import place_embeddings
-from lowvram_grpo.policy.gguf import gguf_parts, gguf_tokenizer
+from lowvram_grpo.policy.gguf import gguf_config, gguf_parts, gguf_tokenizer
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.pretrained import hub_arguments, load_gguf_file, load_streamed, load_whole
 from lowvram_grpo.policy.quantization import bitsandbytes_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lowvram_grpo.config import GRPOConfig
 
@@ -34,6 +34,20 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def model_config(model: str, **hub: Any) -> PretrainedConfig:
+    """The configuration of a model: folder, hub id or GGUF file; `hub` has its revision or trust_remote_code.
+
+    Raises:
+        UserError: no such model.
+    """
+    try:
+        if gguf := gguf_parts(model):
+            return gguf_config(*gguf, **{k: v for k, v in hub.items() if k != "trust_remote_code"})[0]
+        return AutoConfig.from_pretrained(model, **hub)
+    except (OSError, ValueError, ImportError) as error:
+        raise _explain(model, error) from error
 
 
 def _explain(model: str, error: Exception) -> UserError:
@@ -97,7 +111,7 @@ def load_causal_lm(
     dtype: torch.dtype,
     quantization_config: Any = None,
     init_kwargs: dict[str, Any] | None = None,
-    keep_on_host: tuple[str, ...] = (),
+    keep_on_host: Callable[[PreTrainedModel], tuple[str, ...]] = lambda model: (),
 ) -> PreTrainedModel:
     """Load a causal language model from a folder, a hub id or a GGUF file.
 
@@ -110,7 +124,7 @@ def load_causal_lm(
         dtype: of what is not quantized, unless `init_kwargs` has one.
         quantization_config: from `bitsandbytes_config`. A checkpoint that is quantized already is taken as it is.
         init_kwargs: arguments of from_pretrained.
-        keep_on_host: names of modules (input embeddings, lm_head) whose weights stay in host memory.
+        keep_on_host: names the modules (input embeddings, lm_head) of a model whose weights stay in host memory.
 
     Raises:
         UserError: missing model, one that is no causal language model, or one that is quantized in another way.
@@ -180,7 +194,8 @@ def build_policy(
             unwrap(model),
             head_dtype=args.head_dtype,
             embedding_offload=args.embedding_offload,
-            device=args.device,
+            # On meta, where memory is planned, nothing is ever anywhere else.
+            device=torch.device("meta") if next(model.parameters()).is_meta else args.device,
             workspace_mib=args.workspace_mib,
         ):
             tell(sentence)
@@ -196,6 +211,11 @@ def build_policy(
             p.data = p.data.float()
     if args.disable_dropout:
         disable_dropout(model)
+    from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps  # which needs `unwrap`
+
+    if args.mlp_tile:
+        kwargs = args.gradient_checkpointing_kwargs or {}
+        tile_mlps(model, args.mlp_tile, *([kwargs["context_fn"]] if "context_fn" in kwargs else []))
     if args.gradient_checkpointing:
         checkpoint_activations(model, args.gradient_checkpointing_kwargs)
     return model
@@ -215,19 +235,6 @@ def attach_lora(model: PreTrainedModel, peft_config: PeftConfig) -> nn.Module:
         raise UserError(f"The LoRA configuration does not fit the model: {error}") from error
     head_of(wrapped.get_base_model())
     return wrapped
-
-
-def checkpoint_activations(model: nn.Module, kwargs: dict[str, Any] | None = None) -> None:
-    """Switch on activation checkpointing; with frozen embeddings the inputs must be made to require grad, or the first
-    checkpointed block would cut the graph off from the adapter."""
-    causal_lm = unwrap(model)
-    options = {"use_reentrant": False, **(kwargs or {})}
-    if hasattr(causal_lm, "activation_checkpointing_enable"):  # transformers >= 5.18 renames it
-        causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    if causal_lm is not model:
-        causal_lm.enable_input_require_grads()
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from lowvram_grpo.policy.stream import materialize, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+HostNames = Callable[["PreTrainedModel"], tuple[str, ...]]
 
 # Others may change how the weights are read, which only from_pretrained knows.
 STREAMED_ARGUMENTS = {
@@ -53,7 +56,7 @@ def _one_device(device_map: Any, default: torch.device) -> torch.device | None:
 
 
 def load_streamed(
-    model: str, config: Any, device: torch.device, kwargs: dict[str, Any], keep_on_host: tuple[str, ...]
+    model: str, config: Any, device: torch.device, kwargs: dict[str, Any], keep_on_host: HostNames
 ) -> PreTrainedModel | None:
     """The model, or None where only from_pretrained knows how to load it as these arguments ask for."""
     hub, dtype = _files_arguments(kwargs), kwargs["dtype"]
@@ -79,7 +82,7 @@ def load_streamed(
         device=target,
         dtype=dtype,
         quantization=quantization,
-        keep_on_host=keep_on_host,
+        keep_on_host=keep_on_host(empty),
     )
     # Without the file, the one that was made from the configuration stands.
     with suppress(OSError):
@@ -88,7 +91,7 @@ def load_streamed(
 
 
 def load_whole(
-    model: str, config: Any, device: torch.device, kwargs: dict[str, Any], keep_on_host: tuple[str, ...]
+    model: str, config: Any, device: torch.device, kwargs: dict[str, Any], keep_on_host: HostNames
 ) -> PreTrainedModel:
     """The model by from_pretrained.
 
@@ -103,7 +106,7 @@ def load_whole(
     loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
     if stored is not None and isinstance(kwargs["dtype"], torch.dtype):
         _recast(loaded, kwargs["dtype"])
-    for name in keep_on_host:
+    for name in keep_on_host(loaded):
         loaded.get_submodule(name).to("cpu")
     return loaded
 
@@ -121,7 +124,7 @@ def _recast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def load_gguf_file(
-    folder: str, file: str, device: torch.device, kwargs: dict[str, Any], keep_on_host: tuple[str, ...]
+    folder: str, file: str, device: torch.device, kwargs: dict[str, Any], keep_on_host: HostNames
 ) -> PreTrainedModel:
     """The model in a GGUF file.
 

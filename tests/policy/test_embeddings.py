@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lowvram_grpo import GRPOTrainer, UserError
+from lowvram_grpo.policy.checkpointing import checkpoint_activations
 from lowvram_grpo.policy.embeddings import HostEmbedding, QuantizedEmbedding, QuantizedHead, place_embeddings
 from lowvram_grpo.policy.head import head_of
-from lowvram_grpo.policy.load import checkpoint_activations
 from lowvram_grpo.scoring import score
 
 CPU = torch.device("cpu")

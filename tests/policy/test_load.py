@@ -93,7 +93,7 @@ def test_a_folder_with_an_adapter_beside_the_model_is_loaded_with_it(folder, way
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_what_stays_on_the_host_does_so_either_way(folder, quantization):
-    model = loaded(folder, quantization, keep_on_host=("model.embed_tokens", "lm_head"))
+    model = loaded(folder, quantization, keep_on_host=lambda model: ("model.embed_tokens", "lm_head"))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.device == CPU
     assert torch.equal(logits(model), logits(loaded(folder, quantization)))

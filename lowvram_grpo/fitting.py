@@ -1,0 +1,70 @@
+"""From the card that is there to settings that fit it: the budget, the plan, and what to say about both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.memory.budget import budget, gib
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from lowvram_grpo.memory.devices import Device
+    from lowvram_grpo.recipe import Recipe
+
+
+def fit(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    device: Device,
+    tell: Callable[[str], None],
+    *,
+    cold_start: bool,
+    longest_prompt: int | None,
+) -> Recipe:
+    """`recipe` with the savers that it takes to fit `device`; unchanged on a CPU or with memory_plan off.
+
+    Args:
+        config: of the model.
+        tell: hears what of the card is ours, what was chosen and what it will take.
+        cold_start: the reference may get an adapter of its own.
+        longest_prompt: of the data, in tokens.
+
+    Raises:
+        UserError: no configuration fits; the sentence says what would.
+    """
+    if device.kind != "cuda":
+        return recipe
+    ours = budget(device, recipe.training.get("vram_gib"))
+    for sentence in ours.notices:
+        tell(sentence)
+    tell(f"{device.name}: {gib(ours.usable_bytes)} are ours ({ours.reason}); preset {recipe.preset}.")
+    if recipe.memory_plan == "off":
+        return recipe
+    from lowvram_grpo.memory.planner import Planner
+
+    half = "bfloat16" if device.bf16 else "float16"
+    planner = Planner(config, half=half, cold_start=cold_start, longest_prompt=longest_prompt)
+    try:
+        plan = planner.plan(recipe, ours.usable_bytes)
+    except UserError:
+        raise
+    except Exception as error:
+        # Code of a model that does not run on meta tensors is no reason not to train it.
+        tell(f"no memory plan: {type(error).__name__} while predicting this model ({one_line(error)}); the run begins "
+             "as the preset says, and takes savers when memory runs out.")  # fmt: skip
+        return recipe
+    if not plan.fits:
+        raise UserError(
+            f"{recipe.model} does not fit: the predicted peak is {gib(plan.prediction.peak)}, and "
+            f"{gib(ours.usable_bytes)} of {device.name} are ours. What would: {'; '.join(plan.advice)}. "
+            "(--memory-plan off tries anyway.)"
+        )
+    taken = f"; taken for it: {', '.join(map(str, plan.rungs))}" if plan.rungs else ""
+    tell(
+        f"memory plan: a peak of {gib(plan.prediction.peak)} is predicted, in the {plan.prediction.peak_phase} phase"
+        f"{taken}."
+    )
+    return plan.recipe

@@ -1,0 +1,53 @@
+"""A real training run on the CPU, counted by the ledger phase by phase."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from tests.conftest import Quiet
+
+from lowvram_grpo import GRPOConfig, GRPOTrainer
+from lowvram_grpo.memory.ledger import Ledger, Peak
+from lowvram_grpo.policy.embeddings import stays_on_host
+from lowvram_grpo.policy.load import bitsandbytes_config, load_causal_lm
+
+
+def drawn(completions, **_):
+    """Differs within every group, so that every row of the update has a gradient."""
+    return [random.random() for _ in completions]
+
+
+def measured(folder: str, args: GRPOConfig, tokenizer, prompt: str, quantization: str, lora: dict) -> dict[str, Peak]:
+    """Peaks of a run whose prompts are all `prompt` and whose completions are all of full length."""
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    data = Dataset.from_dict({"prompt": [prompt] * 16})
+    ledger = Ledger(device="cpu")
+    with ledger:
+        with ledger.phase("load"):
+            model = load_causal_lm(
+                folder, device=torch.device("cpu"), dtype=torch.float32,
+                quantization_config=bitsandbytes_config(quantization, torch.float32),
+                keep_on_host=lambda model: stays_on_host(model, args.head_dtype, args.embedding_offload),
+            )  # fmt: skip
+            trainer = GRPOTrainer(
+                model, drawn, args, data, processing_class=tokenizer, observer=Quiet(),
+                peft_config=LoraConfig(**lora, task_type="CAUSAL_LM"),
+            )  # fmt: skip
+        trainer.guard.watch = ledger.phase
+        trainer.train()
+    return ledger.phases
+
+
+def settings(folder: Path, **overrides) -> GRPOConfig:
+    """A config whose completions never end early, for runs of two steps."""
+    given = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "max_steps": 2, "save_strategy": "no",
+        "disable_tqdm": True, "signal_check": False, "self_test": False, "memory_probe": "off",
+    }  # fmt: skip
+    args = GRPOConfig(**{**given, **overrides})
+    args.generation_kwargs = {"min_new_tokens": args.max_completion_length}
+    return args
