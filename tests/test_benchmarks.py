@@ -129,7 +129,7 @@ def test_predicted_peaks_stand_beside_measured_ones(tmp_path):
 
 
 def test_only_measured_rows_calibrate(tmp_path):
-    full = memory_row(fits=False, total_mib=None, error="UserError: Out of GPU memory in the rollout phase")
+    full = memory_row(fits=False, error="UserError: Out of GPU memory in the rollout phase")
     trl = memory_row(provider="trl", predicted_peak_mib=None)
     write(tmp_path / "a" / "memory.jsonl", [full, trl])
     text = report.document(report.load(tmp_path), {}, roofline=False)
