@@ -34,9 +34,9 @@ from loss_cases import bench_loss
 from lowvram_grpo.kernels.runtime import interpreted
 from profiles import PROFILES, SHAPES, Inputs, head_weight, inputs_of, measured
 from providers import OURS, SEQUENCES, Problem, Unavailable, names_for, provider
-from rows import Rows, reason
 from timing import copy_ceiling, matmul_ceiling, peak_mib, timed
 
+from lowvram_grpo.bench.rows import Rows, reason
 from lowvram_grpo.policy.head import Head
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

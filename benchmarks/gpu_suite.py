@@ -8,7 +8,8 @@ costs no other; rows are written as they come, and what is there already for thi
     kernels   bench_kernels.py                                                            kernels.jsonl
     rivals    .gpu-stage/rivals.py, loss and train, where it has been staged              rivals.jsonl
     train     part_train.py: the bundled model through the command line                   train.jsonl
-    memory    part_memory.py: whole training steps of 0.5B to 7B under an 8 GiB cap       memory.jsonl
+    memory    part_memory.py: training steps of 0.5B to 14B under the caps of small       memory.jsonl
+              cards, predicted and measured, and TRL's beside them
     rollouts  part_rollouts.py: tokens a second                                           rollouts.jsonl
 
     python benchmarks/gpu_suite.py [--out DIR] [--minutes 9] [--only kernels,memory] [--dry-run]
@@ -47,8 +48,8 @@ from typing import Any, NamedTuple
 
 import report
 import torch
-from rows import ROOT, Rows, provenance
 
+from lowvram_grpo.bench.rows import ROOT, Rows, provenance
 from lowvram_grpo.run import jsonl
 
 HERE = Path(__file__).resolve().parent

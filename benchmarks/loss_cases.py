@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from lowvram_grpo.kernels.grpo_loss import fused_grpo_loss
 from lowvram_grpo.kernels.runtime import interpreted
-from rows import Rows, reason
 from timing import peak_mib, timed
 from torch import Tensor
 
+from lowvram_grpo.bench.rows import Rows, reason
 from lowvram_grpo.objective import Objective, grpo_loss, token_weights
 
 # (B, T): a micro-batch of an 8 GB card, of a 24 GB one, and one that fills any device.

@@ -1,141 +1,112 @@
-"""The whole training step under a hard cap: which model fits an 8 GB card, at what peak, in how many seconds.
+"""Whole training steps under the caps of 4, 6, 8 and 12 GB cards: predicted peak, measured peak, and TRL beside it.
 
-    python benchmarks/part_memory.py --out memory.jsonl [--models qwen2.5-0.5b,...] [--cap-gib 8] [--steps 2]
+    python benchmarks/part_memory.py --out memory.jsonl [--steps 2] [--minutes 10]
 
-GRPOTrainer itself, sampling included: NF4 base, LoRA on all linear layers, G = 8, prompts of 256 tokens, completions of
-300 (every one of them: the end token is withheld). Each model runs in a process of its own; the cap is
-torch.cuda.set_per_process_memory_fraction, which does not see the CUDA context: `context_gib` is what the driver
-reports beyond the allocator, and a real card has to hold it too.
+Ours is `lowvram-grpo bench memory`: GRPOTrainer itself, sampling included, with the settings that the plan comes to,
+G = 8, prompts of 256 tokens and completions of 300 (every one of them: the end token is withheld), random weights. Each
+model runs under the smallest card that the plan says it fits, and under 8 GB (14B: 12 GB). A cap is what a Windows
+desktop leaves of such a card, CUDA context included. TRL gets the same cap (rival_trl.py). Each run has a process of
+its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-import subprocess
-import sys
-import tempfile
+import importlib.util
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from models import LORA, SIZES, random_model, word_prompts, word_tokenizer
-from rows import Rows, reason
 
-MODELS = [name for name in SIZES if name != "dry"]
-GROUP = 8
+from lowvram_grpo.bench.measure import apart
+from lowvram_grpo.bench.memory import Case, cases, planned, run
+from lowvram_grpo.bench.rows import ROOT, Rows, provenance_apart
+from lowvram_grpo.cli.bench import sentence
 
-
-def drawn(completions: list[str], **_) -> list[float]:
-    """A reward that differs within every group, so that no row of the update is without a gradient."""
-    return [random.random() for _ in completions]
-
-
-def train(name: str, args: argparse.Namespace) -> dict:
-    """Metrics of the last of `args.steps` optimizer steps, and the peak."""
-    from datasets import Dataset
-    from peft import LoraConfig
-
-    from lowvram_grpo import GRPOConfig, GRPOTrainer
-
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    total = torch.cuda.get_device_properties(0).total_memory if cuda else 0
-    if cuda:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total))
-    dtype = torch.bfloat16 if cuda and torch.cuda.get_device_capability()[0] >= 8 else torch.float32
-    dtype = torch.float16 if cuda and dtype == torch.float32 else dtype
-    model = random_model(name, four_bit=True, dtype=dtype, device=device)
-    row = {"load_gib": torch.cuda.memory_allocated() / 2**30 if cuda else None}
-    tokenizer = word_tokenizer(SIZES[name].vocab)
-    data = Dataset.from_dict({"prompt": word_prompts(16, args.prompt, SIZES[name].vocab)})
-    with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder, use_cpu=not cuda, max_steps=args.steps, num_generations=args.group, prompts_per_step=1,
-            per_device_train_batch_size=args.micro_batch, max_completion_length=args.completion,
-            generation_kwargs={"min_new_tokens": args.completion}, optim=args.optim, report_to="none",
-            save_strategy="no", disable_tqdm=True, signal_check=False, learning_rate=1e-5,
-        )  # fmt: skip
-        trainer = GRPOTrainer(model, drawn, config, data, processing_class=tokenizer, peft_config=LoraConfig(**LORA))
-        started = time.perf_counter()
-        trainer.train()
-        row["train_s"] = time.perf_counter() - started
-    logged = [r for r in trainer.state.log_history if "step_time" in r]
-    last = logged[-1]
-    row |= {
-        "fits": True,
-        "step_s": [r["step_time"] for r in logged],
-        "tokens_per_second": last.get("tokens_per_second"),
-        "entropy": last.get("entropy"),
-        "completion_length": last.get("completions/mean_length"),
-        "sampling_gap_max": last.get("sampling/sampling_logp_difference/max"),
-    }
-    return row
+MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B", "Qwen3-8B", "Qwen3-14B")
+RIVAL_MODELS = MODELS[:4]
+PRESETS = ("4gb", "6gb", "8gb", "12gb")
+FLAGS = {"num_generations": 8, "max_prompt_length": 256, "max_completion_length": 300}
+# The bundled model, on a CPU.
+DRY_MODEL = str(ROOT / "lowvram_grpo" / "demo" / "model")
+DRY_FLAGS = {
+    "num_generations": 4, "prompts_per_step": 1, "max_prompt_length": 8, "max_completion_length": 6,
+    "quantization": "none", "head_dtype": "dense", "optim": "adamw_torch",
+}  # fmt: skip
+RIVAL = Path(__file__).with_name("rival_trl.py")
 
 
-def one(name: str, args: argparse.Namespace, out: Rows) -> None:
-    settings = {
-        "model": name, "cap_gib": args.cap_gib, "group": args.group, "prompt": args.prompt,
-        "completion": args.completion, "micro_batch": args.micro_batch, "steps": args.steps, "optim": args.optim,
-    }  # fmt: skip
-    try:
-        row = train(name, args)
-    except torch.OutOfMemoryError as error:
-        row = {"fits": False, "error": reason(error)}
-    except Exception as error:
-        # The trainer names the phase that ran out of memory in an error of its own.
-        memory = isinstance(error.__cause__, torch.OutOfMemoryError)
-        row = {"fits": False if memory else None, "error": reason(error)}
-        if not memory:
-            import traceback
+def main_preset(model: str) -> str:
+    return "12gb" if model.endswith("14B") else "8gb"
 
-            traceback.print_exc()
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        reserved = torch.cuda.memory_reserved()
-        row |= {
-            "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
-            "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-            # Others on the card would count here: it is an upper bound.
-            "context_gib": (total - free - reserved) / 2**30,
-        }
-    row = out.add(op="train-step", provider="ours", again=row["fits"] is None, **settings, **row)
-    telling = ("fits", "peak_reserved_gib", "step_s", "entropy", "error")
-    print(name, {k: row[k] for k in telling if row.get(k) is not None}, flush=True)
+
+def smallest(model: str) -> Case | None:
+    """The case of the smallest card that the model is predicted to fit."""
+    return next((case for case in cases([model], PRESETS, FLAGS) if planned(case).fits), None)
+
+
+def in_order(dry_run: bool) -> Iterator[tuple[str, Case]]:
+    """(provider, case), what says most first."""
+    if dry_run:
+        (case,) = cases([DRY_MODEL], ["8gb"], DRY_FLAGS)
+        yield from (("ours", case), ("trl", case))
+        return
+    seen = set()
+    for model in MODELS:
+        (case,) = cases([model], [main_preset(model)], FLAGS)
+        seen.add((model, case.recipe.preset))
+        yield "ours", case
+        if model in RIVAL_MODELS:
+            yield "trl", case
+    for model in MODELS:
+        case = smallest(model)
+        if case is not None and (model, case.recipe.preset) not in seen:
+            yield "ours", case
+
+
+def rival(case: Case, rows: Rows, *, device: str, steps: int, until: float) -> None:
+    """TRL's row."""
+    setup = f"device={device} steps={steps} {case.setup}"
+    key = {"op": "train-step", "provider": "trl", "model": case.recipe.model, "preset": case.recipe.preset,
+           "setup": setup}  # fmt: skip
+    if rows.has(**key):
+        return
+    row = {"cap_gib": round(case.budget / 2**30, 3), "vram_gib": case.card, "fits": None}
+    if importlib.util.find_spec("trl") is None:
+        row |= {"missing": "trl is not installed", "again": True}
+    else:
+        row |= apart(case.recipe, case.budget, steps, device, until - time.monotonic(), [str(RIVAL)])
+        if row.get("peak_reserved_mib") is not None:
+            row["peak_reserved_gib"] = row["peak_reserved_mib"] / 1024
+            row["total_mib"] = round(row["peak_reserved_mib"] + row["context_mib"], 1)
+    rows.add(**key, **row)
+    print(f"trl: {Path(case.recipe.model).name} under {case.recipe.preset}: fits {row['fits']}, "
+          f"{row.get('missing') or row.get('error') or row.get('step_s')}", flush=True)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--cap-gib", type=float, default=8.0)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--group", type=int, default=GROUP)
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--completion", type=int, default=300)
-    parser.add_argument("--micro-batch", type=int, default=2)
-    parser.add_argument("--optim", default="adamw_8bit")
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds that one run may take")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not torch.cuda.is_available() or args.dry_run:
-        args.dry_run, args.models, args.prompt, args.completion, args.group = True, "dry", 8, 6, 4
-        args.optim = "adamw_torch"
-    out = Rows(args.out, args.dry_run, part="memory")
-    if args.one:
-        return one(args.one, args, out)
+    args.dry_run = args.dry_run or not torch.cuda.is_available()
+    device = "cpu" if args.dry_run else "cuda"
+    steps = 1 if args.dry_run else args.steps
+    out = Rows(args.out, args.dry_run, shared=provenance_apart(args.dry_run), part="memory")
     until = time.monotonic() + 60 * args.minutes
-    for name in args.models.split(","):
-        key = {"op": "train-step", "provider": "ours", "model": name}
-        left = until - time.monotonic()
-        if out.has(**key) or left <= 0:
-            continue
-        try:
-            subprocess.run([sys.executable, *sys.argv, "--one", name], timeout=left, check=True)
-        except (subprocess.SubprocessError, OSError) as error:
-            out.add(**key, again=True, fits=None, error=reason(error))
-            print(name, reason(error), flush=True)
+    for provider, case in in_order(args.dry_run):
+        if time.monotonic() > until:
+            print("time is up; the same command goes on where this one stopped.")
+            return
+        if provider == "trl":
+            rival(case, out, device=device, steps=steps, until=min(until, time.monotonic() + args.limit))
+        else:
+            run([case], out, device=device, steps=steps, limit=args.limit, until=until,
+                tell=lambda row: print(sentence(row), flush=True))  # fmt: skip
 
 
 if __name__ == "__main__":

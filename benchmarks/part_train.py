@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 import torch
-from rows import ROOT, Rows, reason
 
+from lowvram_grpo.bench.rows import ROOT, Rows, reason
 from lowvram_grpo.run import jsonl
 
 ASSETS = ROOT / "lowvram_grpo" / "demo"

@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from report import OURS, PROVIDERS, tables_of
 
+from lowvram_grpo.bench.plots import draw as stacked
+
 BLUES = ("#0b3c6f", "#2f7fc1", "#8cc0ea")
 OTHERS = ("#4d4d4d", "#7a5195", "#e07b39", "#59a14f", "#b5a642", "#d37295", "#9c755f")
 COLOURS = {**dict(zip(OURS, BLUES)), **dict(zip([p for p in PROVIDERS if p not in OURS], OTHERS))}
@@ -30,7 +32,7 @@ def draw(rows: list[dict], title: str, folder: Path, slug: str) -> list[Path]:
     if steps:
         path = folder / f"{slug}-memory.png"
         _memory(steps, title, path)
-        drawn.append(path)
+        drawn += [path, *stacked([r for r in steps if r["provider"] == "ours"], folder, f"{slug}-memory")]
     return drawn
 
 
@@ -63,18 +65,20 @@ def _bars(cases: dict[str, dict], title: str, path: Path) -> bool:
 
 
 def _memory(steps: list[dict], title: str, path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(6.5, 0.6 + 0.5 * len(steps)))
-    labels = [r["model"] for r in steps]
-    peaks, colours = [r["peak_reserved_gib"] for r in steps], [BLUES[1] if r["fits"] else "#c44e52" for r in steps]
-    axis.barh(labels, peaks, color=colours)
+    """A bar a run, and its cap."""
+    figure, axis = plt.subplots(figsize=(7.5, 0.9 + 0.36 * len(steps)))
+    colour = lambda r: "#c44e52" if not r["fits"] else BLUES[1] if r["provider"] == "ours" else OTHERS[0]
     for i, r in enumerate(steps):
+        axis.barh(i, r["peak_reserved_gib"], 0.7, color=colour(r))
+        axis.plot([r["cap_gib"]] * 2, [i - 0.42, i + 0.42], color="#b3002d", linewidth=1.6)
         said = "out of memory" if r["fits"] is False else "failed"
         said = f"{r['step_s'][-1]:.1f} s a step" if r.get("step_s") else said
-        axis.text(r["peak_reserved_gib"], i, f" {said}", va="center", fontsize=8)
-    axis.axvline(steps[0]["cap_gib"], color="#444444", linestyle="--", linewidth=1)
-    axis.set_xlim(0, 1.25 * max(steps[0]["cap_gib"], *(r["peak_reserved_gib"] for r in steps)))
+        axis.text(max(r["peak_reserved_gib"], r["cap_gib"]), i, f"  {said}", va="center", fontsize=8)
+    names = [f"{Path(r['model']).name} {r.get('preset', '')} {r['provider']}" for r in steps]
+    axis.set_yticks(range(len(steps)), names, fontsize=8)
+    axis.set_xlim(0, 1.3 * max(*(r["cap_gib"] for r in steps), *(r["peak_reserved_gib"] for r in steps)))
     axis.invert_yaxis()
-    axis.set_xlabel("peak reserved GiB; dashed: the cap")
+    axis.set_xlabel("peak reserved GiB; red: the cap, which holds the CUDA context too")
     axis.set_title(title, fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -13,6 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+import memory_tables
+
 from lowvram_grpo.run import jsonl
 
 HERE = Path(__file__).resolve().parent
@@ -206,15 +208,21 @@ def other_sections(rows: list[dict]) -> list[str]:
     steps = [r for r in rows if r.get("part") == "memory" and r.get("fits") is not None]
     steps += [r for r in rows if r.get("what") == "train"]
     if steps:
-        header = ["model", "trainer", "cap GiB", "fits", "peak reserved GiB", "s a step", "why not"]
+        header = ["model", "preset", "trainer", "cap GiB", "fits", "peak reserved GiB", "s a step", "why not"]
         body = [
             [
-                r["model"], r["provider"], _number(r.get("cap_gib")), _FITS[r["fits"]],
+                Path(r["model"]).name, r.get("preset", ""), r["provider"], _number(r.get("cap_gib")), _FITS[r["fits"]],
                 _number(r.get("peak_reserved_gib")), _number(r.get("step_s")), (r.get("error") or "").replace("|", "/"),
             ]
             for r in steps
         ]  # fmt: skip
         lines += ["### Whole training steps under a memory cap", "", *_markdown(header, body)]
+    if any(r.get("part") == "memory" for r in rows):
+        lines += ["### Peak memory, predicted against measured", ""]
+        if compared := memory_tables.body(rows):
+            said = "Measured: the allocator's reserved peak and the CUDA context. Predicted: `lowvram-grpo plan`."
+            lines += [said, "", *_markdown(memory_tables.HEADER, compared)]
+        lines += [memory_tables.calibration(rows), ""]
     for part, title, header, keys in (
         ("rollouts", "Rollouts", ["model", "weights", "completions at once", "tokens/s", "peak MiB"],
          ("model", "weights", "rows", "tokens_per_second", "peak_mib")),

@@ -12,18 +12,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from lowvram_grpo.kernels.cuts import cuts
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
 BLOCK = 64
+STATISTICS_BLOCK = 256  # bitsandbytes' own choice
 _BLOCK_ELEMENTS = 2**22  # of a dense weight, while it is being quantized: 16 MiB in float32
 
 
 def row_blocks(v: int, h: int, device: torch.device) -> Iterator[slice]:
     """Slices that cut V rows of H weights into blocks of about 4 million weights."""
     return (slice(*block) for block in cuts(v, max(1, _BLOCK_ELEMENTS // h), device))
+
+
+def quantize_statistics(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
+    """The scales of 4-bit blocks, quantized themselves (QLoRA's double quantization): uint8, their offset (0-d), and
+    the statistics of the second quantization.
+
+    bitsandbytes' quantize_4bit(compress_statistics=True) does this too, but with a table that it keeps on the first
+    device it meets, even if that is meta: all that is quantized after it fails.
+    """
+    from bitsandbytes.functional import quantize_blockwise
+
+    offset = absmax.mean()
+    small, state = quantize_blockwise(absmax - offset, code=_dynamic_map(), blocksize=STATISTICS_BLOCK)
+    return small, offset, state
+
+
+@lru_cache(maxsize=1)
+def _dynamic_map() -> Tensor:
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map()
 
 
 @dataclass(frozen=True)
@@ -116,7 +143,7 @@ class NF4Weight:
         Raises:
             ValueError: the hidden size is not a multiple of 64, so blocks would run across rows.
         """
-        from bitsandbytes.functional import get_4bit_type, quantize_4bit, quantize_blockwise
+        from bitsandbytes.functional import get_4bit_type, quantize_4bit
 
         v, h = weight.shape
         if h % BLOCK:
@@ -132,9 +159,7 @@ class NF4Weight:
         code = get_4bit_type("nf4", device=device)
         if not double:
             return cls(packed, absmax, code)
-        # As quantize_4bit(compress_statistics=True) does, which would want the whole weight at once.
-        offset = absmax.mean()
-        small, inner = quantize_blockwise(absmax.flatten() - offset, blocksize=256)
+        small, offset, inner = quantize_statistics(absmax.flatten())
         offset = 0.0 if offset.is_meta else float(offset)
         return cls(packed, small.view(absmax.shape), code, (inner.absmax, inner.code), offset, inner.blocksize)
 

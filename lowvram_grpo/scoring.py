@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.kernels.linear_logps import linear_logps
+from lowvram_grpo.memory.ledger import counted_as
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.load import unwrap
 from lowvram_grpo.policy.offload import offloaded_activations
@@ -131,18 +132,19 @@ def score(
         model, prompt_ids, prompt_mask, completion_ids, completion_mask,
         prompt_lengths=prompt_lengths, completion_lengths=lengths, group_sizes=group_sizes, offload=offload,
     )  # fmt: skip
-    out = linear_logps(
-        states,
-        head_of(unwrap(model)),
-        completion_ids.flatten()[scored],
-        temperature=temperature,
-        entropy=True,
-        workspace_mib=workspace_mib,
-        ref_hidden=ref_states,
-        kl=kl,
-        wanted=None if wanted is None else wanted.flatten()[scored],
-        path=path,
-    )
+    with counted_as("workspace"):
+        out = linear_logps(
+            states,
+            head_of(unwrap(model)),
+            completion_ids.flatten()[scored],
+            temperature=temperature,
+            entropy=True,
+            workspace_mib=workspace_mib,
+            ref_hidden=ref_states,
+            kl=kl,
+            wanted=None if wanted is None else wanted.flatten()[scored],
+            path=path,
+        )
     blank = torch.zeros(shape.numel(), dtype=torch.float32, device=completion_ids.device)
     spread = lambda values: None if values is None else blank.index_copy(0, scored, values).view(shape)
     return Scores(

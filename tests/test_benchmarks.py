@@ -12,11 +12,13 @@ from pathlib import Path
 
 import correct
 import gpu_suite
+import part_memory
 import pytest
 import report
 import roofline
 import torch
 from correct import oracle, verdict
+from plots import draw
 from profiles import SHAPES, Shape, head_weight, inputs_of, measured
 
 from lowvram_grpo.policy.head import Head
@@ -99,7 +101,49 @@ def test_the_rivals_script_gets_the_commit_of_its_header(tmp_path):
     row = {"part": "train", "provider": "trl", "model": "3b", "fits": False, "cap_gib": 8.0, "utc": "2026"}
     write(tmp_path / "rivals.jsonl", [header, row])
     text = report.document(report.load(tmp_path), {}, roofline=False)
-    assert "| 3b | trl | 8.00 | no |" in text
+    assert "| 3b |  | trl | 8.00 | no |" in text
+
+
+def memory_row(**extra):
+    return {
+        "part": "memory", "op": "train-step", "provider": "ours", "model": "Qwen3-8B", "preset": "8gb", "vram_gib": 8.0,
+        "cap_gib": 6.3, "rungs": [], "fits": True, "fits_predicted": True, "predicted_peak_mib": 6000.0,
+        "predicted_peak_phase": "rollout", "predicted_mib": {"rollout": 6000.0},
+        "predicted_parts_mib": {"rollout": {"activations": 6000.0}}, "total_mib": 6300.0, "context_mib": 350.0,
+        "context_known": True, "fragmentation": 0.05, "unseen_mib": 33.0, "peak_reserved_gib": 5.8,
+        "phases_mib": {"rollout": {"allocated": 5600.0, "reserved": 5950.0}}, "step_s": [9.0, 8.0], "gpu": "Card",
+        "commit": "c0ffee00", "versions": {"torch": "2"}, "dry_run": False, "utc": "2026", **extra,
+    }  # fmt: skip
+
+
+def test_predicted_peaks_stand_beside_measured_ones(tmp_path):
+    write(
+        tmp_path / "a" / "memory.jsonl", [memory_row(), memory_row(preset="6gb", fragmentation=0.11, context_mib=420.0)]
+    )
+    rows = report.load(tmp_path)
+    text = report.document(rows, {}, roofline=False)
+    assert "| Qwen3-8B | 8gb | 6451 | 6000 | 6300 | +300 | +5.0% | rollout | +33 |" in text
+    assert "from 2 runs on this card: context 350 to 420 MiB (now 400); fragmentation 0.050 to 0.110 (now 0.08)" in text
+    drawn = draw(rows, "Card", tmp_path / "plots", "card")
+    assert [path.name for path in drawn] == ["card-memory.png", "card-memory-8gb.png", "card-memory-6gb.png"]
+
+
+def test_only_measured_rows_calibrate(tmp_path):
+    full = memory_row(fits=False, error="UserError: Out of GPU memory in the rollout phase")
+    trl = memory_row(provider="trl", predicted_peak_mib=None)
+    write(tmp_path / "a" / "memory.jsonl", [full, trl])
+    text = report.document(report.load(tmp_path), {}, roofline=False)
+    assert "Calibration of memory/overheads.py: nothing measured." in text
+    assert "| Qwen3-8B | 8gb | ours | 6.30 | no |" in text and "| Qwen3-8B | 8gb | trl | 6.30 | yes |" in text
+
+
+def test_the_runs_of_the_memory_part_are_in_order_of_worth(monkeypatch):
+    monkeypatch.setattr(part_memory, "planned", lambda case: argparse.Namespace(fits=case.card >= 6))
+    runs = [(provider, case.recipe.model, case.recipe.preset) for provider, case in part_memory.in_order(False)]
+    assert runs[:2] == [("ours", "Qwen2.5-0.5B", "8gb"), ("trl", "Qwen2.5-0.5B", "8gb")]
+    assert ("ours", "Qwen3-14B", "12gb") in runs and ("ours", "Qwen3-14B", "8gb") not in runs
+    assert ("ours", "Qwen3-8B", "6gb") in runs and ("trl", "Qwen3-8B", "8gb") not in runs
+    assert len(set(runs)) == len(runs) == 16
 
 
 def test_without_rows_the_report_says_what_to_run():

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from lowvram_grpo import __version__
+from lowvram_grpo.cli import bench
 from lowvram_grpo.cli.report import report
 from lowvram_grpo.errors import Stopped, UserError
 
@@ -163,6 +164,7 @@ def presets(
 
 
 app.command()(report)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

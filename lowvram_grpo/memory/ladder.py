@@ -25,7 +25,7 @@ RELIEVES: dict[str, tuple[str, ...]] = {
     "activation_offload": ("forward", "backward"),
     "mlp_tile": ("forward", "backward"),
     "workspace_mib": ("rollout", *_TRAINING),
-    "optimizer_offload": ("optimizer",),
+    "optimizer_offload": ("rollout", *_TRAINING, "optimizer"),
 }
 
 _WORDS = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,14 @@ class _Entry:
         self.ref, self.size, self.category = ref, size, category
 
 
+_counting: list[Ledger] = []
+
+
+def counted_as(category: str) -> AbstractContextManager:
+    """What is made inside belongs to `category` of the ledger that is counting; nothing where none is."""
+    return _counting[-1].making(category) if _counting else nullcontext()
+
+
 class Ledger(TorchDispatchMode):
     """Bytes of storages made inside the context.
 
@@ -65,6 +73,14 @@ class Ledger(TorchDispatchMode):
         self._known: dict[int, _Entry] = {}
         self._whole = self._peak = Peak()
         self._category = ACTIVATIONS
+
+    def __enter__(self) -> Ledger:
+        _counting.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _counting.remove(self)
+        super().__exit__(*error)
 
     @property
     def peak(self) -> int:

@@ -25,6 +25,10 @@ GIB = 2**30
 # Who set a value, as the resolved recipe records it.
 _BY_A_PERSON = ("flag", "file", "adapter")
 PLANNED = "memory plan"
+# A rung that saves less of the peak is passed over.
+_WORTH = 0.002
+# Of the budget: where more is used, no rung is likely to be needless.
+_FULL = 0.9
 # Nobody wants less, in tokens.
 _SHORTEST = 64
 
@@ -156,16 +160,32 @@ class Planner:
             bottom = self._bottom(recipe, left, budget)
             if not bottom.fits:
                 return replace(bottom, advice=tuple(self._advice(bottom))) if advise else bottom
-        rungs: list[Rung] = []
+        first, rungs = recipe, []
         while found.peak > budget:
             rung = self._next(recipe, found, left)
-            if rung is None:  # the ones left over do not relieve this phase by themselves
+            if rung is None:  # the ones left over relieve this phase only together
                 return self._bottom(recipe, left, budget, tuple(rungs))
             left.remove(rung)
-            recipe = with_setting(recipe, rung.key, rung.value)
-            rungs.append(rung)
+            lower = with_setting(recipe, rung.key, rung.value)
+            after = self.predict(lower)
+            if found.phases[found.peak_phase] - after.phases[found.peak_phase] > _WORTH * found.peak:
+                recipe, found = lower, after
+                rungs.append(rung)
+        return self._without_needless(first, Plan(recipe, budget, found, tuple(rungs)))
+
+    def _without_needless(self, first: Recipe, plan: Plan) -> Plan:
+        """Rungs that a later, larger one made needless are given back, the costliest first."""
+        for rung in reversed(plan.rungs[:-1]):
+            if plan.prediction.peak > _FULL * plan.budget:
+                break
+            rungs = tuple(kept for kept in plan.rungs if kept is not rung)
+            recipe = first
+            for kept in rungs:
+                recipe = with_setting(recipe, kept.key, kept.value)
             found = self.predict(recipe)
-        return Plan(recipe, budget, found, tuple(rungs))
+            if found.peak <= plan.budget:
+                plan = Plan(recipe, plan.budget, found, rungs)
+        return plan
 
     def _bottom(self, recipe: Recipe, left: list[Rung], budget: int, taken: tuple[Rung, ...] = ()) -> Plan:
         """With every rung that still saves something."""

@@ -64,10 +64,12 @@ class Prediction:
     Attributes:
         phases: peak of each phase.
         categories: what the highest of them is made of.
+        parts: what each of them is made of.
     """
 
     phases: dict[str, int]
     categories: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -125,19 +127,18 @@ def _with_overheads(peaks: dict[str, Peak], extra: Overheads) -> Prediction:
         moving = peak.bytes - sum(peak.categories.get(name, 0) for name in _WEIGHTS)
         return round(moving * extra.fragmentation)
 
+    def parts(peak: Peak) -> dict[str, int]:
+        beside = {"CUDA context": extra.context + extra.cublas, "fragmentation": slack(peak)}
+        return {name: size for name, size in {**peak.categories, **beside}.items() if size}
+
     phases = {name: peak.bytes + slack(peak) + extra.context + extra.cublas for name, peak in peaks.items()}
-    highest = peaks[max(phases, key=phases.__getitem__)]
-    parts = {name: size for name, size in highest.categories.items() if size}
-    beside = {"CUDA context": extra.context + extra.cublas, "fragmentation": slack(highest)}
-    return Prediction(phases, parts | {name: size for name, size in beside.items() if size})
+    made_of = {name: parts(peak) for name, peak in peaks.items()}
+    return Prediction(phases, made_of[max(phases, key=phases.__getitem__)], made_of)
 
 
 def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     """Peak of each phase as the ledger counts it: tensors only."""
-    from peft import LoraConfig
-
     from lowvram_grpo.memory.rehearsal import Rehearsal, workload
-    from lowvram_grpo.policy.load import build_policy, unwrap
     from lowvram_grpo.policy.stream import skeleton
 
     overheads = CUDA if blueprint.device == "cuda" else CPU
@@ -152,10 +153,7 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
         with ledger.phase("load"), ledger.making("base weights"):
             model = _base(empty, blueprint, args)
         with ledger.phase("adapter"):
-            with ledger.making("adapter"):
-                model = build_policy(model, args, None, LoraConfig(**blueprint.lora, task_type="CAUSAL_LM"))
-            tables = (unwrap(model).get_output_embeddings(), unwrap(model).get_input_embeddings())
-            ledger.tag("head", [x for table in tables for x in (*table.parameters(), *table.buffers())])
+            model = _adapted(model, blueprint, args, ledger)
             engine, learner = _around(model, blueprint, args, stand_in, ledger)
         rehearsal = Rehearsal(model, engine, learner, phase=ledger.phase, making=ledger.making)
         with _gradients_tagged(model, ledger):
@@ -163,6 +161,8 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
             optimizer = _optimizer(model, args, blueprint.device)
             rehearsal.blank_gradients()
             rehearsal.optimizer(optimizer)
+            if args.optimizer_offload:
+                ledger.ignore(*(x for state in optimizer.state.values() for x in state.values() if _many(x)))
             model.zero_grad()
             rehearsal.rollout(work)
             rehearsal.gradients(work)
@@ -183,6 +183,32 @@ def _base(empty: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig) -> Pre
         quantization=blueprint.quantization,
         keep_on_host=stays_on_host(empty, args.head_dtype, args.embedding_offload),
     )
+
+
+def _adapted(base: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig, ledger: Ledger) -> nn.Module:
+    """The policy: adapter attached, embeddings placed, checkpointing and tiles on."""
+    from peft import LoraConfig
+
+    from lowvram_grpo.policy.embeddings import place_embeddings
+    from lowvram_grpo.policy.load import attach_lora, build_policy
+
+    with ledger.making("adapter"):
+        model = attach_lora(base, LoraConfig(**blueprint.lora, task_type="CAUSAL_LM"))
+    tables = lambda: (base.get_output_embeddings(), base.get_input_embeddings())
+    if args.head_dtype == "dense":
+        ledger.tag("head", [x for table in tables() for x in table.parameters()])
+    with ledger.making("head"):
+        place_embeddings(
+            base, head_dtype=args.head_dtype, embedding_offload=args.embedding_offload, device=_META,
+            workspace_mib=args.workspace_mib,
+        )  # fmt: skip
+    ledger.tag("head", [x for table in tables() for x in (*table.parameters(), *table.buffers())])
+    return build_policy(model, args, None, None)
+
+
+def _many(value: Any) -> bool:
+    """A moment, not a step count."""
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: StandIn, ledger: Ledger):

@@ -114,6 +114,7 @@ class Rehearsal:
         micro = longest_micro_batch(work, rows, self.device)
         with self.phase("score"):
             self.learner.prepare(micro)
+        # A rollout is scored before its first update, when the last step's gradients are gone.
         if work.accumulates:
             self.blank_gradients()
         with self.phase("forward"), self.learner.autocast():

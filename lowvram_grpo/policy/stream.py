@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.kernels.quantized import quantize_statistics
 from lowvram_grpo.policy.quantization import bitsandbytes_config
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Source = Iterable[tuple[str, Tensor | Callable[[], Tensor]]]
-
-# bitsandbytes' own choice for the second quantization of QLoRA's double quantization.
-STATISTICS_BLOCK = 256
 
 
 @contextmanager
@@ -206,7 +203,7 @@ def _place(model: nn.Module, name: str, tensor: Tensor, staging: _Staging, keep_
 
 def quantize(layer: Linear4bit, weight: Tensor) -> nn.Parameter:
     """The Params4bit that `layer.weight.to(device)` would make of `weight` (out, in), on its device, meta included."""
-    from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
+    from bitsandbytes.functional import QuantState, quantize_4bit
     from bitsandbytes.nn import Params4bit
 
     old = layer.weight
@@ -214,10 +211,7 @@ def quantize(layer: Linear4bit, weight: Tensor) -> nn.Parameter:
         weight, blocksize=old.blocksize, quant_type=old.quant_type, quant_storage=old.quant_storage
     )
     if old.compress_statistics:
-        # bitsandbytes would do this too, but with a table that it keeps on the first device it meets, even if that
-        # is meta: all that is quantized after it fails.
-        offset = state.absmax.mean()
-        absmax, state2 = quantize_blockwise(state.absmax - offset, code=_dynamic_map(), blocksize=STATISTICS_BLOCK)
+        absmax, offset, state2 = quantize_statistics(state.absmax)
         state = QuantState(
             absmax, state.shape, state.code, state.blocksize, state.quant_type, state.dtype, offset, state2
         )
@@ -232,10 +226,3 @@ def quantize(layer: Linear4bit, weight: Tensor) -> nn.Parameter:
         module=layer,
         bnb_quantized=True,
     )
-
-
-@lru_cache(maxsize=1)
-def _dynamic_map() -> Tensor:
-    from bitsandbytes.functional import create_dynamic_map
-
-    return create_dynamic_map()

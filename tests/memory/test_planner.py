@@ -87,7 +87,7 @@ def test_the_next_rung_goes_on_below_a_preset():
     assert next_rung("backward", settings) == Rung("mlp_tile", 256)
     assert next_rung("rollout", settings) == Rung("rollout_batch_size", 2)
     assert next_rung("optimizer", settings) == Rung("optimizer_offload", True)
-    settings |= {"rollout_batch_size": 1, "workspace_mib": 8}
+    settings |= {"rollout_batch_size": 1, "workspace_mib": 8, "optimizer_offload": True}
     assert next_rung("rollout", settings) is None
 
 

@@ -138,3 +138,14 @@ def test_autocast_is_imitated():
     with stand_in:
         imitated = run("meta", stand_in.autocast())
     assert imitated == run("cpu", torch.autocast("cpu", torch.bfloat16))
+
+
+@pytest.mark.parametrize("head", ["int8", "nf4"])
+def test_planning_leaves_nothing_on_meta_for_the_run_that_follows(head):
+    from lowvram_grpo.kernels.quantized import NF4Weight
+
+    predict(Blueprint(_config("qwen2", 5), "nf4", torch.bfloat16, LORA), _paper(head_dtype=head))
+    assert not NF4Weight.quantize(torch.randn(64, 64)).packed.is_meta
+    import bitsandbytes.functional as functional
+
+    assert not any(table.is_meta for table in functional.name2qmap.values())

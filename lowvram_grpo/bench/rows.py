@@ -5,6 +5,7 @@ A row of a dry run (no GPU: tiny shapes, the interpreter) carries "dry_run": tru
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -17,21 +18,27 @@ from typing import Any
 
 import torch
 
+from lowvram_grpo import __version__
 from lowvram_grpo.run import jsonl
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+# An installed package has no commit of its own, whatever repository its environment lies in.
+_CHECKOUT = (ROOT / "pyproject.toml").is_file() and (ROOT / "kernels").is_dir()
 PACKAGES = ("triton", "transformers", "bitsandbytes", "peft", "trl", "liger-kernel", "unsloth-zoo", "cut-cross-entropy")
 # What makes two rows the same measurement; `gpu`, `commit` and `dry_run` are part of it.
 KEY = (
     "part", "op", "provider", "path", "shape", "rows", "tokens", "dtype", "profile", "model", "weights", "gpu",
-    "commit", "dry_run",
+    "commit", "dry_run", "preset", "setup",
 )  # fmt: skip
 
 
 def commit() -> str | None:
-    """LOWVRAM_COMMIT, what git says (with -dirty), or .gpu-stage/commit, which travels where .git does not."""
+    """LOWVRAM_COMMIT, what git says (with -dirty), or .gpu-stage/commit, which travels where .git does not; the version
+    of an installed package."""
     if found := os.environ.get("LOWVRAM_COMMIT"):
         return found
+    if not _CHECKOUT:
+        return f"release {__version__}"
     git = lambda *a: subprocess.run(["git", "-C", ROOT, *a], capture_output=True, text=True, timeout=20)
     try:
         head = git("rev-parse", "HEAD")
@@ -42,7 +49,7 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         pass
     note = ROOT / ".gpu-stage" / "commit"
-    return note.read_text().strip() or None if note.is_file() else None
+    return note.read_text(encoding="utf-8").strip() or None if note.is_file() else None
 
 
 def versions() -> dict[str, str]:
@@ -73,31 +80,55 @@ def provenance(dry_run: bool) -> dict[str, Any]:
         "versions": versions(),
         "commit": found,
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "process": f"{os.getpid()}-{int(time.time())}",
+        "process": _process(),
         "dry_run": dry_run,
     }
 
 
-class Rows:
-    """Appends rows to a file as they come; rows that the file holds already need not be measured again."""
+def provenance_apart(dry_run: bool) -> dict[str, Any]:
+    """`provenance` with the card asked by another process: asking makes a CUDA context, which on a small card is what
+    the process that measures would miss."""
+    if not torch.cuda.is_available():
+        return provenance(dry_run)
+    code = f"import json; from lowvram_grpo.bench.rows import provenance; print(json.dumps(provenance({dry_run})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", timeout=300)
+    if done.returncode:
+        sys.exit(done.stderr.strip()[-400:])
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    return found | {"command": shlex.join([Path(sys.executable).name, *sys.argv]), "process": _process()}
 
-    def __init__(self, path: Path, dry_run: bool, **fixed: Any):
+
+def _process() -> str:
+    return f"{os.getpid()}-{int(time.time())}"
+
+
+class Rows:
+    """Appends rows to a file as they come; rows that the file holds already need not be measured again.
+
+    `shared` is what all rows carry, where it has been found already; `fixed` comes on top.
+    """
+
+    def __init__(self, path: Path, dry_run: bool, *, shared: dict[str, Any] | None = None, **fixed: Any):
         self.path = path
-        self.shared = {**provenance(dry_run), **fixed}
+        self.shared = {**(provenance(dry_run) if shared is None else shared), **fixed}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.known = {self.key(row) for row in jsonl.read(path) if not row.get("again")}
+        self.known = {self.key(row): row for row in jsonl.read(path) if not row.get("again")}
 
     def key(self, row: dict[str, Any]) -> tuple:
         return tuple(str(row.get(name)) for name in KEY)
 
     def has(self, **row: Any) -> bool:
-        return self.key({**self.shared, **row}) in self.known
+        return self.get(**row) is not None
+
+    def get(self, **row: Any) -> dict[str, Any] | None:
+        """The row that the file has under this key."""
+        return self.known.get(self.key({**self.shared, **row}))
 
     def add(self, **row: Any) -> dict[str, Any]:
         """Write one row. `again=True` marks one that the next process should try anew."""
         row = {**self.shared, "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **row}
         jsonl.append(self.path, [row])
-        self.known.add(self.key(row))
+        self.known[self.key(row)] = row
         return row
 
 
