@@ -174,17 +174,23 @@ class Planner:
         return self._without_needless(first, Plan(recipe, budget, found, tuple(rungs)))
 
     def _without_needless(self, first: Recipe, plan: Plan) -> Plan:
-        """Rungs that a later, larger one made needless are given back, the costliest first."""
+        """Rungs that a later, larger one made needless are given back: all of them, or the costliest first."""
+
+        def with_rungs(rungs: tuple[Rung, ...]) -> Plan:
+            recipe = first
+            for rung in rungs:
+                recipe = with_setting(recipe, rung.key, rung.value)
+            return Plan(recipe, plan.budget, self.predict(recipe), rungs)
+
+        if plan.rungs[:-1] and plan.prediction.peak <= _FULL * plan.budget:
+            alone = with_rungs(plan.rungs[-1:])
+            if alone.fits:
+                return alone
         for rung in reversed(plan.rungs[:-1]):
             if plan.prediction.peak > _FULL * plan.budget:
                 break
-            rungs = tuple(kept for kept in plan.rungs if kept is not rung)
-            recipe = first
-            for kept in rungs:
-                recipe = with_setting(recipe, kept.key, kept.value)
-            found = self.predict(recipe)
-            if found.peak <= plan.budget:
-                plan = Plan(recipe, plan.budget, found, rungs)
+            fewer = with_rungs(tuple(kept for kept in plan.rungs if kept is not rung))
+            plan = fewer if fewer.fits else plan
         return plan
 
     def _bottom(self, recipe: Recipe, left: list[Rung], budget: int, taken: tuple[Rung, ...] = ()) -> Plan:
