@@ -1,0 +1,114 @@
+"""The rehearsal before step 1 finds out what does not fit, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowvram_grpo.memory import guard as module
+from lowvram_grpo.memory.devices import Device
+from lowvram_grpo.memory.guard import Guard, cap, is_out_of_memory
+from lowvram_grpo.memory.ladder import Rung
+from tests.invariants.test_out_of_memory import full, trained
+
+GIB = 2**30
+
+
+def test_it_changes_nothing(config, dataset):
+    without, _ = trained(config(), dataset)
+    with_probe, trainer = trained(config(memory_probe="on"), dataset)
+    assert not trainer.guard.events
+    for name, value in without.items():
+        assert torch.equal(value, with_probe[name]), name
+
+
+def test_what_does_not_fit_is_known_before_step_1(config, dataset):
+    """It sees the longest completions there can be, which the samples of a step may never be."""
+    seen = []
+
+    def spoil(trainer):
+        inner, engine = trainer.learner.score, trainer.collector.engine
+        rehearse = engine.rehearse
+
+        def score(micro, *args, **kwargs):
+            seen.append((trainer.state.global_step, micro.completion_ids.shape))
+            if torch.is_grad_enabled() and micro.completion_ids.numel() > 12:
+                raise full()
+            return inner(micro, *args, **kwargs)
+
+        def only_small_waves(prompt, completion, rows, *args):
+            if rows > 4:
+                raise full()
+            return rehearse(prompt, completion, rows, *args)
+
+        trainer.learner.score, engine.rehearse = score, only_small_waves
+
+    _, trainer = trained(config(memory_probe="on", max_steps=1), dataset, spoil)
+    assert [str(event.rung) for event in trainer.guard.events[:2]] == [
+        "rollout_batch_size=4", "per_device_train_batch_size=4",
+    ]  # fmt: skip
+    assert seen[0] == (0, (8, 6))
+    assert trainer.plan.micro_batch_size == 2 and trainer.collector.engine.rows == 4
+
+
+@pytest.mark.parametrize("vram_gib", [None, 3.0])
+def test_the_cap_is_what_is_ours(monkeypatch, vram_gib):
+    there = Device("cuda", "a card", 0, 8 * GIB, 7 * GIB, (8, 9), True, "linux")
+    asked = []
+    monkeypatch.setattr(module, "detect", lambda index: there)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: asked.append(share))
+
+    class Args:
+        device = torch.device("cuda", 0)
+
+    Args.vram_gib = vram_gib
+    cap(Args)
+    assert asked[0] * 8 == pytest.approx(3.0 if vram_gib else 7 - 128 / 1024)
+
+
+def test_cpu_runs_have_no_cap(monkeypatch):
+    class Args:
+        device, vram_gib = torch.device("cpu"), None
+
+    monkeypatch.setattr(module, "detect", None)
+    cap(Args)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_which_errors_are_the_devices(error, is_one):
+    assert is_out_of_memory(error) is is_one
+
+
+def test_the_error_belongs_to_the_innermost_phase():
+    taken = []
+    guard = Guard(
+        {"per_device_train_batch_size": 4, "rollout_batch_size": 1, "activation_offload": True, "mlp_tile": 8,
+         "workspace_mib": 8, "optimizer_offload": True},
+        lambda key, value: taken.append((key, value)),
+        ladder=(Rung("per_device_train_batch_size", 3),),
+        tell=lambda sentence, event: None,
+        limits="",
+    )  # fmt: skip
+    attempts = []
+
+    def work():
+        attempts.append(1)
+        with guard.phase("backward"):
+            if len(attempts) < 3:
+                raise full()
+        return "done"
+
+    undone = []
+    assert guard.run("forward", work, lambda: undone.append(1)) == "done"
+    assert [event.phase for event in guard.events] == ["backward", "backward"]
+    assert taken == [("per_device_train_batch_size", 3), ("per_device_train_batch_size", 2)]
+    assert len(undone) == 2
