@@ -6,7 +6,8 @@ fixed for the whole update before it is cut, so that how it is cut cannot change
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import os
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby, pairwise
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from lowvram_grpo.objective import Advantages, token_weights
 from lowvram_grpo.rollout.engine import RolloutBatch, pad_left
+
+_FILE = "rollout.pt"
 
 
 @dataclass
@@ -161,3 +164,17 @@ def updates_of(
             )
         cut.append(micro)
     return cut
+
+
+def save_updates(updates: list[list[MicroBatch]], folder: str) -> None:
+    """Into a checkpoint: the micro-batches of a rollout that has steps left to serve."""
+    torch.save([[asdict(micro) for micro in update] for update in updates], os.path.join(folder, _FILE))
+
+
+def load_updates(folder: str, device: torch.device) -> list[list[MicroBatch]] | None:
+    """What `save_updates` left, None if nothing."""
+    path = os.path.join(folder, _FILE)
+    if not os.path.isfile(path):
+        return None
+    saved = torch.load(path, map_location=device, weights_only=True)
+    return [[MicroBatch(**micro) for micro in update] for update in saved]

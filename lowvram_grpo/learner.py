@@ -16,9 +16,9 @@ from lowvram_grpo.experience import MicroBatch
 from lowvram_grpo.loss import KernelChoice, LossSums, micro_loss, wanted_rows
 from lowvram_grpo.objective import Objective
 from lowvram_grpo.policy.head import head_of
-from lowvram_grpo.policy.load import unwrap
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.shared_prefix import shared_groups
+from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.scoring import Scores, score, scored_states
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lowvram_grpo.kernels.linear_logps import linear_logps
 from lowvram_grpo.memory.ledger import counted_as
 from lowvram_grpo.policy.head import head_of
-from lowvram_grpo.policy.load import unwrap
 from lowvram_grpo.policy.offload import offloaded_activations
 from lowvram_grpo.policy.shared_prefix import PrefixLayout, packed_states, ragged_index, why_not
+from lowvram_grpo.policy.wrapper import unwrap
 
 
 class Scores(NamedTuple):

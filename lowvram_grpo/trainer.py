@@ -10,7 +10,6 @@ import copy
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,12 +20,11 @@ from lowvram_grpo.batching import PromptLoader, PromptSampler
 from lowvram_grpo.config import GRPOConfig
 from lowvram_grpo.data import check_dataset
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.experience import MicroBatch, Rollout, split, updates_of
+from lowvram_grpo.experience import MicroBatch, Rollout, load_updates, save_updates, split, updates_of
 from lowvram_grpo.learner import Learner
 from lowvram_grpo.loss import choose_kernels
-from lowvram_grpo.memory.guard import Event, Guard, cap
+from lowvram_grpo.memory.guard import cap
 from lowvram_grpo.memory.ladder import Rung
-from lowvram_grpo.memory.optimizer import GuardedStep
 from lowvram_grpo.memory.probe import probe
 from lowvram_grpo.metrics import (
     MetricBook,
@@ -38,23 +36,22 @@ from lowvram_grpo.metrics import (
 )
 from lowvram_grpo.objective import objective_of
 from lowvram_grpo.policy.adapter import restore_adapter
-from lowvram_grpo.policy.checkpointing import tile_mlps
-from lowvram_grpo.policy.load import build_policy, compute_dtype, is_peft, load_tokenizer, unwrap
+from lowvram_grpo.policy.load import build_policy, compute_dtype, load_tokenizer
 from lowvram_grpo.policy.reference import Reference
+from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.rewards.runner import RewardRunner, check_columns
 from lowvram_grpo.rollout.collect import Collector, reward_columns
 from lowvram_grpo.rollout.engine import GenerateEngine, end_ids
 from lowvram_grpo.rollout.sampler import sampling_of
 from lowvram_grpo.run.completions import CompletionsLog, as_text
 from lowvram_grpo.run.observer import Observer
+from lowvram_grpo.savers import TrainerGuard
 from lowvram_grpo.warmup import before_first_step, check_lengths
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-_ROLLOUT_FILE = "rollout.pt"
 
 
 class GRPOTrainer(Trainer):
@@ -146,20 +143,7 @@ class GRPOTrainer(Trainer):
             device=args.device,
             timeout=args.reward_timeout,
         )
-        self.guard = Guard(
-            {
-                "rollout_batch_size": args.rollout_batch_size or self.plan.completions_per_rollout,
-                "per_device_train_batch_size": self.plan.micro_batch_size,
-                **{key: getattr(args, key) for key in ("activation_offload", "mlp_tile", "workspace_mib",
-                                                       "optimizer_offload")},
-            },
-            self._take,
-            ladder=ladder,
-            tell=self._tell_rung,
-            limits=f"prompts of up to {args.max_prompt_length} and completions of up to {args.max_completion_length} "
-            "tokens",
-            active=args.oom_step_down and args.device.type == "cuda",
-        )  # fmt: skip
+        self.guard = TrainerGuard(self, ladder)
         self.collector = Collector(
             GenerateEngine(
                 model,
@@ -185,7 +169,6 @@ class GRPOTrainer(Trainer):
         self._early_log: list[dict[str, Any]] = []
         self._eval_prefix, self._eval_batches = "eval", 0
         self._updates: list[list[MicroBatch]] | None = None
-        self._step: GuardedStep | None = None
 
     # Data
 
@@ -291,30 +274,10 @@ class GRPOTrainer(Trainer):
         self._sums.add(sums, scores)
         return (sums.loss, scores) if return_outputs else sums.loss
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        made = self.optimizer is None
-        optimizer = super().create_optimizer(*(() if model is None else (model,)))
-        if made or self._step is None:
-            self._step = GuardedStep(optimizer, self.guard, offload=self.grpo_args.optimizer_offload)
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.guard.guard_step(optimizer)
         return optimizer
-
-    def _take(self, key: str, value: Any) -> None:
-        """Switch a memory saver on in the middle of the run."""
-        setattr(self.grpo_args, key, value)
-        if key == "rollout_batch_size":
-            self.collector.engine.rows = value
-        elif key == "per_device_train_batch_size":
-            self.plan = replace(self.plan, micro_batch_size=value)
-        elif key == "mlp_tile":
-            tile_mlps(self.model, value)
-        elif key == "workspace_mib":
-            self.collector.engine.workspace_mib = value
-        elif key == "optimizer_offload" and self._step is not None:
-            self._step.offload = value
-
-    def _tell_rung(self, sentence: str, event: Event) -> None:
-        self.observer.notice(sentence)
-        self.log({"memory/oom_phase": event.phase, "memory/rung": str(event.rung)})
 
     def _add_sampler_gap(self, micro: MicroBatch, logps: Tensor) -> None:
         gap = sampler_metrics(logps, micro.sampling_per_token_logps, micro.completion_mask)
@@ -440,8 +403,7 @@ class GRPOTrainer(Trainer):
         if self.reference is not None and (self.reference.moved or self.grpo_args.sync_ref_model):
             self.reference.save(output_dir)
         if self.state.global_step % self.plan.steps_per_rollout and self._updates:
-            rows = [[asdict(micro) for micro in update] for update in self._updates]
-            torch.save(rows, os.path.join(output_dir, _ROLLOUT_FILE))
+            save_updates(self._updates, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if is_peft(self.model):
@@ -453,10 +415,7 @@ class GRPOTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.reference is not None:
             self.reference.restore(resume_from_checkpoint)
-        path = os.path.join(resume_from_checkpoint, _ROLLOUT_FILE)
-        if os.path.isfile(path):
-            saved = torch.load(path, map_location=self.args.device, weights_only=True)
-            self._updates = [[MicroBatch(**micro) for micro in update] for update in saved]
+        self._updates = load_updates(resume_from_checkpoint, self.args.device) or self._updates
 
 
 def _for_transformers(args: GRPOConfig) -> GRPOConfig:

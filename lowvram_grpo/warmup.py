@@ -14,7 +14,7 @@ from lowvram_grpo.checks import Signal, self_test, signal_of
 from lowvram_grpo.cold_start import REFERENCE_COLUMN, ColdStart, reference_ids
 from lowvram_grpo.encoding import prompt_length_report
 from lowvram_grpo.errors import UserError, counted
-from lowvram_grpo.policy.load import unwrap
+from lowvram_grpo.policy.wrapper import unwrap
 
 if TYPE_CHECKING:
     from lowvram_grpo.experience import Rollout

@@ -10,7 +10,7 @@ import torch
 from lowvram_grpo.memory.budget import gib
 from lowvram_grpo.memory.guard import release
 from lowvram_grpo.memory.rehearsal import Rehearsal, workload
-from lowvram_grpo.policy.load import unwrap
+from lowvram_grpo.policy.wrapper import unwrap
 
 if TYPE_CHECKING:
     from lowvram_grpo.trainer import GRPOTrainer

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.policy.load import unwrap
+from lowvram_grpo.policy.wrapper import unwrap
 
 _MLP_NAMES = ("mlp", "feed_forward")
 

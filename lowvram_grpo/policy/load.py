@@ -12,11 +12,13 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowvram_grpo.errors import UserError, did_you_mean, one_line
+from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.gguf import gguf_config, gguf_parts, gguf_tokenizer
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.pretrained import hub_arguments, load_gguf_file, load_streamed, load_whole
 from lowvram_grpo.policy.quantization import bitsandbytes_config
+from lowvram_grpo.policy.wrapper import is_peft, unwrap
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -211,8 +213,6 @@ def build_policy(
             p.data = p.data.float()
     if args.disable_dropout:
         disable_dropout(model)
-    from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps  # which needs `unwrap`
-
     if args.mlp_tile:
         kwargs = args.gradient_checkpointing_kwargs or {}
         tile_mlps(model, args.mlp_tile, *([kwargs["context_fn"]] if "context_fn" in kwargs else []))
@@ -241,12 +241,3 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-
-
-def is_peft(model: nn.Module) -> bool:
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face causal language model inside a PeftModel (its layers carry the adapter), or the model itself."""
-    return model.get_base_model() if is_peft(model) else model

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowvram_grpo.policy.load import is_peft
+from lowvram_grpo.policy.wrapper import is_peft
 
 REFERENCE = "reference"
 _WEIGHTS = "reference.safetensors"

@@ -32,7 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lowvram_grpo.errors import UserError, one_line
-from lowvram_grpo.policy.load import unwrap
+from lowvram_grpo.policy.wrapper import unwrap
 
 NAME = "lowvram_shared_prefix"
 # Packing is worth a change of path where it leaves out at least a tenth of the tokens.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lowvram_grpo.policy.load import unwrap
+from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.rollout.decode import Wave, decode
 from lowvram_grpo.rollout.fallback import generate_with_transformers, seeded
 from lowvram_grpo.rollout.sampler import Sampling, stream_key

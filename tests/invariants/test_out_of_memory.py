@@ -95,7 +95,7 @@ def spoil_optimizer(trainer):
 
     def create(*args, **kwargs):
         optimizer = made(*args, **kwargs)
-        guarded = trainer._step
+        guarded = trainer.guard._step
         inner = guarded._step
 
         def step(closure=None):
