@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -307,6 +308,8 @@ class GRPOConfig(TrainingArguments):
             said.append(
                 "kl_estimator k1 measures the KL but does not restrain it: its expected gradient is zero; use k2 or k3."
             )
+        if "paged" in str(self.optim) and sys.platform == "win32":
+            said.append(f"optim {self.optim} pages through the driver, which fails on Windows; adamw_8bit does not.")
         if self._emulated_bf16:
             said.append("this GPU has no bfloat16 in hardware; float16 is used instead.")
         if self.world_size > 1:
