@@ -38,16 +38,19 @@ class ColdStart:
         learning_rate: float,
         guarded: Callable[[Callable[[int, int], float], Callable[[], None]], float],
         pad_id: int,
+        offload: Callable[[], bool] = lambda: False,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         max_grad_norm: float = 1.0,
         fp16: bool = False,
     ):
-        """`pairs(step)` gives the batch of a step; `fp16` scales the loss, whose gradients would underflow.
+        """`pairs(step)` gives the batch of a step; `fp16` scales the loss, whose gradients would underflow;
+        `offload` says whether activations wait in host memory.
         `guarded(work, undo)` calls `work(micro_batch_size, workspace_mib)`, again after `undo()` where memory ran out.
         """
-        self.model, self.pairs, self.guarded, self.pad_id = model, pairs, guarded, pad_id
+        self.model, self.pairs, self.guarded, self.pad_id, self.offload = model, pairs, guarded, pad_id, offload
         self.max_grad_norm = max_grad_norm
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
+        self.optimizer = optimizer(self.parameters, lr=learning_rate, weight_decay=0.0)
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=fp16)
 
     def step(self, index: int, autocast: Callable) -> float:
@@ -83,6 +86,7 @@ class ColdStart:
                     mask,
                     temperature=1.0,
                     workspace_mib=workspace_mib,
+                    offload=self.offload(),
                 ).logps
             loss = -logps.sum() / tokens
             self.scaler.scale(loss).backward()

@@ -109,7 +109,7 @@ class GRPOConfig(TrainingArguments):
     num_generations_eval: int | None = _help("Completions per prompt in evaluation; as in training when unset.")
     generation_batch_size: int | None = _help("Completions per rollout over all processes.")
     steps_per_generation: int | None = _help("Micro-batches of per_device_train_batch_size served by one rollout.")
-    rollout_batch_size: int | None = _help("(ours) Completions sampled at once, whole groups; unset: all of a rollout.")
+    rollout_batch_size: int | None = _help("(ours) Completions sampled at once; unset: all of a rollout.")
 
     # Sampling
     temperature: float = _help("Softmax temperature of the sampler, and of every log-prob.", 0.9)
@@ -118,7 +118,9 @@ class GRPOConfig(TrainingArguments):
     min_p: float | None = _help("Drop tokens below this share of the most likely one.")
     repetition_penalty: float = _help("Above 1 discourages tokens already seen.", 1.0)
     max_completion_length: int = _help("Longest completion in tokens.", 256)
-    generation_kwargs: dict[str, Any] | str | None = _help("Further arguments of generate().")
+    generation_kwargs: dict[str, Any] | str | None = _help(
+        "Further arguments of generate(), which then samples instead of our own loop."
+    )
     cache_implementation: str | None = _help("(no effect)")
     use_transformers_continuous_batching: bool = _help("(no effect)", False)
     ds3_gather_for_generation: bool = _help("(no effect yet)", True)
@@ -310,6 +312,8 @@ class GRPOConfig(TrainingArguments):
             )
         if "paged" in str(self.optim) and sys.platform == "win32":
             said.append(f"optim {self.optim} pages through the driver, which fails on Windows; adamw_8bit does not.")
+        if self.vram_gib is not None and self.device.type != "cuda":
+            said.append("vram_gib has no effect without a CUDA device.")
         if self._emulated_bf16:
             said.append("this GPU has no bfloat16 in hardware; float16 is used instead.")
         if self.world_size > 1:

@@ -43,14 +43,21 @@ def fit(
     tell(f"{device.name}: {gib(ours.usable_bytes)} are ours ({ours.reason}); preset {recipe.preset}.")
     if recipe.memory_plan == "off":
         return recipe
+    from lowvram_grpo.memory.overheads import CUDA
     from lowvram_grpo.memory.planner import Planner
+    from lowvram_grpo.memory.prediction import CannotPredict
 
     half = "bfloat16" if device.bf16 else "float16"
+    # The context is there already, and the prediction counts one.
+    room = ours.allocator_bytes + CUDA.context + CUDA.cublas
     planner = Planner(config, half=half, cold_start=cold_start, longest_prompt=longest_prompt)
     try:
-        plan = planner.plan(recipe, ours.usable_bytes)
+        plan = planner.plan(recipe, room)
     except UserError:
         raise
+    except CannotPredict as error:
+        tell(f"no memory plan: {error}; the run begins as the preset says, and takes savers when memory runs out.")
+        return recipe
     except Exception as error:
         # Code of a model that does not run on meta tensors is no reason not to train it.
         tell(f"no memory plan: {type(error).__name__} while predicting this model ({one_line(error)}); the run begins "
@@ -59,12 +66,13 @@ def fit(
     if not plan.fits:
         raise UserError(
             f"{recipe.model} does not fit: the predicted peak is {gib(plan.prediction.peak)}, and "
-            f"{gib(ours.usable_bytes)} of {device.name} are ours. What would: {'; '.join(plan.advice)}. "
+            f"there is room for {gib(room)} on {device.name}. What would: {'; '.join(plan.advice)}. "
             "(--memory-plan off tries anyway.)"
         )
     taken = f"; taken for it: {', '.join(map(str, plan.rungs))}" if plan.rungs else ""
     tell(
-        f"memory plan: a peak of {gib(plan.prediction.peak)} is predicted, in the {plan.prediction.peak_phase} phase"
+        f"memory plan: a peak of {gib(plan.prediction.peak)} of {gib(room)} is predicted, in the "
+        f"{plan.prediction.peak_phase} phase"
         f"{taken}."
     )
     return plan.recipe

@@ -89,10 +89,17 @@ def _fitted(recipe: Recipe, args: GRPOConfig, tokenizer, train_data, tell: Calla
     from lowvram_grpo.fitting import fit
     from lowvram_grpo.memory.devices import detect
     from lowvram_grpo.policy.load import model_config
+    from lowvram_grpo.policy.quantization import quantization_name
 
     config = model_config(recipe.model, **_hub_arguments(recipe))
-    if getattr(config, "quantization_config", None) and recipe.origin.get("quantization") not in ("flag", "file"):
-        recipe.quantization = "none"
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and recipe.origin.get("quantization") not in ("flag", "file"):
+        kind = quantization_name(stored)
+        recipe.quantization = kind if kind in ("nf4", "int8") else "none"
+        recipe.origin["quantization"] = "checkpoint"
+        if recipe.quantization == "none":
+            tell(f"no memory plan: the checkpoint is stored in {kind}, which is not counted.")
+            return recipe
     if args.device.type != "cuda":
         return recipe
     report = prompt_length_report(
@@ -107,7 +114,7 @@ def _fitted(recipe: Recipe, args: GRPOConfig, tokenizer, train_data, tell: Calla
         detect(args.device.index or 0),
         tell,
         cold_start=str(args.cold_start) == "auto" and REFERENCE_COLUMN in train_data.column_names,
-        longest_prompt=report.longest,
+        longest_prompt=report.longest if report.counted == report.total and not recipe.eval_data else None,
     )
 
 
@@ -215,10 +222,12 @@ def _config(recipe: Recipe, *, weights: list[float]) -> GRPOConfig:
 
 
 def _model(recipe: Recipe, args: GRPOConfig):
+    from lowvram_grpo.memory.guard import cap
     from lowvram_grpo.policy.adapter import load_adapter
     from lowvram_grpo.policy.embeddings import stays_on_host
     from lowvram_grpo.policy.load import DTYPES, bitsandbytes_config, compute_dtype, load_causal_lm
 
+    cap(args)  # before a byte is allocated
     dtype = compute_dtype(args.device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
     init = {**_hub_arguments(recipe), **(recipe.training.get("model_init_kwargs") or {})}
     if recipe.attn_implementation:

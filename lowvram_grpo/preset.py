@@ -7,6 +7,7 @@ settings and ladder as a basis; of a ladder, the rungs that the settings have pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -148,6 +149,12 @@ def card_budget(gib: float) -> int:
     What is planned for it runs on every such card. `memory.budget` knows better where the card is there to be asked.
     """
     return int((gib - max(_DESKTOP, _NOT_OURS_SHARE * gib)) * _GIB)
+
+
+def card_for(size: int) -> float:
+    """The size of card, in GB as cards are sold, whose `card_budget` is `size` bytes."""
+    gib = size / _GIB
+    return math.ceil(max(gib + _DESKTOP, gib / (1 - _NOT_OURS_SHARE)))
 
 
 def _cards() -> list[Preset]:

@@ -42,14 +42,23 @@ class TrainerGuard(Guard):
         self._step: GuardedStep | None = None
 
     def guard_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Run the steps of `optimizer` under this guard too."""
+        """Run the steps of `optimizer` under this guard too; of the one that accelerate has wrapped, if it has."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)
         if self._step is None or self._step.optimizer is not optimizer:
             self._step = GuardedStep(optimizer, self, offload=self.settings["optimizer_offload"])
 
+    def settle_moments(self) -> None:
+        """Moments that a checkpoint brought to the device go where they belong."""
+        if self._step is not None:
+            self._step.settle()
+
     def take(self, key: str, value: Any) -> None:
-        """Lower a setting. What reads GRPOConfig at each pass needs no more than that."""
+        """Lower a setting.
+
+        Raises:
+            UserError: the model does not have what it changes.
+        """
         trainer = self.trainer
-        setattr(trainer.grpo_args, key, value)
         if key == "rollout_batch_size":
             trainer.collector.engine.rows = value
         elif key == "per_device_train_batch_size":
@@ -60,6 +69,9 @@ class TrainerGuard(Guard):
             trainer.collector.engine.workspace_mib = value
         elif key == "optimizer_offload" and self._step is not None:
             self._step.offload = value
+            self._step.settle()
+        # What reads GRPOConfig at each pass needs no more than this.
+        setattr(trainer.grpo_args, key, value)
 
     def _told(self, sentence: str, event: Event) -> None:
         self.trainer.observer.notice(sentence)

@@ -193,6 +193,10 @@ class GRPOTrainer(Trainer):
     def generations_eval(self) -> int:
         return self.grpo_args.num_generations_eval or self.plan.num_generations
 
+    def get_total_train_batch_size(self, args=None) -> int:
+        """Completions a step, which transformers counts its samples by."""
+        return self.plan.completions_per_rollout // self.plan.updates_per_rollout
+
     # The run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -404,6 +408,10 @@ class GRPOTrainer(Trainer):
             self.reference.save(output_dir)
         if self.state.global_step % self.plan.steps_per_rollout and self._updates:
             save_updates(self._updates, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.guard.settle_moments()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if is_peft(self.model):

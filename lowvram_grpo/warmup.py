@@ -14,6 +14,7 @@ from lowvram_grpo.checks import Signal, self_test, signal_of
 from lowvram_grpo.cold_start import REFERENCE_COLUMN, ColdStart, reference_ids
 from lowvram_grpo.encoding import prompt_length_report
 from lowvram_grpo.errors import UserError, counted
+from lowvram_grpo.memory.optimizer import GuardedStep
 from lowvram_grpo.policy.wrapper import unwrap
 
 if TYPE_CHECKING:
@@ -140,8 +141,11 @@ def _cold_start(trainer: GRPOTrainer, rows: list, pairs: list[int], steps: int, 
             "forward", lambda: work(trainer.plan.micro_batch_size, args.workspace_mib), undo
         ),
         pad_id=trainer.collector.engine.sampling.pad_id,
+        offload=lambda: args.activation_offload,
+        optimizer=_small_adamw if "8bit" in str(args.optim) else torch.optim.AdamW,
         fp16=args.fp16,
     )
+    GuardedStep(warm.optimizer, trainer.guard, offload=args.optimizer_offload)
     trainer.observer.notice(
         f"cold start: {'up to ' if stop_early else ''}{counted(steps, 'supervised step')} on "
         f"{counted(len(pairs), 'reference')}."
@@ -167,6 +171,12 @@ def _cold_start(trainer: GRPOTrainer, rows: list, pairs: list[int], steps: int, 
         trainer.reference.freeze()
     trainer._save(os.path.join(trainer.args.output_dir, "cold_start"))
     return rollout
+
+
+def _small_adamw(*args, **kwargs) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(*args, **kwargs)
 
 
 def _cold_row(step: int, signal: Signal | None) -> dict[str, float]:

@@ -32,14 +32,14 @@ def test_a_roomy_card_leaves_the_preset_as_it_is():
 
 
 def test_a_small_card_takes_rungs_and_says_which():
-    recipe, said = fitted(card(2, 1.75))
+    recipe, said = fitted(card(2, 1.5))
     taken = [key for key, origin in recipe.origin.items() if origin == "memory plan"]
     assert taken and all(key in said for key in taken)
 
 
 def test_a_card_that_cannot_hold_it_gets_advice():
     with pytest.raises(UserError, match=r"does not fit.*What would:.*Qwen2.5-0.5B fits.*GiB free.*memory-plan off"):
-        fitted(card(2, 1.2))
+        fitted(card(2, 0.9))
 
 
 def test_it_can_be_switched_off():

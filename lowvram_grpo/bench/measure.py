@@ -247,10 +247,11 @@ def apart(
 ) -> dict[str, Any]:
     """`measure`, or what another `script` does with the same arguments, in a process of its own that is stopped after
     `seconds`. With several cards, the one with the most free memory."""
-    from lowvram_grpo.memory.devices import pin_card
+    from lowvram_grpo.memory.devices import growing_segments, pin_card
 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     pin_card(environment)
+    growing_segments(environment)
     spec = {"recipe": asdict(recipe), "budget": budget, "steps": steps, "device": device}
     with tempfile.TemporaryDirectory() as folder:
         asked, told = Path(folder, "spec.json"), Path(folder, "result.json")

@@ -121,13 +121,16 @@ def train(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def plan(
     context: typer.Context,
-    model: Annotated[str, typer.Option("--model", "-m", help="Well-known name, folder, config.json or hub id.")],
-    vram: Annotated[float | None, typer.Option(help="Size of the card in GB.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Well-known name, folder, config.json, GGUF file or hub id.")
+    ] = None,
+    vram: Annotated[float | None, typer.Option(help="Size of the card in GB; without it, every preset's.")] = None,
     preset: Annotated[str | None, typer.Option(help="One of `lowvram-grpo presets`; default by --vram.")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Recipe file, TOML or YAML.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predict the GPU memory of a training run, phase by phase, without a GPU. Takes the flags of train."""
+    """Predict the GPU memory of a training run, phase by phase, without a GPU. Takes the flags of train, those of
+    GRPOConfig (train --help-all) too."""
     from lowvram_grpo.cli.plan import start
 
     start(model, vram, preset, context.args, config=config, as_json=as_json)

@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 def start(
-    model: str, vram: float | None, preset: str | None, extra: list[str], *, config: Path | None, as_json: bool
+    model: str | None, vram: float | None, preset: str | None, extra: list[str], *, config: Path | None, as_json: bool
 ) -> None:
     """Print one plan, or with neither card nor preset the plans of all presets.
 
@@ -35,13 +35,21 @@ def start(
     from lowvram_grpo.memory.planner import Planner
     from lowvram_grpo.recipe import resolve
 
-    if vram is not None and not vram > 0:
-        raise UserError(f"--vram is {vram:g}; it must be a number of GiB above 0, as in --vram 8.")
+    if vram is not None and not vram > 2:
+        raise UserError(f"--vram is {vram:g}; it must be a size of card above 2 GB, as in --vram 8.")
     flags = {"model": model, **parse_extra(extra)}
     chosen = preset or (presets.pick_for_gib(vram) if vram is not None else None)
     names = [chosen] if chosen else [name for name in presets.names() if presets.load(name).vram_gib is not None]
     recipes = [resolve({**flags, "preset": name}, config) for name in names]
-    resolved, source = resolve_config(model)
+    model = recipes[0].model
+    if not model:
+        raise UserError("No model given; pass --model with a well-known name, a folder or a config.json.")
+    if model.lower().endswith(".gguf"):
+        from lowvram_grpo.policy.load import model_config
+
+        resolved, source = model_config(model), "GGUF file"
+    else:
+        resolved, source = resolve_config(model)
     planner = Planner(resolved)
     cards = [vram if vram is not None else presets.load(recipe.preset).vram_gib for recipe in recipes]
     if None in cards:
@@ -65,7 +73,7 @@ def matrix(planner: Planner, recipes: list[Recipe], cards: list[float], source: 
         rows = [{**plan.as_json(), "vram_gib": card} for plan, card in zip(plans, cards)]
         print(json.dumps(rows, indent=2))
         return
-    table = Table(box=None, pad_edge=False, title=f"{recipes[0].model} ({source})", title_justify="left")
+    table = Table(box=None, pad_edge=False, title=_name(plans[0], source), title_justify="left")
     for column in ("preset", "card", "budget", "peak", "fits", "savers taken on top of the preset"):
         table.add_column(column, justify="right" if column in ("card", "budget", "peak") else "left")
     for plan, card in zip(plans, cards):
@@ -84,16 +92,23 @@ _HOW = (
 )
 
 
+def _name(plan: Plan, source: str) -> str:
+    """The model, and where its configuration is from if that says more."""
+    model = str(plan.recipe.model)
+    return model if model in source or source in model else f"{model} ({source})"
+
+
 def show(plan: Plan, card: float, source: str) -> None:
     """The plan in full, for people."""
     from lowvram_grpo.memory.planner import setting
 
     console, found = Console(highlight=False), plan.prediction
     verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
+    console.print(f"[bold]{_name(plan, source)}[/bold]")
     console.print(
-        f"[bold]{plan.recipe.model}[/bold] ({source}) {verdict} a card of {card:g} GB with preset "
-        f"{plan.recipe.preset}: peak {found.peak / GIB:.2f} GiB of {plan.budget / GIB:.1f}"
-    )
+        f"{verdict}: peak {found.peak / GIB:.2f} GiB of {plan.budget / GIB:.1f}, which a Windows desktop leaves of "
+        f"{card:g} GB; preset {plan.recipe.preset}", soft_wrap=True,
+    )  # fmt: skip
     keys = ("num_generations", "prompts_per_step", "max_prompt_length", "max_completion_length")
     console.print("  " + ", ".join(f"{key} {setting(plan.recipe, key)}" for key in keys))
     phases = Table(box=None, pad_edge=False)

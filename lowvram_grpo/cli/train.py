@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -46,11 +44,9 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
 def prepare_cuda() -> str | None:
     """What has to be settled before CUDA starts: the allocator, and one card of several. Returns a sentence for people
     where there was a choice."""
-    from lowvram_grpo.memory.devices import pin_card
+    from lowvram_grpo.memory.devices import growing_segments, pin_card
 
-    if sys.platform != "win32":  # not supported there
-        # Rollouts and training passes ask for blocks of different sizes; segments that grow serve both.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    growing_segments()
     return pin_card()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowvram_grpo.memory.devices import Device
+from lowvram_grpo.memory.overheads import CUDA
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -68,8 +69,12 @@ def budget(device: Device, cap_gib: float | None = None) -> Budget:
             "that much more to train with."
         )
     if cap_gib is not None and cap_gib * _GIB < usable:
+        # Our own cap counts the context, known or not.
         usable, reason = int(cap_gib * _GIB), f"vram_gib is {cap_gib:g}"
-    return Budget(usable, reserve, min(device.context_bytes, usable), reason, tuple(notices))
+        context = device.context_bytes or (CUDA.context if device.kind == "cuda" else 0)
+    else:
+        context = device.context_bytes
+    return Budget(usable, reserve, min(context, usable), reason, tuple(notices))
 
 
 def gib(size: int) -> str:

@@ -205,6 +205,14 @@ def pin_card(environ: dict[str, str] | os._Environ = os.environ) -> str | None:
     )
 
 
+def growing_segments(environ: dict[str, str] | os._Environ = os.environ) -> None:
+    """Let PyTorch's allocator grow its segments, unless somebody has set it up: rollouts and training passes ask for
+    blocks of different sizes. Must be called before torch is imported. Windows does not have it, and under WSL the
+    first allocation can fail with it (pytorch #192330)."""
+    if operating_system() == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environ.keys():
+        environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def operating_system(platform_name: str = sys.platform, release: str | None = None) -> str:
     """`windows`, `wsl` or `linux` (which any other system counts as)."""
     if platform_name == "win32":

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What CUDA libraries say in a RuntimeError when an allocation of their own fails.
-_SIGNS = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# What CUDA, its libraries and Triton say in a RuntimeError when an allocation of their own fails.
+_SIGNS = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
 
 
 class Event(NamedTuple):
@@ -39,7 +39,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device, not the program, is at fault."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
 
 
 def release() -> None:
@@ -84,6 +84,7 @@ class Guard:
         self.settings, self.apply, self.ladder, self.tell = settings, apply, tuple(ladder), tell
         self.limits, self.active = limits, active
         self.events: list[Event] = []
+        self.refused: list[str] = []
         #: Entered around each phase: a ledger's, or one that reads the device's own counters.
         self.watch: Callable[[str], AbstractContextManager] | None = None
         self._phase = "load"
@@ -125,7 +126,7 @@ class Guard:
             self._climb(failed, asked)
 
     def _climb(self, phase: str, asked: str) -> None:
-        rung = next_rung(phase, self.settings, self.ladder) if self.active else None
+        rung = self._taken(phase) if self.active else None
         if rung is None:
             raise UserError(
                 f"Out of GPU memory in the {phase} phase ({asked}), with {self.limits}"
@@ -133,11 +134,21 @@ class Guard:
                 "max_prompt_length or num_generations, take a smaller model (`lowvram-grpo plan` says which fits), or "
                 "close what else uses the GPU."
             )
-        self.apply(rung.key, rung.value)
-        self.settings[rung.key] = rung.value
         self.events.append(Event(phase, rung))
         sentence = f"out of GPU memory in the {phase} phase ({asked}): {rung.words} from now on ({rung})."
         self.tell(sentence, self.events[-1])
+
+    def _taken(self, phase: str) -> Rung | None:
+        """The next rung that this model has, taken."""
+        while rung := next_rung(phase, self.settings, self.ladder):
+            self.settings[rung.key] = rung.value
+            try:
+                self.apply(rung.key, rung.value)
+            except UserError as error:  # MLPs that cannot be tiled, say
+                self.refused.append(f"{rung}: {error}")
+                continue
+            return rung
+        return None
 
 
 def _asked(error: BaseException) -> str:

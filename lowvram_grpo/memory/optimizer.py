@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lowvram_grpo.memory.guard import Guard
 
+# Bytes of weights whose copy to host memory nobody notices: 10 to 20 ms over a card's bus.
+_SMALL = 2**28
+
 
 class GuardedStep:
     """Replaces `optimizer.step`: out of memory half-way through, weights and moments go back to what they were, and the
@@ -28,14 +31,23 @@ class GuardedStep:
         optimizer.step = types.MethodType(lambda _, closure=None: self(closure), optimizer)
 
     def __call__(self, closure: Callable | None = None) -> Any:
-        undo = self._memory() if self.guard.active else None
+        undo = self._memory() if self.guard.active and self._affordable() else None
         return self.guard.run("optimizer", lambda: self._offloaded() if self.offload else self._step(closure), undo)
+
+    def _affordable(self) -> bool:
+        """Copies of small weights cost nothing beside a step; of large ones only the first step's are made, which
+        allocates the moments."""
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        small = sum(p.nbytes for p in weights) < _SMALL
+        return small or any(p.grad is not None and p not in self.optimizer.state for p in weights)
 
     def _memory(self) -> Callable[[], None]:
         """Copies weights and moments to host memory; what it returns puts them back."""
         state = self.optimizer.state
         weights = [(p, _on_host(p)) for group in self.optimizer.param_groups for p in group["params"]]
-        moments = {p: {k: (v, _on_host(v)) for k, v in state[p].items()} for p, _ in weights if p in state}
+        moments = {
+            p: {k: (v, _on_host(v)) for k, v in state[p].items() if not _shared(k)} for p, _ in weights if p in state
+        }
 
         @torch.no_grad()
         def undo() -> None:
@@ -45,7 +57,8 @@ class GuardedStep:
                     state.pop(p, None)
                     continue
                 for key in set(state[p]) - set(moments[p]):
-                    del state[p][key]
+                    if not _shared(key):
+                        del state[p][key]
                 for key, (value, copy) in moments[p].items():
                     state[p][key] = value.copy_(copy) if isinstance(value, Tensor) else value
 
@@ -65,13 +78,24 @@ class GuardedStep:
         finally:
             self.optimizer.param_groups = groups
 
+    def settle(self) -> None:
+        """Bring the moments to host memory where they belong there: after a checkpoint has put them on the device."""
+        if self.offload:
+            for p in list(self.optimizer.state):
+                self._move(p, torch.device("cpu"))
+
     def _move(self, p: Tensor, device: torch.device) -> None:
         """Moments of `p`; scalars (step counts) stay where they are, and so do tables that all parameters share."""
         state = self.optimizer.state.get(p, {})
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.dim() and not key.startswith("qmap"):
+            if isinstance(value, Tensor) and value.dim() and not _shared(key):
                 moved = value.to(device, non_blocking=device.type == "cuda")
                 state[key] = moved.pin_memory() if device.type == "cpu" and p.is_cuda else moved
+
+
+def _shared(key: str) -> bool:
+    """bitsandbytes' tables of codes, one for all parameters and never changed."""
+    return key.startswith("qmap")
 
 
 def _on_host(value: Any) -> Any:

@@ -6,6 +6,7 @@ that would not help. What a person set is never changed.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 # Who set a value, as the resolved recipe records it.
-_BY_A_PERSON = ("flag", "file", "adapter")
+_BY_A_PERSON = ("flag", "file", "adapter", "checkpoint")
 PLANNED = "memory plan"
 # A rung that saves less of the peak is passed over.
 _WORTH = 0.002
@@ -123,19 +124,30 @@ class Planner:
         cold_start: bool = False,
         longest_prompt: int | None = None,
     ):
-        self.config, self.device, self.half, self.cold_start = config, device, half, cold_start
+        self.config = config
+        if getattr(config, "quantization_config", None) is not None:
+            # Whoever plans a checkpoint that is quantized already says so by the recipe's quantization.
+            self.config = copy.deepcopy(config)
+            del self.config.quantization_config
+        self.device, self.half, self.cold_start = device, half, cold_start
         self.longest_prompt = longest_prompt
         self._known: dict[str, Prediction] = {}
+        self._refused: dict[tuple[str, Any], bool] = {}
 
     def predict(self, recipe: Recipe, *, exact: bool = False) -> Prediction:
-        """Raises UserError where settings contradict each other."""
+        """Peaks of the longest step of `recipe`.
+
+        Raises:
+            UserError: settings contradict each other, or do not fit the model.
+            CannotPredict: the model cannot be built on meta tensors.
+        """
         import torch
 
         from lowvram_grpo.memory.prediction import Blueprint, predict
         from lowvram_grpo.policy.load import DTYPES
 
         args = paper_config(recipe)
-        key = repr((exact, sorted(vars(args).items(), key=lambda kv: kv[0]), recipe.quantization, recipe.lora_r))
+        key = repr((exact, sorted(vars(args).items(), key=lambda kv: kv[0]), _of_the_job(recipe)))
         if key not in self._known:
             plain = "float32" if self.device == "cpu" else self.half
             dtype = DTYPES[plain if recipe.dtype == "auto" else recipe.dtype]
@@ -156,6 +168,8 @@ class Planner:
         left = [rung for rung in ladder_of(recipe.preset) if recipe.origin.get(rung.key) not in _BY_A_PERSON]
         found = self.predict(recipe)
         if found.peak > budget:
+            recipe = _with_its_batch(recipe)
+            left = [rung for rung in left if self._possible(recipe, rung)]
             # Asked first, so that a model that is far too large is known to be after two predictions.
             bottom = self._bottom(recipe, left, budget)
             if not bottom.fits:
@@ -172,6 +186,19 @@ class Planner:
                 recipe, found = lower, after
                 rungs.append(rung)
         return self._without_needless(first, Plan(recipe, budget, found, tuple(rungs)))
+
+    def _possible(self, recipe: Recipe, rung: Rung) -> bool:
+        """Whether the model has what the rung changes: MLPs that can be tiled, a head that NF4 can block."""
+        if rung.key not in ("mlp_tile", "head_dtype"):
+            return True
+        kind = (rung.key, None if rung.key == "mlp_tile" else rung.value)
+        if kind not in self._refused:
+            try:
+                self.predict(with_setting(recipe, rung.key, rung.value))
+                self._refused[kind] = False
+            except UserError:
+                self._refused[kind] = True
+        return not self._refused[kind]
 
     def _without_needless(self, first: Recipe, plan: Plan) -> Plan:
         """Rungs that a later, larger one made needless are given back: all of them, or the costliest first."""
@@ -212,10 +239,24 @@ class Planner:
                 if shorter >= _SHORTEST and self.predict(with_setting(plan.recipe, key, shorter)).peak <= plan.budget:
                     yield f"--{key.replace('_', '-')} {shorter} fits"
                     break
+        yield from self._own_settings(plan)
         smaller = self._smaller_model(plan)
         if smaller:
             yield f"{smaller} fits"
-        yield f"a card with {plan.prediction.peak / GIB + 0.05:.1f} GiB free fits"
+        peak = plan.prediction.peak / GIB
+        yield f"a card with {peak + 0.05:.1f} GiB free ({presets.card_for(plan.prediction.peak):.0f} GB) fits"
+
+    def _own_settings(self, plan: Plan) -> Iterator[str]:
+        """Rungs of settings that a person has set higher."""
+        done = set()
+        for rung in ladder_of("24gb"):
+            set_by = plan.recipe.origin.get(rung.key)
+            if rung.key in done or set_by not in ("flag", "file"):
+                continue
+            saving = presets.saves(rung.key, rung.value, setting(plan.recipe, rung.key))
+            if saving and self.predict(with_setting(plan.recipe, rung.key, rung.value)).peak <= plan.budget:
+                yield f"--{rung.key.replace('_', '-')} {str(rung).partition('=')[2]} fits"
+                done.add(rung.key)
 
     def _smaller_model(self, plan: Plan) -> str | None:
         from lowvram_grpo.memory.architectures import family, resolve_config
@@ -234,6 +275,28 @@ class Planner:
     def _size(self) -> int:
         text = self.config.get_text_config()
         return text.num_hidden_layers * text.hidden_size**2
+
+
+def _of_the_job(recipe: Recipe) -> tuple:
+    """The settings outside of GRPOConfig that bytes depend on."""
+    modules = recipe.lora_target_modules
+    return (
+        recipe.quantization, recipe.dtype, recipe.lora_r, str(modules), bool(recipe.adapter), recipe.attn_implementation
+    )  # fmt: skip
+
+
+def _with_its_batch(recipe: Recipe) -> Recipe:
+    """The same step, counted in prompts: where it follows from per_device_train_batch_size, as TRL counts, a rung that
+    lowers that would change what is trained."""
+    args = paper_config(recipe)
+    plan = args.batch_plan()
+    if args.prompts_per_step is None:
+        prompts = max(1, plan.prompts_per_rollout // plan.updates_per_rollout)
+        recipe = with_setting(recipe, "prompts_per_step", prompts)
+    if args.steps_per_generation:
+        recipe = with_setting(recipe, "steps_per_generation", None)
+        recipe = with_setting(recipe, "generation_batch_size", plan.completions_per_rollout)
+    return recipe
 
 
 def paper_config(recipe: Recipe) -> Any:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.learner import Learner
+from lowvram_grpo.memory.ladder import PHASES
 from lowvram_grpo.memory.ledger import Ledger, Peak
 from lowvram_grpo.memory.overheads import CPU, CUDA, Overheads
 from lowvram_grpo.memory.stand_in import StandIn
@@ -30,6 +31,10 @@ _META = torch.device("meta")
 # Phases that are counted in two parts.
 _PARTS = {"adapter": "load", "prefill": "rollout"}
 _WEIGHTS = ("base weights", "head", "adapter", "gradients", "optimizer")
+
+
+class CannotPredict(Exception):
+    """The model or its quantization is none that can be built on meta tensors; the message is a phrase for people."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class Prediction:
 
 def predict(blueprint: Blueprint, args: GRPOConfig, *, exact: bool = False) -> Prediction:
     """Peaks of the longest step that `args` allow. `exact` runs all layers, however many."""
+    if blueprint.quantization not in ("none", "nf4"):
+        raise CannotPredict(f"weights in {blueprint.quantization} are not counted")
     config = blueprint.config.get_text_config()
     depth, period = config.num_hidden_layers, _period(config)
     # Fewer than four layers are all in flight at once where activations go to host memory.
@@ -131,6 +138,7 @@ def _with_overheads(peaks: dict[str, Peak], extra: Overheads) -> Prediction:
         beside = {"CUDA context": extra.context + extra.cublas, "fragmentation": slack(peak)}
         return {name: size for name, size in {**peak.categories, **beside}.items() if size}
 
+    peaks = {name: peaks[name] for name in PHASES}
     phases = {name: peak.bytes + slack(peak) + extra.context + extra.cublas for name, peak in peaks.items()}
     made_of = {name: parts(peak) for name, peak in peaks.items()}
     return Prediction(phases, made_of[max(phases, key=phases.__getitem__)], made_of)
@@ -155,7 +163,10 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
         with ledger.phase("adapter"):
             model = _adapted(model, blueprint, args, ledger)
             engine, learner = _around(model, blueprint, args, stand_in, ledger)
-        rehearsal = Rehearsal(model, engine, learner, phase=ledger.phase, making=ledger.making)
+        kinds = set(getattr(blueprint.config.get_text_config(), "layer_types", None) or ["full_attention"])
+        # Prompts of a wave rarely have the same length. One mask does not fit layers that see windows as well.
+        ragged = blueprint.device == "cuda" and kinds == {"full_attention"}
+        rehearsal = Rehearsal(model, engine, learner, phase=ledger.phase, making=ledger.making, ragged=ragged)
         with _gradients_tagged(model, ledger):
             # The moments are made first: from the second step on they are there in every phase.
             optimizer = _optimizer(model, args, blueprint.device)
@@ -213,6 +224,8 @@ def _many(value: Any) -> bool:
 
 def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: StandIn, ledger: Ledger):
     """The engine and the learner that a trainer would put around the model."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     from lowvram_grpo.loss import KernelChoice
     from lowvram_grpo.objective import objective_of
     from lowvram_grpo.policy.reference import Reference
@@ -222,11 +235,34 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
     # peft makes a second adapter on the CPU, and moves it wherever the base is, but not to meta.
     with ledger.making("adapter"), _META:
         reference = Reference(model, follows=blueprint.follows or args.sync_ref_model) if args.beta > 0 else None
-    sampling = Sampling(args.max_completion_length, eos_ids=(0,), pad_id=0, temperature=args.temperature)
+    sampling = Sampling(
+        args.max_completion_length,
+        eos_ids=(0,),
+        pad_id=0,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k or 0,
+        min_p=args.min_p or 0.0,
+        repetition_penalty=args.repetition_penalty,
+        # Fewer than the table's rows, as in most models: what forbids the others is counted.
+        known_ids=blueprint.config.get_text_config().vocab_size - 1,
+    )
     engine = GenerateEngine(model, sampling, args.rollout_batch_size, workspace_mib=args.workspace_mib)
 
+    caches: list[Any] = []
+
+    def tag_cache(*_: Any) -> None:
+        for cache in caches:
+            ledger.tag("KV cache", _tensors(cache))
+
+    # A layer's cache is made anew as it grows, so what the layers before it have made is tagged as the pass goes on.
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.register_forward_hook(tag_cache)
+
     def on_cache(cache: Any) -> None:
-        ledger.tag("KV cache", _tensors(cache))
+        caches[:] = [cache]
+        tag_cache()
         if "prefill" not in ledger.phases:
             ledger.cut("prefill")
 
@@ -263,6 +299,7 @@ def _optimizer(model: nn.Module, args: GRPOConfig, device: str) -> torch.optim.O
     from transformers import Trainer
 
     kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-    if issubclass(kind, torch.optim.AdamW) and device == "cuda":
+    fused = kwargs.pop("fused", False)  # which needs a device, and no memory of its own
+    if issubclass(kind, torch.optim.AdamW) and device == "cuda" and not fused:
         kwargs["foreach"] = True  # what it decides for itself where it sees CUDA tensors
     return kind([p for p in model.parameters() if p.requires_grad], **kwargs)

@@ -23,8 +23,6 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from lowvram_grpo.errors import UserError, one_line
-
 #: Tensors below this stay where they are: the copy would cost more than the memory is worth.
 MIN_BYTES = 2**18
 _IN_FLIGHT = 2
@@ -51,11 +49,9 @@ class _Lane:
         room = 2**20 * math.ceil(size / 2**20) if self.stream else size
         try:
             return torch.empty(room, dtype=torch.uint8, pin_memory=self.stream is not None)
-        except RuntimeError as error:
-            raise UserError(
-                f"activation_offload needs {room / 2**20:.0f} MiB more of page-locked host memory, which there is not "
-                f"({one_line(error)}); close other programs, or set it to false."
-            ) from error
+        except RuntimeError:
+            # No page-locked memory is left (Windows limits it): any other memory does, with copies that wait.
+            return torch.empty(room, dtype=torch.uint8)
 
     def give_back(self, buffer: Tensor | None) -> None:
         if buffer is not None:

@@ -66,6 +66,8 @@ class Wave:
 
     def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """(B, H) hidden states of the last column."""
+        if mask is not None and mask.is_meta:  # transformers cannot look into it; this is what it would make of it
+            mask = torch.empty(len(mask), 1, ids.shape[1], mask.shape[1], dtype=torch.bool, device="meta")
         out = self.decoder(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
         )

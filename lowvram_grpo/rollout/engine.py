@@ -142,7 +142,13 @@ class GenerateEngine:
         )  # fmt: skip
 
     def rehearse(
-        self, prompt_length: int, completion_length: int, rows: int, num_generations: int | None = None
+        self,
+        prompt_length: int,
+        completion_length: int,
+        rows: int,
+        num_generations: int | None = None,
+        *,
+        ragged: bool = False,
     ) -> None:
         """The memory of a wave of `rows` completions without its time: the prefill, and the last decode step with a
         cache that holds prompt_length + completion_length - 1 tokens by its end. Runs on meta tensors too.
@@ -150,12 +156,17 @@ class GenerateEngine:
         Args:
             prompt_length: tokens of every prompt; at least 2 are taken.
             num_generations: completions of a prompt, hence rows / G prompts, rounded up; one prompt if left out.
+            ragged: where there are several prompts, one is a token shorter, so that attention takes a mask.
         """
         group, device = num_generations or rows, self.device
         ids = torch.zeros(-(-rows // group), max(2, prompt_length), dtype=torch.long, device=device)
         owner = torch.arange(rows, device=device) // group
+        mask = None
+        if ragged and len(ids) > 1:
+            mask = torch.ones_like(ids)
+            mask[0, 0] = 0
         with sampling_mode(self.model):
-            wave = self._wave(ids, None, owner, torch.zeros_like(owner))
+            wave = self._wave(ids, mask, owner, torch.zeros_like(owner))
             try:
                 wave.skip(completion_length - 1)
                 wave.step()
@@ -165,13 +176,13 @@ class GenerateEngine:
     def _generate_by_transformers(
         self, batch: RolloutBatch, prompt_ids: list[list[int]], group: int, seed: int
     ) -> None:
-        at_once = len(prompt_ids) if self.rows is None else max(1, self.rows // group)
         with seeded(seed, self.device):
-            for first in range(0, len(prompt_ids), at_once):
-                prompts = prompt_ids[first : first + at_once]
+            for pairs in waves(len(prompt_ids), group, self.rows):
+                prompts = [prompt_ids[p] for p in sorted({p for p, _ in pairs})]
                 ids, mask = pad_left(prompts, self.sampling.pad_id, self.device)
-                found = generate_with_transformers(unwrap(self.model), self.sampling, ids, mask, group)
-                self._append(batch, [p for p in prompts for _ in range(group)], *found)
+                each = len(pairs) // len(prompts)  # whole groups, or a part of one
+                found = generate_with_transformers(unwrap(self.model), self.sampling, ids, mask, each)
+                self._append(batch, [p for p in prompts for _ in range(each)], *found)
 
     def _append(self, batch: RolloutBatch, prompts: list[list[int]], rows: list[list[int]], logps: Tensor) -> None:
         """Cut each row behind its first end token."""

@@ -148,7 +148,7 @@ def test_plan_for_people_names_phases_and_rungs(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model", "Qwen2.5-0.5B", "--vram", "-1"], "above 0"),
+        (["--model", "Qwen2.5-0.5B", "--vram", "-1"], "above 2"),
         (["--model", "Qwen2.5-0.5B", "--preset", "9gb"], "no preset"),
         (["--model", "Qwen2.5-0.5B", "--preset", "cpu"], "no card"),
         (["--model", "Qwen2.5-0.5B", "--vram", "8", "--num-generation", "8"], "num-generations"),
