@@ -66,3 +66,8 @@ def test_a_model_that_cannot_be_planned_is_trained_all_the_same(monkeypatch):
 def test_a_cpu_is_not_planned():
     _, said = fitted(Device("cpu", "CPU", 0, 8 * GIB, 8 * GIB, None, False))
     assert not said
+
+
+def test_weights_that_are_not_counted_are_trained_unplanned():
+    recipe, said = fitted(card(8, 7.4), quantization="int8")
+    assert "no memory plan: weights in int8 are not counted" in said and recipe.quantization == "int8"

@@ -28,6 +28,8 @@ _BY_A_PERSON = ("flag", "file", "adapter", "checkpoint")
 PLANNED = "memory plan"
 # A rung that saves less of the peak is passed over.
 _WORTH = 0.002
+# Rungs that are tried before the bottom of the ladder is looked at.
+_PATIENCE = 3
 # Of the budget: where more is used, no rung is likely to be needless.
 _FULL = 0.9
 # Nobody wants less, in tokens.
@@ -169,17 +171,19 @@ class Planner:
         found = self.predict(recipe)
         if found.peak > budget:
             recipe = _with_its_batch(recipe)
-            left = [rung for rung in left if self._possible(recipe, rung)]
-            # Asked first, so that a model that is far too large is known to be after two predictions.
-            bottom = self._bottom(recipe, left, budget)
-            if not bottom.fits:
-                return replace(bottom, advice=tuple(self._advice(bottom))) if advise else bottom
-        first, rungs = recipe, []
+        first, rungs, tried = recipe, [], 0
         while found.peak > budget:
             rung = self._next(recipe, found, left)
-            if rung is None:  # the ones left over relieve this phase only together
-                return self._bottom(recipe, left, budget, tuple(rungs))
+            # What is far too large is known at the bottom of the ladder, after a few rungs, not after all of them. And
+            # where none relieves this phase by itself, all together may.
+            if rung is None or tried == _PATIENCE:
+                bottom = self._bottom(recipe, left, budget, tuple(rungs))
+                if rung is None or not bottom.fits:
+                    return replace(bottom, advice=tuple(self._advice(bottom))) if advise and not bottom.fits else bottom
+            tried += 1
             left.remove(rung)
+            if not self._possible(recipe, rung):
+                continue
             lower = with_setting(recipe, rung.key, rung.value)
             after = self.predict(lower)
             if found.phases[found.peak_phase] - after.phases[found.peak_phase] > _WORTH * found.peak:
@@ -223,7 +227,7 @@ class Planner:
     def _bottom(self, recipe: Recipe, left: list[Rung], budget: int, taken: tuple[Rung, ...] = ()) -> Plan:
         """With every rung that still saves something."""
         for rung in left:
-            if presets.saves(rung.key, rung.value, setting(recipe, rung.key)):
+            if self._possible(recipe, rung) and presets.saves(rung.key, rung.value, setting(recipe, rung.key)):
                 recipe, taken = with_setting(recipe, rung.key, rung.value), (*taken, rung)
         return Plan(recipe, budget, self.predict(recipe), taken)
 

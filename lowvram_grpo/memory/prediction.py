@@ -91,8 +91,9 @@ def predict(blueprint: Blueprint, args: GRPOConfig, *, exact: bool = False) -> P
         raise CannotPredict(f"weights in {blueprint.quantization} are not counted")
     config = blueprint.config.get_text_config()
     depth, period = config.num_hidden_layers, _period(config)
-    # Fewer than four layers are all in flight at once where activations go to host memory.
-    low = -(-4 // period) * period
+    # Where activations go to host memory, up to three layers are in flight at once.
+    least = 4 if args.activation_offload else 2
+    low = -(-least // period) * period
     high = low + period
     if exact or depth <= high:
         peaks = count(blueprint, args)

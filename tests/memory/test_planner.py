@@ -158,3 +158,37 @@ def test_plan_for_people_names_phases_and_rungs(tmp_path, capsys):
 def test_mistakes_get_a_sentence(arguments, said):
     with pytest.raises(UserError, match=said):
         app(["plan", *arguments], standalone_mode=False)
+
+
+def test_a_rung_never_changes_what_a_step_is():
+    """TRL's way of counting: completions a step follow from per_device_train_batch_size."""
+    from lowvram_grpo.memory.planner import paper_config
+
+    recipe = recipe_for(gradient_accumulation_steps=8)
+    asked = paper_config(recipe).batch_plan()
+    plan = Told().plan(recipe, int(5.2 * GIB))
+    planned = paper_config(plan.recipe).batch_plan()
+    assert Rung("per_device_train_batch_size", 2) in plan.rungs
+    assert planned.completions_per_rollout == asked.completions_per_rollout
+    assert planned.updates_per_rollout == asked.updates_per_rollout
+    assert planned.micro_batch_size == 2
+
+
+def test_rungs_that_a_model_has_no_place_for_are_passed_over():
+    class Untileable(Told):
+        def predict(self, recipe, *, exact=False):
+            if setting(recipe, "mlp_tile"):
+                raise UserError("mlp_tile is set, but this is a mixture of experts")
+            return super().predict(recipe, exact=exact)
+
+    plan = Untileable().plan(recipe_for(), int(4.1 * GIB), advise=False)
+    assert plan.rungs and not any(rung.key == "mlp_tile" for rung in plan.rungs)
+
+
+def test_a_setting_of_ones_own_that_is_in_the_way_is_named():
+    class Own(Told):
+        def _smaller_model(self, plan):
+            return None
+
+    plan = Own().plan(recipe_for(quantization="none"), 6 * GIB)
+    assert "--quantization nf4 fits" in plan.advice

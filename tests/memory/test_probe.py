@@ -112,3 +112,34 @@ def test_the_error_belongs_to_the_innermost_phase():
     assert [event.phase for event in guard.events] == ["backward", "backward"]
     assert taken == [("per_device_train_batch_size", 3), ("per_device_train_batch_size", 2)]
     assert len(undone) == 2
+
+
+def test_a_rung_that_the_model_refuses_is_passed_over():
+    from lowvram_grpo.errors import UserError
+
+    def apply(key, value):
+        if key == "mlp_tile":
+            raise UserError("mlp_tile is set, but this is a mixture of experts")
+
+    settings = {
+        "per_device_train_batch_size": 1, "rollout_batch_size": 1, "activation_offload": True, "mlp_tile": None,
+        "workspace_mib": 64, "optimizer_offload": False,
+    }  # fmt: skip
+    guard = Guard(settings, apply, tell=lambda sentence, event: None, limits="")
+    attempts = []
+
+    def work():
+        attempts.append(1)
+        if len(attempts) < 2:
+            raise full()
+
+    guard.run("backward", work)
+    assert [str(event.rung) for event in guard.events] == ["workspace_mib=32"]
+    assert any("mlp_tile" in text for text in guard.refused)
+
+
+def test_a_second_run_does_not_guard_the_step_twice(config, dataset):
+    _, trainer = trained(config(max_steps=1), dataset)
+    first = trainer.guard._step
+    trainer.train()
+    assert trainer.guard._step is first
