@@ -296,10 +296,22 @@ def _gradients_tagged(model: nn.Module, ledger: Ledger) -> Iterator[None]:
             hook.remove()
 
 
-def _optimizer(model: nn.Module, args: GRPOConfig, device: str) -> torch.optim.Optimizer:
+def _optimizer_class(args: GRPOConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """As transformers chooses it. The usual ones are known here: importing its Trainer takes as long as a plan."""
+    name = str(getattr(args.optim, "value", args.optim))
+    if name in ("adamw_torch", "adamw_torch_fused"):
+        return torch.optim.AdamW, {"fused": name.endswith("fused")}
+    if name in ("adamw_8bit", "adamw_bnb_8bit"):
+        from bitsandbytes.optim import AdamW
+
+        return AdamW, {"optim_bits": 8}
     from transformers import Trainer
 
-    kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    return Trainer.get_optimizer_cls_and_kwargs(args)
+
+
+def _optimizer(model: nn.Module, args: GRPOConfig, device: str) -> torch.optim.Optimizer:
+    kind, kwargs = _optimizer_class(args)
     fused = kwargs.pop("fused", False)  # which needs a device, and no memory of its own
     if issubclass(kind, torch.optim.AdamW) and device == "cuda" and not fused:
         kwargs["foreach"] = True  # what it decides for itself where it sees CUDA tensors
