@@ -312,3 +312,28 @@ def test_a_cold_start_through_the_command_line(monkeypatch, capsys, job, tmp_pat
         "cold start 0  reward 0.00" in out and "cold start 2  loss" in out and "cold start ended after 2 steps" in out
     )
     assert (tmp_path / "run" / "cold_start" / "adapter_model.safetensors").is_file()
+
+
+def test_memory_that_runs_out_for_good_keeps_the_steps_that_were_done(monkeypatch, capsys, job, tmp_path):
+    import torch
+
+    from lowvram_grpo.rollout.engine import GenerateEngine
+    from lowvram_grpo.savers import TrainerGuard
+
+    inner, calls = GenerateEngine.generate, []
+
+    def full(self, *args, **kwargs):
+        calls.append(self.rows)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(GenerateEngine, "generate", full)
+    init = TrainerGuard.__init__
+    monkeypatch.setattr(TrainerGuard, "__init__", lambda self, *a: (init(self, *a), setattr(self, "active", True))[0])
+    text = sentence(train(monkeypatch, capsys, job, max_steps="5"))
+    assert "rollout phase" in text and "no memory saver is left" in text and f"--resume {tmp_path / 'run'}" in text
+    assert len(set(calls)) > 2  # smaller and smaller waves
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert '"memory/oom_phase": "rollout"' in rows and "rollout_batch_size=1" in rows
+    assert any(path.name.startswith("checkpoint-") for path in (tmp_path / "run").rglob("checkpoint-*"))
