@@ -44,12 +44,7 @@ def start(
     model = recipes[0].model
     if not model:
         raise UserError("No model given; pass --model with a well-known name, a folder or a config.json.")
-    if model.lower().endswith(".gguf"):
-        from lowvram_grpo.policy.load import model_config
-
-        resolved, source = model_config(model), "GGUF file"
-    else:
-        resolved, source = resolve_config(model)
+    resolved, source = resolve_config(model)
     planner = Planner(resolved)
     cards = [vram if vram is not None else presets.load(recipe.preset).vram_gib for recipe in recipes]
     if None in cards:

@@ -61,8 +61,8 @@ def config_dict(name: str) -> dict[str, Any]:
 def resolve_config(model: str) -> tuple[PretrainedConfig, str]:
     """The configuration of `model`, and where it comes from, for people.
 
-    `model` is a folder with a config.json, the file itself, a name that `lookup` knows, or a hub id; the hub (or its
-    cache) is asked last, so that planning a model of the table works without a network.
+    `model` is a folder with a config.json, the file itself, a GGUF file, a name that `lookup` knows, or a hub id; the
+    hub (or its cache) is asked last, so that planning a model of the table works without a network.
 
     Raises:
         UserError: none of these.
@@ -70,6 +70,10 @@ def resolve_config(model: str) -> tuple[PretrainedConfig, str]:
     from transformers import AutoConfig
 
     path = Path(model).expanduser()
+    if path.suffix.lower() == ".gguf":
+        from lowvram_grpo.policy.load import model_config
+
+        return model_config(str(path)), str(path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"The folder {model!r} has no config.json; name the folder that the model was saved in.")
     if path.is_dir() or path.is_file():

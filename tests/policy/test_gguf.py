@@ -156,3 +156,14 @@ def test_int8_and_arguments_of_from_pretrained_are_refused(tmp_path):
         load(path, "int8")
     with pytest.raises(UserError, match="model_init_kwargs has subfolder='x'"):
         load(path, init_kwargs={"subfolder": "x"})
+
+
+def test_a_gguf_file_can_be_planned(tmp_path):
+    """What `plan` and `bench` ask for a configuration knows the file too."""
+    from lowvram_grpo.memory.architectures import resolve_config
+
+    model = tiny_model("qwen2")
+    write_gguf(tmp_path / "tiny.gguf", model, "qwen2")
+    config, source = resolve_config(str(tmp_path / "tiny.gguf"))
+    assert source.endswith("tiny.gguf")
+    assert (config.hidden_size, config.num_hidden_layers) == (model.config.hidden_size, model.config.num_hidden_layers)
