@@ -206,15 +206,16 @@ def _adapted(base: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig, ledg
 
     with ledger.making("adapter"):
         model = attach_lora(base, LoraConfig(**blueprint.lora, task_type="CAUSAL_LM"))
-    tables = lambda: (base.get_output_embeddings(), base.get_input_embeddings())
     if args.head_dtype == "dense":
-        ledger.tag("head", [x for table in tables() for x in table.parameters()])
+        # Not the input embedding: what waits in host memory must not be counted for as much as a moment.
+        ledger.tag("head", base.get_output_embeddings().parameters())
     with ledger.making("head"):
         place_embeddings(
             base, head_dtype=args.head_dtype, embedding_offload=args.embedding_offload, device=_META,
             workspace_mib=args.workspace_mib,
         )  # fmt: skip
-    ledger.tag("head", [x for table in tables() for x in (*table.parameters(), *table.buffers())])
+    for table in (base.get_output_embeddings(), base.get_input_embeddings()):
+        ledger.tag("head", [*table.parameters(), *table.buffers()])
     return build_policy(model, args, None, None)
 
 
@@ -231,23 +232,14 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
     from lowvram_grpo.objective import objective_of
     from lowvram_grpo.policy.reference import Reference
     from lowvram_grpo.rollout.engine import GenerateEngine
-    from lowvram_grpo.rollout.sampler import Sampling
+    from lowvram_grpo.rollout.sampler import filters_of
 
     # peft makes a second adapter on the CPU, and moves it wherever the base is, but not to meta.
     with ledger.making("adapter"), _META:
         reference = Reference(model, follows=blueprint.follows or args.sync_ref_model) if args.beta > 0 else None
-    sampling = Sampling(
-        args.max_completion_length,
-        eos_ids=(0,),
-        pad_id=0,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k or 0,
-        min_p=args.min_p or 0.0,
-        repetition_penalty=args.repetition_penalty,
-        # Fewer than the table's rows, as in most models: what forbids the others is counted.
-        known_ids=blueprint.config.get_text_config().vocab_size - 1,
-    )
+    # Fewer known ids than the table has rows, as in most models: what forbids the others is counted.
+    known = blueprint.config.get_text_config().vocab_size - 1
+    sampling = filters_of(args, eos_ids=(0,), pad_id=0, known_ids=known)
     engine = GenerateEngine(model, sampling, args.rollout_batch_size, workspace_mib=args.workspace_mib)
 
     caches: list[Any] = []

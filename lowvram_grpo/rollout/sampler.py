@@ -58,19 +58,27 @@ class Sampling:
 
 
 def sampling_of(args: GRPOConfig, eos_ids: tuple[int, ...], tokenizer) -> Sampling:
-    """The sampler that a training configuration asks for."""
+    """The sampler that a training configuration asks for, on the ids of a tokenizer."""
     known = max([*tokenizer.get_vocab().values(), *eos_ids], default=None)
-    return Sampling(
-        max_new_tokens=args.max_completion_length,
+    return filters_of(
+        args,
         eos_ids=eos_ids,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        known_ids=None if known is None else known + 1,
+        extra=args.generation_kwargs or {},
+    )
+
+
+def filters_of(args: GRPOConfig, **ids: Any) -> Sampling:
+    """A sampler with the length, temperature and filters of a training configuration; `ids` are the other fields."""
+    return Sampling(
+        max_new_tokens=args.max_completion_length,
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k or 0,
         min_p=args.min_p or 0.0,
         repetition_penalty=args.repetition_penalty,
-        known_ids=None if known is None else known + 1,
-        extra=args.generation_kwargs or {},
+        **ids,
     )
 
 
