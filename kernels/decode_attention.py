@@ -1,0 +1,205 @@
+"""Attention of one new token a row to a prompt that its group shares and to the row's own tokens.
+
+R rows decode at once; row r belongs to prompt slot s(r), whose P_s cached tokens are stored once for all its rows, and
+has a_r own tokens cached before the new one. With query q, scale c, and both key sets side by side:
+
+    out_r = softmax(c [ q_r . K_s[:P_s],  q_r . Ko_r[:a_r + 1] ]) [ V_s[:P_s] ; Vo_r[:a_r + 1] ]
+
+The new key and value are first written to own[r, :, a_r]. Keys and values may be int8 with one float32 scale a head and
+token; the scale of a key multiplies its score and that of a value its weight, so the products run on the integers.
+
+Bytes read a step and layer: 2 d KVH item (sum_s P_s + sum_r a_r), where a cache without sharing reads
+2 d KVH item sum_r (P_s(r) + a_r): the rows of a group are one matrix of G * heads / KVH queries a KV head.
+Memory of the PyTorch path: scores (R, heads, P + a) float32, their weights, and a copy of what is int8.
+
+Sources: grouped heads arXiv:2305.13245; shared prefixes arXiv:2402.05099 (Hydragen).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_LARGEST = 127.0
+
+
+class KV(NamedTuple):
+    """Keys (N, KVH, L, D) and values (N, KVH, L, Dv) of N slots; of int8, with float32 scales (N, KVH, L)."""
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    @property
+    def quantized(self) -> bool:
+        return self.key_scales is not None
+
+    def first(self, n: int) -> KV:
+        """Views of the first n slots."""
+        return KV(*(None if x is None else x[:n] for x in self))
+
+
+@dataclass
+class Rows:
+    """Who attends to what in one step. Index tensors are int64, on the device of the cache.
+
+    Attributes:
+        slot: (R,) prompt slot of each row.
+        age: (R,) own tokens cached before the new one, which is where its key and value go.
+        prefix: (S,) cached tokens of each prompt slot.
+        members: (S, M) the rows of each prompt slot, -1 behind the last.
+        rank: (R,) place of the row among the members of its slot; -1 for a row that nobody waits for: it takes part in
+            no prefix, and its output means nothing.
+        longest_prefix, longest_own: no prefix and no age + 1 is longer; what the PyTorch path reads.
+        even: every prefix is longest_prefix and every age longest_own - 1, so that without a window nothing is masked.
+        regular: row r is member r % M of slot r // M, so that groups are views.
+    """
+
+    slot: Tensor
+    age: Tensor
+    prefix: Tensor
+    members: Tensor
+    rank: Tensor
+    longest_prefix: int
+    longest_own: int
+    even: bool = False
+    regular: bool = False
+    _masks: dict[int | None, Tensor | None] = field(default_factory=dict, repr=False)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """(S, M, ...) of per-row (R, ...); places without a row repeat some other one."""
+        return x.unflatten(0, self.members.shape) if self.regular else x[self.members.clamp(min=0)]
+
+    def ungrouped(self, x: Tensor) -> Tensor:
+        """(R, ...) of (S, M, ...)."""
+        return x.flatten(0, 1) if self.regular else x[self.slot, self.rank.clamp(min=0)]
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """(R, 1, 1, longest_prefix + longest_own) bool: the keys that each row sees; None for all. A window lets the
+        new token see `window` tokens, itself included. Made once a step and kind of layer."""
+        if window not in self._masks:
+            self._masks[window] = self._mask(window)
+        return self._masks[window]
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        if window is not None and window >= self.longest_prefix + self.longest_own:
+            window = None
+        if self.even and window is None:
+            return None
+        before, age = self.prefix[self.slot][:, None], self.age[:, None]
+        prefix = torch.arange(self.longest_prefix, device=age.device)[None]
+        own = torch.arange(self.longest_own, device=age.device)[None]
+        sees = torch.cat([(prefix < before).expand(len(age), -1), own <= age], 1)
+        if window is not None:
+            position = torch.cat([prefix.expand(len(age), -1), before + own], 1)
+            sees &= position > before + age - window
+        return sees[:, None, None]
+
+
+def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes (..., D) and float32 scales (...) of x (..., D): symmetric, the largest magnitude is 127."""
+    x = x.float()
+    scales = x.abs().amax(-1).div_(_LARGEST)
+    codes = (x / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round_().clamp_(-_LARGEST, _LARGEST)
+    return codes.to(torch.int8), scales
+
+
+def write(cache: KV, index: tuple, key: Tensor, value: Tensor) -> None:
+    """Put keys (..., D) and values (..., Dv) to where `index` points in the slots, heads and tokens of the cache."""
+    if not cache.quantized:
+        cache.keys[index], cache.values[index] = key.to(cache.keys.dtype), value.to(cache.values.dtype)
+        return
+    cache.keys[index], cache.key_scales[index] = quantize_kv(key)
+    cache.values[index], cache.value_scales[index] = quantize_kv(value)
+
+
+def append(own: KV, rows: Rows, key: Tensor, value: Tensor) -> None:
+    """Write the new keys (R, KVH, D) and values (R, KVH, Dv) behind each row's own."""
+    n = len(key)
+    if rows.even:
+        write(own, (slice(0, n), slice(None), rows.longest_own - 1), key, value)
+    else:
+        row = torch.arange(n, device=key.device)[:, None]
+        head = torch.arange(key.shape[1], device=key.device)[None]
+        write(own, (row, head, rows.age[:, None]), key, value)
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompts: KV,
+    own: KV,
+    rows: Rows,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Append the new keys and values, then attend: (R, heads, Dv) of the dtype of `query`.
+
+    Args:
+        query: (R, heads, D).
+        key, value: (R, KVH, D) and (R, KVH, Dv) of the new tokens.
+        prompts: of at least S slots.
+        own: of at least R rows.
+        window: how many tokens a token sees, itself included.
+        softcap: c of scores c * tanh(score / c) (Gemma 2).
+    """
+    append(own, rows, key, value)
+    return decode_attention_ref(
+        query, prompts, own.first(len(query)), rows, scale=scale, window=window, softcap=softcap
+    )
+
+
+def decode_attention_ref(
+    query: Tensor,
+    prompts: KV,
+    own: KV,
+    rows: Rows,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The PyTorch path; the new keys and values are in `own` (R slots) already."""
+    r, heads, d = query.shape
+    p, t = rows.longest_prefix, rows.longest_own
+    slots, kv_heads = len(rows.prefix), own.keys.shape[1]
+    query = query.unflatten(1, (kv_heads, -1)) * scale  # (R, KVH, heads / KVH, D)
+    scores = _scores(query, own, r, t)
+    if p:
+        # The queries of a group, (S, KVH, M * heads / KVH, D), meet each key of their prompt once.
+        group = rows.grouped(query).transpose(1, 2)
+        shared = _scores(group.flatten(2, 3), prompts, slots, p)
+        shared = rows.ungrouped(shared.unflatten(2, group.shape[2:4]).transpose(1, 2))
+        scores = torch.cat([shared, scores], 3)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    mask = rows.mask(window)
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    weights = scores.softmax(3)
+    out = _weighted(weights[..., p:], own, r, t, query.dtype)
+    if p:
+        shared = rows.grouped(weights[..., :p]).transpose(1, 2)
+        part = _weighted(shared.flatten(2, 3), prompts, slots, p, query.dtype)
+        out = out + rows.ungrouped(part.unflatten(2, shared.shape[2:4]).transpose(1, 2))
+    return out.reshape(r, heads, -1)
+
+
+def _scores(query: Tensor, cache: KV, n: int, length: int) -> Tensor:
+    """(N, KVH, m, length) float32 products of queries (N, KVH, m, D) with the first `length` keys."""
+    found = (query @ cache.keys[:n, :, :length].to(query.dtype).transpose(2, 3)).float()
+    return found if cache.key_scales is None else found * cache.key_scales[:n, :, None, :length]
+
+
+def _weighted(weights: Tensor, cache: KV, n: int, length: int, dtype: torch.dtype) -> Tensor:
+    """(N, KVH, m, Dv) sums of the first `length` values under weights (N, KVH, m, length)."""
+    if cache.value_scales is not None:
+        weights = weights * cache.value_scales[:n, :, None, :length]
+    return weights.to(dtype) @ cache.values[:n, :, :length].to(dtype)
