@@ -2,7 +2,7 @@
 
     python benchmarks/part_rollouts.py --out rollouts.jsonl [--model Qwen2.5-0.5B] [--minutes 2]
 
-Wall time of GenerateEngine.generate, prefill and sampling included, after a short warm-up; every completion has the
+Wall time of RolloutEngine.generate, prefill and sampling included, after a short warm-up; every completion has the
 full length. Peak memory is above the weights.
 """
 
@@ -17,7 +17,7 @@ import torch
 from lowvram_grpo.bench.models import EOS, PAD, random_model
 from lowvram_grpo.bench.rows import ROOT, Rows, reason
 from lowvram_grpo.memory.architectures import resolve_config
-from lowvram_grpo.rollout.engine import GenerateEngine
+from lowvram_grpo.rollout.engine import RolloutEngine
 from lowvram_grpo.rollout.sampler import Sampling
 
 GROUP = 8
@@ -31,8 +31,8 @@ def sampling(length: int) -> Sampling:
 def measure(model: torch.nn.Module, prompts: list[list[int]], group: int, length: int) -> dict:
     cuda = torch.cuda.is_available()
     sync = torch.cuda.synchronize if cuda else lambda: None
-    GenerateEngine(model, sampling(min(8, length))).generate(prompts, group, seed=0)
-    engine = GenerateEngine(model, sampling(length))
+    RolloutEngine(model, sampling(min(8, length))).generate(prompts, group, seed=0)
+    engine = RolloutEngine(model, sampling(length))
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

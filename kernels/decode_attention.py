@@ -167,7 +167,7 @@ def decode_attention_ref(
     softcap: float | None = None,
 ) -> Tensor:
     """The PyTorch path; the new keys and values are in `own` (R slots) already."""
-    r, heads, d = query.shape
+    r, heads = query.shape[:2]
     p, t = rows.longest_prefix, rows.longest_own
     slots, kv_heads = len(rows.prefix), own.keys.shape[1]
     query = query.unflatten(1, (kv_heads, -1)) * scale  # (R, KVH, heads / KVH, D)

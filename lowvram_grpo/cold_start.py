@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lowvram_grpo.experience import pad_right
-from lowvram_grpo.rollout.engine import pad_left
+from lowvram_grpo.rollout.batch import pad_left
 from lowvram_grpo.scoring import score
 
 REFERENCE_COLUMN = "reference_completion"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.objective import Advantages, token_weights
-from lowvram_grpo.rollout.engine import RolloutBatch, pad_left
+from lowvram_grpo.rollout.batch import RolloutBatch, pad_left
 
 _FILE = "rollout.pt"
 

@@ -41,7 +41,7 @@ from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.rewards.runner import RewardRunner, check_columns
 from lowvram_grpo.rollout.collect import Collector, reward_columns
-from lowvram_grpo.rollout.engine import GenerateEngine, end_ids
+from lowvram_grpo.rollout.engine import RolloutEngine, end_ids
 from lowvram_grpo.rollout.sampler import sampling_of
 from lowvram_grpo.run.completions import CompletionsLog, as_text
 from lowvram_grpo.run.observer import Observer
@@ -145,7 +145,7 @@ class GRPOTrainer(Trainer):
         )
         self.guard = TrainerGuard(self, ladder)
         self.collector = Collector(
-            GenerateEngine(
+            RolloutEngine(
                 model,
                 sampling_of(args, end_ids(model, tokenizer), tokenizer),
                 args.rollout_batch_size,

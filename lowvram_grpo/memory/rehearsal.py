@@ -16,7 +16,7 @@ from torch import nn
 
 from lowvram_grpo.experience import MicroBatch
 from lowvram_grpo.learner import Learner
-from lowvram_grpo.rollout.engine import GenerateEngine
+from lowvram_grpo.rollout.engine import RolloutEngine
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -92,7 +92,7 @@ class Rehearsal:
     def __init__(
         self,
         model: nn.Module,
-        engine: GenerateEngine,
+        engine: RolloutEngine,
         learner: Learner,
         *,
         phase: Callable[[str], AbstractContextManager],

@@ -9,39 +9,37 @@ completion's tokens to their prompt and causally to themselves. All other module
 
 The last token of each completion is left out: nothing attends to it, and no log-prob needs what follows it.
 
-The attention is registered with transformers under `NAME`. It reads the layout from its keyword arguments, which
-decoders hand through to each layer, and which activation checkpointing hands to the recomputation as well. Without a
-layout it is transformers' sdpa: a model may keep the setting for sampling with a KV cache.
+The layout reaches each layer's attention by a keyword argument: see `attention.py`.
 
 Memory of a layer while it runs: K and V of a group expanded to G (P + T) tokens, and a (T, P + T) mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.policy.attention import (
+    NAME,
+    Layout,
+    Unsupported,
+    attend_causally,
+    attention_set,
+    check_calls,
+    laid_out,
+    layer_kinds,
+)  # fmt: skip
 from lowvram_grpo.policy.wrapper import unwrap
 
-NAME = "lowvram_shared_prefix"
 # Packing is worth a change of path where it leaves out at least a tenth of the tokens.
 _WORTH = 0.9
 _REASONS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-
-
-class _Unsupported(ValueError):
-    """The model's attention does something that the packed one does not."""
 
 
 def ragged_index(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -65,7 +63,7 @@ class _Group(NamedTuple):
     own: Tensor
 
 
-class PrefixLayout:
+class PrefixLayout(Layout):
     """Which token of the packed row belongs to what. Made from lengths on the host: nothing here waits for a GPU.
 
     Args:
@@ -76,8 +74,6 @@ class PrefixLayout:
     Attributes:
         positions: (1, L) int64 position ids.
         scored: (N,) int64, where in the packed row the state before each completion token is, row after row.
-        calls: how many layers have attended by this layout, recomputed ones included.
-        windows: the sliding windows that they were given.
     """
 
     def __init__(
@@ -90,7 +86,7 @@ class PrefixLayout:
         prompt_width: int,
         device: torch.device,
     ):
-        self.calls, self.windows = 0, set()
+        super().__init__()
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
         self._groups: list[_Group] = []
         taken, positions, scored, unpack = [], [], [], []  # (start, length) runs
@@ -126,22 +122,33 @@ class PrefixLayout:
         return rows.flatten()[self._taken][None]
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        dropout: float,
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor:
-        """Attention of query (1, heads, L, d) to key and value (1, KV heads, L, d); returns (1, L, heads, d)."""
+        """As `Layout.attend`, with B = 1."""
+        if softcap is not None:
+            raise Unsupported("its attention has soft-capping")
         settings = {"scale": scale, "dropout": dropout}
         outs = []
         for group in self._groups:
             q, k, v = (x[:, :, group.begin : group.end] for x in (query, key, value))
             prompt, p = [x[:, :, : group.prompt] for x in (q, k, v)], group.prompt
             mask = None if window is None or window >= p else self._mask(0, p, window, q.device)
-            outs.append(_sdpa(*prompt, mask, **settings)[0])
+            outs.append(attend_causally(*prompt, mask, **settings)[0])
             if not group.longest:
                 continue
             shape = group.count, group.longest
             own = [x[0, :, p:].index_select(1, group.own).unflatten(1, shape).transpose(0, 1) for x in (q, k, v)]
             seen = [torch.cat([a.expand(group.count, -1, -1, -1), b], 2) for a, b in zip(prompt[1:], own[1:])]
-            out = _sdpa(own[0], *seen, self._mask(p, group.longest, window, q.device), **settings)
+            out = attend_causally(own[0], *seen, self._mask(p, group.longest, window, q.device), **settings)
             outs.append(out.transpose(0, 1).flatten(1, 2))
         return torch.cat(outs, 1).index_select(1, self._unpack).transpose(0, 1)[None]
 
@@ -155,72 +162,9 @@ class PrefixLayout:
         return self._masks[key]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float | None, dropout: float) -> Tensor:
-    """softmax(scale q k^T) v, causal where there is no mask. Only without a mask do CUDA's kernels know of grouped
-    heads, and not all of them, so K and V are repeated.
-
-    On meta it is the kernel that CUDA takes: PyTorch would count the T x T tensors of its plain formula.
-    """
-    repeats = q.shape[1] // k.shape[1]
-    if repeats > 1:
-        k, v = (x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for x in (k, v))
-    if q.is_meta:
-        # CUDA's kernel adds its mask, one of the dtype of q.
-        bias = None if mask is None else torch.empty_like(mask, dtype=q.dtype).expand(*q.shape[:3], k.shape[2])
-        saves = torch.is_grad_enabled()
-        fused = torch.ops.aten._scaled_dot_product_efficient_attention
-        return fused(q, k, v, bias, saves, dropout, is_causal=mask is None, scale=scale)[0]
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale)
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    *,
-    prefix_layout: PrefixLayout | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls in each layer."""
-    if prefix_layout is None:
-        if query.is_meta:
-            out = _sdpa(query, key, value, attention_mask, scale=scaling, dropout=dropout)
-            return out.transpose(1, 2).contiguous(), None
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    for name, what in (("softcap", "soft-capping"), ("s_aux", "sinks"), ("position_bias", "a position bias")):
-        if kwargs.get(name) is not None:
-            raise _Unsupported(f"its attention has {what}")
-    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
-        raise _Unsupported("its attention is not causal")
-    window = kwargs.get("sliding_window")
-    prefix_layout.calls += 1
-    prefix_layout.windows.add(window)
-    out = prefix_layout.attend(query, key, value, scale=scaling, dropout=dropout, window=window)
-    return out.contiguous(), None
-
-
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
 def packed_states(decoder: nn.Module, input_ids: Tensor, layout: PrefixLayout) -> Tensor:
-    """(L, H) last hidden states of the packed row, from padded rows (b, width). The model must be `prepared`."""
-    # A mask of four dimensions is handed through as it is, so no model spends time on making one.
-    unused = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=input_ids.device)
-    out = decoder(
-        input_ids=layout.pack(input_ids),
-        attention_mask=unused,
-        position_ids=layout.positions,
-        use_cache=False,
-        prefix_layout=layout,
-    )
-    return out.last_hidden_state[0]
+    """(L, H) last hidden states of the packed row, from padded rows (b, width). See `why_not`."""
+    return laid_out(decoder, layout, layout.positions, input_ids=layout.pack(input_ids))[0]
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -234,26 +178,10 @@ def why_not(model: nn.Module) -> str | None:
     return _REASONS[causal_lm]
 
 
-@contextmanager
-def _attention_set(decoder: nn.Module, name: str) -> Iterator[None]:
-    """Set the attention of all layers; back to what it was if the block fails."""
-    configs = {id(m.config): m.config for m in decoder.modules() if hasattr(m, "config")}.values()
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = name
-        yield
-    except BaseException:
-        for config, old in zip(configs, before):
-            config._attn_implementation = old
-        raise
-
-
 def _probe(causal_lm: nn.Module) -> str | None:
     decoder = getattr(causal_lm, causal_lm.base_model_prefix)
     config = decoder.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    others = kinds - {"full_attention", "sliding_attention"}
+    others = layer_kinds(decoder) - {"full_attention", "sliding_attention"}
     if others:
         return f"{type(causal_lm).__name__} has layers of the kind {', '.join(sorted(others))}"
     if getattr(config, "attn_logit_softcapping", None) is not None:
@@ -263,13 +191,9 @@ def _probe(causal_lm: nn.Module) -> str | None:
     device = next(causal_lm.get_output_embeddings().buffers(), next(decoder.parameters())).device
     layout = PrefixLayout([2, 2, 1], [3, 1, 2], [2, 1], width=5, prompt_width=2, device=device)
     try:
-        with _attention_set(decoder, NAME), torch.no_grad():
+        with attention_set(decoder, keep=True), torch.no_grad():
             packed_states(decoder, torch.ones(3, 5, dtype=torch.long, device=device), layout)
-            if layout.calls != config.num_hidden_layers:
-                raise _Unsupported(f"{layout.calls} of its {config.num_hidden_layers} layers attend by a given layout")
-            window = getattr(config, "sliding_window", None) if kinds != {"full_attention"} else None
-            if window is not None and window not in layout.windows:
-                raise _Unsupported("its layers do not say which of them have a sliding window")
+            check_calls(decoder, layout)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

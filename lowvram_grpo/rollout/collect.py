@@ -11,7 +11,8 @@ from lowvram_grpo.experience import Rollout
 from lowvram_grpo.memory.guard import Guard
 from lowvram_grpo.objective import group_advantages
 from lowvram_grpo.rewards.runner import RewardRunner
-from lowvram_grpo.rollout.engine import GenerateEngine, RolloutBatch
+from lowvram_grpo.rollout.batch import RolloutBatch
+from lowvram_grpo.rollout.engine import RolloutEngine
 
 # What a reward function receives by name anyway, or must not see.
 _NOT_COLUMNS = {
@@ -35,7 +36,7 @@ class Collector:
 
     def __init__(
         self,
-        engine: GenerateEngine,
+        engine: RolloutEngine,
         rewards: RewardRunner,
         tokenizer,
         guard: Guard,

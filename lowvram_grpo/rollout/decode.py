@@ -1,129 +1,252 @@
-"""One wave of completions: a prefill a prompt, then a token a row and step, all on the device.
+"""The device's side of a rollout: prefills, then a token a row and step.
 
-Nothing here looks at a tensor's values, so that a step also runs on meta tensors (for a memory plan) and the host can
-run ahead of the GPU. The exceptions are not ours: transformers' mask code reads the mask of a wave whose prompts differ
-in length, and a `HostEmbedding` the ids.
+Nothing in a step looks at a tensor's values, so that it runs on meta tensors (for a memory plan), can be captured in a
+CUDA graph, and lets the host run ahead. A step feeds the last token of each row, the prompt's own at first, so rows of
+any age go through one and the same code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
+from lowvram_grpo.kernels.decode_attention import Rows
+from lowvram_grpo.policy.attention import laid_out
+from lowvram_grpo.policy.embeddings import HostEmbedding
 from lowvram_grpo.policy.head import head_of
+from lowvram_grpo.rollout.attention import DecodeLayout, PrefillLayout
+from lowvram_grpo.rollout.cache import GroupCache
+from lowvram_grpo.rollout.graphs import StepGraphs
+from lowvram_grpo.rollout.noise import stream_key
 from lowvram_grpo.rollout.sampler import Sampler, Sampling
-from lowvram_grpo.scoring import position_ids
+from lowvram_grpo.rollout.schedule import Schedule
+
+# So many tokens of prompts go through the decoder together: they fill a GPU, and take little memory beside the cache.
+PREFILL_TOKENS = 2048
 
 
-class Wave:
-    """The B rows of a wave between two tokens; its KV cache lives until `close`.
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How a rollout is computed, apart from what is sampled.
+
+    Attributes:
+        workspace_mib: for tiles of a quantized head.
+        kv_dtype: of the cache, see `GroupCache`.
+        graphs: capture steps in CUDA graphs.
+    """
+
+    workspace_mib: int = 64
+    kv_dtype: str = "auto"
+    graphs: bool = False
+
+
+class _Table(NamedTuple):
+    """int64 (R,) views of one upload: what the host knows of each row."""
+
+    slot: Tensor
+    rank: Tensor
+    age: Tensor
+    out: Tensor
+    key: Tensor
+
+
+class Decoder:
+    """Decodes what a `Schedule` seats.
 
     Args:
-        causal_lm: Hugging Face model, in eval mode.
-        ids: (P, L) left-padded ids of the prompts.
-        mask: (P, L), or None where all prompts have the same length.
-        owner: (B,) int64, the prompt of each row.
-        keys: (B,) int64 keys of the rows' random streams.
-        on_cache: called with the cache whenever it has grown.
+        causal_lm: Hugging Face model in eval mode, its attention set to ours.
+        prompts: token ids.
+        group: completions of each.
+        seed: of the random streams.
+
+    Attributes:
+        ids, logps: (prompts * G + 1, T) int64 and float32; completion g of prompt p is row p * G + g, ragged behind its
+            end. The last row takes what rows write that nobody waits for.
+        tokens: (R,) int64, the last token of each row.
     """
 
     def __init__(
         self,
         causal_lm: nn.Module,
         sampling: Sampling,
-        ids: Tensor,
-        mask: Tensor | None,
-        owner: Tensor,
-        keys: Tensor,
+        schedule: Schedule,
+        prompts: list[list[int]],
+        group: int,
         *,
-        workspace_mib: int,
-        on_cache: Callable[[DynamicCache], None] | None = None,
+        seed: int,
+        device: torch.device,
+        settings: DecodeSettings,
     ):
-        self.decoder = getattr(causal_lm, causal_lm.base_model_prefix)
-        self.head, self.workspace_mib, self.on_cache = head_of(causal_lm), workspace_mib, on_cache
-        self.cache = DynamicCache(config=causal_lm.config)
-        self.step_index, self.width = 0, ids.shape[1]
-        positions = torch.arange(self.width, device=ids.device)[None] if mask is None else position_ids(mask)
-        try:
-            if self.width > 1:
-                cut = lambda x: None if x is None else x[:, :-1]
-                self._forward(ids[:, :-1], cut(mask), positions[:, :-1].expand(len(ids), -1))
-                self.cache.reorder_cache(owner)
-                self._grown()
-        except BaseException:
-            self.close()
-            raise
-        own = ids if mask is None else torch.where(mask.bool(), ids, ids[:, -1:])
-        self.sampler = Sampler(sampling, keys, own[owner], self.head.shape[0])
-        self.tokens = ids[owner, -1]
-        self.next_position = positions[:, -1:].expand(len(ids), -1)[owner]
-        self.mask = None
-        if mask is not None:
-            self.mask = torch.cat([mask[owner], mask.new_ones(len(owner), sampling.max_new_tokens)], 1)
+        self.decoder, self.head = getattr(causal_lm, causal_lm.base_model_prefix), head_of(causal_lm)
+        self.sampling, self.schedule, self.prompts, self.group = sampling, schedule, prompts, group
+        self.seed, self.device, self.workspace_mib = seed, device, settings.workspace_mib
+        rows, slots, length = schedule.rows, schedule.slots, sampling.max_new_tokens
+        self.cache = GroupCache(slots, max(map(len, prompts)) - 1, rows, length, settings.kv_dtype)
+        self.sampler = Sampler(sampling, rows, self.head.shape[0], device)
+        completions = len(prompts) * group
+        self.ids = torch.zeros(completions + 1, length, dtype=torch.long, device=device)
+        self.logps = torch.zeros(completions + 1, length, device=device)
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._table = torch.zeros(len(_Table._fields), rows, dtype=torch.long, device=device)
+        self._slots = torch.zeros(slots, 1 + min(group, rows), dtype=torch.long, device=device)
+        self._ages: list[int] = []
+        self._regular, self._members = False, 0
+        embedding = causal_lm.get_input_embeddings()
+        self._host_embedding = embedding if isinstance(embedding, HostEmbedding) else None
+        self._inputs: Tensor | None = None
+        self._graphs = StepGraphs(self._work, rows, enabled=settings.graphs)
 
-    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
-        """(B, H) hidden states of the last column."""
-        if mask is not None and mask.is_meta:  # transformers cannot look into it; this is what it would make of it
-            mask = torch.empty(len(mask), 1, ids.shape[1], mask.shape[1], dtype=torch.bool, device="meta")
-        out = self.decoder(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+    # Between steps: the host moves rows and prompts about
+
+    def turn(self, ended: Iterable[int] = ()) -> None:
+        """Retire rows, seat and prefill whoever comes next."""
+        changes = self.schedule.turn(ended)
+        for source, target in changes.row_moves:
+            self.cache.move_row(source, target, self._ages[source])
+            self.sampler.move(source, target)
+            self.tokens[target] = self.tokens[source]
+            self._ages[target] = self._ages[source]
+        for source, target in changes.slot_moves:
+            self.cache.move_slot(source, target)
+        self._ages = (self._ages + [0] * len(changes.admitted))[: len(self.schedule.seats)]
+        packs = self._packs(changes.prefills)
+        for pack in packs[:1] if self.device.type == "meta" else packs:  # the first stands for all: none is larger
+            self.prefill(pack)
+        if changes.admitted:
+            prompts = [self.prompts[self.schedule.seats[row].prompt] for row in changes.admitted]
+            where = torch.tensor(changes.admitted, device=self.device)
+            self.tokens[where] = torch.tensor([prompt[-1] for prompt in prompts], device=self.device)
+            for row, prompt in zip(changes.admitted, prompts):
+                self.sampler.admit(row, prompt)
+                self._ages[row] = 0
+        self._upload()
+
+    def _packs(self, prefills: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        """(slot, prompt) pairs that go through the decoder together."""
+        packs, tokens = [], PREFILL_TOKENS
+        for slot, prompt in prefills:
+            length = len(self.prompts[prompt]) - 1
+            if not length:
+                continue
+            if tokens + length > PREFILL_TOKENS:
+                packs.append([])
+                tokens = 0
+            packs[-1].append((slot, prompt))
+            tokens += length
+        return packs
+
+    def prefill(self, pack: list[tuple[int, int]]) -> None:
+        """Write all but the last token of these prompts to the cache."""
+        prompts = [self.prompts[prompt][:-1] for _, prompt in pack]
+        layout = PrefillLayout(self.cache, [len(p) for p in prompts], [slot for slot, _ in pack])
+        ids = torch.tensor([[i for p in prompts for i in p]], device=self.device)
+        laid_out(self.decoder, layout, layout.positions(self.device), input_ids=ids)
+
+    def _upload(self) -> None:
+        """Tell the device who sits where."""
+        seats, members = self.schedule.seats, self.schedule.members()
+        rows = self._table.shape[1]
+        idle = [0, -1, 0, len(self.ids) - 1, 0]
+        table = [list(idle) for _ in range(rows)]
+        for slot, group in enumerate(members):
+            for rank, row in enumerate(group):
+                prompt, g = seats[row]
+                out = prompt * self.group + g
+                table[row] = [slot, rank, self._ages[row], out, stream_key(self.seed, prompt, g)]
+        self._table.copy_(torch.tensor(table).T)
+        width = self._slots.shape[1] - 1
+        slots = [[len(self.prompts[p]) - 1, *m, *[-1] * (width - len(m))] for p, m in zip(self.schedule.held, members)]
+        slots += [[0] + [-1] * width] * (len(self._slots) - len(slots))
+        self._slots.copy_(torch.tensor(slots))
+        self.ended.zero_()
+        self._members = max(map(len, members), default=0)
+        self._regular = [row for group in members for row in group] == list(range(len(members) * self._members))
+
+    # A step: the device alone
+
+    def step(self) -> None:
+        """Feed the last token of each row and draw the next."""
+        width = self._graphs.width(len(self.schedule.seats))
+        if self._host_embedding is not None:
+            drawn = self._host_embedding(self.tokens[:width, None])
+            if self._inputs is None:
+                self._inputs = drawn.new_empty(len(self.tokens), *drawn.shape[1:])
+            self._inputs[:width] = drawn
+        self._graphs(width)
+        self._ages = [age + 1 for age in self._ages]
+
+    def _work(self, width: int) -> None:
+        at = _Table(*self._table[:, :width])
+        layout = DecodeLayout(self.cache, self._rows(at))
+        positions = (self._slots[:, 0][at.slot] + at.age)[:, None]
+        given = {"input_ids": self.tokens[:width, None]}
+        if self._host_embedding is not None:
+            given = {"inputs_embeds": self._inputs[:width]}
+        hidden = laid_out(self.decoder, layout, positions, **given)[:, -1]
+        drawn, logps = self.sampler(self.head.logits(hidden, self.workspace_mib), at.key, at.age)
+        self.tokens[:width] = drawn
+        self.ids[at.out, at.age], self.logps[at.out, at.age] = drawn, logps
+        self.ended[:width] |= (drawn[:, None] == self.sampler.ends).any(1)
+        at.age.add_(1)
+
+    def _rows(self, at: _Table) -> Rows:
+        settings = {"slot": at.slot, "age": at.age, "rank": at.rank}
+        if self._graphs.enabled:  # sizes that hold for every step
+            prefix, members = self._slots[:, 0], self._slots[:, 1:]
+            longest = {"longest_prefix": self.cache.prompt_length, "longest_own": self.cache.completion_length}
+            return Rows(**settings, prefix=prefix, members=members, **longest)
+        live = self._slots[: len(self.schedule.held)]
+        before = {len(self.prompts[p]) - 1 for p in self.schedule.held}
+        return Rows(
+            **settings,
+            prefix=live[:, 0],
+            members=live[:, 1 : 1 + self._members],
+            longest_prefix=max(before),
+            longest_own=max(self._ages) + 1,
+            even=len(before) == 1 and len(set(self._ages)) == 1,
+            regular=self._regular,
         )
-        self._grown()
-        return out.last_hidden_state[:, -1]
 
-    def _grown(self) -> None:
-        if self.on_cache is not None:
-            self.on_cache(self.cache)
+    def left(self) -> int:
+        """Steps until a row has as many tokens as it may have."""
+        return self.sampling.max_new_tokens - max(self._ages)
 
-    def step(self) -> tuple[Tensor, Tensor]:
-        """Feed the last token of each row and draw the next: (B,) ids and (B,) float32 log-probs."""
-        t = self.step_index
-        mask = None if self.mask is None else self.mask[:, : self.width + t]
-        hidden = self._forward(self.tokens[:, None], mask, self.next_position + t)
-        self.tokens, logps = self.sampler(self.head.logits(hidden, self.workspace_mib), t)
-        self.step_index = t + 1
-        return self.tokens, logps
+    def look(self) -> list[int]:
+        """The rows that have ended. Waits for the device."""
+        full = self.sampling.max_new_tokens
+        return [
+            row
+            for row, end in enumerate(self.ended.tolist())
+            if row < len(self._ages) and (end or self._ages[row] == full)
+        ]
 
     def skip(self, tokens: int) -> None:
-        """Go on as if so many tokens had been drawn, with a blank KV cache of the size that it would have then. For
-        rehearsals."""
-        for layer in self.cache.layers:
-            if getattr(layer, "keys", None) is None:
-                continue
-            length = layer.keys.shape[2] + tokens
-            if getattr(layer, "is_sliding", False):
-                length = min(length, layer.sliding_window - 1)
-                layer.cumulative_length += tokens
-            blank = lambda x, n=length: x.new_zeros(x.shape[0], x.shape[1], n, x.shape[3])
-            layer.keys, layer.values = blank(layer.keys), blank(layer.values)
-        self._grown()
-        self.step_index += tokens
+        """Go on as if so many tokens had been drawn in each row. For rehearsals."""
+        self._ages = [age + tokens for age in self._ages]
+        self._upload()
 
     def close(self) -> None:
-        """Free the KV cache, also where the frames of an error still hold the object."""
-        self.cache.layers.clear()
+        """Free the cache and the graphs that point to it."""
+        self._graphs.close()
+        self.cache.close()
 
 
-def decode(wave: Wave, sampling: Sampling, look_every: int | None = None) -> tuple[list[list[int]], Tensor]:
-    """Draw until every row has ended, or max_new_tokens: ids, ragged behind the end, and log-probs (B, T) on the host.
+def run(decoder: Decoder, look_every: int | None = None) -> None:
+    """Decode until every completion has ended.
 
-    Rows that have ended go on with the others, and what they still draw means nothing. The host asks every
-    `look_every` steps whether all have.
+    The host looks every `look_every` steps which rows have, or when one is full: asking a GPU makes the host wait and
+    the GPU's queue run dry; a CPU has none.
     """
-    rows, device = len(wave.tokens), wave.tokens.device
-    ids = torch.empty(rows, sampling.max_new_tokens, dtype=torch.long, device=device)
-    logps = torch.empty(rows, sampling.max_new_tokens, device=device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
-    # Asking a GPU makes the host wait for it, and its queue run dry; a CPU has none.
-    every = look_every or (1 if device.type == "cpu" else 8)
-    length = 0
-    while length < sampling.max_new_tokens:
-        ids[:, length], logps[:, length] = wave.step()
-        ended |= (wave.tokens[:, None] == wave.sampler.ends).any(1)
-        length += 1
-        if length % every == 0 and bool(ended.all()):
-            break
-    return ids[:, :length].tolist(), logps[:, :length].cpu()
+    every = look_every or (1 if decoder.device.type == "cpu" else 8)
+    decoder.turn()
+    while not decoder.schedule.done:
+        for _ in range(min(every, decoder.left())):
+            decoder.step()
+        ended = decoder.look()
+        if ended:
+            decoder.turn(ended)

@@ -1,51 +1,34 @@
-"""Completions from the training weights themselves, in waves that fit into memory."""
+"""Completions from the training weights themselves, as many at a time as fit into memory.
+
+A step's prompts go through a queue. Each prompt is prefilled once and its keys and values are stored once; its G
+completions attend to them, each with a row of its own for what it has said. Rows that end are refilled from the queue
+at once, so nobody waits for the longest completion of another wave.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import nn
 
+from lowvram_grpo.kernels.runtime import HAS_TRITON
+from lowvram_grpo.policy.attention import attention_set
 from lowvram_grpo.policy.wrapper import unwrap
-from lowvram_grpo.rollout.decode import Wave, decode
-from lowvram_grpo.rollout.fallback import generate_with_transformers, seeded
-from lowvram_grpo.rollout.sampler import Sampling, stream_key
-
-
-@dataclass
-class RolloutBatch:
-    """B = prompts * G completions, those of one prompt adjacent. Lists are ragged: nothing is padded.
-
-    Attributes:
-        prompt_ids: one list a completion (a group shares the list).
-        completion_ids: the sampled ids, the end token included where one was drawn. Training uses these very ids.
-        sampling_per_token_logps: float32 (T_i,) log-probs at the sampling temperature, before any filter.
-        truncated: True where the length limit, not an end token, stopped the completion.
-    """
-
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    sampling_per_token_logps: list[Tensor]
-    truncated: list[bool]
-
-
-def pad_left(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, P) ids and their mask."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(r)) + list(r) for r in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-    return ids, mask
+from lowvram_grpo.rollout.batch import RolloutBatch
+from lowvram_grpo.rollout.decode import Decoder, DecodeSettings, run
+from lowvram_grpo.rollout.fallback import generate_in_waves, rehearse_waves
+from lowvram_grpo.rollout.sampler import Sampling
+from lowvram_grpo.rollout.schedule import Schedule
+from lowvram_grpo.rollout.support import why_not
 
 
 @contextmanager
-def sampling_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradient.
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for as long as the block runs.
 
     In train mode with activation checkpointing on, transformers drops the KV cache and still feeds only the last token:
     4 % of the tokens come out right.
@@ -53,35 +36,26 @@ def sampling_mode(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         model.train(was_training)
 
 
-def waves(prompts: int, group: int, rows: int | None) -> list[list[tuple[int, int]]]:
-    """(prompt, completion) pairs in order, cut into waves of at most `rows` (None: one wave).
-
-    A prompt is prefilled once a wave, so groups stay whole where they fit, and are cut into equal parts where not.
-    """
-    pairs = [(p, g) for p in range(prompts) for g in range(group)]
-    if rows is None or rows >= len(pairs):
-        return [pairs] if pairs else []
-    if rows >= group:
-        step = rows // group * group
-        return [pairs[first : first + step] for first in range(0, len(pairs), step)]
-    parts = -(-group // rows)
-    edges = [group * i // parts for i in range(parts + 1)]
-    return [pairs[p * group + a : p * group + b] for p in range(prompts) for a, b in pairwise(edges)]
-
-
-class GenerateEngine:
+class RolloutEngine:
     """Samples from the training weights through the head that scores them.
 
+    Where the model cannot decode in the engine, or `generation_kwargs` ask for what only transformers knows,
+    transformers' `generate` samples instead, and a warning says so.
+
     Args:
-        rows: completions sampled at once, all if left out; a group may be split over several waves.
-        workspace_mib: memory for tiles of the head.
-        on_cache: called with the KV cache whenever it has grown, for a ledger to tag its storages.
+        model: causal language model, with or without PeftModel around it.
+        sampling: how to draw, unless `generate` is told otherwise.
+        rows: completions that decode at once; all where None. With `max_new_tokens` and the longest prompt it bounds
+            the KV cache.
+        workspace_mib: for tiles of a quantized head.
+        kv_dtype: `auto` or `int8`, see `GroupCache`.
+        graphs: decode steps in CUDA graphs, where there is CUDA and Triton.
+        on_prefilled: called when the first prompts are in the cache.
     """
 
     def __init__(
@@ -91,109 +65,121 @@ class GenerateEngine:
         rows: int | None = None,
         *,
         workspace_mib: int = 64,
-        on_cache: Callable[[DynamicCache], None] | None = None,
+        kv_dtype: str = "auto",
+        graphs: bool = True,
+        on_prefilled: Callable[[], None] = lambda: None,
     ):
         self.model, self.sampling, self.rows = model, sampling, rows
-        self.workspace_mib, self.on_cache = workspace_mib, on_cache
-        if sampling.foreign:
-            warnings.warn(
-                f"generation_kwargs {', '.join(sampling.foreign)}: completions are sampled by transformers' generate, "
-                "which is slower, and what is drawn depends on rollout_batch_size.",
-                stacklevel=2,
-            )
+        self.workspace_mib, self.kv_dtype, self.graphs = workspace_mib, kv_dtype, graphs
+        self.on_prefilled = on_prefilled
+        self._said: set[str] = set()
 
     @property
     def device(self) -> torch.device:
         """Where the model computes; its input embedding may be in host memory."""
         return next(self.model.parameters()).device
 
-    def generate(self, prompt_ids: list[list[int]], num_generations: int, *, seed: int) -> RolloutBatch:
-        """G completions of each prompt. The same seed, weights and prompts give the same completions, to rounding
-        whatever `rows` is. The KV cache is gone when this returns."""
-        batch = RolloutBatch([], [], [], [])
-        with sampling_mode(self.model):
-            if self.sampling.foreign:
-                self._generate_by_transformers(batch, prompt_ids, num_generations, seed)
+    def generate(
+        self, prompt_ids: list[list[int]], num_generations: int, *, seed: int, sampling: Sampling | None = None
+    ) -> RolloutBatch:
+        """G completions of each prompt (at least one token each). The same seed, weights and prompts give the same
+        completions, to rounding whatever `rows` is. The KV cache is gone when this returns."""
+        sampling, batch = sampling or self.sampling, RolloutBatch([], [], [], [])
+        if not prompt_ids:
+            return batch
+        ends = set(sampling.eos_ids)
+        with eval_mode(self.model), torch.no_grad():
+            if self._captured(sampling):
+                with self._decoding(prompt_ids, num_generations, sampling, seed, self.rows) as decoder:
+                    run(decoder)
+                    found = zip(decoder.ids[:-1].tolist(), decoder.logps[:-1].cpu())
             else:
-                for pairs in waves(len(prompt_ids), num_generations, self.rows):
-                    self._append(batch, [prompt_ids[p] for p, _ in pairs], *self._sample(prompt_ids, pairs, seed))
+                found = generate_in_waves(
+                    unwrap(self.model), sampling, prompt_ids, num_generations, self.rows, seed, self.device
+                )
+            for i, (ids, logps) in enumerate(found):
+                batch.append(prompt_ids[i // num_generations], ids, logps, ends)
         return batch
 
-    def _sample(
-        self, prompt_ids: list[list[int]], pairs: list[tuple[int, int]], seed: int
-    ) -> tuple[list[list[int]], Tensor]:
-        """Ids and log-probs (B, T) of one wave."""
-        first, last, device = pairs[0][0], pairs[-1][0], self.device
-        prompts = prompt_ids[first : last + 1]
-        ids, mask = pad_left(prompts, self.sampling.pad_id, device)
-        equal = len({len(p) for p in prompts}) == 1
-        owner = torch.tensor([p - first for p, _ in pairs], device=device)
-        keys = torch.tensor([stream_key(seed, p, g) for p, g in pairs], device=device)
-        wave = self._wave(ids, None if equal else mask, owner, keys)
-        try:
-            return decode(wave, self.sampling)
-        finally:
-            wave.close()
+    def stream(self, prompt_ids: list[int], *, seed: int, sampling: Sampling | None = None) -> Iterator[int]:
+        """The ids of one completion as they are drawn, its end token included. The KV cache is gone when the iterator
+        ends or is closed."""
+        sampling = sampling or self.sampling
+        if not self._captured(sampling):
+            yield from self.generate([prompt_ids], 1, seed=seed, sampling=sampling).completion_ids[0]
+            return
+        with eval_mode(self.model), self._decoding([prompt_ids], 1, sampling, seed, 1) as decoder:
+            ended = []
+            while not ended:
+                with torch.no_grad():  # not around a yield: the caller's grad mode is none of ours
+                    if not decoder.schedule.seats:
+                        decoder.turn()
+                    decoder.step()
+                    ended = decoder.look()
+                yield int(decoder.tokens[0])
 
-    def _wave(self, ids: Tensor, mask: Tensor | None, owner: Tensor, keys: Tensor) -> Wave:
-        return Wave(
-            unwrap(self.model), self.sampling, ids, mask, owner, keys,
-            workspace_mib=self.workspace_mib, on_cache=self.on_cache,
-        )  # fmt: skip
+    @contextmanager
+    def _decoding(
+        self, prompts: list[list[int]], group: int, sampling: Sampling, seed: int, rows: int | None
+    ) -> Iterator[Decoder]:
+        """A decoder for these prompts, the model set up for it."""
+        causal_lm = unwrap(self.model)
+        cuda = self.device.type == "cuda"
+        settings = DecodeSettings(self.workspace_mib, self.kv_dtype, self.graphs and cuda and HAS_TRITON)
+        schedule = Schedule([len(p) for p in prompts], group, rows)
+        decoder = Decoder(
+            causal_lm, sampling, schedule, prompts, group, seed=seed, device=self.device, settings=settings
+        )
+        try:
+            with attention_set(decoder.decoder):
+                yield decoder
+        finally:
+            decoder.close()
+
+    def _captured(self, sampling: Sampling) -> bool:
+        """Whether our engine samples; says why where it does not."""
+        if sampling.foreign:
+            return self._falls_back(
+                f"generation_kwargs {', '.join(sampling.foreign)}: completions are sampled by transformers' generate, "
+                "which is slower, and what is drawn depends on rollout_batch_size."
+            )
+        with eval_mode(self.model):
+            reason = why_not(unwrap(self.model))
+        if reason:
+            return self._falls_back(
+                f"completions are sampled by transformers' generate, which is slower, because {reason}; what is drawn "
+                "depends on rollout_batch_size."
+            )
+        return True
+
+    def _falls_back(self, sentence: str) -> bool:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            warnings.warn(sentence, stacklevel=4)
+        return False
 
     def rehearse(
-        self,
-        prompt_length: int,
-        completion_length: int,
-        rows: int,
-        num_generations: int | None = None,
-        *,
-        ragged: bool = False,
+        self, prompt_length: int, completion_length: int, rows: int, num_generations: int, prompts: int | None = None
     ) -> None:
-        """The memory of a wave of `rows` completions without its time: the prefill, and the last decode step with a
-        cache that holds prompt_length + completion_length - 1 tokens by its end. Runs on meta tensors too.
+        """The memory of a rollout without its time: the largest prefill, and a decode step of `rows` rows whose own
+        parts hold completion_length tokens by its end. Runs on meta tensors too.
 
         Args:
             prompt_length: tokens of every prompt; at least 2 are taken.
-            num_generations: completions of a prompt, hence rows / G prompts, rounded up; one prompt if left out.
-            ragged: where there are several prompts, one is a token shorter, so that attention takes a mask.
+            num_generations: completions of a prompt.
+            prompts: how many there are; as many as fill the rows if left out.
         """
-        group, device = num_generations or rows, self.device
-        ids = torch.zeros(-(-rows // group), max(2, prompt_length), dtype=torch.long, device=device)
-        owner = torch.arange(rows, device=device) // group
-        mask = None
-        if ragged and len(ids) > 1:
-            mask = torch.ones_like(ids)
-            mask[0, 0] = 0
-        with sampling_mode(self.model):
-            wave = self._wave(ids, mask, owner, torch.zeros_like(owner))
-            try:
-                wave.skip(completion_length - 1)
-                wave.step()
-            finally:
-                wave.close()
-
-    def _generate_by_transformers(
-        self, batch: RolloutBatch, prompt_ids: list[list[int]], group: int, seed: int
-    ) -> None:
-        with seeded(seed, self.device):
-            for pairs in waves(len(prompt_ids), group, self.rows):
-                prompts = [prompt_ids[p] for p in sorted({p for p, _ in pairs})]
-                ids, mask = pad_left(prompts, self.sampling.pad_id, self.device)
-                each = len(pairs) // len(prompts)  # whole groups, or a part of one
-                found = generate_with_transformers(unwrap(self.model), self.sampling, ids, mask, each)
-                self._append(batch, [p for p in prompts for _ in range(each)], *found)
-
-    def _append(self, batch: RolloutBatch, prompts: list[list[int]], rows: list[list[int]], logps: Tensor) -> None:
-        """Cut each row behind its first end token."""
-        ends = set(self.sampling.eos_ids)
-        for i, row in enumerate(rows):
-            stop = next((t for t, token in enumerate(row) if token in ends), None)
-            length = len(row) if stop is None else stop + 1
-            batch.prompt_ids.append(prompts[i])
-            batch.completion_ids.append(row[:length])
-            batch.sampling_per_token_logps.append(logps[i, :length])
-            batch.truncated.append(stop is None)
+        sampling = replace(self.sampling, max_new_tokens=completion_length)
+        ids = [[0] * max(2, prompt_length)] * (prompts or -(-rows // num_generations))
+        with eval_mode(self.model), torch.no_grad():
+            if not self._captured(sampling):
+                rehearse_waves(unwrap(self.model), rows, len(ids[0]), completion_length, self.device, self.on_prefilled)
+                return
+            with self._decoding(ids, num_generations, sampling, 0, rows) as decoder:
+                decoder.turn()
+                self.on_prefilled()
+                decoder.skip(completion_length - 1)
+                decoder.step()
 
 
 def end_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:

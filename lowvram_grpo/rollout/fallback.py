@@ -1,19 +1,64 @@
-"""transformers' own `generate`, for `generation_kwargs` that our decode loop does not know, n-gram bans for one."""
+"""transformers' own `generate`: for `generation_kwargs` that the engine does not know, n-gram bans for one, and for
+architectures that cannot decode in it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)  # fmt: skip
 from transformers.modeling_outputs import CausalLMOutput
 
+from lowvram_grpo.rollout.batch import pad_left
 from lowvram_grpo.rollout.sampler import Sampling, forbid_unknown
 
 
-def generate_with_transformers(
+def generate_in_waves(
+    causal_lm: nn.Module,
+    sampling: Sampling,
+    prompts: list[list[int]],
+    group: int,
+    rows: int | None,
+    seed: int,
+    device: torch.device,
+) -> list[tuple[list[int], Tensor]]:
+    """Ids and log-probs of G completions of each prompt in order, padded behind the end, at most `rows` at a time."""
+    found = []
+    with seeded(seed, device):
+        for pairs in waves(len(prompts), group, rows):
+            here = [prompts[p] for p in sorted({p for p, _ in pairs})]
+            ids, mask = pad_left(here, sampling.pad_id, device)
+            each = len(pairs) // len(here)  # whole groups, or a part of one
+            found += zip(*_generate(causal_lm, sampling, ids, mask, each))
+    return found
+
+
+def waves(prompts: int, group: int, rows: int | None) -> list[list[tuple[int, int]]]:
+    """(prompt, completion) pairs in order, cut into waves of at most `rows` (None: one wave).
+
+    Groups stay whole where they fit, and are cut into equal parts where not.
+    """
+    pairs = [(p, g) for p in range(prompts) for g in range(group)]
+    if rows is None or rows >= len(pairs):
+        return [pairs] if pairs else []
+    if rows >= group:
+        step = rows // group * group
+        return [pairs[first : first + step] for first in range(0, len(pairs), step)]
+    parts = -(-group // rows)
+    edges = [group * i // parts for i in range(parts + 1)]
+    return [pairs[p * group + a : p * group + b] for p in range(prompts) for a, b in pairwise(edges)]
+
+
+def _generate(
     causal_lm: nn.Module, sampling: Sampling, ids: Tensor, mask: Tensor, num_generations: int
 ) -> tuple[list[list[int]], Tensor]:
     """G completions of each left-padded prompt (P, L): ids, padded behind the end, and log-probs (P * G, T) on the
@@ -28,6 +73,45 @@ def generate_with_transformers(
         hook.remove()
     completions = sequences[:, ids.shape[1] :]
     return completions.tolist(), recorder.finish(completions[:, -1]).cpu()
+
+
+def rehearse_waves(
+    causal_lm: nn.Module,
+    rows: int,
+    prompt_length: int,
+    completion_length: int,
+    device: torch.device,
+    on_prefilled: Callable[[], None],
+) -> None:
+    """The memory of a wave of `rows` without its time: the prefill, which repeats the prompts, and the last step."""
+    cache = DynamicCache(config=causal_lm.config)
+    ids = torch.zeros(rows, prompt_length, dtype=torch.long, device=device)
+
+    def forward(ids: Tensor, first: int) -> Tensor:
+        positions = torch.arange(first, first + ids.shape[1], device=device).expand(rows, -1)
+        out = causal_lm(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].float()
+
+    try:
+        forward(ids, 0)
+        on_prefilled()
+        _blank(cache, completion_length - 1)
+        forward(ids[:, :1], prompt_length + completion_length - 1).softmax(1)
+    finally:
+        cache.layers.clear()
+
+
+def _blank(cache: DynamicCache, tokens: int) -> None:
+    """Go on as if so many tokens had been drawn."""
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is None:
+            continue
+        length = layer.keys.shape[2] + tokens
+        if getattr(layer, "is_sliding", False):
+            length = min(length, layer.sliding_window - 1)
+            layer.cumulative_length += tokens
+        blank = lambda x, n=length: x.new_zeros(x.shape[0], x.shape[1], n, x.shape[3])
+        layer.keys, layer.values = blank(layer.keys), blank(layer.values)
 
 
 @contextmanager

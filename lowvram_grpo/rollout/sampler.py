@@ -1,8 +1,7 @@
 """What happens between a step's logits and the sampled tokens, on the device and without the host's help.
 
 The filters have the meaning and the order of transformers' own: unknown ids, repetition penalty, minimum length, then,
-unless greedy, temperature, top-k, top-p, min-p. Noise is a function of (seed, prompt, completion, token), so what a
-completion draws depends neither on who is sampled beside it nor on the device.
+unless greedy, temperature, top-k, top-p, min-p. Random numbers are those of `noise.py`.
 """
 
 from __future__ import annotations
@@ -12,15 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from lowvram_grpo.rollout.noise import draw
 
 if TYPE_CHECKING:
     from lowvram_grpo.config import GRPOConfig
-
-_MASK64 = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15  # increment and multipliers of splitmix64 (Steele, Lea, Flood 2014)
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -118,99 +113,57 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(probs < p * probs.amax(1, keepdim=True), -torch.inf)
 
 
-# Noise
-
-
-def _signed(x: int) -> int:
-    """The int64 with the bits of x modulo 2^64."""
-    x &= _MASK64
-    return x - 2**64 if x >= 2**63 else x
-
-
-def _mix_int(x: int) -> int:
-    """splitmix64's finalizer on a Python integer."""
-    x &= _MASK64
-    x = ((x ^ (x >> 30)) * _MULTIPLIERS[0]) & _MASK64
-    x = ((x ^ (x >> 27)) * _MULTIPLIERS[1]) & _MASK64
-    return x ^ (x >> 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right of int64."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finalizer on int64; products wrap."""
-    x = (x ^ _shift(x, 30)) * _signed(_MULTIPLIERS[0])
-    x = (x ^ _shift(x, 27)) * _signed(_MULTIPLIERS[1])
-    return x ^ _shift(x, 31)
-
-
-def stream_key(seed: int, prompt: int, completion: int) -> int:
-    """int64 key of the random stream of one completion."""
-    return _signed(_mix_int(_mix_int(_mix_int(seed + _GOLDEN) + prompt) + completion))
-
-
-def gumbel(keys: Tensor, step: int, stream: int, n: int) -> Tensor:
-    """float64 (B, n) Gumbel noise from int64 (B,) keys, the token's position and the number of the stream."""
-    start = _mix(keys + _signed((2 * step + stream + 1) * _GOLDEN))
-    index = torch.arange(1, n + 1, device=keys.device)
-    bits = _shift(_mix(start[:, None] + index * _signed(_GOLDEN)), 11)
-    return -(-((bits.double() + 0.5) * 2.0**-53).log()).log()
-
-
-def draw(logits: Tensor, keys: Tensor, step: int) -> Tensor:
-    """(B,) ids drawn from softmax(logits), float32 (B, V), by Gumbel-max in two stages.
-
-    A block of 128 ids is drawn by its mass, then an id in it: V / 128 + 128 random numbers a row where plain Gumbel-max
-    would take V, and no running sum over V whose rounding would favour the early ids.
-    """
-    logits = F.pad(logits, (0, -logits.shape[1] % _BLOCK), value=-torch.inf).unflatten(1, (-1, _BLOCK))
-    mass = logits.logsumexp(2)
-    block = (mass + gumbel(keys, step, 0, mass.shape[1])).argmax(1)
-    inside = logits.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0]
-    return block * _BLOCK + (inside + gumbel(keys, step, 1, _BLOCK)).argmax(1)
-
-
 class Sampler:
-    """Draws for the B rows of a wave, step by step.
+    """Draws for up to R rows, each at a place of its own in its completion.
 
     Args:
-        keys: (B,) int64, see `stream_key`.
-        prompt_ids: (B, P), without padding or with a row's own ids as its padding; only for a repetition penalty.
+        rows: R.
     """
 
-    def __init__(self, sampling: Sampling, keys: Tensor, prompt_ids: Tensor, vocab: int):
-        self.sampling, self.keys = sampling, keys
-        self.ends = torch.tensor(sampling.eos_ids, dtype=torch.long, device=keys.device)
+    def __init__(self, sampling: Sampling, rows: int, vocab: int, device: torch.device):
+        self.sampling = sampling
+        self.ends = torch.tensor(sampling.eos_ids, dtype=torch.long, device=device)
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1.0:
-            self.seen = torch.zeros(len(keys), vocab, dtype=torch.bool, device=keys.device)
-            self.seen.scatter_(1, prompt_ids, True)
+            self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
 
-    def __call__(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """(B,) ids of step `step` (from 0), and their float32 log-probs under softmax(logits / T), before any filter.
+    def admit(self, row: int, prompt_ids: list[int]) -> None:
+        """A row begins a completion of this prompt."""
+        if self.seen is not None:
+            self.seen[row] = False
+            self.seen[row, torch.tensor(prompt_ids, device=self.seen.device)] = True
 
-        `logits`, float32 (B, V), are used up.
+    def move(self, source: int, target: int) -> None:
+        """A row goes on in the place of another."""
+        if self.seen is not None:
+            self.seen[target] = self.seen[source]
+
+    def __call__(self, logits: Tensor, keys: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) ids of the first B rows, and their float32 log-probs under softmax(logits / T), before any filter.
+
+        Args:
+            logits: float32 (B, V), used up.
+            keys: int64 (B,), see `noise.stream_key`.
+            steps: int64 (B,), tokens that each row has drawn before.
         """
         if self.sampling.temperature not in (0.0, 1.0):
             logits /= self.sampling.temperature
-        filtered = self._filtered(logits, step)
-        tokens = draw(filtered, self.keys, step) if self.sampling.temperature else filtered.argmax(1)
+        filtered = self._filtered(logits, steps)
+        tokens = draw(filtered, keys, steps) if self.sampling.temperature else filtered.argmax(1)
         if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+            self.seen[: len(tokens)].scatter_(1, tokens[:, None], True)
         return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
 
-    def _filtered(self, logits: Tensor, step: int) -> Tensor:
+    def _filtered(self, logits: Tensor, steps: Tensor) -> Tensor:
         """The penalty commutes with the temperature, so it may come after it."""
         at = self.sampling
         if at.known_ids is not None:
             logits = forbid_unknown(logits, at.known_ids)
         if self.seen is not None:
-            logits = penalize_repetition(logits, self.seen, at.repetition_penalty)
-        if step < at.min_new_tokens:
-            logits = logits.index_fill(1, self.ends, -torch.inf)
+            logits = penalize_repetition(logits, self.seen[: len(logits)], at.repetition_penalty)
+        if at.min_new_tokens:
+            early = (steps < at.min_new_tokens)[:, None]
+            logits = logits.index_copy(1, self.ends, logits[:, self.ends].masked_fill(early, -torch.inf))
         if not at.temperature:
             return logits
         if at.top_k:

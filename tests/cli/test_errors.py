@@ -317,10 +317,10 @@ def test_a_cold_start_through_the_command_line(monkeypatch, capsys, job, tmp_pat
 def test_memory_that_runs_out_for_good_keeps_the_steps_that_were_done(monkeypatch, capsys, job, tmp_path):
     import torch
 
-    from lowvram_grpo.rollout.engine import GenerateEngine
+    from lowvram_grpo.rollout.engine import RolloutEngine
     from lowvram_grpo.savers import TrainerGuard
 
-    inner, calls = GenerateEngine.generate, []
+    inner, calls = RolloutEngine.generate, []
 
     def full(self, *args, **kwargs):
         calls.append(self.rows)
@@ -328,7 +328,7 @@ def test_memory_that_runs_out_for_good_keeps_the_steps_that_were_done(monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
         return inner(self, *args, **kwargs)
 
-    monkeypatch.setattr(GenerateEngine, "generate", full)
+    monkeypatch.setattr(RolloutEngine, "generate", full)
     init = TrainerGuard.__init__
     monkeypatch.setattr(TrainerGuard, "__init__", lambda self, *a: (init(self, *a), setattr(self, "active", True))[0])
     text = sentence(train(monkeypatch, capsys, job, max_steps="5"))

@@ -13,9 +13,10 @@ from transformers import FalconConfig, FalconForCausalLM
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.experience import MicroBatch
 from lowvram_grpo.memory.ledger import Ledger
+from lowvram_grpo.policy.attention import NAME
 from lowvram_grpo.policy.checkpointing import checkpoint_activations
-from lowvram_grpo.policy.shared_prefix import NAME, PrefixLayout, packed_tokens, shared_groups, why_not
-from lowvram_grpo.rollout.engine import GenerateEngine
+from lowvram_grpo.policy.shared_prefix import PrefixLayout, packed_tokens, shared_groups, why_not
+from lowvram_grpo.rollout.engine import RolloutEngine
 from lowvram_grpo.rollout.sampler import Sampling
 from lowvram_grpo.scoring import score, scored_states
 
@@ -107,7 +108,7 @@ def test_under_bfloat16_autocast_it_differs_by_rounding():
 
 def test_rollouts_stay_the_same():
     model = tiny("Gemma3Text", sliding_window=4, **SLIDING_AND_FULL)
-    engine = GenerateEngine(model, Sampling(temperature=0.8, max_new_tokens=6, eos_ids=(1,), pad_id=0))
+    engine = RolloutEngine(model, Sampling(temperature=0.8, max_new_tokens=6, eos_ids=(1,), pad_id=0))
     before = engine.generate([[5, 6, 7], [8, 9]], 2, seed=3)
     assert why_not(model) is None and model.config._attn_implementation == NAME
     after = engine.generate([[5, 6, 7], [8, 9]], 2, seed=3)
@@ -137,7 +138,7 @@ def test_a_model_that_keeps_the_layout_from_its_layers_falls_back():
     model = tiny("Llama")
     attention = type(model.model.layers[0].self_attn).forward
     layer = model.model.layers[1].self_attn
-    layer.forward = lambda *a, prefix_layout=None, **kw: attention(layer, *a, **kw)
+    layer.forward = lambda *a, attention_layout=None, **kw: attention(layer, *a, **kw)
     assert why_not(model) is not None
     assert model.config._attn_implementation == "sdpa"
 

@@ -12,7 +12,7 @@ from conftest import make_model
 from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.rollout import decode as decode_module
-from lowvram_grpo.rollout.engine import GenerateEngine, pad_left, waves
+from lowvram_grpo.rollout.engine import RolloutEngine, pad_left, waves
 from lowvram_grpo.rollout.sampler import Sampling
 from lowvram_grpo.scoring import score
 
@@ -50,7 +50,7 @@ def build(kind, **extra):
 )
 def test_greedy_equals_generate_beyond_a_sliding_window(kind, extra):
     model = build(kind, **extra)
-    batch = GenerateEngine(model, sampling(temperature=0, max_new_tokens=12)).generate(LONG, 2, seed=0)
+    batch = RolloutEngine(model, sampling(temperature=0, max_new_tokens=12)).generate(LONG, 2, seed=0)
     for i, prompt in enumerate(LONG):
         expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
         assert batch.completion_ids[2 * i] == batch.completion_ids[2 * i + 1] == expected.tolist()
@@ -63,22 +63,22 @@ def test_greedy_with_a_repetition_penalty_equals_generate(model):
         expected.append(found[0, len(prompt) :].tolist())
     # Padding is no repetition, even with an id that the padded rows would choose.
     at = sampling(temperature=0, repetition_penalty=1.8, pad_id=expected[1][0])
-    batch = GenerateEngine(model, at).generate(PROMPTS, 1, seed=0)
+    batch = RolloutEngine(model, at).generate(PROMPTS, 1, seed=0)
     assert batch.completion_ids == expected
-    plain = GenerateEngine(model, sampling(temperature=0)).generate(PROMPTS, 1, seed=0)
+    plain = RolloutEngine(model, sampling(temperature=0)).generate(PROMPTS, 1, seed=0)
     assert plain.completion_ids != batch.completion_ids
 
 
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.4, "top_k": 9, "top_p": 0.9, "min_p": 0.01}])
 def test_draws_do_not_depend_on_the_wave(model, settings):
     at = sampling(**settings, max_new_tokens=12)
-    whole = GenerateEngine(model, at).generate(PROMPTS, 5, seed=3)
+    whole = RolloutEngine(model, at).generate(PROMPTS, 5, seed=3)
     assert len({tuple(c) for c in whole.completion_ids}) > 10
     for rows in (1, 2, 3, 5, 7, 10, 14):
-        parts = GenerateEngine(model, at, rows).generate(PROMPTS, 5, seed=3)
+        parts = RolloutEngine(model, at, rows).generate(PROMPTS, 5, seed=3)
         assert parts.completion_ids == whole.completion_ids and parts.truncated == whole.truncated
         assert parts.prompt_ids == whole.prompt_ids
-    fewer = GenerateEngine(model, at).generate(PROMPTS[:2], 5, seed=3)
+    fewer = RolloutEngine(model, at).generate(PROMPTS[:2], 5, seed=3)
     assert fewer.completion_ids == whole.completion_ids[:10]
 
 
@@ -95,12 +95,12 @@ def test_waves_are_in_order_and_no_larger_than_they_may_be(rows):
 
 def test_the_host_may_look_late(model, monkeypatch):
     at = sampling(max_new_tokens=20, eos_ids=(1, 5, 6, 7, 8, 9, 10, 11, 12))
-    expected = GenerateEngine(model, at).generate(PROMPTS, 2, seed=0)
+    expected = RolloutEngine(model, at).generate(PROMPTS, 2, seed=0)
     steps = []
     step, decode = decode_module.Wave.step, decode_module.decode
     monkeypatch.setattr(decode_module.Wave, "step", lambda self: steps.append(1) or step(self))
     monkeypatch.setattr("lowvram_grpo.rollout.engine.decode", lambda wave, at: decode(wave, at, look_every=8))
-    late = GenerateEngine(model, at).generate(PROMPTS, 2, seed=0)
+    late = RolloutEngine(model, at).generate(PROMPTS, 2, seed=0)
     assert late.completion_ids == expected.completion_ids and not any(expected.truncated)
     assert len(steps) % 8 == 0 and len(steps) > max(map(len, expected.completion_ids))
     assert [len(x) for x in late.sampling_per_token_logps] == [len(c) for c in late.completion_ids]
@@ -118,7 +118,7 @@ def test_the_cache_is_gone_when_generate_returns(model, fails):
     gc.disable()
     try:
         try:
-            batch = GenerateEngine(model, sampling(), 4, on_cache=watch).generate(PROMPTS, 2, seed=0)
+            batch = RolloutEngine(model, sampling(), 4, on_cache=watch).generate(PROMPTS, 2, seed=0)
             assert all(x.device.type == "cpu" for x in batch.sampling_per_token_logps)
         except RuntimeError as error:
             kept = error  # and with it the frames that hold the wave
@@ -133,7 +133,7 @@ def test_the_cache_is_gone_when_generate_returns(model, fails):
 def test_a_quantized_head_samples_what_it_scores(kind, tied):
     model = make_model(hidden_size=64, intermediate_size=96, tie_word_embeddings=tied).requires_grad_(False)
     place_embeddings(model, head_dtype=kind, embedding_offload=not tied, device=torch.device("cpu"))
-    batch = GenerateEngine(model, sampling(temperature=0.8)).generate(PROMPTS, 4, seed=0)
+    batch = RolloutEngine(model, sampling(temperature=0.8)).generate(PROMPTS, 4, seed=0)
     for prompt, completion, logps in zip(batch.prompt_ids, batch.completion_ids, batch.sampling_per_token_logps):
         ids, mask = pad_left([prompt], 0, torch.device("cpu"))
         c = torch.tensor([completion])
@@ -143,11 +143,11 @@ def test_a_quantized_head_samples_what_it_scores(kind, tied):
 
 def test_minimum_length_and_foreign_arguments(model):
     at = sampling(eos_ids=tuple(range(1, 20)), extra={"min_new_tokens": 5})
-    engine = GenerateEngine(model, at)
+    engine = RolloutEngine(model, at)
     lengths = [len(c) for c in engine.generate(PROMPTS, 8, seed=0).completion_ids]
     assert min(lengths) > 5 and len(set(lengths)) > 1
     with pytest.warns(UserWarning, match="no_repeat_ngram_size: completions are sampled by transformers"):
-        engine = GenerateEngine(model, sampling(temperature=0.9, extra={"no_repeat_ngram_size": 1}), 4)
+        engine = RolloutEngine(model, sampling(temperature=0.9, extra={"no_repeat_ngram_size": 1}), 4)
     first, second = (engine.generate(PROMPTS, 2, seed=0) for _ in range(2))
     assert first.completion_ids == second.completion_ids
     for prompt, completion, logps in zip(first.prompt_ids, first.completion_ids, first.sampling_per_token_logps):
@@ -169,7 +169,7 @@ def test_a_rehearsal_ends_with_a_full_cache(kind, extra, device):
         lengths.append(cache.get_seq_length())
 
     at = sampling(temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.2, known_ids=90)
-    GenerateEngine(model, at, on_cache=watch).rehearse(12, 37, rows=6, num_generations=4)
+    RolloutEngine(model, at, on_cache=watch).rehearse(12, 37, rows=6, num_generations=4)
     width = 7 if extra else 12 + 37 - 1
     assert shapes[0][0][0] == 2 and shapes[-1] == [(6, 2, width, 8)] * 2
     assert lengths[0] == 12 - 1 and lengths[-1] == 12 + 37 - 1
@@ -178,7 +178,7 @@ def test_a_rehearsal_ends_with_a_full_cache(kind, extra, device):
 @pytest.mark.parametrize("kind,extra", [("Llama", {}), ("Mistral", {"sliding_window": 64})], ids=["full", "sliding"])
 def test_a_rehearsal_has_the_peak_of_the_real_thing(kind, extra, monkeypatch):
     model = build(kind, **extra, num_hidden_layers=3)
-    engine = GenerateEngine(model, sampling(max_new_tokens=100, extra={"min_new_tokens": 100}, top_p=0.9))
+    engine = RolloutEngine(model, sampling(max_new_tokens=100, extra={"min_new_tokens": 100}, top_p=0.9))
 
     def peak(run):
         with Ledger() as ledger:

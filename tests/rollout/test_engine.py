@@ -7,7 +7,8 @@ import torch
 from conftest import make_model
 from transformers import GenerationConfig
 
-from lowvram_grpo.rollout.engine import GenerateEngine, end_ids, pad_left
+from lowvram_grpo.rollout.batch import pad_left
+from lowvram_grpo.rollout.engine import RolloutEngine, end_ids
 from lowvram_grpo.rollout.sampler import Sampling
 from lowvram_grpo.scoring import score
 
@@ -19,14 +20,14 @@ def sampling(**overrides):
 
 
 def test_greedy_equals_generate_on_ragged_prompts(model):
-    batch = GenerateEngine(model, sampling(temperature=0)).generate(PROMPTS, 2, seed=0)
+    batch = RolloutEngine(model, sampling(temperature=0)).generate(PROMPTS, 2, seed=0)
     for i, prompt in enumerate(PROMPTS):
         expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :].tolist()
         assert batch.completion_ids[2 * i] == batch.completion_ids[2 * i + 1] == expected
 
 
 def test_sampled_logps_equal_scored_ones(model):
-    engine = GenerateEngine(model, sampling(temperature=0.7, repetition_penalty=1.3, top_k=5, known_ids=30))
+    engine = RolloutEngine(model, sampling(temperature=0.7, repetition_penalty=1.3, top_k=5, known_ids=30))
     batch = engine.generate(PROMPTS, 4, seed=3)
     assert len({tuple(c) for c in batch.completion_ids}) > 6
     for prompt, completion, logps in zip(batch.prompt_ids, batch.completion_ids, batch.sampling_per_token_logps):
@@ -37,7 +38,7 @@ def test_sampled_logps_equal_scored_ones(model):
 
 
 def test_same_seed_same_completions_and_global_rng_untouched(model):
-    engine = GenerateEngine(model, sampling())
+    engine = RolloutEngine(model, sampling())
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
     first, second, other = (engine.generate(PROMPTS, 3, seed=s).completion_ids for s in (5, 5, 6))
@@ -47,32 +48,32 @@ def test_same_seed_same_completions_and_global_rng_untouched(model):
 
 def test_model_defaults_do_not_leak(model):
     """Qwen2.5 ships top_k 20 and a repetition penalty; top_k 1 would make sampling greedy."""
-    plain = GenerateEngine(model, sampling()).generate(PROMPTS, 6, seed=1).completion_ids
+    plain = RolloutEngine(model, sampling()).generate(PROMPTS, 6, seed=1).completion_ids
     model.generation_config = GenerationConfig(top_k=1, top_p=0.01, repetition_penalty=5.0, min_p=0.9, eos_token_id=1)
-    assert GenerateEngine(model, sampling()).generate(PROMPTS, 6, seed=1).completion_ids == plain
+    assert RolloutEngine(model, sampling()).generate(PROMPTS, 6, seed=1).completion_ids == plain
     assert model.generation_config.top_k == 1
 
 
 def test_samples_in_eval_mode_even_while_training_with_checkpointing(model):
-    expected = GenerateEngine(model, sampling(temperature=0)).generate(PROMPTS, 1, seed=0).completion_ids
+    expected = RolloutEngine(model, sampling(temperature=0)).generate(PROMPTS, 1, seed=0).completion_ids
     model.gradient_checkpointing_enable()
     model.train()
-    assert GenerateEngine(model, sampling(temperature=0)).generate(PROMPTS, 1, seed=0).completion_ids == expected
+    assert RolloutEngine(model, sampling(temperature=0)).generate(PROMPTS, 1, seed=0).completion_ids == expected
     assert model.training
 
 
 def test_every_end_id_ends_and_pad_may_be_one_of_them(model):
-    free = GenerateEngine(model, sampling(eos_ids=(), temperature=0)).generate(PROMPTS, 1, seed=0)
+    free = RolloutEngine(model, sampling(eos_ids=(), temperature=0)).generate(PROMPTS, 1, seed=0)
     assert all(free.truncated) and all(len(c) == 8 for c in free.completion_ids)
     stop = free.completion_ids[0][2]
-    ended = GenerateEngine(model, sampling(eos_ids=(1, stop), pad_id=stop, temperature=0)).generate(PROMPTS, 1, seed=0)
+    ended = RolloutEngine(model, sampling(eos_ids=(1, stop), pad_id=stop, temperature=0)).generate(PROMPTS, 1, seed=0)
     first = free.completion_ids[0].index(stop)
     assert ended.completion_ids[0] == free.completion_ids[0][: first + 1] and not ended.truncated[0]
     assert [len(x) for x in ended.sampling_per_token_logps] == [len(c) for c in ended.completion_ids]
 
 
 def test_ids_without_a_token_are_never_sampled(model):
-    batch = GenerateEngine(model, sampling(known_ids=12, temperature=5.0, max_new_tokens=20)).generate(
+    batch = RolloutEngine(model, sampling(known_ids=12, temperature=5.0, max_new_tokens=20)).generate(
         PROMPTS, 8, seed=0
     )
     assert max(max(c) for c in batch.completion_ids) < 12
@@ -113,7 +114,7 @@ def test_padding_does_not_change_scores_with_absolute_positions():
     torch.manual_seed(0)
     small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.4}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=41, bos_token_id=1, eos_token_id=1, **small)).eval()
-    batch = GenerateEngine(model, sampling(temperature=0.9)).generate(PROMPTS, 2, seed=0)
+    batch = RolloutEngine(model, sampling(temperature=0.9)).generate(PROMPTS, 2, seed=0)
     ids, mask = pad_left(batch.prompt_ids, 0, torch.device("cpu"))
     width = max(map(len, batch.completion_ids))
     completions = torch.tensor([[*c, *[0] * (width - len(c))] for c in batch.completion_ids])
@@ -124,9 +125,9 @@ def test_padding_does_not_change_scores_with_absolute_positions():
 
 
 def test_sampling_in_parts_keeps_groups_whole(model):
-    whole = GenerateEngine(model, sampling(temperature=0)).generate(PROMPTS, 4, seed=0)
+    whole = RolloutEngine(model, sampling(temperature=0)).generate(PROMPTS, 4, seed=0)
     for rows in (1, 4, 9):
-        parts = GenerateEngine(model, sampling(temperature=0), rows).generate(PROMPTS, 4, seed=0)
+        parts = RolloutEngine(model, sampling(temperature=0), rows).generate(PROMPTS, 4, seed=0)
         assert parts.completion_ids == whole.completion_ids and parts.prompt_ids == whole.prompt_ids
-    seen = GenerateEngine(model, sampling(), 4).generate([PROMPTS[0]] * 2, 4, seed=0).completion_ids
+    seen = RolloutEngine(model, sampling(), 4).generate([PROMPTS[0]] * 2, 4, seed=0).completion_ids
     assert seen[:4] != seen[4:]

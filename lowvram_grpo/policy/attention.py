@@ -1,0 +1,155 @@
+"""Our attention, registered with transformers under `NAME`: it attends by a layout where it is given one.
+
+Decoders hand keyword arguments of their forward pass through to the attention of each layer, and activation
+checkpointing hands them to the recomputation as well. So a layout object that comes with a pass decides who sees whom,
+and where keys and values are kept, in every architecture that goes through transformers' attention interface. Without a
+layout it is transformers' sdpa: a model may keep the setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "lowvram"
+
+
+class Unsupported(ValueError):
+    """The model's attention does something that a layout does not know; the message is a phrase for people."""
+
+
+class Layout:
+    """Who attends to whom in one pass.
+
+    Attributes:
+        calls: how many layers have attended by this layout, recomputed ones included.
+        windows: the sliding windows that they were given.
+    """
+
+    def __init__(self):
+        self.calls, self.windows = 0, set()
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        dropout: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention of query (B, heads, L, d) of layer number `layer` by its new key and value (B, KV heads, L, d);
+        returns (B, L, heads, d)."""
+        raise NotImplementedError
+
+
+def attend_causally(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float | None, dropout: float = 0.0
+) -> Tensor:
+    """softmax(scale q k^T) v, causal where there is no mask. Only without a mask do CUDA's kernels know of grouped
+    heads, and not all of them, so K and V are repeated.
+
+    On meta it is the kernel that CUDA takes: PyTorch would count the T x T tensors of its plain formula.
+    """
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = (x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for x in (k, v))
+    if q.is_meta:
+        # CUDA's kernel adds its mask, one of the dtype of q.
+        bias = None if mask is None else torch.empty_like(mask, dtype=q.dtype).expand(*q.shape[:3], k.shape[2])
+        saves = torch.is_grad_enabled()
+        fused = torch.ops.aten._scaled_dot_product_efficient_attention
+        return fused(q, k, v, bias, saves, dropout, is_causal=mask is None, scale=scale)[0]
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    attention_layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer."""
+    if attention_layout is None:
+        if query.is_meta:
+            out = attend_causally(query, key, value, attention_mask, scale=scaling, dropout=dropout)
+            return out.transpose(1, 2).contiguous(), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    for name, what in (("s_aux", "sinks"), ("position_bias", "a position bias")):
+        if kwargs.get(name) is not None:
+            raise Unsupported(f"its attention has {what}")
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise Unsupported("its attention is not causal")
+    window = kwargs.get("sliding_window")
+    attention_layout.calls += 1
+    attention_layout.windows.add(window)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = attention_layout.attend(
+        getattr(module, "layer_idx", None), query, key, value,
+        scale=scale, dropout=dropout, window=window, softcap=kwargs.get("softcap"),
+    )  # fmt: skip
+    return out.contiguous(), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def laid_out(decoder: nn.Module, layout: Layout, positions: Tensor, **inputs: Tensor) -> Tensor:
+    """(B, L, H) last hidden states of a pass by a layout, at positions (B, L). `inputs`: input_ids (B, L) or
+    inputs_embeds (B, L, H). The attention must be set to `NAME`."""
+    # A mask of four dimensions is handed through as it is, so no model spends time on making one.
+    unused = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=positions.device)
+    out = decoder(**inputs, attention_mask=unused, position_ids=positions, use_cache=False, attention_layout=layout)
+    return out.last_hidden_state
+
+
+@contextmanager
+def attention_set(decoder: nn.Module, *, keep: bool = False) -> Iterator[None]:
+    """The attention of all layers set to ours; back to what it was at the end, with `keep` only if the block fails."""
+    configs = {id(m.config): m.config for m in decoder.modules() if hasattr(m, "config")}.values()
+    before = [config._attn_implementation for config in configs]
+    done = False
+    try:
+        for config in configs:
+            config._attn_implementation = NAME
+        yield
+        done = True
+    finally:
+        if not (done and keep):
+            for config, old in zip(configs, before):
+                config._attn_implementation = old
+
+
+def layer_kinds(decoder: nn.Module) -> set[str]:
+    """The kinds of attention that a decoder's layers have, by transformers' names."""
+    return set(getattr(decoder.config.get_text_config(), "layer_types", None) or ["full_attention"])
+
+
+def check_calls(decoder: nn.Module, layout: Layout) -> None:
+    """Raises Unsupported where a pass by `layout` went past the layout somewhere."""
+    config = decoder.config.get_text_config()
+    if layout.calls != config.num_hidden_layers:
+        raise Unsupported(f"{layout.calls} of its {config.num_hidden_layers} layers attend by a given layout")
+    window = getattr(config, "sliding_window", None) if layer_kinds(decoder) != {"full_attention"} else None
+    if window is not None and window not in layout.windows:
+        raise Unsupported("its layers do not say which of them have a sliding window")

@@ -1,0 +1,108 @@
+"""Who attends to whom while completions are sampled: prompts among themselves, then one token a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from lowvram_grpo.kernels.decode_attention import Rows, decode_attention, write
+from lowvram_grpo.policy.attention import Layout, Unsupported, attend_causally
+from lowvram_grpo.rollout.cache import GroupCache
+
+# Queries at a time where scores must be made, as no fused kernel knows of soft-capping.
+_BLOCK = 256
+
+
+class PrefillLayout(Layout):
+    """One packed row (1, L) of prompts, one after another without padding, each written to its slot of the cache.
+
+    Args:
+        lengths: tokens of each prompt.
+        slots: of the cache, one a prompt.
+    """
+
+    def __init__(self, cache: GroupCache, lengths: Sequence[int], slots: Sequence[int]):
+        super().__init__()
+        self.cache, self.slots = cache, slots
+        ends = list(accumulate(lengths))
+        self.spans = list(zip([0, *ends[:-1]], ends))
+
+    def positions(self, device: torch.device) -> Tensor:
+        """(1, L) int64."""
+        return torch.cat([torch.arange(b - a) for a, b in self.spans])[None].to(device)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        dropout: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        if layer is None:
+            raise Unsupported("its layers do not say which they are")
+        prompts, _ = self.cache.layer(layer, key, value)
+        outs = []
+        for slot, (a, b) in zip(self.slots, self.spans):
+            q, k, v = (x[:, :, a:b] for x in (query, key, value))
+            write(prompts, (slot, slice(None), slice(0, b - a)), k[0], v[0])
+            outs.append(_causal(q, k, v, scale, window, softcap))
+        return torch.cat(outs, 2).transpose(1, 2)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
+    """(1, heads, L, Dv) of one prompt."""
+    length = q.shape[2]
+    windowed = window is not None and window < length
+    if softcap is None:
+        mask = _seen(0, length, window, q.device) if windowed else None
+        return attend_causally(q, k, v, mask, scale=scale)
+    q = q.unflatten(1, (k.shape[1], -1))  # (1, KVH, heads / KVH, L, D)
+    outs = []
+    for first in range(0, length, _BLOCK):
+        last = min(first + _BLOCK, length)
+        scores = (q[..., first:last, :] @ k[:, :, None, :last].transpose(3, 4) * scale).float()
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+        scores.masked_fill_(~_seen(first, last, window if windowed else None, q.device), -torch.inf)
+        outs.append(scores.softmax(-1).to(v.dtype) @ v[:, :, None, :last])
+    return torch.cat(outs, 3).flatten(1, 2)
+
+
+def _seen(first: int, last: int, window: int | None, device: torch.device) -> Tensor:
+    """(last - first, last) bool: which keys the queries from `first` on see."""
+    mask = torch.ones(last - first, last, dtype=torch.bool, device=device).tril_(first)
+    return mask if window is None else mask.triu_(first - window + 1)
+
+
+class DecodeLayout(Layout):
+    """One new token a row: (R, 1) of them."""
+
+    def __init__(self, cache: GroupCache, rows: Rows):
+        super().__init__()
+        self.cache, self.rows = cache, rows
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        dropout: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        if layer is None:
+            raise Unsupported("its layers do not say which they are")
+        prompts, own = self.cache.layer(layer, key, value)
+        q, k, v = (x[:, :, 0] for x in (query, key, value))
+        out = decode_attention(q, k, v, prompts, own, self.rows, scale=scale, window=window, softcap=softcap)
+        return out[:, None]

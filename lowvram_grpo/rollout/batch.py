@@ -1,0 +1,47 @@
+"""What a rollout returns: prompts, completions and how likely they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class RolloutBatch:
+    """B = prompts * G completions, those of one prompt adjacent. Lists are ragged: nothing is padded.
+
+    Attributes:
+        prompt_ids: one list a completion (a group shares the list).
+        completion_ids: the sampled ids, the end token included where one was drawn. Training uses these very ids.
+        sampling_per_token_logps: float32 (T_i,) log-probs at the sampling temperature, before any filter.
+        truncated: True where the length limit, not an end token, stopped the completion.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    sampling_per_token_logps: list[Tensor]
+    truncated: list[bool]
+
+    @property
+    def stop_reasons(self) -> list[str]:
+        """`stop` (an end token) or `length`, one a completion."""
+        return ["length" if cut else "stop" for cut in self.truncated]
+
+    def append(self, prompt: list[int], ids: list[int], logps: Tensor, ends: set[int]) -> None:
+        """Add a completion, cut behind its first end token. `logps` (>= len(ids),) float32."""
+        stop = next((t for t, token in enumerate(ids) if token in ends), None)
+        length = len(ids) if stop is None else stop + 1
+        self.prompt_ids.append(prompt)
+        self.completion_ids.append(ids[:length])
+        self.sampling_per_token_logps.append(logps[:length])
+        self.truncated.append(stop is None)
+
+
+def pad_left(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, P) ids and their mask."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(r)) + list(r) for r in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    return ids, mask
