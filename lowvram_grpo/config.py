@@ -25,6 +25,7 @@ SCALE_REWARDS = ("group", "batch", "none")
 IMPORTANCE_LEVELS = ("token", "sequence")
 SWITCH = ("auto", "on", "off")
 HEAD_DTYPES = ("dense", "int8", "nf4")
+KV_DTYPES = ("auto", "int8")
 
 # Accepted so that a TRL script runs unchanged; each says on screen why it does nothing when it is set.
 INERT_FIELDS = {
@@ -180,6 +181,9 @@ class GRPOConfig(TrainingArguments):
         "(ours) How lm_head (and the input embedding, where tied) is kept: dense, int8 in blocks of 64, or nf4.",
         "dense",
     )
+    kv_cache_dtype: str = _help(
+        "(ours) How rollouts keep keys and values: auto (as computed), or int8, with a scale a head and token.", "auto"
+    )
     embedding_offload: bool = _help("(ours) Keep an untied input embedding in pinned host memory.", False)
     activation_offload: bool = _help(
         "(ours) Keep checkpointed activations in pinned host memory until the backward pass.", False
@@ -249,6 +253,7 @@ class GRPOConfig(TrainingArguments):
         one_of("fused_loss", SWITCH)
         one_of("head_dtype", HEAD_DTYPES)
         one_of("shared_prefix", SWITCH)
+        one_of("kv_cache_dtype", KV_DTYPES)
         one_of("memory_probe", SWITCH)
         need(not (self.generation_batch_size and self.steps_per_generation),
              "generation_batch_size and steps_per_generation say the same thing; set one of them.")  # fmt: skip

@@ -20,10 +20,15 @@ if TYPE_CHECKING:
     from lowvram_grpo.memory.budget import Budget
     from lowvram_grpo.memory.devices import Device
 
-# Settings that are fixed once the weights are on the card; a rung of one of these means loading again.
-AT_LOAD = frozenset({"quantization", "head_dtype", "embedding_offload"})
+# Settings that are fixed once the weights are on the card; a rung of one of these means loading again. The KV cache
+# stays as it began too: what rounds the policy's samples is decided before a run, not in the middle of it.
+AT_LOAD = frozenset({"quantization", "head_dtype", "embedding_offload", "kv_cache_dtype"})
 # From the largest to the smallest: what counts as a saving, where it is not a smaller number or a switch.
-_ORDERS = {"quantization": ("none", "int8", "nf4"), "head_dtype": ("dense", "int8", "nf4")}
+_ORDERS = {
+    "quantization": ("none", "int8", "nf4"),
+    "head_dtype": ("dense", "int8", "nf4"),
+    "kv_cache_dtype": ("auto", "int8"),
+}
 _KEYS = {"summary", "vram_gib", "extends", "settings", "ladder"}
 _GIB = 2**30
 # What of a card is not ours on a working day, in GiB and as a share of a large one: desktop, driver and reserve. An 8

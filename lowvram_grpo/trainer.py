@@ -150,6 +150,7 @@ class GRPOTrainer(Trainer):
                 sampling_of(args, end_ids(model, tokenizer), tokenizer),
                 args.rollout_batch_size,
                 workspace_mib=args.workspace_mib,
+                kv_dtype=args.kv_cache_dtype,
             ),
             self.rewards,
             tokenizer,

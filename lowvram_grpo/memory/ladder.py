@@ -20,6 +20,7 @@ RELIEVES: dict[str, tuple[str, ...]] = {
     "quantization": PHASES,
     "head_dtype": PHASES,
     "embedding_offload": PHASES,
+    "kv_cache_dtype": ("rollout",),
     "rollout_batch_size": ("rollout",),
     "per_device_train_batch_size": _TRAINING,
     "activation_offload": ("forward", "backward"),
@@ -36,6 +37,7 @@ _WORDS = {
     "workspace_mib": "{} MiB of scratch memory for the vocabulary sweep",
     "optimizer_offload": "the optimizer's moments live in host memory",
     "embedding_offload": "the input embedding lives in host memory",
+    "kv_cache_dtype": "rollouts keep keys and values in {}",
     "head_dtype": "lm_head is kept in {}",
     "quantization": "the base is kept in {}",
 }

@@ -164,10 +164,7 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
         with ledger.phase("adapter"):
             model = _adapted(model, blueprint, args, ledger)
             engine, learner = _around(model, blueprint, args, stand_in, ledger)
-        kinds = set(getattr(blueprint.config.get_text_config(), "layer_types", None) or ["full_attention"])
-        # Prompts of a wave rarely have the same length. One mask does not fit layers that see windows as well.
-        ragged = blueprint.device == "cuda" and kinds == {"full_attention"}
-        rehearsal = Rehearsal(model, engine, learner, phase=ledger.phase, making=ledger.making, ragged=ragged)
+        rehearsal = Rehearsal(model, engine, learner, phase=ledger.phase, making=ledger.making)
         with _gradients_tagged(model, ledger):
             # The moments are made first: from the second step on they are there in every phase.
             optimizer = _optimizer(model, args, blueprint.device)
@@ -226,8 +223,6 @@ def _many(value: Any) -> bool:
 
 def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: StandIn, ledger: Ledger):
     """The engine and the learner that a trainer would put around the model."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     from lowvram_grpo.loss import KernelChoice
     from lowvram_grpo.objective import objective_of
     from lowvram_grpo.policy.reference import Reference
@@ -240,26 +235,10 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
     # Fewer known ids than the table has rows, as in most models: what forbids the others is counted.
     known = blueprint.config.get_text_config().vocab_size - 1
     sampling = filters_of(args, eos_ids=(0,), pad_id=0, known_ids=known)
-    engine = RolloutEngine(model, sampling, args.rollout_batch_size, workspace_mib=args.workspace_mib)
-
-    caches: list[Any] = []
-
-    def tag_cache(*_: Any) -> None:
-        for cache in caches:
-            ledger.tag("KV cache", _tensors(cache))
-
-    # A layer's cache is made anew as it grows, so what the layers before it have made is tagged as the pass goes on.
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.register_forward_hook(tag_cache)
-
-    def on_cache(cache: Any) -> None:
-        caches[:] = [cache]
-        tag_cache()
-        if "prefill" not in ledger.phases:
-            ledger.cut("prefill")
-
-    engine.on_cache = on_cache
+    engine = RolloutEngine(
+        model, sampling, args.rollout_batch_size, workspace_mib=args.workspace_mib, kv_dtype=args.kv_cache_dtype,
+        on_prefilled=lambda: ledger.cut("prefill"),
+    )  # fmt: skip
     kernels = KernelChoice("torch" if blueprint.device == "cpu" else None, False, "counting bytes")
     learner = Learner(
         model,
@@ -271,10 +250,6 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
         autocast=stand_in.autocast,
     )
     return engine, learner
-
-
-def _tensors(cache: Any) -> list[Tensor]:
-    return [x for layer in cache.layers for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
 
 
 @contextmanager

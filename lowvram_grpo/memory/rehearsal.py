@@ -86,7 +86,6 @@ class Rehearsal:
         phase: makes the context of a phase, by its name: the ledger's, or the guard's.
         backward: accumulates the gradients of a loss.
         making: makes a context in which what is made is of a category of the ledger.
-        ragged: the prompts of a wave differ in length, so that attention takes a mask.
     """
 
     def __init__(
@@ -98,16 +97,15 @@ class Rehearsal:
         phase: Callable[[str], AbstractContextManager],
         backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
         making: Callable[[str], AbstractContextManager] = lambda category: nullcontext(),
-        ragged: bool = True,
     ):
         self.model, self.engine, self.learner, self.phase, self.backward = model, engine, learner, phase, backward
-        self.making, self.ragged = making, ragged
+        self.making = making
         self.device = next(p for p in model.parameters() if p.requires_grad).device
 
     def rollout(self, work: Workload) -> None:
         rows = min(self.engine.rows or work.completions, work.completions)
         with self.phase("rollout"), self.learner.autocast(), torch.no_grad():
-            self.engine.rehearse(work.prompt, work.completion, rows, min(work.group, rows), ragged=self.ragged)
+            self.engine.rehearse(work.prompt, work.completion, rows, work.group, -(-work.completions // work.group))
 
     def gradients(self, work: Workload) -> None:
         """Scoring, forward and backward of the largest micro-batch; leaves gradients behind."""

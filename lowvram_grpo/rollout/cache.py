@@ -13,8 +13,6 @@ from torch import Tensor
 from lowvram_grpo.kernels.decode_attention import KV
 from lowvram_grpo.memory.ledger import counted_as
 
-DTYPES = ("auto", "int8")
-
 
 class GroupCache:
     """Keys and values of S prompt slots and R rows.
