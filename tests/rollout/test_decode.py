@@ -1,59 +1,67 @@
-"""The decode loop: waves, architectures, quantized heads, and what a rehearsal says of its memory."""
+"""The decode loop: architectures, rows that come and go, quantized heads and caches, and what a rehearsal says."""
 
 from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 
 import pytest
 import torch
 from conftest import make_model
+from models import LISTED, build, with_lora
 
 from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.policy.embeddings import place_embeddings
-from lowvram_grpo.rollout import decode as decode_module
-from lowvram_grpo.rollout.engine import RolloutEngine, pad_left, waves
+from lowvram_grpo.rollout import engine as engine_module
+from lowvram_grpo.rollout.batch import pad_left
+from lowvram_grpo.rollout.cache import GroupCache
+from lowvram_grpo.rollout.engine import RolloutEngine
 from lowvram_grpo.rollout.sampler import Sampling
 from lowvram_grpo.scoring import score
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
-LONG = [[3 + i % 30 for i in range(21)], [4, 5, 6], [7, 8, 9, 10, 11, 12, 13, 14, 15]]
+LONG = [[3 + i % 30 for i in range(21)], [4, 5, 6], [7], [7, 8, 9, 10, 11, 12, 13, 14, 15]]
 
 
 def sampling(**overrides):
     return Sampling(**{"max_new_tokens": 8, "eos_ids": (1,), "pad_id": 0, **overrides})
 
 
-def build(kind, **extra):
-    import transformers as t
-
-    torch.manual_seed(0)
-    small = {
-        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1,
-        "bos_token_id": 2, "initializer_range": 0.4,
-    }  # fmt: skip
-    config = t.Gemma3TextConfig if kind == "Gemma3" else getattr(t, f"{kind}Config")
-    return getattr(t, f"{kind}ForCausalLM")(config(**{**small, **extra})).eval()
+def check_logps(model, batch, temperature=1.0, atol=1e-4):
+    """Sampled log-probs against those of a forward pass over each whole sequence."""
+    for prompt, completion, logps in zip(batch.prompt_ids, batch.completion_ids, batch.sampling_per_token_logps):
+        ids, mask = pad_left([prompt], 0, torch.device("cpu"))
+        c = torch.tensor([completion])
+        scored = score(model, ids, mask, c, torch.ones_like(c), temperature=temperature, workspace_mib=1).logps[0]
+        torch.testing.assert_close(scored.detach(), logps, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize(
-    "kind,extra",
-    [
-        ("Qwen3", {}),
-        ("Mistral", {"sliding_window": 8}),
-        ("Gemma2", {"sliding_window": 8, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}),
-        ("Gemma3", {"sliding_window": 8, "query_pre_attn_scalar": 8}),
-        ("Granite", {"logits_scaling": 4.0}),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "",
-)
-def test_greedy_equals_generate_beyond_a_sliding_window(kind, extra):
-    model = build(kind, **extra)
-    batch = RolloutEngine(model, sampling(temperature=0, max_new_tokens=12)).generate(LONG, 2, seed=0)
-    for i, prompt in enumerate(LONG):
-        expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
-        assert batch.completion_ids[2 * i] == batch.completion_ids[2 * i + 1] == expected.tolist()
+@pytest.mark.parametrize("kind,extra", LISTED, ids=lambda x: x if isinstance(x, str) else "")
+def test_greedy_equals_generate(kind, extra):
+    """With LoRA on, ragged prompts, one of them a single token, beyond sliding windows, several end ids."""
+    model = with_lora(build(kind, **extra))
+    expected = []
+    for prompt in LONG:
+        found = model.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=[1, 17, 40, 41, 42]
+        )
+        expected.append(found[0, len(prompt) :].tolist())
+    at = sampling(temperature=0, max_new_tokens=12, eos_ids=(1, 17, 40, 41, 42))
+    batch = RolloutEngine(model, at).generate(LONG, 2, seed=0)
+    assert batch.completion_ids == [c for c in expected for _ in range(2)]
+    seated = RolloutEngine(model, at, 3).generate(LONG, 2, seed=0)
+    assert seated.completion_ids == batch.completion_ids
+    check_logps(model, batch, temperature=1.0)
+
+
+def test_the_listed_architectures_end_early_and_late():
+    """So that the test above sees both: some completions end by an end id, some by their length."""
+    reasons = Counter()
+    for kind, extra in LISTED:
+        at = sampling(temperature=0, max_new_tokens=12, eos_ids=(1, 17, 40, 41, 42))
+        reasons.update(RolloutEngine(with_lora(build(kind, **extra)), at).generate(LONG, 1, seed=0).stop_reasons)
+    assert min(reasons["stop"], reasons["length"]) > 5
 
 
 def test_greedy_with_a_repetition_penalty_equals_generate(model):
@@ -70,58 +78,113 @@ def test_greedy_with_a_repetition_penalty_equals_generate(model):
 
 
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.4, "top_k": 9, "top_p": 0.9, "min_p": 0.01}])
-def test_draws_do_not_depend_on_the_wave(model, settings):
-    at = sampling(**settings, max_new_tokens=12)
+def test_draws_do_not_depend_on_who_decodes_beside(model, settings, monkeypatch):
+    """Rows are moved, refilled and looked at late: what each of them says stays the same."""
+    at = sampling(**settings, max_new_tokens=12, eos_ids=(1, 5, 9))
     whole = RolloutEngine(model, at).generate(PROMPTS, 5, seed=3)
-    assert len({tuple(c) for c in whole.completion_ids}) > 10
-    for rows in (1, 2, 3, 5, 7, 10, 14):
-        parts = RolloutEngine(model, at, rows).generate(PROMPTS, 5, seed=3)
-        assert parts.completion_ids == whole.completion_ids and parts.truncated == whole.truncated
-        assert parts.prompt_ids == whole.prompt_ids
+    assert len({tuple(c) for c in whole.completion_ids}) > 9 and len({len(c) for c in whole.completion_ids}) > 3
+    moves = Counter()
+    for name in ("move_row", "move_slot"):
+        inner = getattr(GroupCache, name)
+        count = lambda self, *a, name=name, inner=inner: moves.update([name]) or inner(self, *a)
+        monkeypatch.setattr(GroupCache, name, count)
+    run = engine_module.run
+    for every in (1, 3):
+        monkeypatch.setattr(engine_module, "run", lambda decoder, every=every: run(decoder, every))
+        for rows in (1, 3, 7, 14):
+            parts = RolloutEngine(model, at, rows).generate(PROMPTS, 5, seed=3)
+            assert parts.completion_ids == whole.completion_ids and parts.truncated == whole.truncated
+            assert parts.prompt_ids == whole.prompt_ids
+            for a, b in zip(parts.sampling_per_token_logps, whole.sampling_per_token_logps):
+                torch.testing.assert_close(a, b, rtol=0, atol=5e-5)
+    assert moves["move_row"] > 10 and moves["move_slot"] > 2
     fewer = RolloutEngine(model, at).generate(PROMPTS[:2], 5, seed=3)
     assert fewer.completion_ids == whole.completion_ids[:10]
-
-
-@pytest.mark.parametrize("rows", [None, 1, 2, 3, 4, 5, 6, 9, 12, 100])
-def test_waves_are_in_order_and_no_larger_than_they_may_be(rows):
-    found = waves(3, 4, rows)
-    assert [pair for wave in found for pair in wave] == [(p, g) for p in range(3) for g in range(4)]
-    assert max(map(len, found)) <= (rows or 12)
-    if rows is not None and rows < 4:
-        assert all(len({p for p, _ in wave}) == 1 for wave in found)
-    else:
-        assert all(len(wave) % 4 == 0 for wave in found)
 
 
 def test_the_host_may_look_late(model, monkeypatch):
     at = sampling(max_new_tokens=20, eos_ids=(1, 5, 6, 7, 8, 9, 10, 11, 12))
     expected = RolloutEngine(model, at).generate(PROMPTS, 2, seed=0)
-    steps = []
-    step, decode = decode_module.Wave.step, decode_module.decode
-    monkeypatch.setattr(decode_module.Wave, "step", lambda self: steps.append(1) or step(self))
-    monkeypatch.setattr("lowvram_grpo.rollout.engine.decode", lambda wave, at: decode(wave, at, look_every=8))
+    steps, run, step = [], engine_module.run, engine_module.Decoder.step
+    monkeypatch.setattr(engine_module.Decoder, "step", lambda self: steps.append(1) or step(self))
+    monkeypatch.setattr(engine_module, "run", lambda decoder: run(decoder, look_every=8))
     late = RolloutEngine(model, at).generate(PROMPTS, 2, seed=0)
     assert late.completion_ids == expected.completion_ids and not any(expected.truncated)
     assert len(steps) % 8 == 0 and len(steps) > max(map(len, expected.completion_ids))
     assert [len(x) for x in late.sampling_per_token_logps] == [len(c) for c in late.completion_ids]
 
 
+def test_prompts_are_prefilled_in_packs(monkeypatch):
+    model = build("Llama")
+    whole = RolloutEngine(model, sampling()).generate(LONG, 2, seed=0)
+    sizes, prefill = [], engine_module.Decoder.prefill
+    monkeypatch.setattr(
+        engine_module.Decoder, "prefill", lambda self, pack: sizes.append(len(pack)) or prefill(self, pack)
+    )
+    monkeypatch.setattr("lowvram_grpo.rollout.decode.PREFILL_TOKENS", 10)
+    assert RolloutEngine(model, sampling()).generate(LONG, 2, seed=0).completion_ids == whole.completion_ids
+    assert sizes == [1, 2]  # 20 tokens, then 8 and 2; the prompt of one token has nothing to prefill
+
+
+def test_the_cache_holds_each_prompt_once():
+    model = build("Llama")
+    with Ledger() as ledger:
+        RolloutEngine(model, sampling(max_new_tokens=5)).generate([[3] * 40, [4] * 40], 4, seed=0)
+    layers, heads, width = 2, 2, 8
+    per_token = layers * heads * width * 4 * 2
+    assert ledger.phases == {}
+    held = kv_bytes(model, 5, [[3] * 40, [4] * 40], 4)
+    assert held == per_token * (2 * 39 + 8 * 5) and held < per_token * 8 * 44 / 2
+
+
+def kv_bytes(model, length, prompts, group, **settings):
+    """Bytes of category KV cache at the peak of a rollout."""
+    with Ledger() as ledger, ledger.phase("rollout") as peak:
+        ledger.ignore(*model.parameters(), *model.buffers())
+        RolloutEngine(model, sampling(max_new_tokens=length), **settings).generate(prompts, group, seed=0)
+    assert "KV cache" not in ledger.categories
+    return peak.categories["KV cache"]
+
+
+def test_an_int8_cache_takes_a_quarter_of_float32_and_a_scale():
+    model = build("Llama")
+    whole = kv_bytes(model, 5, LONG, 4)
+    assert kv_bytes(model, 5, LONG, 4, kv_dtype="int8") == whole * (8 + 4) // (8 * 4)
+
+
+@pytest.mark.parametrize("kind,extra", [("Llama", {}), ("Gemma2", {"sliding_window": 8})], ids=["Llama", "Gemma2"])
+def test_an_int8_cache_samples_nearly_the_same(kind, extra):
+    model = build(kind, **extra, initializer_range=0.2)
+    exact = RolloutEngine(model, sampling(max_new_tokens=16)).generate(LONG, 4, seed=0)
+    check_logps(model, exact)
+    rounded = RolloutEngine(model, sampling(max_new_tokens=16), kv_dtype="int8").generate(LONG, 4, seed=0)
+    check_logps(model, rounded, atol=0.1)
+    with pytest.raises(AssertionError):
+        check_logps(model, rounded, atol=1e-5)
+    same = [a == b for a, b in zip(exact.completion_ids, rounded.completion_ids)]
+    assert sum(same) > len(same) / 2
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_cache_is_gone_when_generate_returns(model, fails):
-    seen = []
+def test_the_cache_is_gone_when_generate_returns(model, fails, monkeypatch):
+    seen, layer = [], GroupCache.layer
 
-    def watch(cache):
-        seen.extend(weakref.ref(x.keys.untyped_storage()) for x in cache.layers if x.keys is not None)
-        if fails and len(seen) > 8:
+    def watch(self, *args):
+        if fails and len(seen) > 12:
             raise RuntimeError("stop")
+        found = layer(self, *args)
+        seen.extend(weakref.ref(kv.keys.untyped_storage()) for kv in found)
+        return found
 
+    RolloutEngine(model, sampling()).generate(PROMPTS, 2, seed=0)  # the model is known to decode in the engine
+    monkeypatch.setattr(GroupCache, "layer", watch)
     gc.disable()
     try:
         try:
-            batch = RolloutEngine(model, sampling(), 4, on_cache=watch).generate(PROMPTS, 2, seed=0)
-            assert all(x.device.type == "cpu" for x in batch.sampling_per_token_logps)
+            batch = RolloutEngine(model, sampling(), 4).generate(PROMPTS, 2, seed=0)
+            assert not fails and all(x.device.type == "cpu" for x in batch.sampling_per_token_logps)
         except RuntimeError as error:
-            kept = error  # and with it the frames that hold the wave
+            kept = error  # and with it the frames that hold the decoder
             assert fails and kept
         assert len(seen) > 8 and not any(ref() is not None for ref in seen)
     finally:
@@ -134,51 +197,62 @@ def test_a_quantized_head_samples_what_it_scores(kind, tied):
     model = make_model(hidden_size=64, intermediate_size=96, tie_word_embeddings=tied).requires_grad_(False)
     place_embeddings(model, head_dtype=kind, embedding_offload=not tied, device=torch.device("cpu"))
     batch = RolloutEngine(model, sampling(temperature=0.8)).generate(PROMPTS, 4, seed=0)
-    for prompt, completion, logps in zip(batch.prompt_ids, batch.completion_ids, batch.sampling_per_token_logps):
-        ids, mask = pad_left([prompt], 0, torch.device("cpu"))
-        c = torch.tensor([completion])
-        scored = score(model, ids, mask, c, torch.ones_like(c), temperature=0.8, workspace_mib=1).logps[0]
-        torch.testing.assert_close(scored, logps, rtol=0, atol=1e-4)
+    check_logps(model, batch, 0.8)
 
 
-def test_minimum_length_and_foreign_arguments(model):
+def test_minimum_length(model):
     at = sampling(eos_ids=tuple(range(1, 20)), extra={"min_new_tokens": 5})
-    engine = RolloutEngine(model, at)
-    lengths = [len(c) for c in engine.generate(PROMPTS, 8, seed=0).completion_ids]
+    lengths = [len(c) for c in RolloutEngine(model, at, 5).generate(PROMPTS, 8, seed=0).completion_ids]
     assert min(lengths) > 5 and len(set(lengths)) > 1
-    with pytest.warns(UserWarning, match="no_repeat_ngram_size: completions are sampled by transformers"):
-        engine = RolloutEngine(model, sampling(temperature=0.9, extra={"no_repeat_ngram_size": 1}), 4)
-    first, second = (engine.generate(PROMPTS, 2, seed=0) for _ in range(2))
-    assert first.completion_ids == second.completion_ids
-    for prompt, completion, logps in zip(first.prompt_ids, first.completion_ids, first.sampling_per_token_logps):
-        assert len(set(completion)) == len(completion) == len(logps)
-        ids, mask = pad_left([prompt], 0, torch.device("cpu"))
-        c = torch.tensor([completion])
-        scored = score(model, ids, mask, c, torch.ones_like(c), temperature=0.9, workspace_mib=1).logps[0].detach()
-        torch.testing.assert_close(scored, logps, rtol=0, atol=1e-4)
+
+
+def test_a_stream_is_one_completion_of_a_batch(model):
+    at = sampling(max_new_tokens=20)
+    whole = RolloutEngine(model, at).generate([PROMPTS[0]], 1, seed=5)
+    stream, found = RolloutEngine(model, at).stream(PROMPTS[0], seed=5), []
+    model.train()
+    for token in stream:
+        assert torch.is_grad_enabled()  # the caller's grad mode is the caller's
+        found.append(token)
+    assert found == whole.completion_ids[0] and len(found) > 1
+    assert model.training and model.config._attn_implementation == "sdpa"
+
+
+def test_a_stream_may_be_left(model):
+    stream = RolloutEngine(model, sampling(max_new_tokens=20)).stream(PROMPTS[0], seed=5)
+    next(stream)
+    assert model.config._attn_implementation != "sdpa"
+    stream.close()
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("kind,extra", [("Llama", {}), ("Mistral", {"sliding_window": 8})], ids=["full", "sliding"])
-def test_a_rehearsal_ends_with_a_full_cache(kind, extra, device):
+def test_a_rehearsal_ends_with_a_full_cache(kind, extra, device, monkeypatch):
     model = build(kind, **extra).to(device)
-    shapes, lengths = [], []
+    caches, prefilled, step = [], [], engine_module.Decoder._work
 
-    def watch(cache):
-        shapes.append([tuple(layer.keys.shape) for layer in cache.layers])
-        lengths.append(cache.get_seq_length())
+    def work(self, width):
+        step(self, width)
+        caches.append(
+            (width, self._ages[0], {k: tuple(x.keys.shape for x in v) for k, v in self.cache._layers.items()})
+        )
 
+    monkeypatch.setattr(engine_module.Decoder, "_work", work)
     at = sampling(temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.2, known_ids=90)
-    RolloutEngine(model, at, on_cache=watch).rehearse(12, 37, rows=6, num_generations=4)
-    width = 7 if extra else 12 + 37 - 1
-    assert shapes[0][0][0] == 2 and shapes[-1] == [(6, 2, width, 8)] * 2
-    assert lengths[0] == 12 - 1 and lengths[-1] == 12 + 37 - 1
+    engine = RolloutEngine(model, at, on_prefilled=lambda: prefilled.append(len(caches)))
+    engine.rehearse(12, 37, 6, 4, prompts=5)
+    assert prefilled == [0]
+    assert caches == [(6, 36, {0: ((3, 2, 11, 8), (6, 2, 37, 8)), 1: ((3, 2, 11, 8), (6, 2, 37, 8))})]
 
 
+@pytest.mark.parametrize("rows", [8, 6])
 @pytest.mark.parametrize("kind,extra", [("Llama", {}), ("Mistral", {"sliding_window": 64})], ids=["full", "sliding"])
-def test_a_rehearsal_has_the_peak_of_the_real_thing(kind, extra, monkeypatch):
+def test_a_rehearsal_has_the_peak_of_the_real_thing(kind, extra, rows, monkeypatch):
     model = build(kind, **extra, num_hidden_layers=3)
-    engine = RolloutEngine(model, sampling(max_new_tokens=100, extra={"min_new_tokens": 100}, top_p=0.9))
+    at = sampling(max_new_tokens=60, extra={"min_new_tokens": 60}, top_p=0.9)
+    engine = RolloutEngine(model, at, rows)
+    engine.generate([[3, 4]], 2, seed=0)
 
     def peak(run):
         with Ledger() as ledger:
@@ -186,8 +260,8 @@ def test_a_rehearsal_has_the_peak_of_the_real_thing(kind, extra, monkeypatch):
             run()
         return ledger.peak
 
-    real = peak(lambda: engine.generate([[3] * 40, [4] * 40], 4, seed=0))
-    rehearse = lambda: engine.rehearse(40, 100, rows=8, num_generations=4)
+    real = peak(lambda: engine.generate([[3] * 40, [4] * 40, [5] * 40], 4, seed=0))
+    rehearse = lambda: engine.rehearse(40, 60, rows, 4, prompts=3)
     assert peak(rehearse) == pytest.approx(real, rel=0.05)
     model.to("meta")
     # On meta, PyTorch takes its attention apart into products with a matrix of scores, which no kernel makes.

@@ -1,4 +1,4 @@
-"""Filters against transformers' own, draws against the softmax, noise against splitmix64 in Python integers."""
+"""Filters against transformers' own, one by one and together, and the distribution of what is drawn through them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from lowvram_grpo.rollout import sampler
+from lowvram_grpo.rollout.noise import stream_key
 from lowvram_grpo.rollout.sampler import (
     Sampler,
     Sampling,
-    draw,
     forbid_unknown,
-    gumbel,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     penalize_repetition,
-    stream_key,
 )
 
 IDS = torch.tensor([[3, 4, 4, 9], [0, 50, 99, 7]])
@@ -31,6 +28,17 @@ def logits(scale=4.0, vocab=100, seed=0):
 
 def keys(n, seed=0):
     return torch.tensor([stream_key(seed, 0, i) for i in range(n)])
+
+
+def sampler_for(at, ids=IDS, vocab=100):
+    sampler = Sampler(at, len(ids), vocab, torch.device("cpu"))
+    for row, prompt in enumerate(ids.tolist()):
+        sampler.admit(row, prompt)
+    return sampler
+
+
+def steps(t, n=2):
+    return torch.full((n,), t)
 
 
 @pytest.mark.parametrize(
@@ -67,74 +75,98 @@ def test_filters_apply_in_the_order_of_transformers():
         if isinstance(step, hf.TemperatureLogitsWarper):
             expected[:, [5, 6]] = -torch.inf
         expected = step(IDS, expected)
-    ours = Sampler(at, keys(2), IDS, 100)._filtered(logits(0.8) / 0.7, 2)
+    ours = sampler_for(at)._filtered(logits(0.8) / 0.7, torch.tensor([2, 0]))
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     kept = (expected > -torch.inf).sum(1)
     assert (kept > 1).all() and (kept < 30).all()
-    late = Sampler(Sampling(8, (5, 6), 0, extra={"min_new_tokens": 3}), keys(2), IDS, 100)._filtered(logits(), 3)
+    late = sampler_for(Sampling(8, (5, 6), 0, extra={"min_new_tokens": 3}))._filtered(logits(), steps(3))
     assert torch.equal(late, logits())
 
 
 def test_log_probs_are_of_the_softmax_at_the_temperature_before_any_filter():
     at = Sampling(8, (5,), 0, temperature=0.7, top_k=3, repetition_penalty=1.5, known_ids=90)
-    tokens, logps = Sampler(at, keys(2), IDS, 100)(logits(), 0)
+    tokens, logps = sampler_for(at)(logits(), keys(2), steps(0))
     expected = torch.log_softmax(logits() / 0.7, 1).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(logps, expected, rtol=1e-6, atol=1e-6)
-    greedy, logps = Sampler(Sampling(8, (5,), 0, temperature=0.0), keys(2), IDS, 100)(logits(), 0)
+    greedy, logps = sampler_for(Sampling(8, (5,), 0, temperature=0.0))(logits(), keys(2), steps(0))
     assert torch.equal(greedy, logits().argmax(1))
     torch.testing.assert_close(logps, torch.log_softmax(logits(), 1).amax(1))
 
 
-@pytest.mark.parametrize("vocab,by", [(50, "rows"), (300, "rows"), (300, "steps"), (50, "seeds")])
-def test_draws_follow_the_softmax(vocab, by):
-    """Chi-square over 20,000 draws; ids of little probability are counted together."""
-    x = torch.randn(1, vocab, generator=torch.Generator().manual_seed(1)) * 1.5
-    x[0, vocab // 2] = -torch.inf
-    n = 20_000
-    if by == "rows":
-        drawn = draw(x.expand(n, -1), keys(n), 3)
-    elif by == "steps":
-        drawn = torch.cat([draw(x.expand(100, -1), keys(100), t) for t in range(n // 100)])
-    else:
-        drawn = draw(x.expand(n, -1), torch.tensor([stream_key(s, 0, 0) for s in range(n)]), 0)
-    counts = torch.bincount(drawn, minlength=vocab).double()
-    expected = x[0].double().softmax(0) * n
-    assert counts[vocab // 2] == 0 and len(counts) == vocab
+FILTERS = {
+    "none": {},
+    "temperature": {"temperature": 0.6},
+    "top-k": {"top_k": 12},
+    "top-p": {"top_p": 0.8},
+    "min-p": {"min_p": 0.1},
+    "repetition": {"repetition_penalty": 1.5},
+    "known ids": {"known_ids": 60},
+    "minimum length": {"extra": {"min_new_tokens": 9}},
+    "all": {"temperature": 1.2, "top_k": 30, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2, "known_ids": 90},
+}
+
+
+def reference(row, prompt, settings):
+    """The distribution in float64, by transformers' processors."""
+    chain = []
+    if "extra" in settings:
+        chain.append(hf.MinNewTokensLengthLogitsProcessor(len(prompt), 9, prompt[:2].tolist(), device="cpu"))
+    if "repetition_penalty" in settings:
+        chain.append(hf.RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"]))
+    chain.append(hf.TemperatureLogitsWarper(settings.get("temperature", 1.0)))
+    if "top_k" in settings:
+        chain.append(hf.TopKLogitsWarper(settings["top_k"]))
+    if "top_p" in settings:
+        chain.append(hf.TopPLogitsWarper(settings["top_p"]))
+    if "min_p" in settings:
+        chain.append(hf.MinPLogitsWarper(settings["min_p"]))
+    row = row.double()[None].clone()
+    row[:, settings.get("known_ids", 100) :] = -torch.inf
+    for step in chain:
+        row = step(prompt[None], row)
+    return row[0].softmax(0)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_what_is_drawn_follows_the_filtered_softmax(name):
+    """Chi-square over 20,000 draws, in parts of different sizes as waves would be."""
+    row, n = logits(1.5)[0], 20_000
+    prompt = row.topk(4).indices
+    at = Sampling(16, tuple(prompt[:2].tolist()), 0, **FILTERS[name])
+    drawn = []
+    for first, last in ((0, 7_001), (7_001, n)):
+        sampler = sampler_for(at, prompt.expand(last - first, -1))
+        k = keys(n)[first:last]
+        drawn.append(sampler(row.expand(last - first, -1).clone(), k, steps(3, last - first))[0])
+    counts = torch.bincount(torch.cat(drawn), minlength=100).double()
+    expected = reference(row, prompt, FILTERS[name]) * n
+    assert counts[expected == 0].sum() == 0
+    chi2, free = chi_square(counts, expected)
+    assert chi2 < free + 4 * math.sqrt(2 * free)
+    if name != "none":
+        wrong, free = chi_square(counts, reference(row, prompt, {}) * n)
+        assert wrong > free + 20 * math.sqrt(2 * free)
+
+
+def chi_square(counts, expected):
+    """The statistic and its degrees of freedom; ids of little expectation are counted together."""
     often = expected > 10
     counts, expected = (torch.cat([v[often], v[~often].sum()[None]]) for v in (counts, expected))
-    chi2, free = float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1
-    assert abs(chi2 - free) < 4 * math.sqrt(2 * free)
+    kept = expected > 0
+    return float(((counts - expected)[kept] ** 2 / expected[kept]).sum()), int(kept.sum()) - 1
 
 
-def test_two_draws_of_one_row_are_independent():
-    x = torch.zeros(20_000, 256)
-    a, b = draw(x, keys(20_000), 0), draw(x, keys(20_000), 1)
-    table = torch.bincount((a // 32) * 8 + b // 32, minlength=64).double()
-    chi2 = float(((table - 312.5) ** 2 / 312.5).sum())
-    assert abs(chi2 - 63) < 4 * math.sqrt(2 * 63)
+def test_a_whole_engine_draws_from_the_models_softmax(model):
+    from lowvram_grpo.rollout.engine import RolloutEngine
 
-
-def test_noise_is_splitmix64_and_depends_on_key_step_and_place_alone():
-    k = stream_key(7, 2, 1)
-    noise = gumbel(torch.tensor([5, k]), 3, 1, 4)[1]
-    start = sampler._mix_int(k + (2 * 3 + 1 + 1) * sampler._GOLDEN)
-    for i, value in enumerate(noise.tolist(), 1):
-        uniform = ((sampler._mix_int(start + i * sampler._GOLDEN) >> 11) + 0.5) / 2**53
-        assert value == pytest.approx(-math.log(-math.log(uniform)), rel=1e-12)
-    assert torch.equal(noise, gumbel(torch.tensor([k]), 3, 1, 9)[0, :4])
-    # First outputs of splitmix64 with seed 0, as published with xoshiro.
-    assert sampler._mix_int(sampler._GOLDEN) == 0xE220A8397B1DCDAF
-    assert sampler._mix_int(2 * sampler._GOLDEN) == 0x6E789E6AA1B965F4
-
-
-def test_streams_do_not_meet():
-    found = {stream_key(s, p, g) for s in range(20) for p in range(20) for g in range(20)}
-    assert len(found) == 8000 and min(found) >= -(2**63) and max(found) < 2**63
-
-
-def test_a_rare_id_of_a_large_vocabulary_is_drawn_as_often_as_it_should():
-    """A running float32 sum over 151,936 ids loses the last ones."""
-    x = torch.zeros(1, 151_936).expand(100, -1)
-    drawn = torch.cat([draw(x, keys(100), t) for t in range(10)]).double() / 151_936
-    assert abs(float(drawn.mean()) - 0.5) < 4 / math.sqrt(12 * 1000)
-    assert float(drawn.max()) > 0.99 and float(drawn.min()) < 0.01
+    prompt, n = [5, 6, 7, 8], 20_000
+    batch = RolloutEngine(model, Sampling(2, (), 0, temperature=1.3), rows=6_000).generate([prompt], n, seed=1)
+    first = torch.bincount(torch.tensor([c[0] for c in batch.completion_ids]), minlength=41).double()
+    with torch.no_grad():
+        expected = (model(torch.tensor([prompt])).logits[0, -1].double() / 1.3).softmax(0)
+        second_of = int(first.argmax())
+        after = (model(torch.tensor([[*prompt, second_of]])).logits[0, -1].double() / 1.3).softmax(0)
+    second = torch.tensor([c[1] for c in batch.completion_ids if c[0] == second_of])
+    for counts, probs in ((first, expected), (torch.bincount(second, minlength=41).double(), after)):
+        chi2, free = chi_square(counts, probs * counts.sum())
+        assert free > 5 and chi2 < free + 4 * math.sqrt(2 * free)

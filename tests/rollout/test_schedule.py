@@ -1,0 +1,79 @@
+"""Seats: everyone is served once, rows and slots are never more than there are, and nobody's data is overwritten."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from lowvram_grpo.rollout.schedule import Schedule, Seat, slots_for
+
+
+def play(seed: int):
+    """A random schedule on places that hold who was written there: yields it with them after each turn."""
+    rng = random.Random(seed)
+    group, rows = rng.randint(1, 5), rng.choice([None, 1, 2, 3, 4, 7])
+    lengths = [rng.randint(1, 9) for _ in range(rng.randint(1, 6))]
+    schedule = Schedule(lengths, group, rows)
+    row_data, slot_data = [None] * schedule.rows, [None] * schedule.slots
+    chance, ended = rng.choice([0.1, 0.4, 0.9, 1.0]), []
+    while True:
+        changes = schedule.turn(ended)
+        for source, target in changes.row_moves:
+            row_data[target] = row_data[source]
+        for source, target in changes.slot_moves:
+            slot_data[target] = slot_data[source]
+        for slot, prompt in changes.prefills:
+            slot_data[slot] = prompt
+        for row in changes.admitted:
+            row_data[row] = schedule.seats[row]
+        yield schedule, lengths, group, row_data, slot_data, changes
+        if schedule.done:
+            return
+        ended = [row for row in range(len(schedule.seats)) if rng.random() < chance]
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_rows_and_slots_hold_what_their_seats_say(block):
+    for seed in range(block * 40, block * 40 + 40):
+        served, prefilled = [], []
+        everyone = set()
+        for schedule, lengths, group, rows, slots, changes in play(seed):
+            everyone = {Seat(p, g) for p in range(len(lengths)) for g in range(group)}
+            assert rows[: len(schedule.seats)] == schedule.seats and slots[: len(schedule.held)] == schedule.held
+            assert len(set(schedule.held)) == len(schedule.held)
+            assert [len(m) for m in schedule.members()] == [
+                sum(seat.prompt == p for seat in schedule.seats) for p in schedule.held
+            ]
+            assert sorted(row for m in schedule.members() for row in m) == list(range(len(schedule.seats)))
+            served += [schedule.seats[row] for row in changes.admitted]
+            prefilled += [prompt for _, prompt in changes.prefills]
+        assert len(served) == len(everyone) and set(served) == everyone
+        assert sorted(prefilled) == sorted({seat.prompt for seat in everyone})
+
+
+def test_a_row_that_ends_is_taken_over_at_once():
+    schedule = Schedule([5, 5, 5, 5], 2, rows=4)
+    schedule.turn()
+    changes = schedule.turn([1])
+    assert changes.admitted == [1] and schedule.seats[1] == Seat(2, 0) and changes.prefills == [(2, 2)]
+    assert not changes.row_moves and len(schedule.seats) == 4
+    # Prompt 0 still has its first completion, so prompt 3 waits for a slot, not for a wave.
+    assert schedule.turn([2]).admitted == [2]
+    assert schedule.turn([1]).admitted == []
+    assert schedule.turn([0]).prefills == [(0, 3)]
+
+
+def test_the_longest_prompts_come_first():
+    schedule = Schedule([2, 9, 5], 2, rows=2)
+    schedule.turn()
+    assert schedule.held == [1]
+    schedule.turn([0, 1])
+    assert schedule.held == [2]
+
+
+@pytest.mark.parametrize(
+    "rows,group,prompts,slots", [(8, 8, 1, 1), (8, 8, 4, 2), (3, 8, 4, 2), (32, 8, 4, 4), (16, 8, 9, 3)]
+)
+def test_slots_for_the_rows_and_one_more_prompt(rows, group, prompts, slots):
+    assert slots_for(rows, group, prompts) == slots
