@@ -46,8 +46,8 @@ def decode_step(model, rows: int, context: int, device: torch.device, graph: boo
     position = torch.full((rows, 1), context, device=device)
 
     def step():
-        for layer, (layer.keys, layer.values) in zip(cache.layers, before):
-            pass
+        for layer, (keys, values) in zip(cache.layers, before):
+            layer.keys, layer.values = keys, values
         return decoder(token, position_ids=position, past_key_values=cache).last_hidden_state
 
     if not graph:

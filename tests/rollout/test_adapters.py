@@ -168,7 +168,9 @@ def test_autocast(dtype):
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype) if not parameter.requires_grad else parameter.data
     autocast = lambda: torch.autocast("cpu", torch.bfloat16)
-    assert_close(inside(model, "fused", autocast), two_steps(model, autocast), 0.03)
+    with Products() as products:
+        assert_close(inside(model, "fused", autocast), two_steps(model, autocast), 0.03)
+    assert len(products.shapes("addmm_")) == 2 * 14
     with torch.no_grad(), fast_adapters(model, "fused"):  # entered outside of it: slower, and right
         found = two_steps(model, autocast)
     assert_close(found, two_steps(model, autocast), 0.03)
@@ -344,6 +346,12 @@ def test_what_is_not_plain_is_left_alone():
         model = with_lora(base, **settings)
         with torch.no_grad(), fast_adapters(model, "merged"):
             assert forwards(model) == []
+    model = with_lora()
+    layers = unwrap(model).model.layers
+    layers[1].mlp = layers[0].mlp  # the parent is shared, its layers are in one place
+    layers[1].self_attn.v_proj = layers[0].self_attn.v_proj
+    with torch.no_grad(), fast_adapters(model, "merged"):
+        assert len(forwards(model)) == 3 + 7 - 1 and "forward" not in vars(layers[0].self_attn.v_proj)
     model = with_lora()
     with torch.no_grad():
         with model.disable_adapter(), fast_adapters(model, "merged"):
