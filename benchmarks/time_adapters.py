@@ -3,7 +3,7 @@
     python benchmarks/time_adapters.py MODEL [--dtype bfloat16] [--device cuda] [--graph]
 
 MODEL is a folder or a hub id. Times are medians of a step over rounds in which each mode has its turn; the ratio is the
-median of each round's own. `--graph` replays the step from a CUDA graph, as rollouts do.
+median of each round's own. `--autocast` computes in DTYPE as training does; `--graph` replays a CUDA graph.
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ def decode_step(model, rows: int, context: int, device: torch.device, graph: boo
     """A call that feeds one token a row to the decoder behind `context` tokens, always the same step."""
     decoder = unwrap(model).model
     cache = DynamicCache(config=decoder.config)
-    decoder(torch.ones(rows, context, dtype=torch.long, device=device), past_key_values=cache)
+    token, position = torch.full((2, rows, 1), context, device=device)
+    decoder(token.expand(-1, context), past_key_values=cache)
     before = [(layer.keys, layer.values) for layer in cache.layers]
-    token = torch.ones(rows, 1, dtype=torch.long, device=device)
-    position = torch.full((rows, 1), context, device=device)
 
     def step():
         for layer, (keys, values) in zip(cache.layers, before):
@@ -53,6 +52,7 @@ def decode_step(model, rows: int, context: int, device: torch.device, graph: boo
     if not graph:
         return step
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             step()
@@ -60,23 +60,22 @@ def decode_step(model, rows: int, context: int, device: torch.device, graph: boo
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
         step()
-    return captured.replay
+    return lambda kept=step: captured.replay()  # the graph reads tensors that only `step` holds
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--autocast", action="store_true", help="run in --dtype by autocast, as training does")
-    parser.add_argument("--graph", action="store_true")
+    for flag in ("--autocast", "--graph"):
+        parser.add_argument(flag, action="store_true")
     for name, value in {"rows": 8, "context": 64, "rank": 16, "rounds": 7, "steps": 10}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    o = parser.parse_args()
+    o = parser.parse_args(arguments)
     dtype = getattr(torch, o.dtype)
     model = with_adapter(o.model, o.device, dtype, o.rank)
-    found: dict[str, list[float]] = {mode: [] for mode in MODES}
-    enter: dict[str, list[float]] = {mode: [] for mode in MODES}
+    found, around = {mode: [] for mode in MODES}, {mode: [] for mode in MODES}
     sync = torch.cuda.synchronize if o.device.type == "cuda" else lambda: None
     with torch.no_grad(), torch.autocast(o.device.type, dtype) if o.autocast else nullcontext():
         for _ in range(o.rounds):
@@ -90,11 +89,11 @@ def main() -> None:
                     found[mode].append(timed(step, o.device, 60.0, most=o.steps)["ms"])
                     left = time.perf_counter()
                 sync()
-                enter[mode].append((time.perf_counter() - left + entered - start) * 1e3)
+                around[mode].append((time.perf_counter() - left + entered - start) * 1e3)
     for mode in MODES:
         ratio = statistics.median(b / a for a, b in zip(found["off"], found[mode]))
-        ms, around = statistics.median(found[mode]), statistics.median(enter[mode])
-        print(f"{mode:7} {ms:9.3f} ms a step, {ratio:.3f} of peft's; {around:9.2f} ms to enter and leave")
+        ms, once = statistics.median(found[mode]), statistics.median(around[mode])
+        print(f"{mode:7} {ms:9.3f} ms a step, {ratio:.3f} of peft's; {once:9.2f} ms to enter and leave")
 
 
 if __name__ == "__main__":

@@ -68,10 +68,11 @@ def fast_adapters(model: nn.Module, mode: str = "auto") -> Iterator[None]:
         mode: `fused`; `merged` (layers whose base is quantized, or whose weight something else reads too, are fused);
             `off`; `auto`, which is `fused`.
 
-    `auto` never merges. In 16 bits W + s B A is rounded to the dtype of W, and an adapter that has learned little falls
-    below its last bit: with B of 3e-4 in size, 4 % of SmolLM2-135M's bfloat16 weights change at all, and the log-probs
-    are as far from the adapter's as if there were none. In float32 it costs nothing but as many bytes of host memory
-    as the merged weights have (pinned on CUDA) and the time of two copies.
+    `auto` never merges. A step of 8 rows on a CPU takes 0.89 to 0.96 of peft's time fused and 0.65 to 0.89 merged
+    (SmolLM2-135M and MiniMind2-small, r = 16), but in 16 bits W + s B A is rounded to the dtype of W, and an adapter
+    that has learned little falls below its last bit: with B of 3e-4 in size, 4 % of SmolLM2's bfloat16 weights change
+    at all, and the log-probs are as far from the adapter's as if there were none. In float32 merging rounds nothing
+    away, and costs as many bytes of host memory as the merged weights have (pinned on CUDA) and two copies of them.
 
     Raises:
         UserError: no such mode.

@@ -412,3 +412,10 @@ def test_a_model_without_an_adapter_is_no_matter():
 def test_an_unknown_mode_is_named():
     with pytest.raises(UserError, match="'fast'"), fast_adapters(make_model(), "fast"):
         pass
+
+
+def test_the_benchmark_runs(model_dir, capsys):
+    from time_adapters import main
+
+    main([model_dir, "--device", "cpu", "--rounds", "1", "--steps", "1", "--context", "9"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["off", "fused", "merged"]
