@@ -176,7 +176,12 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
             if args.optimizer_offload:
                 ledger.ignore(*(x for state in optimizer.state.values() for x in state.values() if _many(x)))
             model.zero_grad()
-            rehearsal.rollout(work)
+            if args.use_vllm:  # completions come from elsewhere, and what is held in the meantime is still held
+                for phase in ("prefill", "rollout"):
+                    with ledger.phase(phase):
+                        pass
+            else:
+                rehearsal.rollout(work)
             rehearsal.gradients(work)
             rehearsal.optimizer(optimizer)
     return ledger.phases
@@ -228,6 +233,7 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
     """The engine and the learner that a trainer would put around the model."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    from lowvram_grpo.correction import correction_of
     from lowvram_grpo.loss import KernelChoice
     from lowvram_grpo.objective import objective_of
     from lowvram_grpo.policy.reference import Reference
@@ -269,6 +275,7 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
         args,
         steps_per_rollout=args.batch_plan().steps_per_rollout,
         autocast=stand_in.autocast,
+        correction=correction_of(args),
     )
     return engine, learner
 
