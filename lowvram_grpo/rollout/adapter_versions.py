@@ -79,6 +79,10 @@ class AdapterVersions:
         self.current, self._digest = Version(number, name, folder), digest
         return self.current
 
+    def forget(self) -> None:
+        """Save again at the next `renew`, whatever the weights are."""
+        self._digest = b""
+
     def remove(self, version: Version) -> None:
         shutil.rmtree(self.folder / version.name, ignore_errors=True)
 

@@ -79,10 +79,16 @@ class VLLMEngine:
             UserError: vLLM does not do it; the sentence says why.
         """
         self._fit(max(map(len, prompt_ids)))
-        self._publish()
-        batch = RolloutBatch([], [], [], [])
         seeds = [prompt_seed(seed, i) for i in range(len(prompt_ids))]
-        for prompt, completions in zip(prompt_ids, self._complete(prompt_ids, num_generations, seeds)):
+        try:
+            self._publish()
+            found = self._complete(prompt_ids, num_generations, seeds)
+        except UserError:
+            # What a person mends often takes a new server, which has no adapter yet.
+            self.versions.forget()
+            raise
+        batch = RolloutBatch([], [], [], [])
+        for prompt, completions in zip(prompt_ids, found):
             for completion in completions:
                 self._append(batch, prompt, completion)
         return batch

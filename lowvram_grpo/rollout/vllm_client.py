@@ -8,7 +8,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import socket
 import time
 from typing import Any
 from urllib import request
@@ -90,7 +89,7 @@ class VLLMClient:
         except HTTPError as error:
             return error.code, _parsed(error.read())
         except URLError as error:
-            if isinstance(error.reason, (TimeoutError, socket.timeout)):
+            if isinstance(error.reason, TimeoutError):
                 raise TimeoutError(str(error.reason)) from error
             raise
 

@@ -89,7 +89,8 @@ class FakeVLLM:
             reported = (hot if self.processed else logits.log_softmax(0)) - self.drift
             ids.append(token)
             logps.append(float(reported[token]))
-            top.append({f"token {int(i)}": float(reported[i]) for i in reported.topk(body["logprobs"]).indices})
+            best = reported.topk(body["logprobs"]).indices.tolist()  # behind the sampled one
+            top.append({f"token {i}": float(reported[i]) for i in [token, *best]})
             if token in body["stop_token_ids"]:
                 reason = "stop"
         choice = {

@@ -84,11 +84,12 @@ def test_the_adapter_the_server_has_is_the_one_that_was_trained(train):
 
 def test_every_sampling_argument_is_spelled_out(train):
     fake = FakeVLLM(make_model)
-    train(
+    trainer = train(
         fake, max_steps=1, top_p=0.9, top_k=7, min_p=0.05, repetition_penalty=1.1,
         generation_kwargs={"min_new_tokens": 2, "presence_penalty": 0.5},
     )  # fmt: skip
     sent = fake.asked("/v1/completions")[-1]
+    assert any("not judged" in text for text in trainer.observer.said)
     expected = {
         "temperature": 1.0, "top_p": 0.9, "top_k": 7, "min_p": 0.05, "repetition_penalty": 1.1, "n": 4,
         "presence_penalty": 0.5, "frequency_penalty": 0.0, "max_tokens": 6, "min_tokens": 2, "stop_token_ids": [1],
@@ -221,12 +222,15 @@ def test_a_server_that_does_not_answer_in_time(server):
             engine.generate([[5]], 2, seed=0)
 
 
-def test_a_server_that_is_gone(server):
+def test_a_server_that_is_gone_and_one_that_takes_its_place(server):
     with serving(FakeVLLM(make_model).answer) as url:
         engine = server(url)
-        engine.generate([[5]], 2, seed=0)
+        before = engine.generate([[5]], 2, seed=0)
     with pytest.raises(UserError, match="no longer answers"):
         engine.generate([[5]], 2, seed=0)
+    with serving(FakeVLLM(make_model).answer) as url:
+        engine.client.url = url
+        assert engine.generate([[5]], 2, seed=0).completion_ids == before.completion_ids
 
 
 def test_no_server_at_all_and_something_else_in_its_place():
