@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from lowvram_grpo.correction import CORRECTION_MODES
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.ranges import TRAINING_RANGES, check_ranges
 
@@ -26,6 +27,7 @@ IMPORTANCE_LEVELS = ("token", "sequence")
 SWITCH = ("auto", "on", "off")
 HEAD_DTYPES = ("dense", "int8", "nf4")
 KV_DTYPES = ("auto", "int8")
+ADAPTER_MODES = ("auto", "fused", "merged", "off")
 
 # Accepted so that a TRL script runs unchanged; each says on screen why it does nothing when it is set.
 INERT_FIELDS = {
@@ -39,14 +41,24 @@ INERT_FIELDS = {
     "cast_lm_head_to_fp32": "logits are always computed in float32 here, tile by tile",
     "use_liger_kernel": "the loss head is already fused here (fused_loss)",
     "use_transformers_continuous_batching": "rollouts have their own engine",
-    "use_vllm": "vLLM is not supported yet; completions are sampled from the training weights themselves",
+    "vllm_structured_outputs_regex": "completions are sampled without a grammar",
+    "vllm_guided_decoding_regex": "completions are sampled without a grammar",
+    "vllm_group_port": "weights go to vLLM as LoRA adapters, which takes no communicator",
+    "vllm_device": "a colocated vLLM runs on the card that trains",
+    "vllm_dtype": "vLLM takes the model's own dtype, and a server its --dtype",
+    "vllm_enable_prefix_caching": "vLLM decides itself; no version of an adapter finds the cache of another",
+    "vllm_tensor_parallel_size": "a colocated vLLM runs on one card, and a server takes --tensor-parallel-size",
 }
-_VLLM_REASON = "vLLM is not supported yet"
+VLLM_MODES = ("server", "colocate")
+_ONLY_SERVER = ("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+                "vllm_adapter_server_dir", "vllm_server_model")  # fmt: skip
+_ONLY_COLOCATED = ("vllm_model_impl", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization",
+                   "vllm_max_model_length", "vllm_max_model_len")  # fmt: skip
 
 
 def why_inert(name: str) -> str | None:
     """Why a field does nothing here; None where it does something."""
-    return _VLLM_REASON if name.startswith("vllm_") else INERT_FIELDS.get(name)
+    return INERT_FIELDS.get(name)
 
 
 def _help(text: str, default: Any = None, **kwargs: Any) -> Any:
@@ -126,30 +138,35 @@ class GRPOConfig(TrainingArguments):
     use_transformers_continuous_batching: bool = _help("(no effect)", False)
     ds3_gather_for_generation: bool = _help("(no effect yet)", True)
 
-    # vLLM: names kept, no effect yet
-    use_vllm: bool = _help("(no effect yet)", False)
-    vllm_mode: str = _help("(no effect yet)", "colocate")
-    vllm_model_impl: str = _help("(no effect yet)", "vllm")
-    vllm_enable_sleep_mode: bool = _help("(no effect yet)", False)
-    vllm_structured_outputs_regex: str | None = _help("(no effect yet)")
-    vllm_guided_decoding_regex: str | None = _help("(no effect yet)")
-    vllm_server_base_url: str | None = _help("(no effect yet)")
-    vllm_server_host: str = _help("(no effect yet)", "0.0.0.0")
-    vllm_server_port: int = _help("(no effect yet)", 8000)
-    vllm_server_timeout: float = _help("(no effect yet)", 240.0)
-    vllm_group_port: int = _help("(no effect yet)", 51216)
-    vllm_device: str | None = _help("(no effect yet)")
-    vllm_dtype: str | None = _help("(no effect yet)")
-    vllm_gpu_memory_utilization: float = _help("(no effect yet)", 0.3)
-    vllm_max_model_length: int | None = _help("(no effect yet)")
-    vllm_max_model_len: int | None = _help("(no effect yet)")
-    vllm_enable_prefix_caching: bool | None = _help("(no effect yet)")
-    vllm_tensor_parallel_size: int = _help("(no effect yet)", 1)
-    vllm_importance_sampling_correction: bool = _help("(no effect yet)", True)
-    vllm_importance_sampling_mode: str = _help("(no effect yet)", "token_truncate")
-    vllm_importance_sampling_cap: float | None = _help("(no effect yet)")
-    vllm_importance_sampling_clip_max: float | None = _help("(no effect yet)")
-    vllm_importance_sampling_clip_min: float | None = _help("(no effect yet)")
+    # vLLM (docs/vllm.md)
+    use_vllm: bool = _help("Let vLLM sample the completions (docs/vllm.md).", False)
+    vllm_mode: str = _help("server: a vLLM server that is running; colocate: vLLM on the card that trains.", "colocate")
+    vllm_model_impl: str = _help("Implementation that a colocated vLLM runs: vllm or transformers.", "vllm")
+    vllm_enable_sleep_mode: bool = _help("Let a colocated vLLM give its memory back between rollouts.", False)
+    vllm_structured_outputs_regex: str | None = _help("(no effect)")
+    vllm_guided_decoding_regex: str | None = _help("(no effect)")
+    vllm_server_base_url: str | None = _help("Where the server is, http://host:port; unset: host and port below.")
+    vllm_server_host: str = _help("Host of the server.", "0.0.0.0")
+    vllm_server_port: int = _help("Port of the server.", 8000)
+    vllm_server_timeout: float = _help("Seconds to wait for the server to come up, and for each answer.", 240.0)
+    vllm_server_model: str | None = _help("(ours) Name under which the server serves the base model, if it differs.")
+    vllm_adapter_dir: str | None = _help("(ours) Folder through which vLLM gets the adapter; unset: in output_dir.")
+    vllm_adapter_server_dir: str | None = _help("(ours) That folder's path as the server sees it, if it differs.")
+    vllm_group_port: int = _help("(no effect)", 51216)
+    vllm_device: str | None = _help("(no effect)")
+    vllm_dtype: str | None = _help("(no effect)")
+    vllm_gpu_memory_utilization: float = _help("Share of the card's memory that a colocated vLLM takes.", 0.3)
+    vllm_max_model_length: int | None = _help("Longest prompt and completion of a colocated vLLM; unset: as needed.")
+    vllm_max_model_len: int | None = _help("TRL's earlier name of vllm_max_model_length.")
+    vllm_enable_prefix_caching: bool | None = _help("(no effect)")
+    vllm_tensor_parallel_size: int = _help("(no effect)", 1)
+    vllm_importance_sampling_correction: bool = _help("Weigh vLLM's tokens by how likely they are here.", True)
+    vllm_importance_sampling_mode: str = _help(
+        "token_truncate, token_mask, sequence_truncate or sequence_mask (docs/vllm.md).", "sequence_mask"
+    )
+    vllm_importance_sampling_cap: float | None = _help("TRL's earlier name of vllm_importance_sampling_clip_max.")
+    vllm_importance_sampling_clip_max: float | None = _help("Upper bound of that weight.", 3.0)
+    vllm_importance_sampling_clip_min: float | None = _help("Lower bound of that weight.")
 
     # Objective
     learning_rate: float = _help("Peak learning rate.", 1e-6)
@@ -183,6 +200,11 @@ class GRPOConfig(TrainingArguments):
     )
     kv_cache_dtype: str = _help(
         "(ours) How rollouts keep keys and values: auto (as computed), or int8, with a scale a head and token.", "auto"
+    )
+    rollout_adapters: str = _help(
+        "(ours) How rollouts run LoRA layers: fused, merged into 16- or 32-bit weights (which come back bit for bit), off "
+        "(as peft does), or auto, which is fused.",
+        "auto",
     )
     embedding_offload: bool = _help("(ours) Keep an untied input embedding in pinned host memory.", False)
     activation_offload: bool = _help(
@@ -223,6 +245,7 @@ class GRPOConfig(TrainingArguments):
         # True and False are what TRL's first versions took.
         self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
         self._check_ranges()
+        self._settle_vllm()
         if self.warmup_ratio is not None and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio
         self._emulated_bf16 = bool(self.bf16) and not self.use_cpu and not _has_bf16()
@@ -254,7 +277,10 @@ class GRPOConfig(TrainingArguments):
         one_of("head_dtype", HEAD_DTYPES)
         one_of("shared_prefix", SWITCH)
         one_of("kv_cache_dtype", KV_DTYPES)
+        one_of("rollout_adapters", ADAPTER_MODES)
         one_of("memory_probe", SWITCH)
+        one_of("vllm_mode", VLLM_MODES)
+        one_of("vllm_importance_sampling_mode", CORRECTION_MODES)
         need(not (self.generation_batch_size and self.steps_per_generation),
              "generation_batch_size and steps_per_generation say the same thing; set one of them.")  # fmt: skip
         need(not self.auto_find_batch_size,
@@ -264,6 +290,23 @@ class GRPOConfig(TrainingArguments):
             cold in ("auto", "off") or cold.isdigit(),
             f"cold_start is {cold!r}; it must be auto, off, or a number of steps.",
         )
+
+    def _settle_vllm(self) -> None:
+        """TRL's earlier names become the later ones; the bounds of the correction must leave room between them."""
+        if self.vllm_importance_sampling_cap is not None:
+            self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
+        if self.vllm_max_model_length is None:
+            self.vllm_max_model_length = self.vllm_max_model_len
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise UserError(
+                f"vllm_importance_sampling_clip_min is {low} and clip_max {high}; the first must be below the second."
+            )
+        if low is high is None and self.vllm_importance_sampling_mode.endswith("truncate"):
+            raise UserError(
+                f"vllm_importance_sampling_mode {self.vllm_importance_sampling_mode} needs a bound; set "
+                "vllm_importance_sampling_clip_max."
+            )
 
     def batch_plan(self) -> BatchPlan:
         """Derive prompts, updates and micro-batches from whichever of the fields were set. Never fails on divisibility:
@@ -292,9 +335,15 @@ class GRPOConfig(TrainingArguments):
             for name, why in INERT_FIELDS.items()
             if getattr(self, name) != default[name]
         ]
-        vllm = [n for n in default if n.startswith("vllm_") and getattr(self, n) != default[n]]
-        if vllm:
-            said.append(f"{', '.join(vllm)} {'has' if len(vllm) == 1 else 'have'} no effect: {_VLLM_REASON}.")
+        idle = [
+            name
+            for name in default
+            if name.startswith("vllm_") and name not in INERT_FIELDS and not self._vllm_reads(name)
+            if getattr(self, name) != default[name]
+        ]
+        if idle:
+            where = f"with vllm_mode {self.vllm_mode}" if self.use_vllm else "without use_vllm"
+            said.append(f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect {where}.")
         plan, asked = self.batch_plan(), self.per_device_train_batch_size * self.gradient_accumulation_steps
         if self.prompts_per_step is None and plan.updates_per_rollout == 1 and plan.completions_per_rollout != asked \
                 and not (self.steps_per_generation or self.generation_batch_size):  # fmt: skip
@@ -324,6 +373,9 @@ class GRPOConfig(TrainingArguments):
         if self.world_size > 1:
             said.append("more than one process is not supported yet; results are only tested on one.")
         return said
+
+    def _vllm_reads(self, name: str) -> bool:
+        return self.use_vllm and name not in (_ONLY_COLOCATED if self.vllm_mode == "server" else _ONLY_SERVER)
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, default=str)

@@ -49,7 +49,8 @@ class MicroBatch:
         prompt_ids, prompt_mask: (b, P) left-padded.
         completion_ids, completion_mask: (b, T) right-padded; the mask marks tokens that were sampled.
         loss_mask: (b, T) bool, tokens the loss counts (truncated completions may be left out).
-        weights: (b, T) float32, see objective.token_weights.
+        weights: (b, T) float32, see objective.token_weights; times those of correction.py once the policy has scored
+            the tokens, where another engine drew them.
         advantages: (b,) float32.
         sampling_per_token_logps: (b, T) float32.
         old_per_token_logps, ref_per_token_logps: (b, T) float32, filled in by the trainer where the loss needs them.

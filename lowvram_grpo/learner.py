@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.config import GRPOConfig
+from lowvram_grpo.correction import Correction
 from lowvram_grpo.experience import MicroBatch
 from lowvram_grpo.loss import KernelChoice, LossSums, micro_loss, wanted_rows
 from lowvram_grpo.objective import Objective
@@ -28,6 +30,7 @@ class Learner:
     Args:
         args: read anew at each pass: savers may be switched on in the middle of a run.
         steps_per_rollout: optimizer steps that a rollout serves.
+        correction: weighs each token by how likely it is here and was to the sampler, where those differ.
         autocast: makes the context in which sampler and scorer compute.
     """
 
@@ -41,9 +44,10 @@ class Learner:
         *,
         steps_per_rollout: int,
         autocast: Callable[[], AbstractContextManager],
+        correction: Correction | None = None,
     ):
         self.model, self.reference, self.objective, self.kernels, self.args = model, reference, objective, kernels, args
-        self.steps_per_rollout, self.autocast = steps_per_rollout, autocast
+        self.steps_per_rollout, self.autocast, self.correction = steps_per_rollout, autocast, correction
         head = head_of(unwrap(model))
         if not head.trainable:
             # Known from now on; the first backward pass would find it out at its fullest moment.
@@ -85,6 +89,9 @@ class Learner:
             states = lambda reference: scored_states(reference, *micro.sequence(), **self._sharing(micro, reference))
             ref_states = self.frozen(states, reference=True)
         scores = self.score(micro, ref_states=ref_states)
+        if micro.old_per_token_logps is None:
+            # These are the log-probs before the first update, so the correction needs no scoring pass of its own.
+            micro = replace(micro, weights=self.corrected_weights(micro, scores.logps))
         return micro_loss(scores, micro, self.objective, self.kernels.fused), scores
 
     def learning(self, update: list[MicroBatch]) -> list[bool]:
@@ -96,11 +103,19 @@ class Learner:
         return learns
 
     def prepare(self, micro: MicroBatch) -> None:
-        """Fill in what is computed once a rollout: old log-probs where it serves several steps, and the reference's
-        unless it rides along in each step's sweep."""
+        """Fill in what is computed once a rollout: old log-probs where it serves several steps, with the weights that
+        follow from them, and the reference's unless it rides along in each step's sweep."""
         if self.steps_per_rollout > 1:
             micro.old_per_token_logps = self.score_frozen(micro)
+            micro.weights = self.corrected_weights(micro, micro.old_per_token_logps)
         self.add_reference(micro)
+
+    def corrected_weights(self, micro: MicroBatch, scored: Tensor) -> Tensor:
+        """(b, T) weights of the loss, given the policy's log-probs before its first update on these tokens."""
+        if self.correction is None:
+            return micro.weights
+        ratio = self.correction.weights(scored, micro.sampling_per_token_logps, micro.completion_mask)
+        return micro.weights * ratio
 
     def add_reference(self, micro: MicroBatch) -> None:
         if self.reference is not None and not self.joint_reference:

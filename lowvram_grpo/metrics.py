@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from lowvram_grpo.correction import Correction, quotients
 from lowvram_grpo.loss import LossSums
 from lowvram_grpo.scoring import Scores
 
@@ -110,20 +111,38 @@ class UpdateSums:
         return found
 
 
-def sampler_metrics(scored: Tensor, sampled: Tensor, mask: Tensor) -> dict[str, float]:
-    """How far the trainer's log-probs (b, T) are from the sampler's, before the first update on them."""
+def sampler_metrics(
+    scored: Tensor, sampled: Tensor, mask: Tensor, correction: Correction | None = None
+) -> dict[str, float]:
+    """How far the trainer's log-probs (b, T) are from the sampler's, before the first update on them.
+
+    With a correction the ratios under TRL's name are those that were applied, as there, and the quotients themselves
+    stand beside them."""
     mask = mask.bool()
     if not bool(mask.any()):
         return {}
-    difference = (scored - sampled)[mask]
-    ratio = difference.clamp(-20, 20).exp()
-    return {
-        "sampling/sampling_logp_difference/mean": float(difference.abs().mean()),
-        "sampling/sampling_logp_difference/max": float(difference.abs().max()),
-        "sampling/importance_sampling_ratio/min": float(ratio.min()),
-        "sampling/importance_sampling_ratio/mean": float(ratio.mean()),
-        "sampling/importance_sampling_ratio/max": float(ratio.max()),
+    difference = (scored - sampled)[mask].abs()
+    found = {
+        "sampling/sampling_logp_difference/mean": float(difference.mean()),
+        "sampling/sampling_logp_difference/max": float(difference.max()),
     }
+    raw = quotients(scored, sampled, mask)
+    if correction is None:
+        return found | _spread("sampling/importance_sampling_ratio", raw[mask])
+    # A completion without a token has no weight.
+    applied = correction.weights(scored, sampled, mask)
+    if correction.per_sequence:
+        raw = quotients(scored, sampled, mask, per_sequence=True)
+        applied, raw = applied[mask.any(1), 0], raw[mask.any(1), 0]
+    else:
+        applied, raw = applied[mask], raw[mask]
+    found |= _spread("sampling/importance_sampling_ratio", applied)
+    found |= _spread("sampling/raw_importance_sampling_ratio", raw)
+    return found | {"sampling/corrected_share": float((applied != raw).float().mean())}
+
+
+def _spread(name: str, values: Tensor) -> dict[str, float]:
+    return {f"{name}/{kind}": float(getattr(values, kind)()) for kind in ("min", "mean", "max")}
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from lowvram_grpo.batching import PromptLoader, PromptSampler
 from lowvram_grpo.config import GRPOConfig
+from lowvram_grpo.correction import correction_of
 from lowvram_grpo.data import check_dataset
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.experience import MicroBatch, Rollout, load_updates, save_updates, split, updates_of
@@ -42,7 +43,8 @@ from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.rewards.runner import RewardRunner, check_columns
 from lowvram_grpo.rollout.collect import Collector, reward_columns
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids
-from lowvram_grpo.rollout.sampler import sampling_of
+from lowvram_grpo.rollout.sampler import Sampling, sampling_of
+from lowvram_grpo.rollout.vllm import VLLMEngine, check_vllm, vllm_engine
 from lowvram_grpo.run.completions import CompletionsLog, as_text
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.savers import TrainerGuard
@@ -101,6 +103,8 @@ class GRPOTrainer(Trainer):
         set_seed(args.seed)
         name = model if isinstance(model, str) else unwrap(model).config._name_or_path
         tokenizer = processing_class or load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+        if args.use_vllm:
+            check_vllm(args)
         cap(args)
         model = build_policy(model, args, quantization_config, peft_config, self.observer.notice)
         self.plan, self.grpo_args = args.batch_plan(), args
@@ -133,6 +137,7 @@ class GRPOTrainer(Trainer):
             args,
             steps_per_rollout=self.plan.steps_per_rollout,
             autocast=self.compute_loss_context_manager,
+            correction=correction_of(args),
         )
         self.rewards = RewardRunner(
             reward_funcs,
@@ -145,13 +150,7 @@ class GRPOTrainer(Trainer):
         )
         self.guard = TrainerGuard(self, ladder)
         self.collector = Collector(
-            RolloutEngine(
-                model,
-                sampling_of(args, end_ids(model, tokenizer), tokenizer),
-                args.rollout_batch_size,
-                workspace_mib=args.workspace_mib,
-                kv_dtype=args.kv_cache_dtype,
-            ),
+            _engine(args, model, sampling_of(args, end_ids(model, tokenizer), tokenizer)),
             self.rewards,
             tokenizer,
             self.guard,
@@ -285,7 +284,7 @@ class GRPOTrainer(Trainer):
         return optimizer
 
     def _add_sampler_gap(self, micro: MicroBatch, logps: Tensor) -> None:
-        gap = sampler_metrics(logps, micro.sampling_per_token_logps, micro.completion_mask)
+        gap = sampler_metrics(logps, micro.sampling_per_token_logps, micro.completion_mask, self.learner.correction)
         self.metrics["train"].add(gap)
 
     def collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
@@ -425,6 +424,16 @@ class GRPOTrainer(Trainer):
         if self.reference is not None:
             self.reference.restore(resume_from_checkpoint)
         self._updates = load_updates(resume_from_checkpoint, self.args.device) or self._updates
+
+
+def _engine(args: GRPOConfig, model: nn.Module, sampling: Sampling) -> RolloutEngine | VLLMEngine:
+    """What samples: the training weights, or vLLM."""
+    if args.use_vllm:
+        return vllm_engine(args, model, sampling)
+    return RolloutEngine(
+        model, sampling, args.rollout_batch_size, workspace_mib=args.workspace_mib, kv_dtype=args.kv_cache_dtype,
+        adapters=args.rollout_adapters,
+    )  # fmt: skip
 
 
 def _for_transformers(args: GRPOConfig) -> GRPOConfig:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowvram_grpo.checks import Signal, self_test, signal_of
+from lowvram_grpo.checks import Elsewhere, Signal, self_test, signal_of
 from lowvram_grpo.cold_start import REFERENCE_COLUMN, ColdStart, reference_ids
 from lowvram_grpo.encoding import prompt_length_report
 from lowvram_grpo.errors import UserError, counted
@@ -193,8 +193,24 @@ def _self_test(trainer: GRPOTrainer, rollout: Rollout) -> None:
     if trainer.reference is not None:
         with trainer.reference.active() as model:
             reference = trainer.learner.score_frozen(micro, model)
-    text = self_test(micro.sampling_per_token_logps, scored, reference, micro.completion_mask, _coarsest_dtype(trainer))
+    text = self_test(
+        micro.sampling_per_token_logps,
+        scored,
+        reference,
+        micro.completion_mask,
+        _coarsest_dtype(trainer),
+        elsewhere=_elsewhere(trainer),
+    )
     trainer.observer.notice(text)
+
+
+def _elsewhere(trainer: GRPOTrainer) -> Elsewhere | None:
+    """vLLM, where that samples; the policy's own engine needs no allowance."""
+    if not trainer.grpo_args.use_vllm:
+        return None
+    at = trainer.collector.engine.sampling
+    filtered = at.top_p < 1 or bool(at.top_k) or bool(at.min_p) or at.repetition_penalty != 1 or bool(at.extra)
+    return Elsewhere("vLLM", bool(getattr(unwrap(trainer.model), "is_quantized", False)), filtered)
 
 
 def _coarsest_dtype(trainer: GRPOTrainer) -> torch.dtype:

@@ -225,12 +225,14 @@ def test_refused_by_name(config, dataset, tokenizer, model):
 
 
 def test_inert_settings_say_so(config, dataset, tokenizer, model):
-    trainer = trainer_for(
-        model, config(use_vllm=True, vllm_dtype="half", max_steps=1), dataset, tokenizer, peft_config=LORA
-    )
+    args = config(vllm_mode="server", vllm_gpu_memory_utilization=0.5, vllm_dtype="half", max_steps=1)
+    trainer = trainer_for(model, args, dataset, tokenizer, peft_config=LORA)
     trainer.train()
     said = " ".join(trainer.observer.said)
-    assert "use_vllm has no effect" in said and "vllm_dtype has no effect" in said
+    assert "vllm_dtype has no effect: vLLM takes the model's own" in said
+    assert "vllm_mode, vllm_gpu_memory_utilization have no effect without use_vllm" in said
+    served = " ".join(config(use_vllm=True, vllm_mode="server", vllm_gpu_memory_utilization=0.5).notices())
+    assert "vllm_gpu_memory_utilization has no effect with vllm_mode server" in served and "vllm_mode," not in served
 
 
 def test_long_prompts_lose_their_left_end_and_it_is_said(config, tokenizer, model):

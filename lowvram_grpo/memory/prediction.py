@@ -173,7 +173,12 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
             if args.optimizer_offload:
                 ledger.ignore(*(x for state in optimizer.state.values() for x in state.values() if _many(x)))
             model.zero_grad()
-            rehearsal.rollout(work)
+            if args.use_vllm:  # completions come from elsewhere, and what is held in the meantime is still held
+                for phase in ("prefill", "rollout"):
+                    with ledger.phase(phase):
+                        pass
+            else:
+                rehearsal.rollout(work)
             rehearsal.gradients(work)
             rehearsal.optimizer(optimizer)
     return ledger.phases
@@ -223,6 +228,7 @@ def _many(value: Any) -> bool:
 
 def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: StandIn, ledger: Ledger):
     """The engine and the learner that a trainer would put around the model."""
+    from lowvram_grpo.correction import correction_of
     from lowvram_grpo.loss import KernelChoice
     from lowvram_grpo.objective import objective_of
     from lowvram_grpo.policy.reference import Reference
@@ -237,6 +243,7 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
     sampling = filters_of(args, eos_ids=(0,), pad_id=0, known_ids=known)
     engine = RolloutEngine(
         model, sampling, args.rollout_batch_size, workspace_mib=args.workspace_mib, kv_dtype=args.kv_cache_dtype,
+        adapters=args.rollout_adapters,
         on_prefilled=lambda: ledger.cut("prefill"),
     )  # fmt: skip
     kernels = KernelChoice("torch" if blueprint.device == "cpu" else None, False, "counting bytes")
@@ -248,6 +255,7 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
         args,
         steps_per_rollout=args.batch_plan().steps_per_rollout,
         autocast=stand_in.autocast,
+        correction=correction_of(args),
     )
     return engine, learner
 

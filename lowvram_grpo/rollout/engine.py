@@ -18,6 +18,7 @@ from torch import nn
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 from lowvram_grpo.policy.attention import attention_set
 from lowvram_grpo.policy.wrapper import unwrap
+from lowvram_grpo.rollout.adapters import fast_adapters
 from lowvram_grpo.rollout.batch import RolloutBatch
 from lowvram_grpo.rollout.decode import Decoder, DecodeSettings, run
 from lowvram_grpo.rollout.fallback import generate_in_waves, rehearse_waves
@@ -54,6 +55,7 @@ class RolloutEngine:
             the KV cache.
         workspace_mib: for tiles of a quantized head.
         kv_dtype: `auto` or `int8`, see `GroupCache`.
+        adapters: how LoRA layers run meanwhile, see `fast_adapters`.
         graphs: decode steps in CUDA graphs, where there is CUDA and Triton.
         on_prefilled: called when the first prompts are in the cache.
     """
@@ -66,11 +68,12 @@ class RolloutEngine:
         *,
         workspace_mib: int = 64,
         kv_dtype: str = "auto",
+        adapters: str = "auto",
         graphs: bool = True,
         on_prefilled: Callable[[], None] = lambda: None,
     ):
         self.model, self.sampling, self.rows = model, sampling, rows
-        self.workspace_mib, self.kv_dtype, self.graphs = workspace_mib, kv_dtype, graphs
+        self.workspace_mib, self.kv_dtype, self.adapters, self.graphs = workspace_mib, kv_dtype, adapters, graphs
         self.on_prefilled = on_prefilled
         self._said: set[str] = set()
 
@@ -131,7 +134,7 @@ class RolloutEngine:
             causal_lm, sampling, schedule, prompts, group, seed=seed, device=self.device, settings=settings
         )
         try:
-            with attention_set(decoder.decoder):
+            with attention_set(decoder.decoder), fast_adapters(self.model, self.adapters):
                 yield decoder
         finally:
             decoder.close()

@@ -39,7 +39,12 @@ def test_every_field_is_listed_once_with_type_default_and_help(printed):
 
 def test_fields_without_effect_stand_apart(printed):
     inert = printed.split("without effect")[1]
-    assert "--use-vllm" in inert and "--torch-compile [" in inert and "--beta" not in inert
+    assert (
+        "--vllm-group-port" in inert
+        and "--use-vllm" not in inert
+        and "--torch-compile [" in inert
+        and "--beta" not in inert
+    )
     assert "(no effect" not in printed
 
 

@@ -48,6 +48,17 @@ def test_predicted_bytes_are_those_of_a_real_run(tmp_path, run):
         assert size == pytest.approx(real[phase].bytes, rel=0.02), phase
 
 
+def test_rollouts_elsewhere_take_none_of_this_card():
+    blueprint = Blueprint(make_model(**SIZES).config, "none", torch.float32, LORA, "cpu", longest_prompt=40)
+    here = predict(blueprint, _paper())
+    away = predict(blueprint, _paper(use_vllm=True, vllm_mode="server"))
+    assert away.phases["rollout"] < here.phases["rollout"]
+    assert "KV cache" in here.parts["rollout"] and "KV cache" not in away.parts["rollout"]
+    assert {"base weights", "adapter"} <= away.parts["rollout"].keys()  # which are held all the while
+    for phase in here.phases.keys() - {"rollout"}:
+        assert away.phases[phase] == here.phases[phase], phase
+
+
 def _paper(**overrides):
     return settings(
         "plan",
