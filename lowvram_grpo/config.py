@@ -202,8 +202,8 @@ class GRPOConfig(TrainingArguments):
         "(ours) How rollouts keep keys and values: auto (as computed), or int8, with a scale a head and token.", "auto"
     )
     rollout_adapters: str = _help(
-        "(ours) How rollouts run LoRA layers: fused, merged into 16- or 32-bit weights (which come back bit for bit), off "
-        "(as peft does), or auto, which is fused.",
+        "(ours) How rollouts run LoRA layers: fused, merged (into weights that are not quantized, which come back bit "
+        "for bit), off (as peft does), or auto, which is fused.",
         "auto",
     )
     embedding_offload: bool = _help("(ours) Keep an untied input embedding in pinned host memory.", False)
