@@ -75,7 +75,9 @@ def quotients(scored: Tensor, sampled: Tensor, mask: Tensor, *, per_sequence: bo
 
 def correction_of(args: GRPOConfig) -> Correction | None:
     """What a training configuration asks for; None where the sampler is the policy itself."""
-    if not (args.use_vllm and args.vllm_importance_sampling_correction):
+    if not args.use_vllm:
+        return Correction() if args.kv_cache_dtype == "int8" else None
+    if not args.vllm_importance_sampling_correction:
         return None
     return Correction(
         args.vllm_importance_sampling_mode,

@@ -215,10 +215,12 @@ def _elsewhere(trainer: GRPOTrainer) -> Elsewhere | None:
 
 def _coarsest_dtype(trainer: GRPOTrainer) -> torch.dtype:
     """The dtype whose rounding separates a decode step from a full forward pass: that of quantized activations, of
-    autocast, or of the weights. Quantized weights count as bfloat16: their decode and prefill kernels differ."""
+    autocast, or of the weights. Quantized weights count as bfloat16: their decode and prefill kernels differ. So does
+    an int8 KV cache, which rounds less than that."""
     model = unwrap(trainer.model)
     if getattr(model, "is_loaded_in_8bit", False):
         return torch.int8
-    if trainer.args.bf16 or getattr(model, "is_quantized", False):
+    rounded = getattr(model, "is_quantized", False) or trainer.grpo_args.kv_cache_dtype == "int8"
+    if trainer.args.bf16 or rounded:
         return torch.bfloat16
     return torch.float16 if trainer.args.fp16 else model.dtype

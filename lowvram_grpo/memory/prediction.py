@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowvram_grpo.learner import Learner
 from lowvram_grpo.memory.ladder import PHASES
-from lowvram_grpo.memory.ledger import Ledger, Peak
+from lowvram_grpo.memory.ledger import ACTIVATIONS, Ledger, Peak
 from lowvram_grpo.memory.overheads import CPU, CUDA, Overheads
 from lowvram_grpo.memory.stand_in import StandIn
 
@@ -181,7 +181,18 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
                 rehearsal.rollout(work)
             rehearsal.gradients(work)
             rehearsal.optimizer(optimizer)
+    if blueprint.device == "cuda":
+        _keep_the_graphs(ledger.phases)
     return ledger.phases
+
+
+def _keep_the_graphs(phases: dict[str, Peak]) -> None:
+    """A decode step's memory belongs to its CUDA graph for as long as the rollout lasts, and prompts that are prefilled
+    in the meantime need theirs beside it."""
+    for name in (ACTIVATIONS, "workspace"):
+        more = phases["prefill"].categories.get(name, 0)
+        phases["rollout"].bytes += more
+        phases["rollout"].categories[name] = phases["rollout"].categories.get(name, 0) + more
 
 
 def _base(empty: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig) -> PreTrainedModel:

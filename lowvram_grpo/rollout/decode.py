@@ -26,7 +26,7 @@ from lowvram_grpo.rollout.sampler import Sampler, Sampling
 from lowvram_grpo.rollout.schedule import Schedule
 
 # So many tokens of prompts go through the decoder together: they fill a GPU, and take little memory beside the cache.
-PREFILL_TOKENS = 2048
+PREFILL_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,11 @@ class Decoder:
         self._regular = [row for group in members for row in group] == list(range(len(members) * self._members))
 
     # A step: the device alone
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps become CUDA graphs."""
+        return self._graphs.enabled
 
     def step(self) -> None:
         """Feed the last token of each row and draw the next."""

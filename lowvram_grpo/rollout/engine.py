@@ -181,8 +181,11 @@ class RolloutEngine:
             with self._decoding(ids, num_generations, sampling, 0, rows) as decoder:
                 decoder.turn()
                 self.on_prefilled()
-                decoder.skip(completion_length - 1)
-                decoder.step()
+                # With graphs the first step runs as it is, and the second is captured.
+                steps = min(2 if decoder.captures else 1, completion_length)
+                decoder.skip(completion_length - steps)
+                for _ in range(steps):
+                    decoder.step()
 
 
 def end_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:

@@ -54,6 +54,7 @@ class StepGraphs:
 
     def _capture(self, rows: int) -> bool:
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # what the allocator keeps of a prefill is of no use to the graph's own pool
         # Casts of weights that autocast would keep from one graph to the next are made by none of them.
         casts = nullcontext()
         if torch.is_autocast_enabled("cuda"):

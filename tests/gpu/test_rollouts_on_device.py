@@ -1,0 +1,118 @@
+"""The rollout engine on the device: graphs and kernels against eager steps, and both against the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_model
+from lowvram_grpo.kernels.runtime import interpreted
+from models import LISTED, build, with_lora
+from test_decode import LONG, PROMPTS, check_logps, kv_bytes, sampling
+
+from lowvram_grpo.policy.embeddings import place_embeddings
+from lowvram_grpo.rollout.engine import RolloutEngine
+from lowvram_grpo.rollout.graphs import StepGraphs
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(interpreted(), reason="needs compiled kernels: set TRITON_INTERPRET=0"),
+]
+DEVICE = "cuda"
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Counts replayed graphs."""
+    seen, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: seen.append(1) or replay(self))
+    return seen
+
+
+@pytest.mark.parametrize("kind,extra", LISTED, ids=lambda x: x if isinstance(x, str) else "")
+def test_greedy_equals_the_cpus(kind, extra, replays):
+    model = with_lora(build(kind, **extra))
+    at = sampling(temperature=0, max_new_tokens=12, eos_ids=(1, 17, 40, 41, 42))
+    expected = RolloutEngine(model, at).generate(LONG, 2, seed=0).completion_ids
+    model.to(DEVICE)
+    for rows in (None, 3):
+        for graphs in (True, False):
+            before = len(replays)
+            assert RolloutEngine(model, at, rows, graphs=graphs).generate(LONG, 2, seed=0).completion_ids == expected
+            assert (len(replays) > before) == graphs
+
+
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graph_replay_equals_eager_steps(dtype, kv, replays):
+    model = with_lora(build("Qwen2")).to(DEVICE, dtype)
+    at = sampling(max_new_tokens=40, top_p=0.95, repetition_penalty=1.1)
+    batches = [
+        RolloutEngine(model, at, 5, graphs=graphs, kv_dtype=kv).generate(LONG, 4, seed=3) for graphs in (True, False)
+    ]
+    assert batches[0].completion_ids == batches[1].completion_ids and len(replays) > 20
+    for a, b in zip(*(batch.sampling_per_token_logps for batch in batches)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kv,atol", [("auto", 1e-4), ("int8", 0.1)])
+def test_sampled_logps_equal_scored_ones(kv, atol):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = build("Llama", initializer_range=0.2).to(DEVICE)
+    batch = RolloutEngine(model, sampling(max_new_tokens=30), kv_dtype=kv).generate(LONG, 4, seed=0)
+    check_logps(model.cpu(), batch, atol=max(atol, 1e-3))
+
+
+def test_under_autocast_and_with_an_embedding_in_host_memory(replays):
+    model = make_model(hidden_size=64, intermediate_size=96, tie_word_embeddings=False).requires_grad_(False)
+    expected = RolloutEngine(model, sampling(temperature=0)).generate(PROMPTS, 2, seed=0)
+    model.to(DEVICE)
+    place_embeddings(model, head_dtype="dense", embedding_offload=True, device=torch.device(DEVICE))
+    found = RolloutEngine(model, sampling(temperature=0)).generate(PROMPTS, 2, seed=0)
+    assert found.completion_ids == expected.completion_ids and replays
+    with torch.autocast("cuda", torch.bfloat16):
+        twice = [
+            RolloutEngine(model, sampling(), graphs=graphs).generate(PROMPTS, 4, seed=0).completion_ids
+            for graphs in (True, False)
+        ]
+    assert twice[0] == twice[1]
+
+
+def test_four_bit_weights_are_captured(replays):
+    from lowvram_grpo.bench.models import random_model
+    from lowvram_grpo.memory.architectures import resolve_config
+
+    config, _ = resolve_config("Qwen2.5-0.5B")
+    config.num_hidden_layers = 3
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:3]
+    model = random_model(config, quantization="nf4", dtype=torch.float16, device=torch.device(DEVICE))
+    runs = [
+        RolloutEngine(model, sampling(max_new_tokens=20), graphs=graphs).generate(LONG, 4, seed=0)
+        for graphs in (True, False)
+    ]
+    assert runs[0].completion_ids == runs[1].completion_ids and replays
+
+
+def test_nothing_is_held_after_a_rollout():
+    model = build("Llama").to(DEVICE)
+    RolloutEngine(model, sampling()).generate(LONG, 4, seed=0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    RolloutEngine(model, sampling(max_new_tokens=64)).generate(LONG, 16, seed=0)
+    assert torch.cuda.memory_allocated() == before
+    assert kv_bytes(model, 5, LONG, 4) > 0
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is():
+    x = torch.zeros(1, device=DEVICE)
+
+    def step(rows):
+        x.add_(1)
+        x.item()
+
+    graphs = StepGraphs(step, 4, enabled=True)
+    graphs(2)
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        graphs(2)
+    graphs(2)
+    assert float(x) == 3 and not graphs.enabled
