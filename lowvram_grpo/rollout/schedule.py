@@ -37,9 +37,9 @@ class Changes:
 
 
 def slots_for(rows: int, group: int, prompts: int) -> int:
-    """How many prompts are held for `rows` rows: those of their groups, and one more, so that the next group can begin
-    while the last rows of another go on."""
-    return min(prompts, -(-rows // group) + 1) if rows < prompts * group else prompts
+    """How many prompts are held for `rows` rows: those of their groups, and two more, so that the next groups can begin
+    while the last rows of others go on (one takes 5 to 15 % more steps on lengths with a long tail, three 2 % less)."""
+    return min(prompts, -(-rows // group) + 2) if rows < prompts * group else prompts
 
 
 class Schedule:

@@ -243,7 +243,7 @@ def test_a_rehearsal_ends_with_a_full_cache(kind, extra, device, monkeypatch):
     engine = RolloutEngine(model, at, on_prefilled=lambda: prefilled.append(len(caches)))
     engine.rehearse(12, 37, 6, 4, prompts=5)
     assert prefilled == [0]
-    assert caches == [(6, 36, {0: ((3, 2, 11, 8), (6, 2, 37, 8)), 1: ((3, 2, 11, 8), (6, 2, 37, 8))})]
+    assert caches == [(6, 36, {0: ((4, 2, 11, 8), (6, 2, 37, 8)), 1: ((4, 2, 11, 8), (6, 2, 37, 8))})]
 
 
 @pytest.mark.parametrize("rows", [8, 6])

@@ -53,15 +53,17 @@ def test_rows_and_slots_hold_what_their_seats_say(block):
 
 
 def test_a_row_that_ends_is_taken_over_at_once():
-    schedule = Schedule([5, 5, 5, 5], 2, rows=4)
+    schedule = Schedule([5] * 6, 2, rows=6)
     schedule.turn()
     changes = schedule.turn([1])
-    assert changes.admitted == [1] and schedule.seats[1] == Seat(2, 0) and changes.prefills == [(2, 2)]
-    assert not changes.row_moves and len(schedule.seats) == 4
-    # Prompt 0 still has its first completion, so prompt 3 waits for a slot, not for a wave.
-    assert schedule.turn([2]).admitted == [2]
+    assert changes.admitted == [1] and schedule.seats[1] == Seat(3, 0) and changes.prefills == [(3, 3)]
+    assert not changes.row_moves and len(schedule.seats) == 6
+    assert schedule.turn([3]).admitted == [3]
+    assert schedule.turn([1]).prefills == [(4, 4)]
+    assert schedule.turn([5]).admitted == [5]
+    # Prompts 0 to 4 all still have a completion that goes on, so prompt 5 waits for a slot, not for a wave.
     assert schedule.turn([1]).admitted == []
-    assert schedule.turn([0]).prefills == [(0, 3)]
+    assert schedule.turn([0]).prefills == [(0, 5)]
 
 
 def test_the_longest_prompts_come_first():
@@ -73,7 +75,7 @@ def test_the_longest_prompts_come_first():
 
 
 @pytest.mark.parametrize(
-    "rows,group,prompts,slots", [(8, 8, 1, 1), (8, 8, 4, 2), (3, 8, 4, 2), (32, 8, 4, 4), (16, 8, 9, 3)]
+    "rows,group,prompts,slots", [(8, 8, 1, 1), (8, 8, 4, 3), (3, 8, 4, 3), (32, 8, 4, 4), (16, 8, 9, 4)]
 )
-def test_slots_for_the_rows_and_one_more_prompt(rows, group, prompts, slots):
+def test_slots_for_the_rows_and_two_more_prompts(rows, group, prompts, slots):
     assert slots_for(rows, group, prompts) == slots
