@@ -107,9 +107,15 @@ class GenerateEngine:
         """Where the model computes; its input embedding may be in host memory."""
         return next(self.model.parameters()).device
 
-    def generate(self, prompt_ids: list[list[int]], num_generations: int, *, seed: int) -> RolloutBatch:
-        """G completions of each prompt. The same seed, weights and prompts give the same completions, to rounding
-        whatever `rows` is. The KV cache is gone when this returns."""
+    def generate(
+        self, prompt_ids: list[list[int]], num_generations: int, *, seed: int, sampling: Sampling | None = None
+    ) -> RolloutBatch:
+        """G completions of each prompt, drawn as `sampling` says (None: as the engine was made). The same seed, weights
+        and prompts give the same completions, to rounding whatever `rows` is. The KV cache is gone when this
+        returns."""
+        if sampling is not None:
+            engine = RolloutEngine(self.model, sampling, self.rows, workspace_mib=self.workspace_mib)
+            return engine.generate(prompt_ids, num_generations, seed=seed)
         batch = RolloutBatch([], [], [], [])
         with sampling_mode(self.model):
             if self.sampling.foreign:
@@ -118,6 +124,29 @@ class GenerateEngine:
                 for pairs in waves(len(prompt_ids), num_generations, self.rows):
                     self._append(batch, [prompt_ids[p] for p, _ in pairs], *self._sample(prompt_ids, pairs, seed))
         return batch
+
+    def stream(self, prompt_ids: list[int], *, seed: int, sampling: Sampling | None = None) -> Iterator[int]:
+        """The ids of one completion as they are drawn, the end token included."""
+        sampling, device = sampling or self.sampling, self.device
+        ids, owner = torch.tensor([prompt_ids], device=device), torch.zeros(1, dtype=torch.long, device=device)
+        keys = torch.tensor([stream_key(seed, 0, 0)], device=device)
+        was_training, wave = self.model.training, None
+        self.model.eval()
+        try:
+            for _ in range(sampling.max_new_tokens):
+                with torch.no_grad():  # not around the yield: whoever reads the stream would run under it
+                    if wave is None:
+                        wave = Wave(
+                            unwrap(self.model), sampling, ids, None, owner, keys, workspace_mib=self.workspace_mib
+                        )
+                    token = int(wave.step()[0])
+                yield token
+                if token in sampling.eos_ids:
+                    break
+        finally:
+            if wave is not None:
+                wave.close()
+            self.model.train(was_training)
 
     def _sample(
         self, prompt_ids: list[list[int]], pairs: list[tuple[int, int]], seed: int
@@ -194,6 +223,9 @@ class GenerateEngine:
             batch.completion_ids.append(row[:length])
             batch.sampling_per_token_logps.append(logps[i, :length])
             batch.truncated.append(stop is None)
+
+
+RolloutEngine = GenerateEngine
 
 
 def end_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
