@@ -51,7 +51,7 @@ def start(
 
     check_filters(filters, max_new_tokens)
     console = Console(stderr=True, highlight=False)
-    tell = lambda text: console.print(escape(text), style="dim", soft_wrap=True)
+    tell = lambda text: console.print(escape(text), style="dim", soft_wrap=not console.is_terminal)
     at_terminal = prompt is None and sys.stdin.isatty()
     if not at_terminal:
         prompt = _given(prompt)

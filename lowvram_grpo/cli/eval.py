@@ -111,7 +111,7 @@ def start(flags: dict[str, Any], extra: list[str], **options: Any) -> None:
 
     wanted = Wanted.checked(**options)
     console = Console(stderr=True, highlight=False)
-    tell = lambda text: console.print(escape(text), style="dim", soft_wrap=True)
+    tell = lambda text: console.print(escape(text), style="dim", soft_wrap=not console.is_terminal)
     if notice:
         tell(notice)
     flags = {**flags, **parse_extra(extra)}
