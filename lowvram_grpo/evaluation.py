@@ -142,23 +142,26 @@ class Scored:
         return {name: Interval.of(ours[name] - theirs[name]) for name in ours}
 
 
-def default_threshold(weights: Sequence[float]) -> float:
-    """The total reward of a completion to which every function of positive weight gives 1: right for rewards of 0 and
-    1, each of which then has to be 1.
+def default_threshold(weights: Sequence[float], full: Sequence[float]) -> float:
+    """The total reward of a completion to which every function of positive weight gives full marks: right for rewards
+    that are all or nothing.
+
+    Args:
+        weights, full: one a function; see `registry.full_marks`.
 
     Raises:
         UserError: no weight is positive.
     """
-    total = sum(weight for weight in weights if weight > 0)
+    total = sum(weight * marks for weight, marks in zip(weights, full) if weight > 0)
     if not total:
         raise UserError("No reward has a positive weight, so there is no usual threshold; pass --threshold.")
     return total
 
 
-def is_binary(scored: Scored) -> bool:
-    """Whether every reward function gave nothing but 0 and 1."""
-    values = scored.per_func[~scored.per_func.isnan()]
-    return bool(((values == 0) | (values == 1)).all())
+def all_or_nothing(scored: Scored, full: Sequence[float]) -> bool:
+    """Whether every reward function gave nothing but 0 and full marks."""
+    values = scored.per_func
+    return bool((values.isnan() | (values == 0) | (values == torch.tensor(full))).all())
 
 
 def evaluate(

@@ -10,8 +10,9 @@ import torch
 from conftest import Quiet, digit_share
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.evaluation import Interval, Scored, default_threshold, evaluate, is_binary, pass_at_k
+from lowvram_grpo.evaluation import Interval, Scored, all_or_nothing, default_threshold, evaluate, pass_at_k
 from lowvram_grpo.memory.guard import Guard
+from lowvram_grpo.rewards.registry import BUILTIN, TEMPLATE_REWARDS, full_marks
 from lowvram_grpo.rewards.runner import RewardRunner
 from lowvram_grpo.rollout.collect import Collector
 from lowvram_grpo.rollout.engine import RolloutEngine
@@ -99,11 +100,19 @@ def test_a_difference_is_paired_by_prompt():
     assert Interval.of(base[:, 0]).half > 2
 
 
-def test_the_usual_threshold_asks_every_0_1_reward_for_1():
-    assert default_threshold([1.0]) == 1.0 and default_threshold([1.0, 0.5, -2.0]) == 1.5
+def test_the_usual_threshold_is_full_marks_from_every_reward():
+    assert default_threshold([1.0], [1.0]) == 1.0 and default_threshold([1.0, 0.5, -2.0], [1.0, 5.0, 1.0]) == 3.5
     with pytest.raises(UserError, match="--threshold"):
-        default_threshold([-1.0])
-    assert is_binary(scored([[0.0, 1.0], [float("nan"), 1.0]])) and not is_binary(scored([[0.5]]))
+        default_threshold([-1.0], [1.0])
+    ones = scored([[0.0, 1.0], [float("nan"), 1.0]])
+    assert all_or_nothing(ones, [1.0]) and not all_or_nothing(ones, [5.0])
+
+
+def test_the_best_completions_get_what_full_marks_say():
+    answer, inside = ["four words are here"], [[{"role": "assistant", "content": "<answer>one</answer>"}]]
+    tags = [BUILTIN[name] for name in TEMPLATE_REWARDS["tldr"]]
+    assert [f(completions=inside, answer=answer)[0] for f in tags] == [full_marks(f) for f in tags] == [5, 10, 5]
+    assert full_marks(digit_share) == full_marks("owner/reward-model") == full_marks(BUILTIN["accuracy"]) == 1
 
 
 @pytest.fixture

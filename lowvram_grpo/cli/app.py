@@ -217,7 +217,7 @@ def evaluate(
     samples: Annotated[int, typer.Option("--samples", "-n", help="Sampled completions a prompt; 0 for none.")] = 8,
     k: Annotated[str | None, typer.Option(help="pass@k for these k; default 1,4,8 up to --samples.")] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Total reward from which a completion passes; default: every 0/1 reward at 1.")
+        float | None, typer.Option(help="Total reward from which a completion passes; default: full marks.")
     ] = None,
     compare_base: Annotated[
         bool, typer.Option("--compare-base", help="The base model too: same prompts, same seeds, paired differences.")

@@ -105,7 +105,7 @@ def start(flags: dict[str, Any], extra: list[str], **options: Any) -> None:
     from lowvram_grpo.evaluation import default_threshold
     from lowvram_grpo.inference import load_policy, recipe_to_sample
     from lowvram_grpo.loading import check_device, load_tokenizer_of, training_config
-    from lowvram_grpo.rewards.registry import resolve_reward
+    from lowvram_grpo.rewards.registry import full_marks, resolve_reward
     from lowvram_grpo.rewards.runner import RewardRunner
     from lowvram_grpo.task import check_reward_columns, guess_notice, prepared, reward_specs
 
@@ -135,7 +135,8 @@ def start(flags: dict[str, Any], extra: list[str], **options: Any) -> None:
     data = prepared(recipe, raw)
     check_reward_columns(recipe, [func for func, _ in rewards], data)
     _check_lengths(recipe, args, tokenizer, data, tell)
-    threshold = default_threshold(args.reward_weights) if wanted.threshold is None else wanted.threshold
+    full = [full_marks(func) for func, _ in rewards]
+    threshold = default_threshold(args.reward_weights, full) if wanted.threshold is None else wanted.threshold
     with console.status(f"loading {escape(recipe.model)}"):
         policy = load_policy(recipe, args, tokenizer, tell)
         runner = RewardRunner(
@@ -154,7 +155,7 @@ def start(flags: dict[str, Any], extra: list[str], **options: Any) -> None:
         print(_json(found))
     else:
         print_tables(found, Console(highlight=False))
-        for sentence in _explained(wanted, threshold, scored):
+        for sentence in _explained(wanted, threshold, full, scored):
             tell(sentence)
     if wanted.out:
         tell(f"written: {wanted.out / 'eval.json'}, {wanted.out / 'completions.jsonl'}")
@@ -321,18 +322,20 @@ def _found(scored: dict[str, dict[str, Scored]], wanted: Wanted, threshold: floa
     return found
 
 
-def _explained(wanted: Wanted, threshold: float, scored: dict[str, dict[str, Scored]]) -> list[str]:
+def _explained(wanted: Wanted, threshold: float, full: list[float], scored: dict[str, dict[str, Scored]]) -> list[str]:
     """What the numbers mean, in sentences."""
-    from lowvram_grpo.evaluation import is_binary
+    from lowvram_grpo.evaluation import all_or_nothing
 
-    by = "--threshold" if wanted.threshold is not None else "every 0/1 reward at 1; --threshold sets another"
+    by = "--threshold" if wanted.threshold is not None else "full marks from every reward; --threshold sets another"
     said = [
         "± is half of a 95 % interval of the mean over prompts (normal approximation"
         + ("; differences are paired by prompt)." if wanted.compare_base else ")."),
         f"A completion passes with a total reward of {threshold:g} or more ({by}).",
     ]
-    if wanted.threshold is None and not all(is_binary(one) for passes in scored.values() for one in passes.values()):
-        said.append("Some rewards are neither 0 nor 1 here, so say with --threshold what passes.")
+    everything = [one for passes in scored.values() for one in passes.values()]
+    if wanted.threshold is None and not all(all_or_nothing(one, full) for one in everything):
+        marks = ", ".join(f"{name} {best:g}" for name, best in zip(everything[0].names, full))
+        said.append(f"Some rewards lie elsewhere than at 0 and full marks ({marks}): say with --threshold what passes.")
     return said
 
 

@@ -104,14 +104,23 @@ def test_the_screen_says_what_the_numbers_mean(monkeypatch, capsys):
         assert word in out
     assert "pass@8" not in out and "±" in out
     said = " ".join(err.split())
-    assert "95 %" in said and "passes with a total reward of 1 or more" in said and "neither 0 nor 1" not in said
+    assert (
+        "95 %" in said
+        and "passes with a total reward of 1 or more" in said
+        and "full marks from every" in said
+        and "elsewhere" not in said
+    )
 
 
-def test_rewards_beyond_0_and_1_ask_for_a_threshold(monkeypatch, capsys):
-    _, _, err = call(monkeypatch, capsys, "eval", *TASK, "-r", "label", "--limit", 20, "-n", 0)
-    assert "reward of 2 or more" in err and "neither 0 nor 1" in err
-    _, _, err = call(monkeypatch, capsys, "eval", *TASK, "-r", "label", "--limit", 20, "-n", 0, "--threshold", 6)
-    assert "reward of 6 or more (--threshold)" in err and "neither 0 nor 1" not in err
+def test_rewards_between_nothing_and_full_marks_ask_for_a_threshold(monkeypatch, capsys, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def brevity(completions, **kwargs):\n    return [3 / (1 + len(c)) for c in completions]\n", encoding="utf-8"
+    )
+    task = ("eval", *TASK, "-r", "label:2", "-r", f"{tmp_path / 'mine.py'}:brevity", "--limit", 3, "-n", 0)
+    said = " ".join(call(monkeypatch, capsys, *task)[2].split())
+    assert "reward of 12 or more" in said and "(accuracy 1, label 5, brevity 1): say with --threshold" in said
+    said = " ".join(call(monkeypatch, capsys, *task, "--threshold", 3)[2].split())
+    assert "reward of 3 or more (--threshold)" in said and "elsewhere" not in said
 
 
 def test_a_run_is_compared_with_its_base(monkeypatch, capsys, run, tmp_path):
