@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowvram_grpo.encoding import encode_prompts
 from lowvram_grpo.errors import UserError, counted
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 _UNFINISHED = "\ufffd"
 # A character has at most four bytes, hence four tokens: what is still no character after more never becomes one.
 _LONGEST_CHARACTER = 4
+# The least room in which an answer says something.
+_FEWEST_NEW_TOKENS = 16
 
 
 class TextStream:
@@ -51,6 +53,19 @@ class TextStream:
         )
 
 
+class Prompt(NamedTuple):
+    """Ids of a whole conversation.
+
+    Attributes:
+        dropped: messages that had to go for it to fit.
+        room: tokens that an answer may have.
+    """
+
+    ids: list[int]
+    dropped: int
+    room: int
+
+
 class Conversation:
     """The turns so far.
 
@@ -85,14 +100,12 @@ class Conversation:
     def reset(self) -> None:
         self.turns = []
 
-    def ask(self, text: str, new_tokens: int) -> tuple[list[int], int]:
-        """Add a person's turn; the oldest turns go where the prompt and `new_tokens` exceed the model's positions.
-
-        Returns:
-            ids of the whole prompt, and how many turns (messages) were dropped.
+    def ask(self, text: str, new_tokens: int) -> Prompt:
+        """Add a person's turn. Where the prompt and an answer of `new_tokens` exceed the model's positions, the oldest
+        turns go; where this turn is all that is left, the answer gets the room that there is.
 
         Raises:
-            UserError: this turn alone does not fit, or the chat template refuses it; the turn is not added.
+            UserError: not even a short answer fits, or the chat template refuses the turn; it is not added.
         """
         before = list(self.turns)
         self.turns = [*before, {"role": "user", "content": text}]
@@ -110,19 +123,21 @@ class Conversation:
         """Forget the last turn of the person, which was not answered."""
         self.turns.pop()
 
-    def _fitted(self, text: str, new_tokens: int) -> tuple[list[int], int]:
+    def _fitted(self, text: str, new_tokens: int) -> Prompt:
         dropped, ids = 0, self._ids(text)
-        while self.positions and len(ids) + new_tokens > self.positions:
-            if not self.templated or len(self.turns) < 3:
-                raise UserError(
-                    f"This takes {counted(len(ids), 'token')} with what stands before it, and an answer of up to "
-                    f"{new_tokens} does not fit behind it: the model has {self.positions} positions; shorten it, or "
-                    "lower --max-new-tokens."
-                )
+        if not self.positions:
+            return Prompt(ids, dropped, new_tokens)
+        while len(ids) + new_tokens > self.positions and self.templated and len(self.turns) > 2:
             del self.turns[:2]
             dropped += 2
             ids = self._ids(text)
-        return ids, dropped
+        room = min(new_tokens, self.positions - len(ids))
+        if room < min(new_tokens, _FEWEST_NEW_TOKENS):
+            raise UserError(
+                f"This takes {counted(len(ids), 'token')} with what stands before it, which leaves no room for an "
+                f"answer: the model has {self.positions} positions; shorten it."
+            )
+        return Prompt(ids, dropped, room)
 
     def _ids(self, text: str) -> list[int]:
         prompt = [*self.system, *self.shots, *self.turns] if self.templated else text

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lowvram_grpo.conversation import TextStream
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.loading import adopt_stored_quantization, hub_arguments, load_model_of
 from lowvram_grpo.policy.adapter import adapter_config
@@ -30,13 +32,12 @@ if TYPE_CHECKING:
     from lowvram_grpo.config import GRPOConfig
 
 _ADAPTER_FILE = "adapter_config.json"
-# What of a run's training settings says how its policy is loaded, prompted or sampled from. The rest (optimizer,
-# batches, logging) may not even be valid on the machine that only samples.
+# What of a run's training settings says how its policy is loaded, prompted and scored. The rest (optimizer, batches,
+# logging) may not even be valid on the machine that only samples; temperature and filters are the caller's.
 _KEPT = {
     "use_cpu", "bf16", "fp16", "trust_remote_code", "model_init_kwargs", "head_dtype", "embedding_offload", "vram_gib",
     "workspace_mib", "rollout_batch_size", "max_prompt_length", "max_completion_length", "chat_template_kwargs",
-    "generation_kwargs", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "reward_weights",
-    "reward_timeout", "remove_unused_columns", "oom_step_down",
+    "generation_kwargs", "seed", "reward_weights", "reward_timeout", "remove_unused_columns", "oom_step_down",
 }  # fmt: skip
 
 
@@ -174,3 +175,47 @@ def load_policy(
     )
     positions = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
     return LoadedPolicy(recipe, args, model, tokenizer, engine, positions)
+
+
+@dataclass
+class Answer:
+    """`ended`: by an end token; `stopped`: by Ctrl-C."""
+
+    text: str = ""
+    tokens: int = 0
+    seconds: float = 0.0
+    ended: bool = False
+    stopped: bool = False
+
+
+def stream_answer(
+    policy: LoadedPolicy,
+    ids: list[int],
+    sampling: Sampling,
+    seed: int,
+    show: Callable[[str], None],
+    *,
+    adapter: bool = True,
+) -> Answer:
+    """Sample one answer to the prompt `ids`; `show` gets its text piece by piece. Ctrl-C ends it where it is."""
+    answer, text, started = Answer(), TextStream(policy.tokenizer), perf_counter()
+
+    def say(piece: str) -> None:
+        answer.text += piece
+        if piece:
+            show(piece)
+
+    tokens = policy.engine.stream(ids, seed=seed, sampling=sampling)
+    try:
+        with policy.autocast(), policy.adapter(adapter), closing(tokens):
+            for token in tokens:
+                answer.tokens += 1
+                if token in sampling.eos_ids:
+                    answer.ended = True
+                    break
+                say(text.push(token))
+    except KeyboardInterrupt:
+        answer.stopped = True
+    say(text.finish())
+    answer.seconds = perf_counter() - started
+    return answer

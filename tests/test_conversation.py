@@ -89,7 +89,7 @@ def chatting(positions=None, system="x", shots=()):
 
 
 def decoded(conversation, text, new_tokens=4):
-    ids, dropped = conversation.ask(text, new_tokens)
+    ids, dropped, _ = conversation.ask(text, new_tokens)
     return conversation.tokenizer.decode(ids).replace("<unk>", "?"), dropped
 
 
@@ -112,6 +112,15 @@ def test_the_oldest_turns_go_when_the_positions_are_used_up():
     assert dropped == 0 and len(conversation.turns) == 6  # 13 tokens and 4 new ones just fit
     assert decoded(conversation, "d") == ("? x ? b ? z ? c ? z ? d ?", 2)
     assert conversation.turns[0] == {"role": "user", "content": "b"}
+
+
+def test_a_long_turn_gets_as_short_an_answer_as_fits():
+    conversation = chatting(positions=40)
+    assert conversation.ask("a", 100).room == 40 - 5
+    conversation.answer("b")
+    assert conversation.ask("c " * 19, 100)[1:] == (2, 40 - 23)
+    with pytest.raises(UserError, match="leaves no room"):
+        conversation.ask("c " * 21, 100)
 
 
 def test_a_turn_that_alone_exceeds_the_positions_is_refused_and_forgotten():

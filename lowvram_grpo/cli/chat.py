@@ -6,8 +6,7 @@ import contextlib
 import locale
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from time import perf_counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,8 +17,8 @@ from lowvram_grpo.cli.train import parse_extra, prepare_cuda
 from lowvram_grpo.errors import UserError, counted
 
 if TYPE_CHECKING:
-    from lowvram_grpo.conversation import Conversation
-    from lowvram_grpo.inference import LoadedPolicy
+    from lowvram_grpo.conversation import Conversation, Prompt
+    from lowvram_grpo.inference import Answer, LoadedPolicy
     from lowvram_grpo.recipe import Recipe
     from lowvram_grpo.rollout.sampler import Sampling
 
@@ -27,9 +26,10 @@ _NEW_TOKENS = 512
 _HELP = """\
 /reset        forget the conversation
 /system TEXT  another system prompt; without TEXT none
-/base         adapter off, and on again: the same conversation with the model as it was before training
+/base         adapter off, and on again: the model before training
 /exit         the end, as Ctrl-D (Windows: Ctrl-Z, Enter)
-Ctrl-C stops an answer and keeps it. A text of several lines stands between two lines of \"\"\"."""
+Ctrl-C        stops an answer and keeps what there is of it
+\"\"\"           on a line of its own begins and ends a text of several lines"""
 
 
 def start(
@@ -62,6 +62,11 @@ def start(
     check_device(recipe)
     tokenizer = load_tokenizer_of(recipe)
     args = training_config(recipe, weights=[])
+    if "system_prompt" in flags and not tokenizer.chat_template:
+        raise UserError(
+            "--system needs a chat template, and this model's tokenizer has none; pass --chat-template plain, or a "
+            ".jinja file."
+        )
     with console.status(f"loading {escape(recipe.model)}"):
         policy = load_policy(recipe, args, tokenizer, tell)
     if max_new_tokens is None:
@@ -120,52 +125,6 @@ def _conversation(recipe: Recipe, policy: LoadedPolicy) -> Conversation:
         positions=policy.positions,
         chat_template_kwargs=policy.args.chat_template_kwargs,
     )
-
-
-@dataclass
-class Answer:
-    """`ended`: by an end token; `stopped`: by Ctrl-C."""
-
-    text: str = ""
-    tokens: int = 0
-    seconds: float = 0.0
-    ended: bool = False
-    stopped: bool = False
-
-
-def stream_answer(
-    policy: LoadedPolicy,
-    ids: list[int],
-    sampling: Sampling,
-    seed: int,
-    show: Callable[[str], None],
-    *,
-    adapter: bool = True,
-) -> Answer:
-    """Sample one answer to the prompt `ids`; `show` gets its text piece by piece. Ctrl-C ends it where it is."""
-    from lowvram_grpo.conversation import TextStream
-
-    answer, text, started = Answer(), TextStream(policy.tokenizer), perf_counter()
-
-    def say(piece: str) -> None:
-        answer.text += piece
-        if piece:
-            show(piece)
-
-    tokens = policy.engine.stream(ids, seed=seed, sampling=sampling)
-    try:
-        with policy.autocast(), policy.adapter(adapter), contextlib.closing(tokens):
-            for token in tokens:
-                answer.tokens += 1
-                if token in sampling.eos_ids:
-                    answer.ended = True
-                    break
-                say(text.push(token))
-    except KeyboardInterrupt:
-        answer.stopped = True
-    say(text.finish())
-    answer.seconds = perf_counter() - started
-    return answer
 
 
 class Chat:
@@ -242,6 +201,8 @@ class Chat:
         if name == "reset":
             self.conversation.reset()
             self.tell("the conversation begins anew.")
+        elif name == "system" and not self.conversation.templated:
+            self.tell("without a chat template there is no place for a system prompt.")
         elif name == "system":
             self.conversation.set_system(rest.strip())
             self.tell(f"system: {rest.strip()}" if rest.strip() else "no system prompt.")
@@ -270,7 +231,7 @@ class Chat:
             return
         print()
         how = f"{answer.tokens / max(answer.seconds, 1e-9):.1f} tokens/s"
-        why = "stopped" if answer.stopped else "" if answer.ended else f"cut at {self.sampling.max_new_tokens} tokens"
+        why = "stopped" if answer.stopped else "" if answer.ended else "cut off"
         self.tell(", ".join(filter(None, (counted(answer.tokens, "token"), how, why))))
 
     def answer(self, text: str, show: Callable[[str], None]) -> Answer:
@@ -279,14 +240,14 @@ class Chat:
         Raises:
             UserError: the turn does not fit, or memory ran out; it is not kept.
         """
-        ids, dropped = self.conversation.ask(text, self.sampling.max_new_tokens)
-        if dropped:
-            self.tell(
-                f"the conversation has come near the model's {self.policy.positions} positions: its oldest "
-                f"{dropped} messages are dropped."
-            )
+        prompt = self.conversation.ask(text, self.sampling.max_new_tokens)
+        near = f"the conversation has come near the model's {self.policy.positions} positions"
+        if prompt.dropped:
+            self.tell(f"{near}: its oldest {prompt.dropped} messages are dropped.")
+        if prompt.room < self.sampling.max_new_tokens:
+            self.tell(f"{near}: there is room for an answer of {prompt.room} tokens.")
         try:
-            answer = self._sampled(ids, show)
+            answer = self._sampled(prompt, show)
         except BaseException:
             self.conversation.take_back()
             raise
@@ -297,16 +258,18 @@ class Chat:
             self.conversation.take_back()
         return answer
 
-    def _sampled(self, ids: list[int], show: Callable[[str], None]) -> Answer:
+    def _sampled(self, prompt: Prompt, show: Callable[[str], None]) -> Answer:
+        from lowvram_grpo.inference import stream_answer
         from lowvram_grpo.memory.guard import is_out_of_memory, release
 
         try:
-            return stream_answer(self.policy, ids, self.sampling, self.seed, show, adapter=self.adapter)
+            sampling = replace(self.sampling, max_new_tokens=prompt.room)
+            return stream_answer(self.policy, prompt.ids, sampling, self.seed, show, adapter=self.adapter)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         release()  # outside of the except block: the frames of the failed attempt are gone, and their tensors
         raise UserError(
-            f"Out of GPU memory at a prompt of {len(ids)} tokens; /reset the conversation, lower --max-new-tokens, or "
-            "pass --quantization nf4."
+            f"Out of GPU memory at a prompt of {len(prompt.ids)} tokens; /reset the conversation, lower "
+            "--max-new-tokens, or pass --quantization nf4."
         )

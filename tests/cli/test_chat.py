@@ -13,9 +13,9 @@ import pytest
 from conftest import CHAT_TEMPLATE, make_model, make_tokenizer
 
 from lowvram_grpo.cli import app
-from lowvram_grpo.cli.chat import Chat, stream_answer
-from lowvram_grpo.conversation import Conversation
-from lowvram_grpo.inference import find_adapter, load_policy, recipe_to_sample
+from lowvram_grpo.cli.chat import Chat
+from lowvram_grpo.conversation import Conversation, Prompt
+from lowvram_grpo.inference import find_adapter, load_policy, recipe_to_sample, stream_answer
 from lowvram_grpo.loading import load_tokenizer_of, training_config
 from lowvram_grpo.rollout.engine import RolloutEngine
 
@@ -132,15 +132,16 @@ def test_a_model_that_moved_away_is_named(monkeypatch, capsys, run, model_dir):
         (("-m", DEMO, "--temperature", "-1"), ["temperature is -1", "at least 0"]),
         (("-m", DEMO, "--top-p", "0"), ["top_p is 0"]),
         (("-m", DEMO, "--max-new-tokens", "0"), ["max_new_tokens is 0"]),
-        (("-m", DEMO, "--max-new-tokens", "48"), ["48 positions", "--max-new-tokens"]),
+        (("-m", DEMO, "-p", "1+1=" * 12), ["48 positions", "shorten it"]),
         (("-m", DEMO, "--tempertaure", "1"), ["--tempertaure", "--temperature"]),
         (("-m", DEMO, "--quantization", "int3"), ["quantization", "nf4"]),
+        (("-m", DEMO, "--system", "be brief"), ["--system", "--chat-template plain"]),
         (("-m", DEMO, "--chat-template", "none.jinja"), ["none.jinja"]),
     ],
 )
 def test_one_clear_sentence(monkeypatch, capsys, tmp_path, arguments, words):
     arguments = [a.format(tmp=tmp_path) for a in arguments]
-    text = sentence(call(monkeypatch, capsys, "chat", *arguments, "--use-cpu", "-p", "1+1="))
+    text = sentence(call(monkeypatch, capsys, "chat", "-p", "1+1=", *arguments, "--use-cpu"))
     for word in words:
         assert word in text, text
 
@@ -207,6 +208,17 @@ def test_commands(monkeypatch, policy):
     assert "/reset" in talk.told[1] and "/nonsense is no command" in talk.told[2] and len(talk.told) == 3
 
 
+def test_without_a_chat_template_there_is_no_system_prompt(monkeypatch, policy):
+    policy.tokenizer.chat_template = None
+    talk = Talk(monkeypatch, policy, "/system be brief")
+    assert talk.chat.conversation.system == [] and "no place" in talk.told[0]
+
+
+def test_an_answer_is_as_short_as_the_positions_allow(monkeypatch, policy):
+    talk = Talk(monkeypatch, policy, "a " * 100, new_tokens=60)
+    assert "room for an answer of 26 tokens" in talk.told[0] and talk.told[1].startswith(("26 ", "1 ", "2 "))
+
+
 def test_several_lines_between_quotes_are_one_turn(monkeypatch, policy):
     assert Talk(monkeypatch, policy, '"""', "a", "", "b", '"""').turns[0] == "a\n\nb"
 
@@ -271,7 +283,7 @@ def test_a_runs_template_opens_the_conversation(monkeypatch, capsys, job, tmp_pa
     code, _, err = call(monkeypatch, capsys, "train", *(part for pair in options.items() for part in pair))
     assert code == 0, err
     seen = []
-    monkeypatch.setattr(Conversation, "ask", lambda self, text, new: seen.append(self) or ([5, 6], 0))
+    monkeypatch.setattr(Conversation, "ask", lambda self, text, new: seen.append(self) or Prompt([5, 6], 0, new))
     assert call(monkeypatch, capsys, "chat", "--adapter", tmp_path / "run", *GREEDY, "-p", "a")[0] == 0
     system, shots = seen[0].system, seen[0].shots
     assert "<answer></answer>" in system[0]["content"] and [m["role"] for m in shots] == ["user", "assistant"]
