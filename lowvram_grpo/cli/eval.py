@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lowvram_grpo.cli.chat import check_filters
+from lowvram_grpo.cli.eval_report import as_json, explained, found_of, settings_of, versions
 from lowvram_grpo.cli.eval_screen import Progress, print_tables
 from lowvram_grpo.cli.quiet import hush
 from lowvram_grpo.cli.train import parse_extra, prepare_cuda
@@ -35,7 +33,6 @@ _SPLITS = ("test", "validation", "valid", "dev", "train")
 _USUAL_KS = (1, 4, 8)
 # Whole waves of any preset on a GPU; on a CPU, few enough for the progress bar to move.
 _COMPLETIONS_A_CALL = {"cuda": 64, "cpu": 16}
-_PACKAGES = ("lowvram-grpo", "torch", "transformers", "peft", "bitsandbytes", "datasets")
 
 
 @dataclass(frozen=True)
@@ -145,17 +142,17 @@ def start(flags: dict[str, Any], extra: list[str], **options: Any) -> None:
     adapter = f" with {recipe.adapter}" if recipe.adapter else ""
     tell(f"{recipe.model}{adapter} on {args.device}; {counted(len(data), 'prompt')} of {place}.")
     scored = _passes(policy, runner, data, wanted, console, tell)
-    found = _found(scored, wanted, threshold)
-    found["settings"] = _settings(recipe, args, specs, wanted, threshold, place, data)
-    found["versions"] = _versions(args)
+    found = found_of(scored, wanted, threshold)
+    found["settings"] = settings_of(recipe, args, specs, wanted, threshold, place, data)
+    found["versions"] = versions(args)
     if wanted.out:
         wanted.out.mkdir(parents=True, exist_ok=True)
-        (wanted.out / "eval.json").write_text(_json(found) + "\n", encoding="utf-8")
+        (wanted.out / "eval.json").write_text(as_json(found) + "\n", encoding="utf-8")
     if wanted.as_json:
-        print(_json(found))
+        print(as_json(found))
     else:
         print_tables(found, Console(highlight=False))
-        for sentence in _explained(wanted, threshold, full, scored):
+        for sentence in explained(wanted, threshold, full, scored):
             tell(sentence)
     if wanted.out:
         tell(f"written: {wanted.out / 'eval.json'}, {wanted.out / 'completions.jsonl'}")
@@ -296,91 +293,3 @@ def _guard(policy: LoadedPolicy, rows: int, tell: Callable[[str], None]) -> Guar
         "tokens",
         active=args.oom_step_down and args.device.type == "cuda",
     )
-
-
-def _found(scored: dict[str, dict[str, Scored]], wanted: Wanted, threshold: float) -> dict[str, Any]:
-    """Every number, ready for JSON: policies -> NAME -> PASS -> metrics, and difference -> PASS -> metrics."""
-    as_table = lambda summary: {name: interval._asdict() for name, interval in summary.items()}
-    ks = {"greedy": (1,), "sampled": wanted.ks}
-    policies = {
-        name: {
-            kind: {
-                "completions": one.rewards.numel(),
-                "tokens_per_second": float(one.lengths.sum()) / max(one.seconds, 1e-9),
-                "metrics": as_table(one.summary(ks[kind], threshold)),
-            }
-            for kind, one in passes.items()
-        }
-        for name, passes in scored.items()
-    }
-    found: dict[str, Any] = {"policies": policies}
-    if wanted.compare_base:
-        found["difference"] = {
-            kind: as_table(one.minus(scored["base"][kind], ks[kind], threshold))
-            for kind, one in scored["adapter"].items()
-        }
-    return found
-
-
-def _explained(wanted: Wanted, threshold: float, full: list[float], scored: dict[str, dict[str, Scored]]) -> list[str]:
-    """What the numbers mean, in sentences."""
-    from lowvram_grpo.evaluation import all_or_nothing
-
-    by = "--threshold" if wanted.threshold is not None else "full marks from every reward; --threshold sets another"
-    said = [
-        "± is half of a 95 % interval of the mean over prompts (normal approximation"
-        + ("; differences are paired by prompt)." if wanted.compare_base else ")."),
-        f"A completion passes with a total reward of {threshold:g} or more ({by}).",
-    ]
-    everything = [one for passes in scored.values() for one in passes.values()]
-    if wanted.threshold is None and not all(all_or_nothing(one, full) for one in everything):
-        marks = ", ".join(f"{name} {best:g}" for name, best in zip(everything[0].names, full))
-        said.append(f"Some rewards lie elsewhere than at 0 and full marks ({marks}): say with --threshold what passes.")
-    return said
-
-
-def _settings(
-    recipe: Recipe, args, specs: list[str], wanted: Wanted, threshold: float, place: str, data: Dataset
-) -> dict[str, Any]:
-    kept = ("model", "model_revision", "adapter", "template", "quantization", "dtype", "preset", "chat_template")
-    trained = ("head_dtype", "max_prompt_length", "max_completion_length", "generation_kwargs", "seed")
-    asked = {key: value for key, value in asdict(wanted).items() if key not in ("out", "as_json")}
-    return {
-        **{key: getattr(recipe, key) for key in kept},
-        **{key: getattr(args, key) for key in trained},
-        **asked,
-        "threshold": threshold,
-        "data": place,
-        "prompts": len(data),
-        "rewards": specs,
-        "reward_weights": list(args.reward_weights),
-        "interval": "95 %, normal approximation over prompts",
-    }
-
-
-def _versions(args) -> dict[str, str]:
-    found = {"python": platform.python_version(), "device": str(args.device)}
-    if args.device.type == "cuda":
-        import torch
-
-        found["device"] = torch.cuda.get_device_name(args.device)
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # a bare checkout
-            continue
-    return found
-
-
-def _json(found: dict[str, Any]) -> str:
-    """NaN, a mean over nothing, becomes null."""
-    plain = lambda x: (
-        {k: plain(v) for k, v in x.items()}
-        if isinstance(x, dict)
-        else [plain(v) for v in x]
-        if isinstance(x, (list, tuple))
-        else None
-        if isinstance(x, float) and x != x
-        else x
-    )
-    return json.dumps(plain(found), indent=2, ensure_ascii=False)
