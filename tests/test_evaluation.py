@@ -60,8 +60,10 @@ def test_an_interval_covers_the_mean_about_as_often_as_it_says():
 
 
 def test_a_pass_is_a_total_of_the_threshold_or_more():
-    one = scored([[0.3, 0.2, 0.1, 0.0], [0.0, 0.0, 0.0, 0.0]], names=["a"])
-    values = one.per_prompt([1, 2, 4], threshold=0.1 + 0.2)
+    sum_in_float32 = float(torch.tensor(0.7) + torch.tensor(0.9))
+    assert torch.tensor(sum_in_float32) < default_threshold([0.7, 0.9], [1.0, 1.0])
+    one = scored([[sum_in_float32, 1.5, 0.1, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    values = one.per_prompt([1, 2, 4], default_threshold([0.7, 0.9], [1.0, 1.0]))
     assert values["pass@1"].tolist() == pytest.approx([0.25, 0.0])
     assert values["pass@2"].tolist() == pytest.approx([0.5, 0.0])
     assert values["pass@4"].tolist() == pytest.approx([1.0, 0.0])
@@ -155,6 +157,12 @@ def test_what_is_drawn_depends_on_the_seed_and_not_on_the_waves(collector, datas
     again, _ = run(collector, dataset, 4)
     other, _ = run(collector, dataset, 4, seed=1)
     assert torch.equal(first.rewards, again.rewards) and not torch.equal(first.rewards, other.rewards)
+
+
+def test_equal_prompts_get_different_completions_in_every_call(collector, dataset):
+    _, rollouts = run(collector, dataset.select([4] * 6), 2, a_call=2)
+    drawn = [tuple(ids) for _, rollout in rollouts for ids in rollout.batch.completion_ids]
+    assert len(rollouts) == 6 and len(set(drawn)) > 9
 
 
 def test_the_sampling_of_a_pass_replaces_the_engines(collector, dataset):
