@@ -28,13 +28,16 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
-def load(path: str, *, config: str | None = None, split: str | None = None) -> Dataset:
+def load(
+    path: str, *, config: str | None = None, split: str | None = None, prefer: Sequence[str] = ("train",)
+) -> Dataset:
     """Read a dataset.
 
     Args:
         path: a `save_to_disk` folder, a json/jsonl/csv/tsv/parquet file, a folder of such files, or a hub id.
         config: the dataset's configuration, for hub ids and folders that have several.
-        split: a split or a slice of one, as `datasets` writes it (`train[:1000]`); by default `train`, or the only one.
+        split: a split or a slice of one, as `datasets` writes it (`train[:1000]`).
+        prefer: which split to take where none is named: the first of these that is there, or the only one.
 
     Raises:
         UserError: nothing is there, it can't be read, it is empty, or it has no such split.
@@ -42,7 +45,7 @@ def load(path: str, *, config: str | None = None, split: str | None = None) -> D
     from datasets import DatasetDict
 
     found = _read(path, config)
-    dataset = _pick_split(found if isinstance(found, DatasetDict) else DatasetDict(train=found), split, path)
+    dataset = _pick_split(found if isinstance(found, DatasetDict) else DatasetDict(train=found), split, path, prefer)
     if not len(dataset):
         raise UserError(
             f"The dataset {path} is empty{f' in split {split!r}' if split else ''}; GRPO needs one prompt or more."
@@ -97,14 +100,17 @@ def _unreadable(path: str, place: Path, error: Exception) -> UserError:
     return UserError(f"The dataset {path} can't be loaded from the hub: {reason}{hint}.")
 
 
-def _pick_split(splits: DatasetDict, split: str | None, path: str) -> Dataset:
+def _pick_split(splits: DatasetDict, split: str | None, path: str, prefer: Sequence[str]) -> Dataset:
     from datasets import ReadInstruction, concatenate_datasets
 
     names = list(splits)
     if split is None:
-        if "train" not in splits and len(splits) > 1:
-            raise UserError(f"The dataset {path} has no split 'train'; choose one of {', '.join(names)} with --split.")
-        return splits["train" if "train" in splits else names[0]]
+        usual = next((name for name in prefer if name in splits), None)
+        if usual is None and len(splits) > 1:
+            raise UserError(
+                f"The dataset {path} has no split {prefer[0]!r}; choose one of {', '.join(names)} with --split."
+            )
+        return splits[usual or names[0]]
     asked = [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
     for name in asked:
         if name not in splits:
@@ -162,16 +168,7 @@ def prepare(
     form = find_template(template) if template else None
     source = _prompt_column(dataset, prompt_column)
     answer = _answer_column(dataset, answer_column, form.answer_columns if form else ())
-    if form and system_prompt is None:
-        system_prompt = form.system_prompt
-    if form and few_shot is None:
-        few_shot = list(form.few_shot)
-    before = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    shots = [
-        {"role": role, "content": shot[key]}
-        for shot in few_shot or []
-        for role, key in (("user", "prompt"), ("assistant", "completion"))
-    ]
+    before, shots = opening_turns(template, system_prompt, few_shot)
     conversational = bool(before or shots) or isinstance(dataset[0][source], list)
     have = {*dataset.column_names, *(["answer"] if answer else [])}
     makes_reference = form and {*form.reference_needs} <= have and "reference_completion" not in have
@@ -207,6 +204,27 @@ def prepare(
         keep_in_memory=True,
         desc="Preparing prompts",
     )
+
+
+def opening_turns(
+    template: str | None, system_prompt: str | None, few_shot: list[dict[str, str]] | None
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The messages that stand before a person's first: the system turn, and the worked examples; each may be empty.
+
+    The arguments are those of `prepare`.
+    """
+    form = find_template(template) if template else None
+    if form and system_prompt is None:
+        system_prompt = form.system_prompt
+    if form and few_shot is None:
+        few_shot = list(form.few_shot)
+    before = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    shots = [
+        {"role": role, "content": shot[key]}
+        for shot in few_shot or []
+        for role, key in (("user", "prompt"), ("assistant", "completion"))
+    ]
+    return before, shots
 
 
 def _prompt_column(dataset: Dataset, asked: str | None) -> str:

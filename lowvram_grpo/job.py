@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lowvram_grpo.errors import Stopped, UserError
 
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
     from lowvram_grpo.config import GRPOConfig
     from lowvram_grpo.recipe import Recipe
@@ -32,12 +30,13 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     from lowvram_grpo.data import load
     from lowvram_grpo.encoding import check_prompts
     from lowvram_grpo.implied import adopt_adapter, imply_evaluation
+    from lowvram_grpo.loading import check_device, load_tokenizer_of, training_config
     from lowvram_grpo.resume import check_unfinished, planned_steps
-    from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS, resolve_reward
+    from lowvram_grpo.rewards.registry import resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
-    from lowvram_grpo.templates import guess
+    from lowvram_grpo.task import reward_specs
 
-    _check_device(recipe)
+    check_device(recipe)
     if not recipe.model:
         raise UserError("No model given; pass --model with a folder or a hub id.")
     if not recipe.data:
@@ -46,18 +45,11 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     if recipe.adapter:
         adopt_adapter(recipe)
     imply_evaluation(recipe)
-    tokenizer = _tokenizer(recipe)
+    tokenizer = load_tokenizer_of(recipe)
     raw = load(recipe.data, config=recipe.data_config, split=recipe.split)
-    if not recipe.template and not recipe.reward:
-        recipe.template = guess(raw.column_names)
-        recipe.origin["template"] = "guessed from the columns"
-    specs = recipe.reward or TEMPLATE_REWARDS.get(recipe.template, [])
-    if not specs:
-        raise UserError(
-            "No reward given; pass --reward with a built-in name or path/to/file.py:function, or a --template."
-        )
+    specs = reward_specs(recipe, raw.column_names)
     rewards = [resolve_reward(spec) for spec in specs]
-    args = _config(recipe, weights=[weight for _, weight in rewards])
+    args = training_config(recipe, weights=[weight for _, weight in rewards])
     train_data, eval_data = _data(recipe, raw)
     if directory:
         check_unfinished(directory, directory.latest_checkpoint(), planned_steps(args, train_data))
@@ -67,7 +59,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     said: list[str] = []
     if not recipe.resume:
         recipe = _fitted(recipe, args, tokenizer, train_data, said.append)
-        args = _config(recipe, weights=[weight for _, weight in rewards])
+        args = training_config(recipe, weights=[weight for _, weight in rewards])
     if dry_run:
         for sentence in said:
             print(f"note: {sentence}")
@@ -87,19 +79,13 @@ def _fitted(recipe: Recipe, args: GRPOConfig, tokenizer, train_data, tell: Calla
     from lowvram_grpo.cold_start import REFERENCE_COLUMN
     from lowvram_grpo.encoding import prompt_length_report
     from lowvram_grpo.fitting import fit
+    from lowvram_grpo.loading import adopt_stored_quantization, hub_arguments
     from lowvram_grpo.memory.devices import detect
     from lowvram_grpo.policy.load import model_config
-    from lowvram_grpo.policy.quantization import quantization_name
 
-    config = model_config(recipe.model, **_hub_arguments(recipe))
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None and recipe.origin.get("quantization") not in ("flag", "file"):
-        kind = quantization_name(stored)
-        recipe.quantization = kind if kind in ("nf4", "int8") else "none"
-        recipe.origin["quantization"] = "checkpoint"
-        if recipe.quantization == "none":
-            tell(f"no memory plan: the checkpoint is stored in {kind}, which is not counted.")
-            return recipe
+    config = model_config(recipe.model, **hub_arguments(recipe))
+    if not adopt_stored_quantization(recipe, config, tell):
+        return recipe
     if args.device.type != "cuda":
         return recipe
     report = prompt_length_report(
@@ -118,130 +104,26 @@ def _fitted(recipe: Recipe, args: GRPOConfig, tokenizer, train_data, tell: Calla
     )
 
 
-def _check_device(recipe: Recipe) -> None:
-    from lowvram_grpo.memory.devices import cuda_install_line, nvidia_card_without_cuda_torch
-
-    if recipe.training.get("use_cpu"):
-        return
-    card = nvidia_card_without_cuda_torch()
-    if card:
-        raise UserError(
-            f"This machine has an {card}, but the installed torch is a CPU-only build; install the CUDA build with "
-            f"`{cuda_install_line()}`, or pass --use-cpu to train on the CPU."
-        )
-
-
-def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    from lowvram_grpo.policy.load import load_tokenizer
-    from lowvram_grpo.templates import chat_template
-
-    tokenizer = load_tokenizer(recipe.model, **_hub_arguments(recipe))
-    if recipe.chat_template:
-        tokenizer.chat_template = chat_template(recipe.chat_template)
-    return tokenizer
-
-
-def _hub_arguments(recipe: Recipe) -> dict[str, Any]:
-    found = {"trust_remote_code": bool(recipe.training.get("trust_remote_code", False))}
-    if recipe.model_revision:
-        found["revision"] = recipe.model_revision
-    return found
-
-
-def _few_shot(path: str | None) -> list[dict] | None:
-    """A json list, or json lines, of {prompt, completion}."""
-    if path is None:
-        return None
-    try:
-        text = Path(path).read_text(encoding="utf-8").strip()
-        turns = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--few-shot {path} is not a readable json list of {{prompt, completion}}: {error}") from error
-    if not all(isinstance(turn, dict) and {"prompt", "completion"} <= turn.keys() for turn in turns):
-        raise UserError(f"Each entry of --few-shot {path} needs a `prompt` and a `completion`.")
-    return turns
-
-
 def _data(recipe: Recipe, raw: Dataset) -> tuple[Dataset, Dataset | None]:
-    from lowvram_grpo.data import load, prepare
-
-    def prepared(dataset: Dataset) -> Dataset:
-        return prepare(
-            dataset,
-            template=recipe.template,
-            prompt_column=recipe.prompt_column,
-            answer_column=recipe.answer_column,
-            system_prompt=recipe.system_prompt,
-            few_shot=_few_shot(recipe.few_shot),
-        )
+    from lowvram_grpo.data import load
+    from lowvram_grpo.task import prepared
 
     evaluated = None
     if recipe.eval_data or recipe.eval_split:
         place = recipe.eval_data or recipe.data
-        evaluated = prepared(load(place, config=recipe.data_config, split=recipe.eval_split))
-    return prepared(raw), evaluated
+        evaluated = prepared(recipe, load(place, config=recipe.data_config, split=recipe.eval_split))
+    return prepared(recipe, raw), evaluated
 
 
 def _check_reward_columns(recipe: Recipe, rewards: list, train_data: Dataset, eval_data: Dataset | None) -> None:
-    from lowvram_grpo.rewards.runner import check_columns
-    from lowvram_grpo.rollout.collect import reward_columns
+    from lowvram_grpo.task import check_reward_columns
 
-    only_prompts = bool(recipe.training.get("remove_unused_columns"))
-    check_columns(rewards, reward_columns(train_data.column_names, only_prompts=only_prompts))
+    check_reward_columns(recipe, rewards, train_data)
     if eval_data is not None:
         try:
-            check_columns(rewards, reward_columns(eval_data.column_names, only_prompts=only_prompts))
+            check_reward_columns(recipe, rewards, eval_data)
         except UserError as error:
             raise UserError(f"In the evaluation data: {error}") from error
-
-
-def _config(recipe: Recipe, *, weights: list[float]) -> GRPOConfig:
-    import torch
-    from transformers.integrations import get_available_reporting_integrations
-
-    from lowvram_grpo.config import GRPOConfig
-    from lowvram_grpo.policy.load import check_attention
-
-    check_attention(recipe.attn_implementation)
-    settings = {"reward_weights": weights, **recipe.training}
-    if recipe.dtype == "float16" and torch.cuda.is_available() and not {"bf16", "fp16"} & settings.keys():
-        settings["fp16"] = True  # a float16 base under bfloat16 autocast would have no GradScaler
-    settings |= {"output_dir": recipe.output_dir or "runs", "disable_tqdm": True, "model_init_kwargs": None}
-    try:
-        args = GRPOConfig(**settings)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"The training settings do not fit together: {error}") from error
-    given = len(args.reward_weights or weights)
-    if given != len(weights):
-        raise UserError(f"reward_weights has {given} entries, but there are {len(weights)} rewards; give one for each.")
-    available = get_available_reporting_integrations()
-    for name in args.report_to:
-        if name != "none" and name not in available:
-            raise UserError(f"report_to asks for {name}, which is not installed; `pip install {name}`, or drop it.")
-    return args
-
-
-def _model(recipe: Recipe, args: GRPOConfig):
-    from lowvram_grpo.memory.guard import cap
-    from lowvram_grpo.policy.adapter import load_adapter
-    from lowvram_grpo.policy.embeddings import stays_on_host
-    from lowvram_grpo.policy.load import DTYPES, bitsandbytes_config, compute_dtype, load_causal_lm
-
-    cap(args)  # before a byte is allocated
-    dtype = compute_dtype(args.device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
-    init = {**_hub_arguments(recipe), **(recipe.training.get("model_init_kwargs") or {})}
-    if recipe.attn_implementation:
-        init["attn_implementation"] = recipe.attn_implementation
-    quantization = bitsandbytes_config(recipe.quantization, dtype)
-    model = load_causal_lm(
-        recipe.model,
-        device=args.device,
-        dtype=dtype,
-        quantization_config=quantization,
-        init_kwargs=init,
-        keep_on_host=lambda model: stays_on_host(model, args.head_dtype, args.embedding_offload),
-    )
-    return load_adapter(model, recipe.adapter) if recipe.adapter else model
 
 
 def _lora(recipe: Recipe):
@@ -262,13 +144,14 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data, s
     from transformers.trainer_callback import PrinterCallback
 
     from lowvram_grpo.implied import IMPLIED
+    from lowvram_grpo.loading import load_model_of
     from lowvram_grpo.memory.planner import ladder_of
     from lowvram_grpo.resume import planned_steps, step_of
-    from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
     from lowvram_grpo.run.completions import CompletionsLog
     from lowvram_grpo.run.console import Console
     from lowvram_grpo.run.interrupt import StopAfterStep
     from lowvram_grpo.run.metrics import MetricsWriter
+    from lowvram_grpo.task import guess_notice
     from lowvram_grpo.trainer import GRPOTrainer
 
     checkpoint = directory.latest_checkpoint() if recipe.resume else None
@@ -282,11 +165,8 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data, s
         console.notice(f"run directory: {directory.path}")
         for sentence in said:
             console.notice(sentence)
-        if recipe.origin.get("template", "").startswith("guessed"):
-            console.notice(
-                f"neither --template nor --reward given: by its columns the data is for template {recipe.template}, "
-                f"with rewards {', '.join(TEMPLATE_REWARDS[recipe.template])}."
-            )
+        if guessed := guess_notice(recipe):
+            console.notice(guessed)
         if eval_data and recipe.origin.get("eval_strategy") == IMPLIED:
             console.notice(
                 f"evaluating on {len(eval_data)} prompts every {args.eval_steps:g} steps and at the end; "
@@ -298,7 +178,7 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data, s
         console.phase("loading the model")
         interrupt = StopAfterStep(console.notice)
         trainer = GRPOTrainer(
-            _model(recipe, args),
+            load_model_of(recipe, args),
             rewards,
             args,
             train_data,

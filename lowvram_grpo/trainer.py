@@ -42,7 +42,7 @@ from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.rewards.runner import RewardRunner, check_columns
 from lowvram_grpo.rollout.collect import Collector, reward_columns
-from lowvram_grpo.rollout.engine import RolloutEngine, end_ids
+from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
 from lowvram_grpo.rollout.sampler import Sampling, sampling_of
 from lowvram_grpo.rollout.vllm import VLLMEngine, check_vllm, vllm_engine
 from lowvram_grpo.run.completions import CompletionsLog, as_text
@@ -430,10 +430,7 @@ def _engine(args: GRPOConfig, model: nn.Module, sampling: Sampling) -> RolloutEn
     """What samples: the training weights, or vLLM."""
     if args.use_vllm:
         return vllm_engine(args, model, sampling)
-    return RolloutEngine(
-        model, sampling, args.rollout_batch_size, workspace_mib=args.workspace_mib, kv_dtype=args.kv_cache_dtype,
-        adapters=args.rollout_adapters,
-    )  # fmt: skip
+    return engine_of(args, model, sampling)
 
 
 def _for_transformers(args: GRPOConfig) -> GRPOConfig:

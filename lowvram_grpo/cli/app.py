@@ -13,6 +13,7 @@ import typer
 from lowvram_grpo import __version__
 from lowvram_grpo.cli import bench
 from lowvram_grpo.cli.report import report
+from lowvram_grpo.cli.sampling import chat, evaluate
 from lowvram_grpo.errors import Stopped, UserError
 
 app = typer.Typer(
@@ -166,6 +167,9 @@ def presets(
     start(words or [])
 
 
+_more = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(context_settings=_more)(chat)
+app.command("eval", context_settings=_more)(evaluate)
 app.command()(report)
 app.add_typer(bench.app, name="bench")
 

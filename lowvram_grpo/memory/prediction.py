@@ -243,7 +243,7 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
     from lowvram_grpo.loss import KernelChoice
     from lowvram_grpo.objective import objective_of
     from lowvram_grpo.policy.reference import Reference
-    from lowvram_grpo.rollout.engine import RolloutEngine
+    from lowvram_grpo.rollout.engine import engine_of
     from lowvram_grpo.rollout.sampler import filters_of
 
     # peft makes a second adapter on the CPU, and moves it wherever the base is, but not to meta.
@@ -252,11 +252,7 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
     # Fewer known ids than the table has rows, as in most models: what forbids the others is counted.
     known = blueprint.config.get_text_config().vocab_size - 1
     sampling = filters_of(args, eos_ids=(0,), pad_id=0, known_ids=known)
-    engine = RolloutEngine(
-        model, sampling, args.rollout_batch_size, workspace_mib=args.workspace_mib, kv_dtype=args.kv_cache_dtype,
-        adapters=args.rollout_adapters,
-        on_prefilled=lambda: ledger.cut("prefill"),
-    )  # fmt: skip
+    engine = engine_of(args, model, sampling, on_prefilled=lambda: ledger.cut("prefill"))
     kernels = KernelChoice("torch" if blueprint.device == "cpu" else None, False, "counting bytes")
     learner = Learner(
         model,

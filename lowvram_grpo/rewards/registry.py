@@ -28,6 +28,9 @@ BUILTIN: dict[str, Callable] = {
     "language_consistency": language_consistency,
 }
 
+# What the best completion gets from a built-in; from any other function it is taken to be 1.
+FULL_MARKS: dict[str, float] = {"label": 5.0, "label_strict": 10.0, "content": 5.0}
+
 TEMPLATE_REWARDS: dict[str | None, list[str]] = {
     "tldr": ["label", "label_strict", "content"],
     "tldr-zh": ["label", "label_strict", "content"],
@@ -75,6 +78,11 @@ def resolve_reward(spec: str) -> tuple[Callable | str, float]:
         raise UserError(f"the weight {function!r} of the reward {target!r} is not a number; write e.g. {target}:0.5.")
     module = _load_file(target) if target.endswith(".py") else _load_module(target, spec)
     return _function_of(module, function, target), weight
+
+
+def full_marks(reward: Callable | str) -> float:
+    """What the best completion gets from a resolved reward, as far as is known: 1 for what is not built in."""
+    return next((FULL_MARKS.get(name, 1.0) for name, function in BUILTIN.items() if function is reward), 1.0)
 
 
 def _named(target: str) -> Callable | str:

@@ -13,6 +13,7 @@ from lowvram_grpo.objective import group_advantages
 from lowvram_grpo.rewards.runner import RewardRunner
 from lowvram_grpo.rollout.batch import RolloutBatch
 from lowvram_grpo.rollout.engine import RolloutEngine
+from lowvram_grpo.rollout.sampler import Sampling
 
 # What a reward function receives by name anyway, or must not see.
 _NOT_COLUMNS = {
@@ -62,9 +63,18 @@ class Collector:
         return ids
 
     def collect(
-        self, rows: list[dict[str, Any]], num_generations: int, *, seed: int, trainer_state
+        self,
+        rows: list[dict[str, Any]],
+        num_generations: int,
+        *,
+        seed: int,
+        trainer_state,
+        sampling: Sampling | None = None,
     ) -> tuple[Rollout, dict]:
         """Sample G completions of each row and score them; also returns the metrics that rewards logged.
+
+        Args:
+            sampling: other settings than the engine's.
 
         Raises:
             UserError: a reward function failed.
@@ -72,7 +82,9 @@ class Collector:
         prompts = [row["prompt"] for row in rows]
         self.tell(f"sampling {len(rows) * num_generations} completions")
         ids = self.encode(prompts)
-        batch = self.guard.run("rollout", lambda: self.engine.generate(ids, num_generations, seed=seed))
+        batch = self.guard.run(
+            "rollout", lambda: self.engine.generate(ids, num_generations, seed=seed, sampling=sampling)
+        )
         prompts = [p for p in prompts for _ in range(num_generations)]
         completions = self._decode(batch, prompts)
         self.tell("scoring")

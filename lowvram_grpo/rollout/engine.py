@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +26,9 @@ from lowvram_grpo.rollout.fallback import generate_in_waves, rehearse_waves
 from lowvram_grpo.rollout.sampler import Sampling
 from lowvram_grpo.rollout.schedule import Schedule
 from lowvram_grpo.rollout.support import why_not
+
+if TYPE_CHECKING:
+    from lowvram_grpo.config import GRPOConfig
 
 
 @contextmanager
@@ -186,6 +190,14 @@ class RolloutEngine:
                 decoder.skip(completion_length - steps)
                 for _ in range(steps):
                     decoder.step()
+
+
+def engine_of(args: GRPOConfig, model: nn.Module, sampling: Sampling, **more: Any) -> RolloutEngine:
+    """The engine that a configuration asks for; `more` are further arguments of it."""
+    return RolloutEngine(
+        model, sampling, args.rollout_batch_size, workspace_mib=args.workspace_mib, kv_dtype=args.kv_cache_dtype,
+        adapters=args.rollout_adapters, **more,
+    )  # fmt: skip
 
 
 def end_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
     NaN and infinities become null (JSON has neither); tensor and NumPy scalars become numbers.
     """
-    text = "".join(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    text = "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     # A lone surrogate has no UTF-8 form; backslashreplace writes it as the JSON escape that it is.
     with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.write(text)
@@ -49,15 +49,16 @@ def keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     os.replace(temporary, path)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` as JSON can carry it: NaN and infinities None, tensors and arrays numbers and lists."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (str, int)):
         return value
     if hasattr(value, "tolist"):  # tensors and arrays of any shape
-        return _plain(value.tolist())
+        return plain(value.tolist())
     return str(value)

@@ -131,3 +131,23 @@ def test_sampling_in_parts_keeps_groups_whole(model):
         assert parts.completion_ids == whole.completion_ids and parts.prompt_ids == whole.prompt_ids
     seen = RolloutEngine(model, sampling(), 4).generate([PROMPTS[0]] * 2, 4, seed=0).completion_ids
     assert seen[:4] != seen[4:]
+
+
+def test_a_stream_is_the_first_completion_of_its_prompt(model):
+    engine = GenerateEngine(model, sampling())
+    drawn = [engine.generate([PROMPTS[0]], 1, seed=seed).completion_ids[0] for seed in range(4)]
+    assert [list(engine.stream(PROMPTS[0], seed=seed)) for seed in range(4)] == drawn
+    greedy = sampling(temperature=0)
+    assert (
+        list(engine.stream(PROMPTS[2], seed=0, sampling=greedy))
+        == (engine.generate([PROMPTS[2]], 1, seed=0, sampling=greedy).completion_ids[0])
+    )
+
+
+def test_a_stream_that_is_left_leaves_the_model_as_it_was(model):
+    model.train()
+    stream = GenerateEngine(model, sampling()).stream(PROMPTS[0], seed=0)
+    next(stream)
+    assert torch.is_grad_enabled()
+    stream.close()
+    assert model.training

@@ -1,0 +1,102 @@
+"""What `lowvram-grpo eval` has to say: every number as JSON with its settings and versions, and what they mean."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from lowvram_grpo.run import jsonl
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from lowvram_grpo.cli.eval import Wanted
+    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.evaluation import Scored
+    from lowvram_grpo.recipe import Recipe
+
+_PACKAGES = ("lowvram-grpo", "torch", "transformers", "peft", "bitsandbytes", "datasets")
+
+
+def found_of(scored: dict[str, dict[str, Scored]], wanted: Wanted, threshold: float) -> dict[str, Any]:
+    """Every number, ready for JSON: policies -> NAME -> PASS -> metrics, and difference -> PASS -> metrics."""
+    as_table = lambda summary: {name: interval._asdict() for name, interval in summary.items()}
+    ks = {"greedy": (1,), "sampled": wanted.ks}
+    policies = {
+        name: {
+            kind: {
+                "completions": one.rewards.numel(),
+                "tokens_per_second": float(one.lengths.sum()) / max(one.seconds, 1e-9),
+                "metrics": as_table(one.summary(ks[kind], threshold)),
+            }
+            for kind, one in passes.items()
+        }
+        for name, passes in scored.items()
+    }
+    found: dict[str, Any] = {"policies": policies}
+    if wanted.compare_base:
+        found["difference"] = {
+            kind: as_table(one.minus(scored["base"][kind], ks[kind], threshold))
+            for kind, one in scored["adapter"].items()
+        }
+    return found
+
+
+def explained(wanted: Wanted, threshold: float, full: list[float], scored: dict[str, dict[str, Scored]]) -> list[str]:
+    """What the numbers mean, in sentences."""
+    from lowvram_grpo.evaluation import all_or_nothing
+
+    by = "--threshold" if wanted.threshold is not None else "full marks from every reward; --threshold sets another"
+    said = [
+        "± is half of a 95 % interval of the mean over prompts (normal approximation"
+        + ("; differences are paired by prompt)." if wanted.compare_base else ")."),
+        f"A completion passes with a total reward of {threshold:g} or more ({by}).",
+    ]
+    everything = [one for passes in scored.values() for one in passes.values()]
+    if wanted.threshold is None and not all(all_or_nothing(one, full) for one in everything):
+        marks = ", ".join(f"{name} {best:g}" for name, best in zip(everything[0].names, full))
+        said.append(f"Some rewards lie elsewhere than at 0 and full marks ({marks}): say with --threshold what passes.")
+    return said
+
+
+def settings_of(
+    recipe: Recipe, args: GRPOConfig, specs: list[str], wanted: Wanted, threshold: float, place: str, data: Dataset
+) -> dict[str, Any]:
+    """What it would take to evaluate again."""
+    kept = ("model", "model_revision", "adapter", "template", "quantization", "dtype", "preset", "chat_template")
+    trained = ("head_dtype", "max_prompt_length", "max_completion_length", "generation_kwargs", "seed")
+    asked = {key: value for key, value in asdict(wanted).items() if key not in ("out", "as_json")}
+    return {
+        **{key: getattr(recipe, key) for key in kept},
+        **{key: getattr(args, key) for key in trained},
+        **asked,
+        "threshold": threshold,
+        "data": place,
+        "prompts": len(data),
+        "rewards": specs,
+        "reward_weights": list(args.reward_weights),
+        "interval": "95 %, normal approximation over prompts",
+    }
+
+
+def versions(args: GRPOConfig) -> dict[str, str]:
+    """Of what the numbers may depend on."""
+    found = {"python": platform.python_version(), "device": str(args.device)}
+    if args.device.type == "cuda":
+        import torch
+
+        found["device"] = torch.cuda.get_device_name(args.device)
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # a bare checkout
+            continue
+    return found
+
+
+def as_json(found: dict[str, Any]) -> str:
+    """NaN, a mean over nothing, becomes null."""
+    return json.dumps(jsonl.plain(found), indent=2, ensure_ascii=False)

@@ -1,0 +1,136 @@
+"""From a recipe to what it names: tokenizer, GRPOConfig, model. What training, chat and evaluation load alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lowvram_grpo.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe import Recipe
+
+
+def check_device(recipe: Recipe) -> None:
+    """Whether a CPU-only torch would leave this machine's NVIDIA card idle.
+
+    Raises:
+        UserError: it would, and nobody asked for the CPU.
+    """
+    from lowvram_grpo.memory.devices import cuda_install_line, nvidia_card_without_cuda_torch
+
+    if recipe.training.get("use_cpu"):
+        return
+    card = nvidia_card_without_cuda_torch()
+    if card:
+        raise UserError(
+            f"This machine has an {card}, but the installed torch is a CPU-only build; install the CUDA build with "
+            f"`{cuda_install_line()}`, or pass --use-cpu to work on the CPU."
+        )
+
+
+def hub_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Arguments that every from_pretrained of the recipe's model takes."""
+    found = {"trust_remote_code": bool(recipe.training.get("trust_remote_code", False))}
+    if recipe.model_revision:
+        found["revision"] = recipe.model_revision
+    return found
+
+
+def load_tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of the recipe's model, with the recipe's chat template where it names one.
+
+    Raises:
+        UserError: no such model, no tokenizer, or no such template.
+    """
+    from lowvram_grpo.policy.load import load_tokenizer
+    from lowvram_grpo.templates import chat_template
+
+    tokenizer = load_tokenizer(recipe.model, **hub_arguments(recipe))
+    if recipe.chat_template:
+        tokenizer.chat_template = chat_template(recipe.chat_template)
+    return tokenizer
+
+
+def training_config(recipe: Recipe, *, weights: list[float]) -> GRPOConfig:
+    """The GRPOConfig of a recipe with rewards of these weights.
+
+    Raises:
+        UserError: settings that contradict each other, or that ask for what is not installed.
+    """
+    import torch
+    from transformers.integrations import get_available_reporting_integrations
+
+    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.policy.load import check_attention
+
+    check_attention(recipe.attn_implementation)
+    settings = {"reward_weights": weights, **recipe.training}
+    if recipe.dtype == "float16" and torch.cuda.is_available() and not {"bf16", "fp16"} & settings.keys():
+        settings["fp16"] = True  # a float16 base under bfloat16 autocast would have no GradScaler
+    settings |= {"output_dir": recipe.output_dir or "runs", "disable_tqdm": True, "model_init_kwargs": None}
+    try:
+        args = GRPOConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"The training settings do not fit together: {error}") from error
+    given = len(args.reward_weights or weights)
+    if given != len(weights):
+        raise UserError(f"reward_weights has {given} entries, but there are {len(weights)} rewards; give one for each.")
+    available = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name != "none" and name not in available:
+            raise UserError(f"report_to asks for {name}, which is not installed; `pip install {name}`, or drop it.")
+    return args
+
+
+def adopt_stored_quantization(recipe: Recipe, config: PretrainedConfig, tell: Callable[[str], None]) -> bool:
+    """Write the quantization of a checkpoint that has one already into `recipe`, unless a person set it.
+
+    Returns:
+        whether the memory of the model can be counted; `tell` hears why where it cannot.
+    """
+    from lowvram_grpo.policy.quantization import quantization_name
+
+    stored = getattr(config, "quantization_config", None)
+    if stored is None or recipe.origin.get("quantization") in ("flag", "file"):
+        return True
+    kind = quantization_name(stored)
+    recipe.quantization = kind if kind in ("nf4", "int8") else "none"
+    recipe.origin["quantization"] = "checkpoint"
+    if recipe.quantization == "none":
+        tell(f"no memory plan: the checkpoint is stored in {kind}, which is not counted.")
+        return False
+    return True
+
+
+def load_model_of(recipe: Recipe, args: GRPOConfig) -> nn.Module:
+    """The recipe's model on the device of `args`, quantized as it says, in its adapter where it names one.
+
+    Raises:
+        UserError: missing or unfit model or adapter.
+    """
+    from lowvram_grpo.memory.guard import cap
+    from lowvram_grpo.policy.adapter import load_adapter
+    from lowvram_grpo.policy.embeddings import stays_on_host
+    from lowvram_grpo.policy.load import DTYPES, bitsandbytes_config, compute_dtype, load_causal_lm
+
+    cap(args)  # before a byte is allocated
+    dtype = compute_dtype(args.device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
+    init = {**hub_arguments(recipe), **(recipe.training.get("model_init_kwargs") or {})}
+    if recipe.attn_implementation:
+        init["attn_implementation"] = recipe.attn_implementation
+    quantization = bitsandbytes_config(recipe.quantization, dtype)
+    model = load_causal_lm(
+        recipe.model,
+        device=args.device,
+        dtype=dtype,
+        quantization_config=quantization,
+        init_kwargs=init,
+        keep_on_host=lambda model: stays_on_host(model, args.head_dtype, args.embedding_offload),
+    )
+    return load_adapter(model, recipe.adapter) if recipe.adapter else model

@@ -1,0 +1,96 @@
+"""From a recipe to its task: template, rewards, and the data as they want it. For training and evaluation alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram_grpo.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from lowvram_grpo.recipe import Recipe
+
+
+def reward_specs(recipe: Recipe, columns: list[str]) -> list[str]:
+    """What `--reward` would say; a recipe with neither template nor rewards gets a template by the data's columns.
+
+    Raises:
+        UserError: no reward is named, and none follows from the columns.
+    """
+    from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
+    from lowvram_grpo.templates import guess
+
+    if not recipe.template and not recipe.reward:
+        recipe.template = guess(columns)
+        recipe.origin["template"] = "guessed from the columns"
+    specs = recipe.reward or TEMPLATE_REWARDS.get(recipe.template, [])
+    if not specs:
+        raise UserError(
+            "No reward given; pass --reward with a built-in name or path/to/file.py:function, or a --template."
+        )
+    return specs
+
+
+def guess_notice(recipe: Recipe) -> str:
+    """A sentence for people where `reward_specs` has guessed, else an empty string."""
+    from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
+
+    if not recipe.origin.get("template", "").startswith("guessed"):
+        return ""
+    return (
+        f"neither --template nor --reward given: by its columns the data is for template {recipe.template}, "
+        f"with rewards {', '.join(TEMPLATE_REWARDS[recipe.template])}."
+    )
+
+
+def prepared(recipe: Recipe, dataset: Dataset) -> Dataset:
+    """`dataset` with the prompts and answers that the recipe makes of it.
+
+    Raises:
+        UserError: as `data.prepare`, or an unreadable few-shot file.
+    """
+    from lowvram_grpo.data import prepare
+
+    return prepare(
+        dataset,
+        template=recipe.template,
+        prompt_column=recipe.prompt_column,
+        answer_column=recipe.answer_column,
+        system_prompt=recipe.system_prompt,
+        few_shot=few_shot(recipe.few_shot),
+    )
+
+
+def few_shot(path: str | None) -> list[dict] | None:
+    """A json list, or json lines, of {prompt, completion}.
+
+    Raises:
+        UserError: it is not.
+    """
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+        turns = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--few-shot {path} is not a readable json list of {{prompt, completion}}: {error}") from error
+    if not all(isinstance(turn, dict) and {"prompt", "completion"} <= turn.keys() for turn in turns):
+        raise UserError(f"Each entry of --few-shot {path} needs a `prompt` and a `completion`.")
+    return turns
+
+
+def check_reward_columns(recipe: Recipe, rewards: list[Callable | str], data: Dataset) -> None:
+    """Whether the data has the columns that the rewards ask for.
+
+    Raises:
+        UserError: it lacks one.
+    """
+    from lowvram_grpo.rewards.runner import check_columns
+    from lowvram_grpo.rollout.collect import reward_columns
+
+    only_prompts = bool(recipe.training.get("remove_unused_columns"))
+    check_columns(rewards, reward_columns(data.column_names, only_prompts=only_prompts))
