@@ -35,9 +35,10 @@ _ADAPTER_FILE = "adapter_config.json"
 # What of a run's training settings says how its policy is loaded, prompted and scored. The rest (optimizer, batches,
 # logging) may not even be valid on the machine that only samples; temperature and filters are the caller's.
 _KEPT = {
-    "use_cpu", "bf16", "fp16", "trust_remote_code", "model_init_kwargs", "head_dtype", "embedding_offload", "vram_gib",
-    "workspace_mib", "rollout_batch_size", "kv_cache_dtype", "rollout_adapters", "max_prompt_length", "max_completion_length", "chat_template_kwargs",
-    "generation_kwargs", "seed", "reward_weights", "reward_timeout", "remove_unused_columns", "oom_step_down",
+    "use_cpu", "bf16", "fp16", "trust_remote_code", "model_init_kwargs", "head_dtype", "embedding_offload",
+    "vram_gib", "workspace_mib", "rollout_batch_size", "kv_cache_dtype", "rollout_adapters", "max_prompt_length",
+    "max_completion_length", "chat_template_kwargs", "generation_kwargs", "seed", "reward_weights", "reward_timeout",
+    "remove_unused_columns", "oom_step_down",
 }  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def test_sampling_in_parts_keeps_groups_whole(model):
 
 
 def test_a_stream_is_the_first_completion_of_its_prompt(model):
-    engine = GenerateEngine(model, sampling())
+    engine = RolloutEngine(model, sampling())
     drawn = [engine.generate([PROMPTS[0]], 1, seed=seed).completion_ids[0] for seed in range(4)]
     assert [list(engine.stream(PROMPTS[0], seed=seed)) for seed in range(4)] == drawn
     greedy = sampling(temperature=0)
@@ -146,7 +146,7 @@ def test_a_stream_is_the_first_completion_of_its_prompt(model):
 
 def test_a_stream_that_is_left_leaves_the_model_as_it_was(model):
     model.train()
-    stream = GenerateEngine(model, sampling()).stream(PROMPTS[0], seed=0)
+    stream = RolloutEngine(model, sampling()).stream(PROMPTS[0], seed=0)
     next(stream)
     assert torch.is_grad_enabled()
     stream.close()
