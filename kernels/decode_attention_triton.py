@@ -100,11 +100,12 @@ def _share(split, first, last, SPLITS: tl.constexpr, LEAST: tl.constexpr, KEYS: 
 @jit
 def _leave(out, lse, at, alive, m, s, acc, WIDTH: tl.constexpr, WIDE: tl.constexpr):
     """Store the outputs (Q, D) and log-sum-exps (Q,) of one range at places `at` (Q,)."""
+    some = s > 0  # a row's window may end before this range
+    s = tl.where(some, s, 1.0)
+    tl.store(lse + at, tl.where(some, m + tl.log2(s), float("-inf")), mask=alive)
     d = tl.arange(0, WIDE)
-    tl.store(lse + at, tl.where(s > 0, m + tl.log2(s), float("-inf")), mask=alive)
-    alive = alive & (s > 0)
-    acc = acc / tl.where(s > 0, s, 1.0)[:, None]
-    tl.store(out + at[:, None] * WIDTH + d[None, :], acc, mask=alive[:, None] & (d < WIDTH)[None, :])
+    there = (alive & some)[:, None] & (d < WIDTH)[None, :]
+    tl.store(out + at[:, None] * WIDTH + d[None, :], acc / s[:, None], mask=there)
 
 
 @jit
