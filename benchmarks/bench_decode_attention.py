@@ -25,7 +25,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from lowvram_grpo.kernels.decode_attention import KV, Rows, decode_attention, quantize_kv
-from lowvram_grpo.kernels.decode_launch import decode_path
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from timing import copy_ceiling, peak_mib, timed
 from torch import Tensor
@@ -50,7 +49,7 @@ class Case(NamedTuple):
     def key(self, slots: int) -> dict:
         return {
             "op": "decode", "shape": self.shape, "rows": slots * self.group, "dtype": self.cache,
-            "tokens": f"{self.prompt}+{self.own}", "profile": f"G={self.group}",
+            "profile": f"{self.prompt}+{self.own}",
         }  # fmt: skip
 
 
@@ -178,7 +177,6 @@ def main() -> None:
         if not waiting:
             continue
         sizes = SHAPES.get(case.shape, (6, 2, 32))
-        assert args.dry_run or decode_path(device, sizes[0], sizes[1], sizes[2], sizes[2]) == "triton" or not HAS_TRITON
         for name in waiting:
             if time.monotonic() > until:
                 print("time is up; the same command goes on where this one stopped.")

@@ -90,9 +90,9 @@ def _attend_range(
 
 
 @jit
-def _share(split, first, last, SPLITS: tl.constexpr, LEAST: tl.constexpr, KEYS: tl.constexpr):
+def _share(split, splits, first, last, LEAST: tl.constexpr, KEYS: tl.constexpr):
     """The range of keys first to last that is `split`'s: at least LEAST tiles, as long as there are keys."""
-    tiles = tl.maximum(tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), KEYS), SPLITS), LEAST)
+    tiles = tl.maximum(tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), KEYS), splits), LEAST)
     begin = first + split * tiles * KEYS
     return begin, tl.minimum(begin + tiles * KEYS, last)
 
@@ -112,10 +112,9 @@ def _leave(out, lse, at, alive, m, s, acc, WIDTH: tl.constexpr, WIDE: tl.constex
 def _prefix_kernel(
     query, keys, values, key_scales, value_scales, age_ptr, prefix_ptr, members_ptr, out, lse,
     query_row, query_head, slot_stride, head_stride, token_stride, scale_slot, scale_head,
-    members, window, scale, softcap,
+    splits, members, window, scale, softcap,
     REP: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    LEAST: tl.constexpr, PREFIX_SPLITS: tl.constexpr, OWN_SPLITS: tl.constexpr, SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr, INTERPRET: tl.constexpr,
+    LEAST: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     # Blocks of queries vary fastest, so that programs that run together read the same keys out of L2.
     blocks = tl.cdiv(members * REP, QUERIES)
@@ -133,8 +132,8 @@ def _prefix_kernel(
         age = tl.load(age_ptr + row, mask=alive, other=0).to(tl.int32)
         low = tl.where(alive, tl.maximum(last + age - window + 1, 0), last)
         first = tl.min(low, 0)
-    begin, end = _share(split, first, last, PREFIX_SPLITS, LEAST, KEYS)
-    at = (row * (tl.num_programs(1) * REP) + query_heads) * (PREFIX_SPLITS + OWN_SPLITS) + split
+    begin, end = _share(split, tl.num_programs(2), first, last, LEAST, KEYS)
+    at = (row * (tl.num_programs(1) * REP) + query_heads) * splits + split
     if (begin >= end) | (tl.max(alive.to(tl.int32), 0) == 0):
         tl.store(lse + at, tl.full([QUERIES], float("-inf"), tl.float32), mask=alive)
         return
@@ -145,7 +144,7 @@ def _prefix_kernel(
     )  # fmt: skip
     if INTERPRET:  # its dot product would take the bits of bfloat16 for integers
         q = q.to(tl.float32)
-    offset = slot * slot_stride + head * head_stride
+    offset = slot * slot_stride + head.to(tl.int64) * head_stride
     if key_scales is not None:
         key_scales += slot * scale_slot + head * scale_head
         value_scales += slot * scale_slot + head * scale_head
@@ -184,10 +183,9 @@ def _append(ptr, x, scales, WIDTH: tl.constexpr, WIDE: tl.constexpr):
 def _own_kernel(
     query, key, value, keys, values, key_scales, value_scales, age_ptr, rank_ptr, out, lse,
     query_row, query_head, key_row, key_head, value_row, value_head,
-    row_stride, head_stride, token_stride, scale_row, scale_head, window, scale, softcap,
+    row_stride, head_stride, token_stride, scale_row, scale_head, splits, window, scale, softcap,
     REP: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    LEAST: tl.constexpr, PREFIX_SPLITS: tl.constexpr, OWN_SPLITS: tl.constexpr, SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr, INTERPRET: tl.constexpr,
+    LEAST: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head, split = tl.program_id(1), tl.program_id(2)
@@ -200,8 +198,8 @@ def _own_kernel(
         low = tl.maximum(age - window + 1, 0)
     # Nobody waits for a row without a rank: its new token is all that it sees.
     low = tl.where(tl.load(rank_ptr + row) < 0, age, low)
-    begin, end = _share(split, low, age, OWN_SPLITS, LEAST, KEYS)
-    at = (row * (tl.num_programs(1) * REP) + query_heads) * (PREFIX_SPLITS + OWN_SPLITS) + PREFIX_SPLITS + split
+    begin, end = _share(split, tl.num_programs(2), low, age, LEAST, KEYS)
+    at = (row * (tl.num_programs(1) * REP) + query_heads) * splits + splits - tl.num_programs(2) + split
     if (begin >= end) & (split > 0):
         tl.store(lse + at, tl.full([QUERIES], float("-inf"), tl.float32), mask=alive)
         return
@@ -212,7 +210,7 @@ def _own_kernel(
     )  # fmt: skip
     if INTERPRET:
         q = q.to(tl.float32)
-    offset = row * row_stride + head * head_stride
+    offset = row * row_stride + head.to(tl.int64) * head_stride
     scale_offset = row * scale_row + head * scale_head
     if key_scales is not None:
         key_scales += scale_offset
@@ -246,28 +244,30 @@ def _own_kernel(
 
 @jit
 def _merge_kernel(
-    parts, lse, rank_ptr, out,
-    PREFIX_SPLITS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    parts, lse, rank_ptr, out, prefix_splits, splits, BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = row * tl.num_programs(1) + tl.program_id(1)
     # The places of a row without a rank were written by no prefix program.
-    begin = tl.where(tl.load(rank_ptr + row) < 0, PREFIX_SPLITS, 0)
+    begin = tl.where(tl.load(rank_ptr + row) < 0, prefix_splits, 0)
     d = tl.arange(0, WIDE)
-    m = _LOWEST + 0.0
-    s = 0.0
+    # Split 0 of its own tokens never is empty.
+    m = tl.full([], _LOWEST, tl.float32)
+    s = tl.zeros([], tl.float32)
     acc = tl.zeros([WIDE], tl.float32)
-    for i in range(0, SPLITS, BLOCK):
+    i = 0
+    while i < splits:
         split = i + tl.arange(0, BLOCK)
-        part = tl.load(lse + at * SPLITS + split, mask=(split >= begin) & (split < SPLITS), other=float("-inf"))
+        part = tl.load(lse + at * splits + split, mask=(split >= begin) & (split < splits), other=float("-inf"))
         m_new = tl.maximum(m, tl.max(part, 0))
         p = tl.exp2(part - m_new)
         decay = tl.exp2(m - m_new)
         s = s * decay + tl.sum(p, 0)
         there = (part > float("-inf"))[:, None] & (d < WIDTH)[None, :]
-        x = tl.load(parts + (at * SPLITS + split)[:, None] * WIDTH + d[None, :], mask=there, other=0.0)
+        x = tl.load(parts + (at * splits + split)[:, None] * WIDTH + d[None, :], mask=there, other=0.0)
         acc = acc * decay + tl.sum(p[:, None] * x, 0)
         m = m_new
+        i += BLOCK
     tl.store(out + at * WIDTH + d, (acc / s).to(out.dtype.element_ty), mask=d < WIDTH)
 
 
@@ -310,22 +310,23 @@ def decode_attention_triton(
     if query.is_meta or not r:
         return out
     wide = power_of_2(max(16, width))
+    # What changes as rows end (splits, members) is no constant: it would compile anew.
     numbers = (window or 0, scale, softcap or 1.0)
     fixed = {
-        "REP": rep, "WIDTH": width, "WIDE": wide, "PREFIX_SPLITS": splits.prefix, "OWN_SPLITS": splits.own,
-        "SOFTCAP": softcap is not None, "WINDOW": window is not None, "INTERPRET": interpreted(),
+        "REP": rep, "WIDTH": width, "WIDE": wide, "SOFTCAP": softcap is not None, "WINDOW": window is not None,
+        "INTERPRET": interpreted(),
     }  # fmt: skip
     if splits.prefix:
         _prefix_kernel[(slots * blocks, kv_heads, splits.prefix)](
             query, *prompts, rows.age, rows.prefix, rows.members, parts, lse, *query.stride()[:2], *_strides(prompts),
-            members, *numbers, **tiles.constants(), **fixed,
+            sum(splits), members, *numbers, **tiles.constants(), **fixed,
         )  # fmt: skip
     _own_kernel[(r, kv_heads, splits.own)](
         query, key, value, *own, rows.age, rows.rank, parts, lse, *query.stride()[:2], *key.stride()[:2],
-        *value.stride()[:2], *_strides(own), *numbers, **own_tiles.constants(), **fixed,
+        *value.stride()[:2], *_strides(own), sum(splits), *numbers, **own_tiles.constants(), **fixed,
     )  # fmt: skip
     _merge_kernel[(r, heads)](
-        parts, lse, rows.rank, out, PREFIX_SPLITS=splits.prefix, SPLITS=sum(splits), BLOCK=_MERGED, WIDTH=width,
+        parts, lse, rows.rank, out, splits.prefix, sum(splits), BLOCK=_MERGED, WIDTH=width,
         WIDE=wide, num_warps=2,
     )  # fmt: skip
     return out
@@ -344,8 +345,11 @@ def compile_cases(cc: int) -> list[CompileCase]:
     for width in (64, 80, 128, 256):
         for dtype, int8, masks in ((half, False, False), (half, True, True), (torch.float32, False, True)):
             cases += _cases(cc, dtype, width, int8, masks)
-        types = {"parts": "*fp32:16", "lse": "*fp32:16", "rank_ptr": "*i64:16", "out": _KINDS[half]}
-        sizes = {"PREFIX_SPLITS": 20, "SPLITS": 33, "BLOCK": _MERGED, "WIDTH": width, "WIDE": power_of_2(width)}
+        types = {
+            "parts": "*fp32:16", "lse": "*fp32:16", "rank_ptr": "*i64:16", "out": _KINDS[half],
+            "prefix_splits": "i32", "splits": "i32",
+        }  # fmt: skip
+        sizes = {"BLOCK": _MERGED, "WIDTH": width, "WIDE": power_of_2(width)}
         cases.append(compile_case(f"merge D={width}", _merge_kernel, types, sizes, 2, 1))
     return cases
 
@@ -362,11 +366,10 @@ def _cases(cc: int, dtype: torch.dtype, width: int, int8: bool, masks: bool) -> 
         **dict.fromkeys(("key_scales", "value_scales"), scales), **dict.fromkeys(("out", "lse"), "*fp32:16"),
         **dict.fromkeys(("age_ptr", "prefix_ptr", "members_ptr", "rank_ptr"), "*i64:16"),
         **dict.fromkeys(strides, "i32:16"), **dict.fromkeys(("scale_slot", "scale_row", "scale_head"), "i32"),
-        **dict.fromkeys(("members", "window"), "i32"), **dict.fromkeys(("scale", "softcap"), "fp32"),
+        **dict.fromkeys(("splits", "members", "window"), "i32"), **dict.fromkeys(("scale", "softcap"), "fp32"),
     }  # fmt: skip
     fixed = {
-        "REP": 7, "WIDTH": width, "WIDE": wide, "PREFIX_SPLITS": 3, "OWN_SPLITS": 2, "SOFTCAP": masks,
-        "WINDOW": masks, "INTERPRET": False,
+        "REP": 7, "WIDTH": width, "WIDE": wide, "SOFTCAP": masks, "WINDOW": masks, "INTERPRET": False,
     }  # fmt: skip
 
     def case(kernel: Any, tiles: Tiles) -> CompileCase:

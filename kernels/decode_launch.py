@@ -98,7 +98,7 @@ def tiles_of(cc: int, dtype: torch.dtype, width: int, queries: int) -> Tiles:
         return Tiles(16, 32 if wide == 128 else 16, 2 if wide <= 64 else 4, 1)
     if queries > 32 and wide <= 128:
         return Tiles(64, 32, 8, 2)
-    return Tiles(32 if queries > 16 else 16, 64 if wide <= 128 else 32, 4, 2)
+    return Tiles(32 if queries > 16 else 16, 64 if wide <= 64 else 32, 4, 2)
 
 
 def ranges(programs: int, length: int, tiles: Tiles, multiprocessors: int) -> int:

@@ -28,31 +28,31 @@ def poisoned_memory(monkeypatch):
 
 
 MASKS = [
-    {},
-    {"window": 4},
-    {"window": 25},
-    {"window": 1},
-    {"window": 1000},
-    {"softcap": 1.5},
+    {}, {}, {"window": 4}, {"window": 25}, {"window": 1}, {"window": 1000}, {"softcap": 1.5},
     {"window": 25, "softcap": 3.0},
-]
+]  # fmt: skip
 
 
 @needs_triton
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("masks", MASKS, ids=str)
+@pytest.mark.parametrize("int8,masks", [(i % 2 == 0, masks) for i, masks in enumerate(MASKS)], ids=str)
 def test_ragged_rows_against_float64(masks, int8):
     assert_no_worse(Problem(**RAGGED, int8=int8, dead=2).errors(**masks))
 
 
 @needs_triton
-@pytest.mark.parametrize("rep,d", [(1, 16), (1, 64), (7, 96), (16, 40), (5, 256)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_heads_and_dtypes_against_float64(rep, d, dtype):
-    for int8 in (False, True):
-        few = {"counts": [2, 1], "prefixes": [21, 1], "ages": [19, 0, 40]}
-        problem = Problem(**few, rep=rep, kv_heads=1 + (rep < 7), d=d, dtype=dtype, int8=int8)
-        assert_no_worse(problem.errors(window=30), dtype)
+@pytest.mark.parametrize(
+    "rep,d,dtype,int8",
+    [
+        (1, 16, torch.float16, True), (1, 64, torch.bfloat16, False), (7, 96, torch.float16, False),
+        (7, 96, torch.bfloat16, True), (16, 40, torch.float32, True), (16, 40, torch.float16, True),
+        (16, 40, torch.bfloat16, False), (5, 256, torch.float32, False), (5, 256, torch.bfloat16, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_heads_and_dtypes_against_float64(rep, d, dtype, int8):
+    few = {"counts": [2, 1], "prefixes": [21, 1], "ages": [19, 0, 40]}
+    problem = Problem(**few, rep=rep, kv_heads=1 + (rep < 7), d=d, dtype=dtype, int8=int8)
+    assert_no_worse(problem.errors(window=30), dtype)
 
 
 @needs_triton
@@ -143,7 +143,7 @@ def test_a_row_is_the_same_wherever_it_stands(path):
 
 @needs_triton
 def test_a_second_step_reads_what_the_first_wrote():
-    problem = Problem([2, 2], [5, 9], [3, 0], int8=True, longest_own=12)
+    problem = Problem([2, 1], [5, 9], [3, 0], rep=2, int8=True, longest_own=12)
     for _ in range(3):
         expected, own = problem.run("torch")
         found, appended = problem.run("triton")
@@ -153,7 +153,7 @@ def test_a_second_step_reads_what_the_first_wrote():
         problem.rows = replace(
             problem.rows, age=problem.rows.age + 1, longest_own=problem.rows.longest_own + 1, _masks={}
         )
-        problem.key, problem.value = problem.value, problem.query[:, :2]
+        problem.key, problem.value = problem.value, problem.query[:, 1:3]
 
 
 @needs_triton
