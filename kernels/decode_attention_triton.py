@@ -318,8 +318,8 @@ def decode_attention_triton(
     }  # fmt: skip
     if splits.prefix:
         _prefix_kernel[(slots * blocks, kv_heads, splits.prefix)](
-            query, *prompts, rows.age, rows.prefix, rows.members, parts, lse, *query.stride()[:2], *_strides(prompts),
-            sum(splits), members, *numbers, **tiles.constants(), **fixed,
+            query, *prompts, rows.age, rows.prefix, rows.members.contiguous(), parts, lse, *query.stride()[:2],
+            *_strides(prompts), sum(splits), members, *numbers, **tiles.constants(), **fixed,
         )  # fmt: skip
     _own_kernel[(r, kv_heads, splits.own)](
         query, key, value, *own, rows.age, rows.rank, parts, lse, *query.stride()[:2], *key.stride()[:2],
@@ -338,13 +338,14 @@ def _strides(cache: KV) -> tuple[int, ...]:
 
 
 def compile_cases(cc: int) -> list[CompileCase]:
-    """What `decode_attention_triton` launches on compute capability `cc`: heads of the models that are known here,
-    every tile, caches in 16 bits and int8, with window and soft cap and without."""
+    """What `decode_attention_triton` launches on compute capability `cc`: every tile, for a head that fills it and one
+    that does not, caches in 16 bits and int8, with window and soft cap and without."""
     half = torch.float16 if cc < 80 else torch.bfloat16
     cases = []
-    for width in (64, 80, 128, 256):
-        for dtype, int8, masks in ((half, False, False), (half, True, True), (torch.float32, False, True)):
-            cases += _cases(cc, dtype, width, int8, masks)
+    for width in (64, 80, 256):
+        cases += _cases(cc, half, width, (64,), int8=False, masks=False)
+        cases += _cases(cc, half, width, (64, 32, 16), int8=True, masks=True)
+        cases += _cases(cc, torch.float32, width, (64,), int8=False, masks=True)
         types = {
             "parts": "*fp32:16", "lse": "*fp32:16", "rank_ptr": "*i64:16", "out": _KINDS[half],
             "prefix_splits": "i32", "splits": "i32",
@@ -354,7 +355,9 @@ def compile_cases(cc: int) -> list[CompileCase]:
     return cases
 
 
-def _cases(cc: int, dtype: torch.dtype, width: int, int8: bool, masks: bool) -> list[CompileCase]:
+def _cases(
+    cc: int, dtype: torch.dtype, width: int, queries: tuple[int, ...], *, int8: bool, masks: bool
+) -> list[CompileCase]:
     kind = _KINDS[dtype]
     cached = "*i8:16" if int8 else kind
     scales = "*fp32:16" if int8 else None
@@ -377,5 +380,5 @@ def _cases(cc: int, dtype: torch.dtype, width: int, int8: bool, masks: bool) -> 
         name = f"{kernel.fn.__name__} {tuple(tiles)} D={width} {kind[1:5]} int8={int8} masks={masks}"
         return compile_case(name, kernel, types, {**fixed, **constants}, tiles.warps, tiles.stages)
 
-    cases = [case(_prefix_kernel, tiles_of(cc, dtype, width, queries)) for queries in (64, 32, 16)]
-    return [*{found.name: found for found in cases}.values(), case(_own_kernel, tiles_of(cc, dtype, width, 7))]
+    tiles = dict.fromkeys(tiles_of(cc, dtype, width, n) for n in queries)
+    return [*(case(_prefix_kernel, t) for t in tiles), case(_own_kernel, tiles_of(cc, dtype, width, 7))]

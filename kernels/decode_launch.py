@@ -95,10 +95,15 @@ def tiles_of(cc: int, dtype: torch.dtype, width: int, queries: int) -> Tiles:
     """
     wide = power_of_2(width)
     if cc < 80 or dtype == torch.float32:
-        return Tiles(16, 32 if wide == 128 else 16, 2 if wide <= 64 else 4, 1)
-    if queries > 32 and wide <= 128:
+        if wide > 128:
+            return Tiles(16, 16, 4, 1) if cc < 80 else Tiles(16, 32, 8, 1)
+        return Tiles(16, 32, 4, 1) if wide == 128 else Tiles(16, 16, 2, 1)
+    if wide > 128:
+        return Tiles(32, 32, 8, 3) if queries > 16 else Tiles(16, 32, 8, 2)
+    if queries > 32:
         return Tiles(64, 32, 8, 2)
-    return Tiles(32 if queries > 16 else 16, 64 if wide <= 64 else 32, 4, 2)
+    keys = 64 if wide <= 64 else 32
+    return Tiles(32, keys, 4, 2) if queries > 16 else Tiles(16, keys, 4, 3)
 
 
 def ranges(programs: int, length: int, tiles: Tiles, multiprocessors: int) -> int:
