@@ -89,21 +89,22 @@ def decode_path(
 def tiles_of(cc: int, dtype: torch.dtype, width: int, queries: int) -> Tiles:
     """Tiles for compute capability `cc`, queries of `dtype`, heads of `width`, `queries` a prompt and KV head.
 
-    None of them spills a register under Triton 3.6 and 3.9 (tests/kernels/gate.py), and two programs fit into the
-    100 KB of shared memory of a consumer card. Turing and float32 have no tensor cores in Triton: there products take
-    their operands out of registers.
+    None of them spills a register under Triton 3.6 and 3.9 (tests/kernels/gate.py), and but for heads wider than 128
+    two programs fit into the 100 KB of shared memory of a consumer card. Turing and float32 have no tensor cores in
+    Triton: there products take their operands out of registers.
     """
     wide = power_of_2(width)
     if cc < 80 or dtype == torch.float32:
         if wide > 128:
-            return Tiles(16, 16, 4, 1) if cc < 80 else Tiles(16, 32, 8, 1)
+            return Tiles(16, 32, 8, 1)
         return Tiles(16, 32, 4, 1) if wide == 128 else Tiles(16, 16, 2, 1)
     if wide > 128:
-        return Tiles(32, 32, 8, 3) if queries > 16 else Tiles(16, 32, 8, 2)
+        return Tiles(32, 32, 8, 3) if queries > 16 else Tiles(16, 32, 4, 3)
     if queries > 32:
         return Tiles(64, 32, 8, 2)
     keys = 64 if wide <= 64 else 32
-    return Tiles(32, keys, 4, 2) if queries > 16 else Tiles(16, keys, 4, 3)
+    # ptxas spills 8 bytes of three stages for Hopper, and of two for the others.
+    return Tiles(32, keys, 4, 2) if queries > 16 else Tiles(16, keys, 4, 2 if cc == 90 else 3)
 
 
 def ranges(programs: int, length: int, tiles: Tiles, multiprocessors: int) -> int:
