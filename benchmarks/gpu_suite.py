@@ -5,7 +5,7 @@ costs no other; rows are written as they come, and what is there already for thi
 
     env       card, driver, clocks, versions                                              suite.jsonl
     tests     pytest tests/gpu with real kernels                                          tests.txt
-    kernels   bench_kernels.py                                                            kernels.jsonl
+    kernels   bench_kernels.py, then bench_decode_attention.py                            kernels.jsonl
     rivals    .gpu-stage/rivals.py, loss and train, where it has been staged              rivals.jsonl
     train     part_train.py: the bundled model through the command line                   train.jsonl
     memory    part_memory.py: training steps of 0.5B to 14B under the caps of small       memory.jsonl
@@ -141,13 +141,21 @@ class Suite:
             done.append(self.rows.add(**found))
         return done
 
-    def _script(self, name: str, budget: float, *extra: Any) -> dict:
-        """A part that is a script with --out and --minutes; it stops by itself a little before it is stopped."""
+    def _script(self, name: str, budget: float, *extra: Any, script: str | None = None) -> dict:
+        """A part that is a script (part_NAME.py) with --out and --minutes; it stops by itself a little before it is
+        stopped."""
         path = self.out / f"{name}.jsonl"
         before = len(jsonl.read(path))
-        script = HERE / ("bench_kernels.py" if name == "kernels" else f"part_{name}.py")
         minutes = max(0.05, (budget - 15) / 60)
-        command = [sys.executable, script, "--out", path, "--minutes", f"{minutes:.2f}", *extra]
+        command = [
+            sys.executable,
+            HERE / (script or f"part_{name}.py"),
+            "--out",
+            path,
+            "--minutes",
+            f"{minutes:.2f}",
+            *extra,
+        ]
         code = self.call(name, command + (["--dry-run"] if self.dry_run else []), budget)
         rows = jsonl.read(path)[before:]
         failed = [r for r in rows if r.get("error") and not r.get("out_of_memory")]
@@ -181,7 +189,12 @@ class Suite:
 
     def kernels(self, budget: float) -> dict:
         small = ["--ops", "train,loss", "--profiles", "peaked", "--dtypes", "bfloat16"] if self.dry_run else []
-        return self._script("kernels", budget, *small)
+        started = time.monotonic()
+        sweep = self._script("kernels", 0.8 * budget, *small, script="bench_kernels.py")
+        left = budget - (time.monotonic() - started)
+        decode = self._script("kernels", left, script="bench_decode_attention.py")
+        status = {"status": ", ".join(dict.fromkeys((sweep["status"], decode["status"])))}
+        return {key: sweep[key] + decode[key] for key in ("new_rows", "rows_with_errors")} | status
 
     def rivals(self, budget: float) -> dict:
         if not RIVALS.is_file():

@@ -10,7 +10,8 @@ token; the scale of a key multiplies its score and that of a value its weight, s
 
 Bytes read a step and layer: 2 d KVH item (sum_s P_s + sum_r a_r), where a cache without sharing reads
 2 d KVH item sum_r (P_s(r) + a_r): the rows of a group are one matrix of G * heads / KVH queries a KV head.
-Memory of the PyTorch path: scores (R, heads, P + a) float32, their weights, and a copy of what is int8.
+`decode_attention_triton.py` has the kernels. Memory of the PyTorch path below, their reference and the CPU's: scores
+(R, heads, P + a) float32, their weights, and a copy of what is int8.
 
 Sources: grouped heads arXiv:2305.13245; shared prefixes arXiv:2402.05099 (Hydragen).
 """
@@ -21,6 +22,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from lowvram_grpo.kernels.decode_attention_triton import decode_attention_triton
+from lowvram_grpo.kernels.decode_launch import decode_path
 from torch import Tensor
 
 _LARGEST = 127.0
@@ -103,7 +106,8 @@ class Rows:
 def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes (..., D) and float32 scales (...) of x (..., D): symmetric, the largest magnitude is 127."""
     x = x.float()
-    scales = x.abs().amax(-1).div_(_LARGEST)
+    # Not a division: on a GPU PyTorch would make it this product, on a CPU not.
+    scales = x.abs().amax(-1).mul_(1 / _LARGEST)
     codes = (x / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round_().clamp_(-_LARGEST, _LARGEST)
     return codes.to(torch.int8), scales
 
@@ -139,6 +143,7 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    path: str | None = None,
 ) -> Tensor:
     """Append the new keys and values, then attend: (R, heads, Dv) of the dtype of `query`.
 
@@ -149,7 +154,16 @@ def decode_attention(
         own: of at least R rows.
         window: how many tokens a token sees, itself included.
         softcap: c of scores c * tanh(score / c) (Gemma 2).
+        path: see `decode_launch.decode_path`. On meta tensors only bytes count: those of a GPU unless it is "torch".
+
+    The Triton path reads sizes on the device and can be captured in a CUDA graph; the PyTorch path takes them from
+    rows.longest_prefix and rows.longest_own.
     """
+    path = decode_path(query.device, query.shape[1], key.shape[1], query.shape[2], value.shape[2], path)
+    if path == "triton":
+        return decode_attention_triton(
+            query, key, value, prompts, own, rows, scale=scale, window=window, softcap=softcap
+        )
     append(own, rows, key, value)
     return decode_attention_ref(
         query, prompts, own.first(len(query)), rows, scale=scale, window=window, softcap=softcap

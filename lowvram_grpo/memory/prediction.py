@@ -252,7 +252,8 @@ def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: 
     # Fewer known ids than the table has rows, as in most models: what forbids the others is counted.
     known = blueprint.config.get_text_config().vocab_size - 1
     sampling = filters_of(args, eos_ids=(0,), pad_id=0, known_ids=known)
-    engine = engine_of(args, model, sampling, on_prefilled=lambda: ledger.cut("prefill"))
+    path = "torch" if blueprint.device == "cpu" else None
+    engine = engine_of(args, model, sampling, attention_path=path, on_prefilled=lambda: ledger.cut("prefill"))
     kernels = KernelChoice("torch" if blueprint.device == "cpu" else None, False, "counting bytes")
     learner = Learner(
         model,

@@ -82,11 +82,15 @@ def _seen(first: int, last: int, window: int | None, device: torch.device) -> Te
 
 
 class DecodeLayout(Layout):
-    """One new token a row: (R, 1) of them."""
+    """One new token a row: (R, 1) of them.
 
-    def __init__(self, cache: GroupCache, rows: Rows):
+    Args:
+        path: of the kernel, see `decode_attention`.
+    """
+
+    def __init__(self, cache: GroupCache, rows: Rows, path: str | None = None):
         super().__init__()
-        self.cache, self.rows = cache, rows
+        self.cache, self.rows, self.path = cache, rows, path
 
     def attend(
         self,
@@ -104,5 +108,6 @@ class DecodeLayout(Layout):
             raise Unsupported("its layers do not say which they are")
         prompts, own = self.cache.layer(layer, key, value)
         q, k, v = (x[:, :, 0] for x in (query, key, value))
-        out = decode_attention(q, k, v, prompts, own, self.rows, scale=scale, window=window, softcap=softcap)
+        settings = {"scale": scale, "window": window, "softcap": softcap, "path": self.path}
+        out = decode_attention(q, k, v, prompts, own, self.rows, **settings)
         return out[:, None]

@@ -37,11 +37,13 @@ class DecodeSettings:
         workspace_mib: for tiles of a quantized head.
         kv_dtype: of the cache, see `GroupCache`.
         graphs: capture steps in CUDA graphs.
+        attention_path: of the decode attention, see `decode_attention`.
     """
 
     workspace_mib: int = 64
     kv_dtype: str = "auto"
     graphs: bool = False
+    attention_path: str | None = None
 
 
 class _Table(NamedTuple):
@@ -83,7 +85,7 @@ class Decoder:
     ):
         self.decoder, self.head = getattr(causal_lm, causal_lm.base_model_prefix), head_of(causal_lm)
         self.sampling, self.schedule, self.prompts, self.group = sampling, schedule, prompts, group
-        self.seed, self.device, self.workspace_mib = seed, device, settings.workspace_mib
+        self.seed, self.device, self.settings = seed, device, settings
         rows, slots, length = schedule.rows, schedule.slots, sampling.max_new_tokens
         self.cache = GroupCache(slots, max(map(len, prompts)) - 1, rows, length, settings.kv_dtype)
         self.sampler = Sampler(sampling, rows, self.head.shape[0], device)
@@ -187,13 +189,13 @@ class Decoder:
 
     def _work(self, width: int) -> None:
         at = _Table(*self._table[:, :width])
-        layout = DecodeLayout(self.cache, self._rows(at))
+        layout = DecodeLayout(self.cache, self._rows(at), self.settings.attention_path)
         positions = (self._slots[:, 0][at.slot] + at.age)[:, None]
         given = {"input_ids": self.tokens[:width, None]}
         if self._host_embedding is not None:
             given = {"inputs_embeds": self._inputs[:width]}
         hidden = laid_out(self.decoder, layout, positions, **given)[:, -1]
-        drawn, logps = self.sampler(self.head.logits(hidden, self.workspace_mib), at.key, at.age)
+        drawn, logps = self.sampler(self.head.logits(hidden, self.settings.workspace_mib), at.key, at.age)
         self.tokens[:width] = drawn
         self.ids[at.out, at.age], self.logps[at.out, at.age] = drawn, logps
         self.ended[:width] |= (drawn[:, None] == self.sampler.ends).any(1)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lowvram_grpo.kernels.runtime import HAS_TRITON
+from lowvram_grpo.kernels.decode_launch import decode_path
 from lowvram_grpo.policy.attention import attention_set
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.rollout.adapters import fast_adapters
@@ -61,6 +61,7 @@ class RolloutEngine:
         kv_dtype: `auto` or `int8`, see `GroupCache`.
         adapters: how LoRA layers run meanwhile, see `fast_adapters`.
         graphs: decode steps in CUDA graphs, where there is CUDA and Triton.
+        attention_path: of the decode attention, see `decode_attention`; what a ledger on meta tensors counts.
         on_prefilled: called when the first prompts are in the cache.
     """
 
@@ -74,11 +75,12 @@ class RolloutEngine:
         kv_dtype: str = "auto",
         adapters: str = "auto",
         graphs: bool = True,
+        attention_path: str | None = None,
         on_prefilled: Callable[[], None] = lambda: None,
     ):
         self.model, self.sampling, self.rows = model, sampling, rows
         self.workspace_mib, self.kv_dtype, self.adapters, self.graphs = workspace_mib, kv_dtype, adapters, graphs
-        self.on_prefilled = on_prefilled
+        self.attention_path, self.on_prefilled = attention_path, on_prefilled
         self._said: set[str] = set()
 
     @property
@@ -131,8 +133,8 @@ class RolloutEngine:
     ) -> Iterator[Decoder]:
         """A decoder for these prompts, the model set up for it."""
         causal_lm = unwrap(self.model)
-        cuda = self.device.type == "cuda"
-        settings = DecodeSettings(self.workspace_mib, self.kv_dtype, self.graphs and cuda and HAS_TRITON)
+        graphs = self.graphs and self.device.type == "cuda" and self._path(causal_lm) == "triton"
+        settings = DecodeSettings(self.workspace_mib, self.kv_dtype, graphs, self.attention_path)
         schedule = Schedule([len(p) for p in prompts], group, rows)
         decoder = Decoder(
             causal_lm, sampling, schedule, prompts, group, seed=seed, device=self.device, settings=settings
@@ -142,6 +144,14 @@ class RolloutEngine:
                 yield decoder
         finally:
             decoder.close()
+
+    def _path(self, causal_lm: nn.Module) -> str:
+        """Which attention decodes: only Triton's reads its sizes on the device, as a graph needs it."""
+        config = causal_lm.config.get_text_config()
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        return decode_path(self.device, heads, kv_heads, width, width, self.attention_path)
 
     def _captured(self, sampling: Sampling) -> bool:
         """Whether our engine samples; says why where it does not."""
