@@ -7,13 +7,16 @@ has a_r own tokens cached before the new one. With query q, scale c, and both ke
 
 The new key and value are first written to own[r, :, a_r]. Keys and values may be int8 with one float32 scale a head and
 token; the scale of a key multiplies its score and that of a value its weight, so the products run on the integers.
+Some channels of keys are a hundred times as large as others (Qwen2's, for their biases), and would leave these no bits:
+an int8 cache holds k / z and meets q * z, where z, the spread, is a number a channel for each prompt (see `spread_of`).
 
 Bytes read a step and layer: 2 d KVH item (sum_s P_s + sum_r a_r), where a cache without sharing reads
 2 d KVH item sum_r (P_s(r) + a_r): the rows of a group are one matrix of G * heads / KVH queries a KV head.
 `decode_attention_triton.py` has the kernels. Memory of the PyTorch path below, their reference and the CPU's: scores
 (R, heads, P + a) float32, their weights, and a copy of what is int8.
 
-Sources: grouped heads arXiv:2305.13245; shared prefixes arXiv:2402.05099 (Hydragen).
+Sources: grouped heads arXiv:2305.13245; shared prefixes arXiv:2402.05099 (Hydragen); scales moved from one factor to
+the other arXiv:2211.10438 (SmoothQuant).
 """
 
 from __future__ import annotations
@@ -112,6 +115,17 @@ def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scales
 
 
+def spread_of(keys: Tensor) -> Tensor:
+    """float32 (KVH, D) z of a prompt's keys (KVH, L, D): max_t |k|^0.75, and at least a hundredth of the largest's.
+
+    The exponent was chosen on GSM8K: mean |logp - logp without rounding| of Qwen2.5-Coder-0.5B is 0.098 without z,
+    0.019 with 0.5, 0.011 with 0.75, 0.016 with 1, and of SmolLM2-135M 0.036, 0.017, 0.016, 0.018.
+    """
+    largest = keys.float().abs().amax(1)
+    floor = largest.amax(1, keepdim=True).mul_(0.01).clamp_(min=torch.finfo(torch.float32).tiny)
+    return largest.maximum(floor).pow_(0.75)
+
+
 def write(cache: KV, index: tuple, key: Tensor, value: Tensor) -> None:
     """Put keys (..., D) and values (..., Dv) to where `index` points in the slots, heads and tokens of the cache."""
     if not cache.quantized:
@@ -143,6 +157,7 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    spread: Tensor | None = None,
     path: str | None = None,
 ) -> Tensor:
     """Append the new keys and values, then attend: (R, heads, Dv) of the dtype of `query`.
@@ -154,11 +169,16 @@ def decode_attention(
         own: of at least R rows.
         window: how many tokens a token sees, itself included.
         softcap: c of scores c * tanh(score / c) (Gemma 2).
+        spread: float32 (N, KVH, D), z of each prompt slot; the keys of `prompts` and `own` have been divided by it.
         path: see `decode_launch.decode_path`. On meta tensors only bytes count: those of a GPU unless it is "torch".
 
     The Triton path reads sizes on the device and can be captured in a CUDA graph; the PyTorch path takes them from
     rows.longest_prefix and rows.longest_own.
     """
+    if spread is not None:
+        z = spread[rows.slot]  # (R, KVH, D)
+        key = key / z
+        query = (query.unflatten(1, (key.shape[1], -1)) * z[:, :, None]).flatten(1, 2).to(query.dtype)
     path = decode_path(query.device, query.shape[1], key.shape[1], query.shape[2], value.shape[2], path)
     if path == "triton":
         return decode_attention_triton(

@@ -286,8 +286,11 @@ def decode_attention_triton(
     """`decode_attention` in three launches; on meta tensors only what they allocate.
 
     Raises:
-        ValueError: keys and values that do not lie alike in memory, each token's numbers together.
+        ValueError: keys and values that do not lie alike in memory, each token's numbers together, or index tensors
+            that are not contiguous.
     """
+    if not all(x.is_contiguous() for x in (rows.age, rows.prefix, rows.members, rows.rank)):
+        raise ValueError("age, prefix, members and rank must be contiguous; or take path='torch'")
     for cache in (prompts, own):
         lie = [cache.keys.stride() == cache.values.stride(), cache.keys.stride(3) == 1]
         if cache.quantized:
@@ -318,7 +321,7 @@ def decode_attention_triton(
     }  # fmt: skip
     if splits.prefix:
         _prefix_kernel[(slots * blocks, kv_heads, splits.prefix)](
-            query, *prompts, rows.age, rows.prefix, rows.members.contiguous(), parts, lse, *query.stride()[:2],
+            query, *prompts, rows.age, rows.prefix, rows.members, parts, lse, *query.stride()[:2],
             *_strides(prompts), sum(splits), members, *numbers, **tiles.constants(), **fixed,
         )  # fmt: skip
     _own_kernel[(r, kv_heads, splits.own)](

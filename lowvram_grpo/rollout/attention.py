@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lowvram_grpo.kernels.decode_attention import Rows, decode_attention, write
+from lowvram_grpo.kernels.decode_attention import Rows, decode_attention
 from lowvram_grpo.policy.attention import Layout, Unsupported, attend_causally
 from lowvram_grpo.rollout.cache import GroupCache
 
@@ -48,11 +48,11 @@ class PrefillLayout(Layout):
     ) -> Tensor:
         if layer is None:
             raise Unsupported("its layers do not say which they are")
-        prompts, _ = self.cache.layer(layer, key, value)
+        kept = self.cache.layer(layer, key, value)
         outs = []
         for slot, (a, b) in zip(self.slots, self.spans):
             q, k, v = (x[:, :, a:b] for x in (query, key, value))
-            write(prompts, (slot, slice(None), slice(0, b - a)), k[0], v[0])
+            kept.keep_prompt(slot, k[0], v[0])
             outs.append(_causal(q, k, v, scale, window, softcap))
         return torch.cat(outs, 2).transpose(1, 2)
 
@@ -106,8 +106,10 @@ class DecodeLayout(Layout):
     ) -> Tensor:
         if layer is None:
             raise Unsupported("its layers do not say which they are")
-        prompts, own = self.cache.layer(layer, key, value)
+        kept = self.cache.layer(layer, key, value)
         q, k, v = (x[:, :, 0] for x in (query, key, value))
-        settings = {"scale": scale, "window": window, "softcap": softcap, "path": self.path}
-        out = decode_attention(q, k, v, prompts, own, self.rows, **settings)
+        out = decode_attention(
+            q, k, v, kept.prompts, kept.own, self.rows,
+            scale=scale, window=window, softcap=softcap, spread=kept.spread, path=self.path,
+        )  # fmt: skip
         return out[:, None]

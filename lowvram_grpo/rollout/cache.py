@@ -7,11 +7,28 @@ so that CUDA graphs may point to it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from lowvram_grpo.kernels.decode_attention import KV
+from lowvram_grpo.kernels.decode_attention import KV, spread_of, write
 from lowvram_grpo.memory.ledger import counted_as
+
+
+class LayerCache(NamedTuple):
+    """Of one layer: its S prompts, its R rows, and the spread (S, KVH, D) of int8 keys."""
+
+    prompts: KV
+    own: KV
+    spread: Tensor | None
+
+    def keep_prompt(self, slot: int, key: Tensor, value: Tensor) -> None:
+        """Write a prompt's keys (KVH, L, D) and values (KVH, L, Dv)."""
+        if self.spread is not None:
+            self.spread[slot] = spread_of(key)
+            key = key / self.spread[slot, :, None]
+        write(self.prompts, (slot, slice(None), slice(0, key.shape[1])), key, value)
 
 
 class GroupCache:
@@ -26,15 +43,20 @@ class GroupCache:
     def __init__(self, slots: int, prompt_length: int, rows: int, completion_length: int, dtype: str = "auto"):
         self.slots, self.prompt_length = slots, prompt_length
         self.rows, self.completion_length, self.dtype = rows, completion_length, dtype
-        self._layers: dict[int, tuple[KV, KV]] = {}
+        self._layers: dict[int, LayerCache] = {}
 
-    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[KV, KV]:
-        """Prompts and rows of a layer whose keys and values look like these, (B, KVH, L, D)."""
+    def layer(self, index: int, key: Tensor, value: Tensor) -> LayerCache:
+        """That of a layer whose keys and values look like these, (B, KVH, L, D)."""
         if index not in self._layers:
             with counted_as("KV cache"):
-                self._layers[index] = tuple(
-                    self._empty(n, length, key, value)
-                    for n, length in ((self.slots, self.prompt_length), (self.rows, self.completion_length))
+                spread = None
+                if self.dtype == "int8":
+                    shape = self.slots, key.shape[1], key.shape[3]
+                    spread = torch.ones(shape, dtype=torch.float32, device=key.device)
+                self._layers[index] = LayerCache(
+                    self._empty(self.slots, self.prompt_length, key, value),
+                    self._empty(self.rows, self.completion_length, key, value),
+                    spread,
                 )
         return self._layers[index]
 
@@ -49,18 +71,26 @@ class GroupCache:
     @property
     def nbytes(self) -> int:
         """Of all layers that have been seen."""
-        kinds = (kv for layer in self._layers.values() for kv in layer)
-        return sum(x.nbytes for kv in kinds for x in kv if x is not None)
+        layers = self._layers.values()
+        return sum(x.nbytes for at in layers for x in (*at.prompts, *at.own, at.spread) if x is not None)
+
+    def forget_slot(self, slot: int) -> None:
+        """Nothing of the prompt that was here matters to the next, which has nothing to prefill."""
+        for at in self._layers.values():
+            if at.spread is not None:
+                at.spread[slot] = 1.0
 
     def move_slot(self, source: int, target: int) -> None:
         """Copy a prompt over another."""
-        for prompts, _ in self._layers.values():
-            _move(prompts, source, target, self.prompt_length)
+        for at in self._layers.values():
+            _move(at.prompts, source, target, self.prompt_length)
+            if at.spread is not None:
+                at.spread[target] = at.spread[source]
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a row over another's."""
-        for _, own in self._layers.values():
-            _move(own, source, target, length)
+        for at in self._layers.values():
+            _move(at.own, source, target, length)
 
     def close(self) -> None:
         """Free it, also where the frames of an error still hold the object."""

@@ -95,9 +95,10 @@ class Decoder:
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self._table = torch.zeros(len(_Table._fields), rows, dtype=torch.long, device=device)
-        self._slots = torch.zeros(slots, 1 + min(group, rows), dtype=torch.long, device=device)
+        self._prefix = torch.zeros(slots, dtype=torch.long, device=device)
+        self._members = torch.full((slots, min(group, rows)), -1, dtype=torch.long, device=device)
         self._ages: list[int] = []
-        self._regular, self._members = False, 0
+        self._regular, self._most_members = False, 0
         embedding = causal_lm.get_input_embeddings()
         self._host_embedding = embedding if isinstance(embedding, HostEmbedding) else None
         self._inputs: Tensor | None = None
@@ -116,6 +117,9 @@ class Decoder:
         for source, target in changes.slot_moves:
             self.cache.move_slot(source, target)
         self._ages = (self._ages + [0] * len(changes.admitted))[: len(self.schedule.seats)]
+        for slot, prompt in changes.prefills:
+            if len(self.prompts[prompt]) == 1:
+                self.cache.forget_slot(slot)
         packs = self._packs(changes.prefills)
         for pack in packs[:1] if self.device.type == "meta" else packs:  # the first stands for all: none is larger
             self.prefill(pack)
@@ -161,13 +165,14 @@ class Decoder:
                 out = prompt * self.group + g
                 table[row] = [slot, rank, self._ages[row], out, stream_key(self.seed, prompt, g)]
         self._table.copy_(torch.tensor(table).T)
-        width = self._slots.shape[1] - 1
-        slots = [[len(self.prompts[p]) - 1, *m, *[-1] * (width - len(m))] for p, m in zip(self.schedule.held, members)]
-        slots += [[0] + [-1] * width] * (len(self._slots) - len(slots))
-        self._slots.copy_(torch.tensor(slots))
+        slots, width = self._members.shape
+        idle = slots - len(members)
+        self._prefix.copy_(torch.tensor([len(self.prompts[p]) - 1 for p in self.schedule.held] + [0] * idle))
+        self._members.copy_(torch.tensor([m + [-1] * (width - len(m)) for m in members] + [[-1] * width] * idle))
         self.ended.zero_()
-        self._members = max(map(len, members), default=0)
-        self._regular = [row for group in members for row in group] == list(range(len(members) * self._members))
+        self._most_members = max(map(len, members), default=0)
+        in_order = [row for group in members for row in group]
+        self._regular = in_order == list(range(len(members) * self._most_members))
 
     # A step: the device alone
 
@@ -190,7 +195,7 @@ class Decoder:
     def _work(self, width: int) -> None:
         at = _Table(*self._table[:, :width])
         layout = DecodeLayout(self.cache, self._rows(at), self.settings.attention_path)
-        positions = (self._slots[:, 0][at.slot] + at.age)[:, None]
+        positions = (self._prefix[at.slot] + at.age)[:, None]
         given = {"input_ids": self.tokens[:width, None]}
         if self._host_embedding is not None:
             given = {"inputs_embeds": self._inputs[:width]}
@@ -204,15 +209,14 @@ class Decoder:
     def _rows(self, at: _Table) -> Rows:
         settings = {"slot": at.slot, "age": at.age, "rank": at.rank}
         if self._graphs.enabled:  # sizes that hold for every step
-            prefix, members = self._slots[:, 0], self._slots[:, 1:]
             longest = {"longest_prefix": self.cache.prompt_length, "longest_own": self.cache.completion_length}
-            return Rows(**settings, prefix=prefix, members=members, **longest)
-        live = self._slots[: len(self.schedule.held)]
+            return Rows(**settings, prefix=self._prefix, members=self._members, **longest)
+        live = len(self.schedule.held)
         before = {len(self.prompts[p]) - 1 for p in self.schedule.held}
         return Rows(
             **settings,
-            prefix=live[:, 0],
-            members=live[:, 1 : 1 + self._members],
+            prefix=self._prefix[:live],
+            members=self._members[:live, : self._most_members].contiguous(),
             longest_prefix=max(before),
             longest_own=max(self._ages) + 1,
             even=len(before) == 1 and len(set(self._ages)) == 1,

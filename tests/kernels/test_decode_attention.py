@@ -8,7 +8,7 @@ import pytest
 import torch
 from decode_problems import DEVICE, RAGGED, Problem, assert_no_worse
 from lowvram_grpo.kernels import decode_attention_triton as kernels
-from lowvram_grpo.kernels.decode_attention import KV, decode_attention
+from lowvram_grpo.kernels.decode_attention import KV, decode_attention, spread_of
 from lowvram_grpo.kernels.decode_launch import Tiles, decode_path, ranges, tiles_of
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 
@@ -112,10 +112,14 @@ def test_views_of_larger_buffers():
         problem.own.keys, problem.own.values.transpose(1, 2).contiguous().transpose(1, 2), *problem.own[2:]
     )
     problem.own = KV(*problem.own)
+    run = lambda rows: kernels.decode_attention_triton(
+        problem.query, problem.key, problem.value, problem.prompts, problem.own, rows, scale=1.0
+    )
     with pytest.raises(ValueError, match="equal strides"):
-        kernels.decode_attention_triton(
-            problem.query, problem.key, problem.value, problem.prompts, problem.own, problem.rows, scale=1.0
-        )
+        run(problem.rows)
+    columns = torch.stack([problem.rows.prefix, problem.rows.prefix], 1)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        run(replace(problem.rows, prefix=columns[:, 0]))
 
 
 @needs_triton
@@ -225,3 +229,28 @@ def test_enough_programs_for_the_card_and_enough_keys_for_a_program():
     assert ranges(2, 64, tiles, 24) == 1 and ranges(2, 0, tiles, 24) == 0
     assert ranges(512, 4096, tiles, 24) == 1  # rows enough to fill the card as they are
     assert tiles_of(75, torch.float16, 128, 56).queries == 16
+
+
+@needs_triton
+@pytest.mark.parametrize("path", ["triton", "torch"])
+def test_a_spread_moves_from_the_keys_to_the_queries(path):
+    problem = Problem(**RAGGED, dead=1)
+    expected, cache = problem.run(path)
+    z = torch.rand(len(problem.rows.prefix), *problem.prompts.keys.shape[1::2]) * 8 + 0.1
+    per_slot = torch.cat([z, z[:1]])[:, :, None]
+    per_row = torch.cat([z[problem.rows.slot], z[:1]])[:, :, None]
+    problem.prompts = problem.prompts._replace(keys=problem.prompts.keys / per_slot)
+    problem.own = problem.own._replace(keys=problem.own.keys / per_row)
+    found, appended = problem.run(path, spread=z.to(DEVICE))
+    torch.testing.assert_close(found[problem.live], expected[problem.live], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(appended.keys * per_row, cache.keys, rtol=1e-5, atol=1e-6)
+
+
+def test_the_spread_of_a_prompt():
+    keys = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+    keys[:, :, 3] *= 100
+    keys[:, :, 5] = 0
+    z = spread_of(keys)
+    torch.testing.assert_close(z[:, :3], keys.abs().amax(1)[:, :3] ** 0.75)
+    torch.testing.assert_close(z[:, 5], (0.01 * keys.abs().amax((1, 2))) ** 0.75)
+    assert torch.isfinite(spread_of(torch.zeros(2, 1, 16)).log()).all()

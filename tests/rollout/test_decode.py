@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import make_model
+from lowvram_grpo.kernels.runtime import interpreted
 from models import LISTED, build, with_lora
 
 from lowvram_grpo.memory.ledger import Ledger
@@ -16,7 +17,9 @@ from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.rollout import engine as engine_module
 from lowvram_grpo.rollout.batch import pad_left
 from lowvram_grpo.rollout.cache import GroupCache
+from lowvram_grpo.rollout.decode import DecodeSettings
 from lowvram_grpo.rollout.engine import RolloutEngine
+from lowvram_grpo.rollout.graphs import StepGraphs
 from lowvram_grpo.rollout.sampler import Sampling
 from lowvram_grpo.scoring import score
 
@@ -28,13 +31,18 @@ def sampling(**overrides):
     return Sampling(**{"max_new_tokens": 8, "eos_ids": (1,), "pad_id": 0, **overrides})
 
 
-def check_logps(model, batch, temperature=1.0, atol=1e-4):
-    """Sampled log-probs against those of a forward pass over each whole sequence."""
+def scored_and_sampled(model, batch, temperature=1.0):
+    """Log-probs of a forward pass over each whole sequence, and the sampled ones."""
     for prompt, completion, logps in zip(batch.prompt_ids, batch.completion_ids, batch.sampling_per_token_logps):
         ids, mask = pad_left([prompt], 0, torch.device("cpu"))
         c = torch.tensor([completion])
         scored = score(model, ids, mask, c, torch.ones_like(c), temperature=temperature, workspace_mib=1).logps[0]
-        torch.testing.assert_close(scored.detach(), logps, rtol=0, atol=atol)
+        yield scored.detach(), logps
+
+
+def check_logps(model, batch, temperature=1.0, atol=1e-4):
+    for scored, sampled in scored_and_sampled(model, batch, temperature):
+        torch.testing.assert_close(scored, sampled, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("kind,extra", LISTED, ids=lambda x: x if isinstance(x, str) else "")
@@ -97,7 +105,7 @@ def test_draws_do_not_depend_on_who_decodes_beside(model, settings, monkeypatch)
             assert parts.prompt_ids == whole.prompt_ids
             for a, b in zip(parts.sampling_per_token_logps, whole.sampling_per_token_logps):
                 torch.testing.assert_close(a, b, rtol=0, atol=5e-5)
-    assert moves["move_row"] > 10 and moves["move_slot"] > 2
+    assert moves["move_row"] > 5 and moves["move_slot"] > 0
     fewer = RolloutEngine(model, at).generate(PROMPTS[:2], 5, seed=3)
     assert fewer.completion_ids == whole.completion_ids[:10]
 
@@ -149,7 +157,8 @@ def kv_bytes(model, length, prompts, group, **settings):
 def test_an_int8_cache_takes_a_quarter_of_float32_and_a_scale():
     model = build("Llama")
     whole = kv_bytes(model, 5, LONG, 4)
-    assert kv_bytes(model, 5, LONG, 4, kv_dtype="int8") == whole * (8 + 4) // (8 * 4)
+    spread = 2 * 4 * 2 * 8 * 4  # float32, for each of 2 layers, 4 prompts, 2 KV heads of 8 channels
+    assert kv_bytes(model, 5, LONG, 4, kv_dtype="int8") == whole * (8 + 4) // (8 * 4) + spread
 
 
 @pytest.mark.parametrize("kind,extra", [("Llama", {}), ("Gemma2", {"sliding_window": 8})], ids=["Llama", "Gemma2"])
@@ -165,6 +174,21 @@ def test_an_int8_cache_samples_nearly_the_same(kind, extra):
     assert sum(same) > len(same) / 2
 
 
+def test_an_int8_cache_keeps_what_large_channels_leave_over(monkeypatch):
+    """Qwen2's keys have biases that dwarf the rest; with the spread divided out, both keep their bits."""
+    model = build("Qwen2", initializer_range=0.2)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data[::8] = 200.0
+
+    def gap():
+        batch = RolloutEngine(model, sampling(max_new_tokens=16), kv_dtype="int8").generate(LONG[:2], 8, seed=0)
+        return torch.cat([(a - b).abs() for a, b in scored_and_sampled(model, batch)]).mean()
+
+    kept = gap()
+    monkeypatch.setattr("lowvram_grpo.rollout.cache.spread_of", lambda keys: torch.ones(keys.shape[0], keys.shape[2]))
+    assert 5 * kept < gap()
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_cache_is_gone_when_generate_returns(model, fails, monkeypatch):
     seen, layer = [], GroupCache.layer
@@ -173,7 +197,7 @@ def test_the_cache_is_gone_when_generate_returns(model, fails, monkeypatch):
         if fails and len(seen) > 12:
             raise RuntimeError("stop")
         found = layer(self, *args)
-        seen.extend(weakref.ref(kv.keys.untyped_storage()) for kv in found)
+        seen.extend(weakref.ref(kv.keys.untyped_storage()) for kv in found[:2])
         return found
 
     RolloutEngine(model, sampling()).generate(PROMPTS, 2, seed=0)  # the model is known to decode in the engine
@@ -239,7 +263,7 @@ def test_a_rehearsal_ends_with_a_full_cache(kind, extra, device, monkeypatch):
 def test_a_rehearsal_has_the_peak_of_the_real_thing(kind, extra, rows, monkeypatch):
     model = build(kind, **extra, num_hidden_layers=3)
     at = sampling(max_new_tokens=60, extra={"min_new_tokens": 60}, top_p=0.9)
-    engine = RolloutEngine(model, at, rows)
+    engine = RolloutEngine(model, at, rows, attention_path="torch")
     engine.generate([[3, 4]], 2, seed=0)
 
     def peak(run):
@@ -255,3 +279,40 @@ def test_a_rehearsal_has_the_peak_of_the_real_thing(kind, extra, rows, monkeypat
     # On meta, PyTorch takes its attention apart into products with a matrix of scores, which no kernel makes.
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *_, **__: torch.empty_like(q))
     assert peak(rehearse) == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.skipif(not interpreted(), reason="tests/gpu replays real graphs")
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+@pytest.mark.parametrize("kind,extra", [("Qwen2", {}), ("Gemma2", {"sliding_window": 8})], ids=["Qwen2", "Gemma2"])
+def test_steps_of_fixed_sizes_as_graphs_need_them(kind, extra, kv, monkeypatch):
+    """What a graph would replay, run step by step in Triton's interpreter: rows padded to a bucket, with rows among
+    them that nobody waits for, sizes read from the tables, late looks."""
+    model = build(kind, **extra)
+    at = sampling(max_new_tokens=9, eos_ids=(1, 5, 9, 17, 40), temperature=0)
+    plain = RolloutEngine(model, at, 5, kv_dtype=kv).generate(LONG, 3, seed=3)
+    widths, lives = [], []
+
+    def settings(workspace_mib, kv_dtype, graphs, path):
+        return DecodeSettings(workspace_mib, kv_dtype, True, "triton")
+
+    def step(self):
+        widths.append(self._graphs.width(len(self.schedule.seats)))
+        lives.append(len(self.schedule.seats))
+        inner(self)
+
+    inner, run = engine_module.Decoder.step, engine_module.run
+    monkeypatch.setattr(engine_module.Decoder, "step", step)
+    monkeypatch.setattr(engine_module, "DecodeSettings", settings)
+    monkeypatch.setattr(engine_module, "run", lambda decoder: run(decoder, look_every=3))
+    monkeypatch.setattr(StepGraphs, "_capture", lambda self, rows: False)
+    found = RolloutEngine(model, at, 5, kv_dtype=kv).generate(LONG, 3, seed=3)
+    assert found.completion_ids == plain.completion_ids
+    for a, b in zip(found.sampling_per_token_logps, plain.sampling_per_token_logps):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3 if kv == "int8" else 5e-5)
+    assert any(width > live for width, live in zip(widths, lives)) and len(set(widths)) > 2
+
+
+@pytest.mark.parametrize("rows,width", [(1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (9, 12), (17, 20), (13, 16)])
+def test_graphs_come_in_a_few_widths(rows, width):
+    assert StepGraphs(lambda rows: None, 20, enabled=True).width(rows) == width
+    assert StepGraphs(lambda rows: None, 20, enabled=False).width(rows) == rows
