@@ -24,11 +24,12 @@ class LayerCache(NamedTuple):
     spread: Tensor | None
 
     def keep_prompt(self, slot: int, key: Tensor, value: Tensor) -> None:
-        """Write a prompt's keys (KVH, L, D) and values (KVH, L, Dv)."""
+        """Write a prompt's keys (KVH, L, D) and values (KVH, L, Dv), as many as the slot has room for."""
         if self.spread is not None:
             self.spread[slot] = spread_of(key)
             key = key / self.spread[slot, :, None]
-        write(self.prompts, (slot, slice(None), slice(0, key.shape[1])), key, value)
+        length = min(key.shape[1], self.prompts.keys.shape[2])
+        write(self.prompts, (slot, slice(None), slice(0, length)), key[:, :length], value[:, :length])
 
 
 class GroupCache:
@@ -73,12 +74,6 @@ class GroupCache:
         """Of all layers that have been seen."""
         layers = self._layers.values()
         return sum(x.nbytes for at in layers for x in (*at.prompts, *at.own, at.spread) if x is not None)
-
-    def forget_slot(self, slot: int) -> None:
-        """Nothing of the prompt that was here matters to the next, which has nothing to prefill."""
-        for at in self._layers.values():
-            if at.spread is not None:
-                at.spread[slot] = 1.0
 
     def move_slot(self, source: int, target: int) -> None:
         """Copy a prompt over another."""

@@ -80,11 +80,10 @@ class Collector:
             UserError: a reward function failed.
         """
         prompts = [row["prompt"] for row in rows]
+        other = {} if sampling is None else {"sampling": sampling}
         self.tell(f"sampling {len(rows) * num_generations} completions")
         ids = self.encode(prompts)
-        batch = self.guard.run(
-            "rollout", lambda: self.engine.generate(ids, num_generations, seed=seed, sampling=sampling)
-        )
+        batch = self.guard.run("rollout", lambda: self.engine.generate(ids, num_generations, seed=seed, **other))
         prompts = [p for p in prompts for _ in range(num_generations)]
         completions = self._decode(batch, prompts)
         self.tell("scoring")

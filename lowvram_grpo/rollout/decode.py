@@ -117,9 +117,6 @@ class Decoder:
         for source, target in changes.slot_moves:
             self.cache.move_slot(source, target)
         self._ages = (self._ages + [0] * len(changes.admitted))[: len(self.schedule.seats)]
-        for slot, prompt in changes.prefills:
-            if len(self.prompts[prompt]) == 1:
-                self.cache.forget_slot(slot)
         packs = self._packs(changes.prefills)
         for pack in packs[:1] if self.device.type == "meta" else packs:  # the first stands for all: none is larger
             self.prefill(pack)
@@ -136,7 +133,7 @@ class Decoder:
         """(slot, prompt) pairs that go through the decoder together."""
         packs, tokens = [], PREFILL_TOKENS
         for slot, prompt in prefills:
-            length = len(self.prompts[prompt]) - 1
+            length = len(self._prefilled(prompt))
             if not length:
                 continue
             if tokens + length > PREFILL_TOKENS:
@@ -146,9 +143,15 @@ class Decoder:
             tokens += length
         return packs
 
+    def _prefilled(self, prompt: int) -> list[int]:
+        """All but the last token, which the first step feeds; a prompt of one token is only looked at by a cache that
+        wants to know the size of its keys."""
+        ids = self.prompts[prompt]
+        return ids[:-1] or (ids if self.settings.kv_dtype == "int8" else [])
+
     def prefill(self, pack: list[tuple[int, int]]) -> None:
         """Write all but the last token of these prompts to the cache."""
-        prompts = [self.prompts[prompt][:-1] for _, prompt in pack]
+        prompts = [self._prefilled(prompt) for _, prompt in pack]
         layout = PrefillLayout(self.cache, [len(p) for p in prompts], [slot for slot, _ in pack])
         ids = torch.tensor([[i for p in prompts for i in p]], device=self.device)
         laid_out(self.decoder, layout, layout.positions(self.device), input_ids=ids)

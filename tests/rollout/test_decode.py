@@ -186,7 +186,7 @@ def test_an_int8_cache_keeps_what_large_channels_leave_over(monkeypatch):
 
     kept = gap()
     monkeypatch.setattr("lowvram_grpo.rollout.cache.spread_of", lambda keys: torch.ones(keys.shape[0], keys.shape[2]))
-    assert 5 * kept < gap()
+    assert 2 * kept < gap()
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -247,7 +247,7 @@ def test_a_rehearsal_ends_with_a_full_cache(kind, extra, device, monkeypatch):
     def work(self, width):
         step(self, width)
         caches.append(
-            (width, self._ages[0], {k: tuple(x.keys.shape for x in v) for k, v in self.cache._layers.items()})
+            (width, self._ages[0], {k: tuple(x.keys.shape for x in v[:2]) for k, v in self.cache._layers.items()})
         )
 
     monkeypatch.setattr(engine_module.Decoder, "_work", work)
@@ -289,7 +289,7 @@ def test_steps_of_fixed_sizes_as_graphs_need_them(kind, extra, kv, monkeypatch):
     them that nobody waits for, sizes read from the tables, late looks."""
     model = build(kind, **extra)
     at = sampling(max_new_tokens=9, eos_ids=(1, 5, 9, 17, 40), temperature=0)
-    plain = RolloutEngine(model, at, 5, kv_dtype=kv).generate(LONG, 3, seed=3)
+    plain = RolloutEngine(model, at, 7, kv_dtype=kv).generate(LONG, 3, seed=3)
     widths, lives = [], []
 
     def settings(workspace_mib, kv_dtype, graphs, path):
@@ -305,7 +305,7 @@ def test_steps_of_fixed_sizes_as_graphs_need_them(kind, extra, kv, monkeypatch):
     monkeypatch.setattr(engine_module, "DecodeSettings", settings)
     monkeypatch.setattr(engine_module, "run", lambda decoder: run(decoder, look_every=3))
     monkeypatch.setattr(StepGraphs, "_capture", lambda self, rows: False)
-    found = RolloutEngine(model, at, 5, kv_dtype=kv).generate(LONG, 3, seed=3)
+    found = RolloutEngine(model, at, 7, kv_dtype=kv).generate(LONG, 3, seed=3)
     assert found.completion_ids == plain.completion_ids
     for a, b in zip(found.sampling_per_token_logps, plain.sampling_per_token_logps):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3 if kv == "int8" else 5e-5)
