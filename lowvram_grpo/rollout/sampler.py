@@ -155,6 +155,9 @@ class Sampler:
         """
         if self.sampling.unfiltered and has_kernel(logits):
             return self._by_blocks(logits, keys, steps)
+        return self._by_operators(logits, keys, steps)
+
+    def _by_operators(self, logits: Tensor, keys: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         if self.sampling.temperature not in (0.0, 1.0):
             logits /= self.sampling.temperature
         filtered = self._filtered(logits, steps)

@@ -171,3 +171,17 @@ def test_on_meta_tensors_the_outputs_are_there_and_nothing_else():
         with Ledger() as ledger:
             found = call()
         assert ledger.peak == size, found
+
+
+def test_rope_writes_its_own_heads_and_nothing_behind_them(monkeypatch):
+    kept = []
+
+    def guarded(x, cos):
+        kept.append(torch.full((x.numel() + 1024,), 7.0, device=DEVICE))
+        return kept[-1][: x.numel()].view(x.shape)
+
+    monkeypatch.setattr(decode_ops, "_rotated_like", guarded)
+    cos, sin = tables(1, 3, 8)
+    q, k = randn(1, 5, 3, 12, seed=1), randn(1, 1, 3, 12, seed=2)
+    for x, buffer in zip((q, k), (rope_triton(q, k, cos, sin), kept)[1]):
+        assert (buffer[x.numel() :] == 7.0).all() and not (buffer[: x.numel()] == 7.0).any()
