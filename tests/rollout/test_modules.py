@@ -196,9 +196,41 @@ def test_auto_takes_what_has_been_measured_and_that_is_nothing_yet(monkeypatch):
 
 
 def test_a_kernel_that_does_not_run_on_the_card_is_not_used(monkeypatch):
-    monkeypatch.setattr(modules, "_runs", lambda kind, device: kind != "rms_norm")
-    with fast_modules(build("Llama"), "on") as counts:
+    asked = []
+
+    def runs(kind, device, dtype):
+        asked.append(dtype)
+        return kind != "rms_norm" or dtype != torch.bfloat16
+
+    monkeypatch.setattr(modules, "_runs", runs)
+    model = build("Llama").bfloat16()
+    with fast_modules(model, "on") as counts:
         assert counts == {"rms_norm": 0, "swiglu": 2, "rope": 1}
+    assert set(asked) == {torch.bfloat16}
+
+
+@in_triton
+def test_the_question_whether_a_kernel_runs_has_right_and_wrong_answers(monkeypatch, kernels):
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(modules, "_random", lambda *shape: _OnCard(torch.randn(shape)))
+    modules._runs.cache_clear()
+    assert all(modules._runs(kind, card, torch.float32) for kind in modules.KINDS) and all(kernels.values())
+    modules._runs.cache_clear()
+    monkeypatch.setattr(decode_ops, "rms_norm_triton", lambda x, *args, **kwargs: x)
+    monkeypatch.setattr(decode_ops, "swiglu_triton", None)
+    monkeypatch.setattr(decode_ops, "rope_triton", lambda q, k, *args: (q, k))
+    assert not any(modules._runs(kind, card, torch.float32) for kind in modules.KINDS)
+    modules._runs.cache_clear()
+
+
+class _OnCard:
+    """Random numbers that stay on the CPU wherever they are sent."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def to(self, device, dtype):
+        return self.x.to(dtype)
 
 
 class _Odd:
