@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowvram_grpo.kernels.sample import BLOCK
+
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_BLOCK = 128
 
 
 def _signed(x: int) -> int:
@@ -60,8 +61,17 @@ def draw(logits: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
     A block of 128 ids is drawn by its mass, then an id in it: V / 128 + 128 random numbers a row where plain Gumbel-max
     would take V, and no running sum over V whose rounding would favour the early ids.
     """
-    logits = F.pad(logits, (0, -logits.shape[1] % _BLOCK), value=-torch.inf).unflatten(1, (-1, _BLOCK))
-    mass = logits.logsumexp(2)
-    block = (mass + gumbel(keys, steps, 0, mass.shape[1])).argmax(1)
-    inside = logits.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0]
-    return block * _BLOCK + (inside + gumbel(keys, steps, 1, _BLOCK)).argmax(1)
+    logits = F.pad(logits, (0, -logits.shape[1] % BLOCK), value=-torch.inf).unflatten(1, (-1, BLOCK))
+    block = draw_block(logits.logsumexp(2), keys, steps)
+    inside = logits.gather(1, block[:, None, None].expand(-1, 1, BLOCK))[:, 0]
+    return draw_inside(inside, block, keys, steps)
+
+
+def draw_block(mass: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
+    """The first stage: int64 (B,) blocks drawn by their log-masses, float32 (B, blocks)."""
+    return (mass + gumbel(keys, steps, 0, mass.shape[1])).argmax(1)
+
+
+def draw_inside(inside: Tensor, block: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
+    """The second: (B,) ids, drawn from the logits of the block, float32 (B, 128)."""
+    return block * BLOCK + (inside + gumbel(keys, steps, 1, BLOCK)).argmax(1)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowvram_grpo.rollout.noise import draw
+from lowvram_grpo.kernels.sample import BLOCK, block_masses, has_kernel
+from lowvram_grpo.rollout.noise import draw, draw_block, draw_inside
 
 if TYPE_CHECKING:
     from lowvram_grpo.config import GRPOConfig
@@ -50,6 +51,12 @@ class Sampling:
     def foreign(self) -> list[str]:
         """Names in `extra` that only transformers' `generate` knows."""
         return sorted(set(self.extra) - {"min_new_tokens"})
+
+    @property
+    def unfiltered(self) -> bool:
+        """Whether every known id can be drawn, and from softmax(logits / T) itself."""
+        cut = self.top_k or self.top_p < 1.0 or self.min_p or self.min_new_tokens
+        return bool(self.temperature) and self.repetition_penalty == 1.0 and not cut
 
 
 def sampling_of(args: GRPOConfig, eos_ids: tuple[int, ...], tokenizer) -> Sampling:
@@ -146,6 +153,11 @@ class Sampler:
             keys: int64 (B,), see `noise.stream_key`.
             steps: int64 (B,), tokens that each row has drawn before.
         """
+        if self.sampling.unfiltered and has_kernel(logits):
+            return self._by_blocks(logits, keys, steps)
+        return self._by_operators(logits, keys, steps)
+
+    def _by_operators(self, logits: Tensor, keys: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         if self.sampling.temperature not in (0.0, 1.0):
             logits /= self.sampling.temperature
         filtered = self._filtered(logits, steps)
@@ -153,6 +165,17 @@ class Sampler:
         if self.seen is not None:
             self.seen[: len(tokens)].scatter_(1, tokens[:, None], True)
         return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+
+    def _by_blocks(self, logits: Tensor, keys: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """The same without filters, the logits read once."""
+        temperature, known, vocab = self.sampling.temperature, self.sampling.known_ids, logits.shape[1]
+        mass, whole = block_masses(logits, temperature, known)
+        block = draw_block(mass, keys, steps)
+        ids = block[:, None] * BLOCK + torch.arange(BLOCK, device=logits.device)
+        inside = logits.gather(1, ids.clamp(max=vocab - 1)) / temperature
+        out = ids >= (vocab if known is None else min(known, vocab))
+        tokens = draw_inside(inside.masked_fill(out, -torch.inf), block, keys, steps)
+        return tokens, inside.gather(1, (tokens - block * BLOCK)[:, None])[:, 0] - whole.logsumexp(1)
 
     def _filtered(self, logits: Tensor, steps: Tensor) -> Tensor:
         """The penalty commutes with the temperature, so it may come after it."""

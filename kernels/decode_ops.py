@@ -1,0 +1,300 @@
+"""What stands between a decoder layer's products, one launch each: RMSNorm, the gated activation, rotary positions.
+
+With a token a row a decode step is bound by launches, also inside a CUDA graph, and eager code takes some seven for an
+RMSNorm, two for act(gate) * up and ten for the rotary positions of q and k. For inference: nothing here has a gradient.
+
+    rms_norm   x / sqrt(mean(x^2) + eps) * (offset + weight)     (arXiv:1910.07467)
+    swiglu     act(gate) * up                                    (arXiv:2002.05202)
+    rope       x cos + (-x2, x1) sin, where x = (x1, x2)         (arXiv:2104.09864, halves as in GPT-NeoX)
+
+Everything is computed in float32 and rounded where transformers' code rounds, so 16-bit results are the same but where
+the order of a sum or the last bit of an exp tips a rounding. Memory: the outputs. On CUDA these are Triton kernels, on
+the meta device the outputs alone, elsewhere the `*_ref` functions, whose operators are those of transformers.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, jit, require_triton, tl
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+# The widest row that a program keeps in its registers; wider ones are left to PyTorch.
+MAX_WIDTH = 16_384
+_COLUMNS = 1024  # of the activation, a program
+_HEADS = 4  # a program rotates
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def uses_triton(*tensors: Tensor) -> bool:
+    """Whether the kernels run on these: all on CUDA, in dtypes that they know."""
+    return HAS_TRITON and all(x.is_cuda and x.dtype in _PLAIN for x in tensors)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, H) of (..., H), the entries of a row side by side; a copy only where x cannot be seen so."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+# RMSNorm
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, early: bool = True) -> Tensor:
+    """The RMSNorm of x (..., H) with weight (H,): the shape of x, of x's dtype or, `early`, of both's common one.
+
+    Args:
+        offset: 1 where the weight is stored as a difference from 1 (Gemma).
+        early: round to x's dtype before the weight is applied (Llama) and not after it (Gemma, Olmo 2).
+    """
+    if x.is_meta:
+        return x.new_empty(x.shape, dtype=_normed_dtype(x, weight, early))
+    if uses_triton(x, weight) and 0 < x.shape[-1] <= MAX_WIDTH:
+        return rms_norm_triton(x, weight, eps, offset=offset, early=early)
+    return rms_norm_ref(x, weight, eps, offset=offset, early=early)
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, early: bool = True) -> Tensor:
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    if early:
+        return (offset + weight if offset else weight) * h.to(x.dtype)
+    return (h * (offset + weight.float() if offset else weight.float())).to(x.dtype)
+
+
+def _normed_dtype(x: Tensor, weight: Tensor, early: bool) -> torch.dtype:
+    return torch.promote_types(x.dtype, weight.dtype) if early else x.dtype
+
+
+def _norm_tile(width: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program: one row, or as many narrow ones (heads) as fill a warp's registers."""
+    block = _power_of_two(width)
+    rows = max(1, 512 // block)
+    return rows, block, min(16, max(1, rows * block // 512))
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, early: bool = True) -> Tensor:
+    """As `rms_norm`, by the kernel, which takes rows of up to MAX_WIDTH."""
+    require_triton("rms_norm_triton", x, "rms_norm")
+    out = torch.empty(x.shape, dtype=_normed_dtype(x, weight, early), device=x.device)
+    flat = _rows(x)
+    n, width = flat.shape
+    rows, block, warps = _norm_tile(width)
+    if n:
+        _rms_norm_kernel[(-(-n // rows),)](
+            flat, weight.contiguous(), out, n, width, flat.stride(0), eps, OFFSET=float(offset), EARLY=early,
+            ROWS=rows, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
+@jit
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, out_ptr, n, width, x_stride, eps,
+    OFFSET: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (row < n) & (column < width)
+    x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
+    if EARLY:
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32) + OFFSET
+    tl.store(out_ptr + row * width + column, (x * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# The gated activation of an MLP
+
+
+def swiglu(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
+    """act(gate) * up of two (..., I) of one dtype; `act` is one of ACTIVATIONS."""
+    if gate.is_meta:
+        return torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device="meta")
+    if uses_triton(gate, up) and gate.dtype == up.dtype and gate.shape == up.shape:
+        return swiglu_triton(gate, up, act)
+    return swiglu_ref(gate, up, act)
+
+
+def swiglu_ref(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
+    return ACTIVATIONS[act](gate) * up
+
+
+def swiglu_triton(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
+    """As `swiglu`, by the kernel."""
+    require_triton("swiglu_triton", gate, "swiglu")
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    flat, others = _rows(gate), _rows(up)
+    n, width = flat.shape
+    if out.numel():
+        _swiglu_kernel[(n, -(-width // _COLUMNS))](
+            flat, others, out, width, flat.stride(0), others.stride(0), GELU=act == "gelu_tanh", BLOCK=_COLUMNS,
+            num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@jit
+def _swiglu_kernel(
+    gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, GELU: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    gate = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+    u = gate
+    if GELU:
+        # (1 + tanh(y)) / 2 is the logistic function of 2 y, which loses nothing where tanh is near -1.
+        u = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    act = (gate / (1.0 + tl.exp(-u))).to(gate_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + row * width + column, (act * up).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# Rotary positions
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q (B, heads, T, D) and k (B, KV heads, T, D) turned by cos and sin (B or 1, T, d), d <= D even.
+
+    Entries behind the d-th stay as they are. Results are of the common dtype of q and cos, laid out as q and k.
+    """
+    if q.is_meta:
+        return _rotated_like(q, cos), _rotated_like(k, cos)
+    if uses_triton(q, k, cos, sin) and _rotates(q, k, cos, sin):
+        return rope_triton(q, k, cos, sin)
+    return rope_ref(q, k, cos, sin)
+
+
+def rope_ref(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _rotate_ref(q, cos[:, None], sin[:, None]), _rotate_ref(k, cos[:, None], sin[:, None])
+
+
+def _rotate_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    d = cos.shape[-1]
+    turned, rest = x[..., :d], x[..., d:]
+    first, second = turned.chunk(2, -1)
+    turned = turned * cos + torch.cat((-second, first), -1) * sin
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
+def _rotated_like(x: Tensor, cos: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, cos.dtype))
+
+
+def _rotates(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    alike = q.dtype == k.dtype and cos.dtype == sin.dtype and cos.shape == sin.shape and q.shape[-1] == k.shape[-1]
+    dense = all(x.stride(-1) == 1 for x in (q, k, cos, sin))
+    return alike and dense and cos.shape[-1] <= q.shape[-1] and cos.shape[-1] % 2 == 0
+
+
+def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As `rope`, by the kernel, which takes tensors whose last dimension is dense."""
+    require_triton("rope_triton", q, "rope")
+    outs = _rotated_like(q, cos), _rotated_like(k, cos)
+    batch, q_heads, tokens, width = q.shape
+    k_heads, d = k.shape[1], cos.shape[2]
+    # One table may serve all of the batch.
+    tables = [(x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)) for x in (cos, sin)]
+    strides = [x.stride()[:3] for x in (q, k, *outs)]
+    if batch * tokens:
+        _rope_kernel[(batch * tokens, -(-q_heads // _HEADS) - (-k_heads // _HEADS))](
+            q, k, cos, sin, *outs, tokens, q_heads, k_heads, d // 2, width - d,
+            *strides[0], *strides[1], *tables[0], *tables[1], *strides[2], *strides[3],
+            HEADS=_HEADS, BLOCK=_power_of_two(d // 2), REST=_power_of_two(width - d) if width > d else 0, num_warps=1,
+        )  # fmt: skip
+    return outs
+
+
+@jit
+def _rotate(
+    x_ptr, out_ptr, x_head, out_head, block, heads, half, rest, cos1, cos2, sin1, sin2,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Heads `block * HEADS` and on of one token; the pointers are its first head's."""
+    kind = out_ptr.dtype.element_ty
+    head = (block * HEADS + tl.arange(0, HEADS))[:, None]
+    d = tl.arange(0, BLOCK)[None, :]
+    mask = (head < heads) & (d < half)
+    x1 = tl.load(x_ptr + head * x_head + d, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptr + head * x_head + d + half, mask=mask, other=0.0).to(tl.float32)
+    y1 = (x1 * cos1).to(kind).to(tl.float32) - (x2 * sin1).to(kind).to(tl.float32)
+    y2 = (x2 * cos2).to(kind).to(tl.float32) + (x1 * sin2).to(kind).to(tl.float32)
+    tl.store(out_ptr + head * out_head + d, y1.to(kind), mask=mask)
+    tl.store(out_ptr + head * out_head + d + half, y2.to(kind), mask=mask)
+    if REST > 0:
+        d = tl.arange(0, REST)[None, :]
+        mask = (head < heads) & (d < rest)
+        kept = tl.load(x_ptr + head * x_head + d + 2 * half, mask=mask, other=0.0)
+        tl.store(out_ptr + head * out_head + d + 2 * half, kept.to(kind), mask=mask)
+
+
+@jit
+def _rope_kernel(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, q_heads, k_heads, half, rest,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, cos_batch, cos_token, sin_batch, sin_token,
+    q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """One program turns HEADS heads of one token, of q or of k."""
+    batch = (tl.program_id(0) // tokens).to(tl.int64)
+    token = (tl.program_id(0) % tokens).to(tl.int64)
+    block = tl.program_id(1)
+    d = tl.arange(0, BLOCK)[None, :]
+    cos_ptr += batch * cos_batch + token * cos_token
+    sin_ptr += batch * sin_batch + token * sin_token
+    cos1 = tl.load(cos_ptr + d, mask=d < half, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos_ptr + d + half, mask=d < half, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin_ptr + d, mask=d < half, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin_ptr + d + half, mask=d < half, other=0.0).to(tl.float32)
+    q_blocks = tl.cdiv(q_heads, HEADS)
+    if block < q_blocks:
+        _rotate(
+            q_ptr + batch * q_batch + token * q_token, q_out_ptr + batch * q_out_batch + token * q_out_token,
+            q_head, q_out_head, block, q_heads, half, rest, cos1, cos2, sin1, sin2, HEADS, BLOCK, REST,
+        )  # fmt: skip
+    else:
+        _rotate(
+            k_ptr + batch * k_batch + token * k_token, k_out_ptr + batch * k_out_batch + token * k_out_token,
+            k_head, k_out_head, block - q_blocks, k_heads, half, rest, cos1, cos2, sin1, sin2, HEADS, BLOCK, REST,
+        )  # fmt: skip
+
+
+def compile_cases(cc: int) -> list[CompileCase]:
+    """Every kernel at the narrowest and the widest tiles, in the dtypes that meet, for compute capability `cc`."""
+    half = "fp16" if cc < 80 else "bf16"
+    dtypes = [(half, half), ("fp32", "fp32"), (half, "fp32"), ("fp32", half)]
+    cases = []
+    for (x, weight), width, (offset, early) in product(dtypes, (64, MAX_WIDTH), ((0.0, True), (1.0, False))):
+        rows, block, warps = _norm_tile(width)
+        out = "fp32" if early and weight == "fp32" else x
+        types = {"x_ptr": f"*{x}:16", "weight_ptr": f"*{weight}:16", "out_ptr": f"*{out}:16", "eps": "fp32"}
+        types |= dict.fromkeys(("n", "width", "x_stride"), "i32")
+        constants = {"OFFSET": offset, "EARLY": early, "ROWS": rows, "BLOCK": block}
+        name = f"rms_norm {width} {x} {weight} early={early}"
+        cases.append(compile_case(name, _rms_norm_kernel, types, constants, warps))
+    for x, gelu in product((half, "fp32"), (False, True)):
+        types = {name: f"*{x}:16" for name in ("gate_ptr", "up_ptr", "out_ptr")}
+        types |= dict.fromkeys(("width", "gate_stride", "up_stride"), "i32")
+        cases.append(compile_case(f"swiglu {x} gelu={gelu}", _swiglu_kernel, types, {"GELU": gelu, "BLOCK": _COLUMNS}))
+    for (x, table), (block, rest) in product(dtypes[:3], ((128, 0), (64, 32))):
+        out = "fp32" if "fp32" in (x, table) else x
+        types = {name: f"*{x}:16" for name in ("q_ptr", "k_ptr")} | {n: f"*{table}:16" for n in ("cos_ptr", "sin_ptr")}
+        types |= {name: f"*{out}:16" for name in ("q_out_ptr", "k_out_ptr")}
+        types |= dict.fromkeys(("tokens", "q_heads", "k_heads", "half", "rest", "cos_batch", "cos_token"), "i32")
+        types |= dict.fromkeys(("sin_batch", "sin_token"), "i32")
+        places = product(("q", "k", "q_out", "k_out"), ("batch", "head", "token"))
+        types |= {f"{tensor}_{place}": "i32" for tensor, place in places}
+        # Triton compiles anew for what is 1: the tokens of a decode step, the only head of keys.
+        for ones in ((), ("tokens", "q_heads", "k_heads", "q_token", "k_token")):
+            constants = {"HEADS": _HEADS, "BLOCK": block, "REST": rest, **dict.fromkeys(ones, 1)}
+            name = f"rope {x} {table} {block} + {rest} ones={bool(ones)}"
+            cases.append(compile_case(name, _rope_kernel, types, constants, num_warps=1))
+    return cases

@@ -1,0 +1,291 @@
+"""Norms, MLPs and rotary positions while sampling: the same numbers, and the model afterwards as it was."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import sys
+import weakref
+
+import pytest
+import torch
+from conftest import make_model
+from lowvram_grpo.kernels import decode_ops
+from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
+from models import LISTED, build, with_lora
+from torch import nn
+
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.policy.checkpointing import tile_mlps
+from lowvram_grpo.rollout import modules
+from lowvram_grpo.rollout.adapters import fast_adapters
+from lowvram_grpo.rollout.engine import RolloutEngine
+from lowvram_grpo.rollout.modules import fast_modules
+from lowvram_grpo.rollout.sampler import Sampling
+
+IDS = torch.randint(3, 41, (2, 11), generator=torch.Generator().manual_seed(5))
+# rms_norm, swiglu, rope of two layers.
+COUNTS = {
+    "Llama": (5, 2, 1), "Qwen2": (5, 2, 1), "Qwen3": (9, 2, 1), "Mistral": (5, 2, 1), "Gemma2": (9, 2, 1),
+    "Gemma3": (13, 2, 1), "Phi": (0, 0, 1), "Phi3": (5, 2, 1), "SmolLM3": (5, 2, 1), "Granite": (5, 2, 1),
+    "GPT2": (0, 0, 0),
+}  # fmt: skip
+in_triton = pytest.mark.skipif(not (HAS_TRITON and interpreted()), reason="needs Triton's interpreter")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def shaken(model):
+    """Norm weights as training leaves them: ones and zeros would hide a wrong formula."""
+    for i, p in enumerate(model.parameters()):
+        if p.ndim == 1:
+            p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p.dtype)
+    return model
+
+
+def traces(model):
+    """What `fast_modules` could leave behind."""
+    own = [name for name, m in model.named_modules() if {"forward", "_untiled_forward"} & set(vars(m))]
+    return own, [hasattr(place, "original") for place in functions(model)]
+
+
+def functions(model):
+    files = {type(m).__module__ for m in model.modules() if type(m).__name__.endswith("Attention")}
+    return [f for file in sorted(files) if (f := getattr(sys.modules[file], "apply_rotary_pos_emb", None))]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Triton kernels, by the interpreter; counts their launches."""
+    monkeypatch.setattr(decode_ops, "uses_triton", lambda *tensors: True)
+    calls = dict.fromkeys(modules.KINDS, 0)
+    for kind in calls:
+        launch = getattr(decode_ops, f"{kind}_triton")
+
+        def counted(*args, kind=kind, launch=launch, **kwargs):
+            calls[kind] += 1
+            return launch(*args, **kwargs)
+
+        monkeypatch.setattr(decode_ops, f"{kind}_triton", counted)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind,extra", LISTED)
+def test_without_a_gpu_the_bits_are_the_same(kind, extra, dtype):
+    model = shaken(build(kind, **extra)).to(dtype)
+    expected, before = logits(model), functions(model)
+    with fast_modules(model, "on") as counts:
+        assert tuple(counts.values()) == COUNTS[kind]
+        assert torch.equal(logits(model), expected)
+        assert functions(model) != before or not COUNTS[kind][2]
+    assert traces(model) == ([], [False] * len(before)) and functions(model) == before
+    assert torch.equal(logits(model), expected)
+
+
+@in_triton
+@pytest.mark.parametrize("kind,extra", LISTED)
+def test_kernels_give_the_same_hidden_states(kind, extra, kernels):
+    model = shaken(build(kind, **extra))
+    expected = logits(model)
+    with fast_modules(model, "on"):
+        assert not any(kernels.values())
+        found = logits(model)
+    assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+    assert tuple(kernels.values()) == (COUNTS[kind][0], COUNTS[kind][1], 2 * COUNTS[kind][2])
+
+
+@in_triton
+def test_an_engine_samples_the_same_with_adapters_and_kernels(kernels):
+    model = with_lora(shaken(build("Qwen3")))
+    engine = RolloutEngine(model, Sampling(5, (1,), 0))
+    sample = lambda: engine.generate([[5, 6, 7, 8], [9, 10]], 2, seed=3)
+    expected = sample()
+    with fast_modules(model, "on"):
+        found = sample()
+    assert found.completion_ids == expected.completion_ids and all(kernels.values())
+    for a, b in zip(found.sampling_per_token_logps, expected.sampling_per_token_logps):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_stay_in_force():
+    model = with_lora(shaken(build("Llama")))
+    expected = logits(model)
+    with torch.no_grad(), model.disable_adapter():
+        assert not torch.allclose(model(IDS).logits, expected, atol=0.01)
+    for order in ((fast_modules, fast_adapters), (fast_adapters, fast_modules)):
+        modes = {fast_modules: "on", fast_adapters: "fused"}
+        with torch.no_grad(), order[0](model, modes[order[0]]), order[1](model, modes[order[1]]):
+            torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(model), expected)
+
+
+def test_tiled_mlps_stay_tiled():
+    model = build("Llama")
+    expected = logits(model)
+    tile_mlps(model, 4)
+    before = [(m.forward, m._untiled_forward) for m in model.modules() if hasattr(m, "_tile_tokens")]
+    sizes = []
+    model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda m, args, out: sizes.append(args[0].shape[-2]))
+    with fast_modules(model, "on") as counts:
+        assert counts["swiglu"] == 2
+        torch.testing.assert_close(logits(model), expected)
+    assert max(sizes) == 4
+    assert before == [(m.forward, m._untiled_forward) for m in model.modules() if hasattr(m, "_tile_tokens")]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_inside_leaves_the_model_as_it_was(error):
+    model = build("Qwen2")
+    before, weights = functions(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(error), fast_modules(model, "on"):
+        assert len(traces(model)[0]) == 7 and traces(model)[1] == [True]
+        raise error
+    assert traces(model) == ([], [False]) and functions(model) == before
+    assert all(map(torch.equal, model.state_dict().values(), weights.values()))
+
+
+def test_an_interrupt_on_entry_leaves_the_model_as_it_was(monkeypatch):
+    model = build("Qwen2")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(modules._REPLACE, "rope", interrupted)
+    with pytest.raises(KeyboardInterrupt), fast_modules(model, "on"):
+        pass
+    assert traces(model) == ([], [False])
+
+
+def test_two_blocks_may_end_in_any_order():
+    first, second = build("Qwen2"), build("Qwen2")
+    before = functions(first)
+    one, other = fast_modules(first, "on"), fast_modules(second, "on")
+    one.__enter__(), other.__enter__()
+    one.__exit__(None, None, None)
+    assert traces(second)[1] == [True]
+    other.__exit__(None, None, None)
+    assert functions(first) == before and traces(first) == traces(second) == ([], [False])
+    with fast_modules(first, "on"), fast_modules(second, "on"):
+        pass
+    assert functions(first) == before
+
+
+def test_gradients_go_the_models_own_way(monkeypatch):
+    model = build("Qwen3")
+    expected = torch.autograd.grad(model(IDS).logits.sum(), list(model.parameters()))
+    with fast_modules(model, "on"):
+        monkeypatch.setattr(decode_ops, "uses_triton", None)  # all three ask it first
+        found = torch.autograd.grad(model(IDS).logits.sum(), list(model.parameters()))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_auto_takes_what_has_been_measured_and_that_is_nothing_yet(monkeypatch):
+    model = build("Llama")
+    assert modules.MEASURED_FASTER == ()
+    for mode in ("auto", "off"):
+        with fast_modules(model, mode) as counts:
+            assert not any(counts.values()) and traces(model) == ([], [False])
+    monkeypatch.setattr(modules, "MEASURED_FASTER", ("swiglu",))
+    assert modules._kinds(model, "auto") == []  # on a CPU
+    with pytest.raises(UserError, match="fused_ops"), fast_modules(model, "yes"):
+        pass
+
+
+def test_a_kernel_that_does_not_run_on_the_card_is_not_used(monkeypatch):
+    asked = []
+
+    def runs(kind, device, dtype):
+        asked.append(dtype)
+        return kind != "rms_norm" or dtype != torch.bfloat16
+
+    monkeypatch.setattr(modules, "_runs", runs)
+    model = build("Llama").bfloat16()
+    with fast_modules(model, "on") as counts:
+        assert counts == {"rms_norm": 0, "swiglu": 2, "rope": 1}
+    assert set(asked) == {torch.bfloat16}
+
+
+@in_triton
+def test_the_question_whether_a_kernel_runs_has_right_and_wrong_answers(monkeypatch, kernels):
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(modules, "_random", lambda *shape: _OnCard(torch.randn(shape)))
+    modules._runs.cache_clear()
+    assert all(modules._runs(kind, card, torch.float32) for kind in modules.KINDS) and all(kernels.values())
+    modules._runs.cache_clear()
+    monkeypatch.setattr(decode_ops, "rms_norm_triton", lambda x, *args, **kwargs: x)
+    monkeypatch.setattr(decode_ops, "swiglu_triton", None)
+    monkeypatch.setattr(decode_ops, "rope_triton", lambda q, k, *args: (q, k))
+    assert not any(modules._runs(kind, card, torch.float32) for kind in modules.KINDS)
+    modules._runs.cache_clear()
+
+
+class _OnCard:
+    """Random numbers that stay on the CPU wherever they are sent."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def to(self, device, dtype):
+        return self.x.to(dtype)
+
+
+class _Odd:
+    """Forwards that look like what they are not."""
+
+    @staticmethod
+    def norm(self, x):
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 2 * self.variance_epsilon)
+        return self.weight * x32.to(x.dtype)
+
+    @staticmethod
+    def mlp(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+def test_what_computes_something_else_is_left_alone(monkeypatch):
+    model = make_model()
+    norm, mlp = type(model.model.norm), type(model.model.layers[0].mlp)
+    monkeypatch.setattr(norm, "forward", _Odd.norm)
+    monkeypatch.setattr(mlp, "forward", _Odd.mlp)
+    with fast_modules(model, "on") as counts:
+        assert counts == {"rms_norm": 0, "swiglu": 0, "rope": 1}
+    monkeypatch.undo()
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.GELU()  # the exact one
+    model.model.norm.forward = model.model.norm.forward  # a hook's place
+    with fast_modules(model, "on") as counts:
+        assert counts == {"rms_norm": 4, "swiglu": 0, "rope": 1}
+    assert "forward" in vars(model.model.norm)
+
+
+def test_other_layouts_of_rotary_positions_are_left_alone():
+    cohere = build("Cohere", logit_scale=0.3)
+    expected = logits(cohere)
+    with fast_modules(cohere, "on") as counts:
+        assert counts["rope"] == 0 and counts["swiglu"] == 2
+        assert torch.equal(logits(cohere), expected)
+
+
+def test_a_model_on_meta_has_its_modules_replaced_too():
+    with torch.device("meta"):
+        model = build("Gemma2")
+    with torch.no_grad(), fast_modules(model, "on") as counts:
+        assert tuple(counts.values()) == COUNTS["Gemma2"]
+        assert model(IDS.to("meta")).logits.shape == (2, 11, 97)
+
+
+def test_the_global_generator_and_the_model_are_not_held():
+    model = build("Llama")
+    state = torch.get_rng_state()
+    with fast_modules(model, "on"):
+        pass
+    assert torch.equal(torch.get_rng_state(), state)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
