@@ -206,6 +206,11 @@ class GRPOConfig(TrainingArguments):
         "for bit), off (as peft does), or auto, which is fused.",
         "auto",
     )
+    fused_ops: str = _help(
+        "(ours) Kernels for norms, rotary positions, MLP gates and drawing in rollouts: on, off, or auto, which takes "
+        "those that have been measured faster.",
+        "auto",
+    )
     embedding_offload: bool = _help("(ours) Keep an untied input embedding in pinned host memory.", False)
     activation_offload: bool = _help(
         "(ours) Keep checkpointed activations in pinned host memory until the backward pass.", False
@@ -278,6 +283,7 @@ class GRPOConfig(TrainingArguments):
         one_of("shared_prefix", SWITCH)
         one_of("kv_cache_dtype", KV_DTYPES)
         one_of("rollout_adapters", ADAPTER_MODES)
+        one_of("fused_ops", SWITCH)
         one_of("memory_probe", SWITCH)
         one_of("vllm_mode", VLLM_MODES)
         one_of("vllm_importance_sampling_mode", CORRECTION_MODES)

@@ -38,12 +38,14 @@ class DecodeSettings:
         kv_dtype: of the cache, see `GroupCache`.
         graphs: capture steps in CUDA graphs.
         attention_path: of the decode attention, see `decode_attention`.
+        fused_sampler: see `Sampler`.
     """
 
     workspace_mib: int = 64
     kv_dtype: str = "auto"
     graphs: bool = False
     attention_path: str | None = None
+    fused_sampler: bool = False
 
 
 class _Table(NamedTuple):
@@ -88,7 +90,7 @@ class Decoder:
         self.seed, self.device, self.settings = seed, device, settings
         rows, slots, length = schedule.rows, schedule.slots, sampling.max_new_tokens
         self.cache = GroupCache(slots, max(map(len, prompts)) - 1, rows, length, settings.kv_dtype)
-        self.sampler = Sampler(sampling, rows, self.head.shape[0], device)
+        self.sampler = Sampler(sampling, rows, self.head.shape[0], device, fused=settings.fused_sampler)
         completions = len(prompts) * group
         self.ids = torch.zeros(completions + 1, length, dtype=torch.long, device=device)
         self.logps = torch.zeros(completions + 1, length, device=device)

@@ -23,6 +23,7 @@ from lowvram_grpo.rollout.adapters import fast_adapters
 from lowvram_grpo.rollout.batch import RolloutBatch
 from lowvram_grpo.rollout.decode import Decoder, DecodeSettings, run
 from lowvram_grpo.rollout.fallback import generate_in_waves, rehearse_waves
+from lowvram_grpo.rollout.modules import fast_modules, wanted
 from lowvram_grpo.rollout.sampler import Sampling
 from lowvram_grpo.rollout.schedule import Schedule
 from lowvram_grpo.rollout.support import why_not
@@ -60,6 +61,7 @@ class RolloutEngine:
         workspace_mib: for tiles of a quantized head.
         kv_dtype: `auto` or `int8`, see `GroupCache`.
         adapters: how LoRA layers run meanwhile, see `fast_adapters`.
+        fused_ops: kernels for the small operations of a step (`auto`, `on`, `off`), see `fast_modules`.
         graphs: decode steps in CUDA graphs, where there is CUDA and Triton.
         attention_path: of the decode attention, see `decode_attention`; what a ledger on meta tensors counts.
         on_prefilled: called when the first prompts are in the cache.
@@ -74,12 +76,14 @@ class RolloutEngine:
         workspace_mib: int = 64,
         kv_dtype: str = "auto",
         adapters: str = "auto",
+        fused_ops: str = "auto",
         graphs: bool = True,
         attention_path: str | None = None,
         on_prefilled: Callable[[], None] = lambda: None,
     ):
         self.model, self.sampling, self.rows = model, sampling, rows
-        self.workspace_mib, self.kv_dtype, self.adapters, self.graphs = workspace_mib, kv_dtype, adapters, graphs
+        self.workspace_mib, self.kv_dtype, self.graphs = workspace_mib, kv_dtype, graphs
+        self.adapters, self.fused_ops = adapters, fused_ops
         self.attention_path, self.on_prefilled = attention_path, on_prefilled
         self._said: set[str] = set()
 
@@ -134,13 +138,19 @@ class RolloutEngine:
         """A decoder for these prompts, the model set up for it."""
         causal_lm = unwrap(self.model)
         graphs = self.graphs and self.device.type == "cuda" and self._path(causal_lm) == "triton"
-        settings = DecodeSettings(self.workspace_mib, self.kv_dtype, graphs, self.attention_path)
+        settings = DecodeSettings(
+            self.workspace_mib, self.kv_dtype, graphs, self.attention_path, wanted("sample", self.fused_ops)
+        )
         schedule = Schedule([len(p) for p in prompts], group, rows)
         decoder = Decoder(
             causal_lm, sampling, schedule, prompts, group, seed=seed, device=self.device, settings=settings
         )
         try:
-            with attention_set(decoder.decoder), fast_adapters(self.model, self.adapters):
+            with (
+                attention_set(decoder.decoder),
+                fast_adapters(self.model, self.adapters),
+                fast_modules(self.model, self.fused_ops),
+            ):
                 yield decoder
         finally:
             decoder.close()
@@ -206,7 +216,7 @@ def engine_of(args: GRPOConfig, model: nn.Module, sampling: Sampling, **more: An
     """The engine that a configuration asks for; `more` are further arguments of it."""
     return RolloutEngine(
         model, sampling, args.rollout_batch_size, workspace_mib=args.workspace_mib, kv_dtype=args.kv_cache_dtype,
-        adapters=args.rollout_adapters, **more,
+        adapters=args.rollout_adapters, fused_ops=args.fused_ops, **more,
     )  # fmt: skip
 
 

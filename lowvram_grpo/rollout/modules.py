@@ -60,6 +60,11 @@ def fast_modules(model: nn.Module, enabled: str = "auto") -> Iterator[dict[str, 
         yield counts
 
 
+def wanted(kind: str, enabled: str) -> bool:
+    """Whether a kind of kernel (one of KINDS, or `sample`) is asked for, or has been measured faster."""
+    return enabled == "on" or (enabled == "auto" and kind in MEASURED_FASTER)
+
+
 def _kinds(model: nn.Module, enabled: str) -> list[str]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if enabled == "off" or (enabled == "auto" and device.type != "cuda"):
@@ -67,8 +72,8 @@ def _kinds(model: nn.Module, enabled: str) -> list[str]:
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         dtypes.add(torch.get_autocast_dtype("cuda"))
-    wanted = [kind for kind in KINDS if enabled == "on" or kind in MEASURED_FASTER]
-    return [kind for kind in wanted if all(_runs(kind, device, dtype) for dtype in dtypes)]
+    asked = [kind for kind in KINDS if wanted(kind, enabled)]
+    return [kind for kind in asked if all(_runs(kind, device, dtype) for dtype in dtypes)]
 
 
 @lru_cache

@@ -125,10 +125,11 @@ class Sampler:
 
     Args:
         rows: R.
+        fused: read the logits once, by the kernel, where there is one and no filter.
     """
 
-    def __init__(self, sampling: Sampling, rows: int, vocab: int, device: torch.device):
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, rows: int, vocab: int, device: torch.device, *, fused: bool = False):
+        self.sampling, self.fused = sampling, fused
         self.ends = torch.tensor(sampling.eos_ids, dtype=torch.long, device=device)
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1.0:
@@ -153,7 +154,7 @@ class Sampler:
             keys: int64 (B,), see `noise.stream_key`.
             steps: int64 (B,), tokens that each row has drawn before.
         """
-        if self.sampling.unfiltered and has_kernel(logits):
+        if self.fused and self.sampling.unfiltered and has_kernel(logits):
             return self._by_blocks(logits, keys, steps)
         return self._by_operators(logits, keys, steps)
 
