@@ -9,8 +9,10 @@ is a name that `lowvram-grpo plan` knows (random weights, no download) or a fold
 zero, and on a GPU everything runs under autocast, as in training.
 
 Providers take turns in one process; their order alternates from round to round. A row has medians over the rounds, and
-`speedup` is the median of each round's own ratio to `hf-dynamic`. The first group size goes through all providers, the
-others through `ours` and `hf-dynamic`, unless --providers names them. Rows that are there are not measured again.
+`speedup` is the median of each round's own ratio to `hf-dynamic`. The first group size and prompt go through all
+providers, the others through `ours`, `ours-int8` and `hf-dynamic`, unless --providers names them. Where there are
+graphs, a row of op `graphs` says whether replay gives the tokens of the same steps without a graph. Rows that are there
+are not measured again.
 
     seconds, tokens_per_second   of the call, prompts included
     prefill_s                    until the decoder is first given one token a row
@@ -36,7 +38,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from rollout_limit import bandwidth, kv_bytes_a_token, weight_bytes
-from rollout_providers import BASELINE, PROVIDERS, Task, cache_bytes, missing, replay_is_eager, sync
+from rollout_providers import BASELINE, PROVIDERS, Task, cache_bytes, has_graphs, missing, replay_is_eager, sync
 from torch import nn
 
 from lowvram_grpo.bench.models import random_model
@@ -48,7 +50,7 @@ from lowvram_grpo.policy.wrapper import unwrap
 
 MODELS = ["Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B"]
 DRY_MODEL = str(ROOT / "lowvram_grpo" / "demo" / "model")
-EVERYWHERE = ["ours", BASELINE]
+EVERYWHERE = ["ours", "ours-int8", BASELINE]
 MIB = 2**20
 
 
@@ -56,7 +58,8 @@ def load(name: str, weights: str, rank: int, dtype: torch.dtype, device: torch.d
     """The model in eval mode, with an adapter of this rank that is not zero (0: none)."""
     if any(Path(name).glob("*.safetensors")):
         config = bitsandbytes_config(weights, dtype)
-        model = load_causal_lm(name, device=device, dtype=dtype, quantization_config=config).to(device)
+        model = load_causal_lm(name, device=device, dtype=dtype, quantization_config=config)
+        model = model.to(device) if config is None else model
     else:
         model = random_model(resolve_config(name)[0], quantization=weights, dtype=dtype, device=device)
     if rank:
@@ -93,8 +96,9 @@ class Bench:
         vocab = resolve_config(self.name)[0].get_text_config().vocab_size
         draw = random.Random(0)
         for group in args.group:
-            names = args.providers or (list(PROVIDERS) if group == args.group[0] else EVERYWHERE)
             for length in args.prompt:
+                first = (group, length) == (args.group[0], args.prompt[0])
+                names = args.providers or (list(PROVIDERS) if first else EVERYWHERE)
                 prompts = [[draw.randrange(3, vocab) for _ in range(length)] for _ in range(args.prompts)]
                 for how in args.draws:
                     yield Task(prompts, group, args.length, how == "greedy"), names
@@ -119,7 +123,8 @@ class Bench:
             if waiting:
                 with self.autocast():
                     self._case(task, waiting)
-            if "ours-eager" in waiting and missing("ours-eager", self.model, self.args.weights) is None:
+            checked = self.out.has(op="graphs", provider="ours", **key)
+            if not checked and has_graphs(self.device) and "ours" in names:
                 with self.autocast():
                     self._check(task)
         return True
@@ -135,10 +140,10 @@ class Bench:
             return
         against = [] if BASELINE in timed else [BASELINE]  # a row of its own is there already
         rounds, failed = self._rounds(task, timed + against)
-        for name, why in failed.items():
+        for name, error in failed.items():
             if name in timed:
-                self.out.add(op="rollout", provider=name, error=why, **named)
-                print(f"{self._said(task, name)}  {why}", flush=True)
+                self.out.add(op="rollout", provider=name, **named, **error)
+                print(f"{self._said(task, name)}  {error['error']}", flush=True)
         for name in timed:
             if rounds[name]:
                 row = self._summary(task, name, rounds)
@@ -150,10 +155,10 @@ class Bench:
         key = self.key(task)
         return f"{key['model']} {key['weights']:5} {key['profile']:7} {key['tokens']:5} x {task.rows:3} {name:14}"
 
-    def _rounds(self, task: Task, names: list[str]) -> tuple[dict[str, list[dict]], dict[str, str]]:
+    def _rounds(self, task: Task, names: list[str]) -> tuple[dict[str, list[dict]], dict[str, dict]]:
         """Per provider what each round measured, and why some failed. One that fails has no further turn."""
         rounds: dict[str, list[dict]] = defaultdict(list)
-        failed: dict[str, str] = {}
+        failed: dict[str, dict] = {}
         # A GPU's kernels are chosen by shape; a CPU's long prompts would only cost time.
         short = task.prompts if self.device.type == "cuda" else [p[:16] for p in task.prompts]
         warm = replace(task, prompts=short, length=min(4, task.length))
@@ -166,7 +171,8 @@ class Bench:
                 try:
                     measured = self._call(name, warm if at < 0 else replace(task, seed=at))
                 except Exception as error:  # what one provider cannot do says nothing about the others
-                    failed[name] = reason(error)
+                    full = isinstance(error, torch.OutOfMemoryError)
+                    failed[name] = {"error": reason(error), "out_of_memory": full}
                     rounds.pop(name, None)
                     continue
                 if at >= 0:

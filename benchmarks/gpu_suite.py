@@ -10,7 +10,8 @@ costs no other; rows are written as they come, and what is there already for thi
     train     part_train.py: the bundled model through the command line                   train.jsonl
     memory    part_memory.py: training steps of 0.5B to 14B under the caps of small       memory.jsonl
               cards, predicted and measured, and TRL's beside them
-    rollouts  part_rollouts.py: tokens a second                                           rollouts.jsonl
+    rollouts  bench_rollout.py: tokens a second and memory beside transformers', and the  rollouts.jsonl
+              share of what the memory's bandwidth allows
 
     python benchmarks/gpu_suite.py [--out DIR] [--minutes 9] [--only kernels,memory] [--dry-run]
 
@@ -70,8 +71,9 @@ PARTS = {
     "rivals": Part(16),
     "train": Part(6, 60),
     "memory": Part(18),
-    "rollouts": Part(6, 45),
+    "rollouts": Part(18, 60),
 }
+SCRIPTS = {"kernels": "bench_kernels.py", "rollouts": "bench_rollout.py"}
 
 
 class Suite:
@@ -145,7 +147,7 @@ class Suite:
         """A part that is a script with --out and --minutes; it stops by itself a little before it is stopped."""
         path = self.out / f"{name}.jsonl"
         before = len(jsonl.read(path))
-        script = HERE / ("bench_kernels.py" if name == "kernels" else f"part_{name}.py")
+        script = HERE / SCRIPTS.get(name, f"part_{name}.py")
         minutes = max(0.05, (budget - 15) / 60)
         command = [sys.executable, script, "--out", path, "--minutes", f"{minutes:.2f}", *extra]
         code = self.call(name, command + (["--dry-run"] if self.dry_run else []), budget)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import memory_tables
+import rollout_tables
 
 from lowvram_grpo.run import jsonl
 
@@ -223,17 +224,13 @@ def other_sections(rows: list[dict]) -> list[str]:
             said = "Measured: the allocator's reserved peak and the CUDA context. Predicted: `lowvram-grpo plan`."
             lines += [said, "", *_markdown(memory_tables.HEADER, compared)]
         lines += [memory_tables.calibration(rows), ""]
-    for part, title, header, keys in (
-        ("rollouts", "Rollouts", ["model", "weights", "completions at once", "tokens/s", "peak MiB"],
-         ("model", "weights", "rows", "tokens_per_second", "peak_mib")),
-        ("train", "The bundled model through the command line",
-         ["steps", "reward, first", "last", "s a step", "peak GiB"],
-         ("steps", "reward_first", "reward_last", "step_s", "peak_gib")),
-    ):  # fmt: skip
-        found = [r for r in rows if r.get("part") == part and not r.get("error")]
-        if found:
-            body = [[_number(r.get(k), 0 if k == "tokens_per_second" else 3) for k in keys] for r in found]
-            lines += [f"### {title}", "", *_markdown(header, body)]
+    lines += rollout_section(rows)
+    trained = [r for r in rows if r.get("part") == "train" and not r.get("error")]
+    if trained:
+        header = ["steps", "reward, first", "last", "s a step", "peak GiB"]
+        keys = ("steps", "reward_first", "reward_last", "step_s", "peak_gib")
+        body = [[_number(r.get(k), 3) for k in keys] for r in trained]
+        lines += ["### The bundled model through the command line", "", *_markdown(header, body)]
     theirs = [r for r in rows if r.get("part") == "rivals" and r.get("what") == "loss"]
     if theirs:
         header = ["head", "profile", "rows", "provider", "ms", "peak MiB", ""]
@@ -245,6 +242,15 @@ def other_sections(rows: list[dict]) -> list[str]:
     if tests and tests[-1].get("counts"):
         lines += [f"Tests on the device: {tests[-1]['counts'].strip('= ')}.", ""]
     return lines
+
+
+def rollout_section(rows: list[dict]) -> list[str]:
+    tables = rollout_tables.tables(rows)
+    lines = ["### Rollouts", "", rollout_tables.said(rows), ""] if tables else []
+    for title, body in tables:
+        lines += [f"**{title}**", "", *_markdown(rollout_tables.HEADER, body)]
+    checked = rollout_tables.graphs(rows)
+    return [*lines, checked, ""] if checked else lines
 
 
 def document(rows: list[dict], plots: dict[Group, list[str]], roofline: bool) -> str:

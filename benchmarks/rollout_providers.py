@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from lowvram_grpo.kernels.runtime import HAS_TRITON
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from lowvram_grpo.bench.models import EOS, PAD
-from lowvram_grpo.kernels.runtime import HAS_TRITON
 from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.rollout.engine import RolloutEngine, eval_mode
@@ -107,12 +107,12 @@ def engine(model: nn.Module, task: Task, **settings) -> RolloutEngine:
 
 
 def ours(model: nn.Module, task: Task, **settings) -> Made:
-    with prefill_clock(unwrap(model), engine_device(model)) as clock:
+    with prefill_clock(unwrap(model), device_of(model)) as clock:
         batch = engine(model, task, **settings).generate(task.prompts, task.group, seed=task.seed)
     return Made(batch.completion_ids, task.length, prefill_s=clock.prefill_s)
 
 
-def engine_device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
@@ -148,12 +148,15 @@ def _hf_config(task: Task, **more) -> GenerationConfig:
 
 
 @contextmanager
-def _as_it_was(causal_lm: nn.Module) -> Iterator[None]:
-    """The model's generation_config put aside, as what ours leaves out would be taken from it; its attention kept."""
+def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
+    """In eval mode with a seed. The model's generation_config is put aside, as what ours leaves out would be taken from
+    it, and its attention is what it was afterwards."""
+    causal_lm = unwrap(model)
     config, attention = causal_lm.generation_config, causal_lm.config._attn_implementation
     causal_lm.generation_config = GenerationConfig()
     try:
-        yield
+        with eval_mode(model), torch.no_grad(), seeded(seed, device_of(model)):
+            yield
     finally:
         causal_lm.generation_config = config
         if causal_lm.config._attn_implementation != attention:
@@ -162,14 +165,13 @@ def _as_it_was(causal_lm: nn.Module) -> Iterator[None]:
 
 def hf(model: nn.Module, task: Task, **config) -> Made:
     """`generate` on each prompt G times."""
-    causal_lm, device = unwrap(model), engine_device(model)
+    causal_lm, device = unwrap(model), device_of(model)
     ids = torch.tensor(task.prompts, device=device).repeat_interleave(task.group, 0)
     asked = _hf_config(
         task, min_new_tokens=task.length, eos_token_id=EOS, return_dict_in_generate=True, disable_compile=True, **config
     )
-    with _as_it_was(causal_lm), eval_mode(model), torch.no_grad(), seeded(task.seed, device):
-        with prefill_clock(causal_lm, device) as clock:
-            made = causal_lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=asked)
+    with _undisturbed(model, task.seed), prefill_clock(causal_lm, device) as clock:
+        made = causal_lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=asked)
     layers = made.past_key_values.layers
     kv_bytes = sum(_bytes(x) for layer in layers for x in (layer.keys, layer.values))
     completions = made.sequences[:, ids.shape[1] :].tolist()
@@ -183,14 +185,13 @@ def _bytes(x: Tensor) -> int:
 def hf_continuous(model: nn.Module, task: Task) -> Made:
     """`generate_batch`: a paged cache as large as it must be, blocks of common prefixes shared, sdpa attention where
     there is no flash-attn."""
-    causal_lm, device = unwrap(model), engine_device(model)
     length = len(task.prompts[0]) + task.length
     page = 256  # transformers' default
     pages = task.rows * (-(-length // page) + 1)
     batching = ContinuousBatchingConfig(num_blocks=pages, max_batch_tokens=max(2048, task.rows))
     requests = [prompt for prompt in task.prompts for _ in range(task.group)]
-    with _as_it_was(causal_lm), eval_mode(model), seeded(task.seed, device):
-        found = causal_lm.generate_batch(
+    with _undisturbed(model, task.seed):
+        found = unwrap(model).generate_batch(
             inputs=requests, generation_config=_hf_config(task, eos_token_id=-1),
             continuous_batching_config=batching, record_timestamps=True,
         ).values()  # fmt: skip
@@ -213,9 +214,13 @@ PROVIDERS: dict[str, Callable[[nn.Module, Task], Made]] = {
 }
 
 
+def has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda" and HAS_TRITON
+
+
 def missing(name: str, model: nn.Module, weights: str) -> str | None:
     """Why there is nothing to time; None where there is."""
-    if name == "ours-eager" and not (engine_device(model).type == "cuda" and HAS_TRITON):
+    if name == "ours-eager" and not has_graphs(device_of(model)):
         return "there are no graphs without CUDA and Triton, so it would be `ours`"
     if name == "ours-merged" and (weights != "none" or not is_peft(model)):
         return "only an adapter on unquantized weights can be merged"
