@@ -15,6 +15,7 @@ graphs, a row of op `graphs` says whether replay gives the tokens of the same st
 are not measured again.
 
     seconds, tokens_per_second   of the call, prompts included
+    cpu_s, cpu_speedup           the process's own time, without what others take of a shared machine; on a CPU only
     prefill_s                    until the decoder is first given one token a row
     step_ms                      the rest over the number of decode steps
     kv_mib                       of the cache: what our ledger counts, what transformers returns
@@ -186,21 +187,24 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if cuda else 0
         sync(self.device)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         made = PROVIDERS[name](self.model, task)
         sync(self.device)
-        seconds = made.seconds or time.perf_counter() - started
+        seconds, cpu_s = made.seconds or time.perf_counter() - started, time.process_time() - cpu_started
         if [len(ids) for ids in made.completions] != [task.length] * task.rows:
             raise RuntimeError(f"completions of {sorted({len(ids) for ids in made.completions})} tokens")
         step = None if made.prefill_s is None else (seconds - made.prefill_s) / made.decode_steps
         peak = (torch.cuda.max_memory_allocated() - before) / MIB if cuda else None
-        return {"seconds": seconds, "prefill_s": made.prefill_s, "step_s": step, "peak": peak, "kv": made.kv_bytes}
+        times = {"seconds": seconds, "cpu_s": None if cuda else cpu_s, "prefill_s": made.prefill_s, "step_s": step}
+        return {**times, "peak": peak, "kv": made.kv_bytes}
 
     def _summary(self, task: Task, name: str, rounds: dict[str, list[dict]]) -> dict[str, Any]:
         mine = rounds[name]
         middle = lambda key: None if mine[0][key] is None else statistics.median(one[key] for one in mine)
-        baseline = {one["round"]: one["seconds"] for one in rounds.get(BASELINE, ())}
-        ratios = [baseline[one["round"]] / one["seconds"] for one in mine if one["round"] in baseline]
+        baseline = {one["round"]: one for one in rounds.get(BASELINE, ())}
+        pairs = [(baseline[one["round"]], one) for one in mine if one["round"] in baseline]
+        ratios = lambda key: [theirs[key] / one[key] for theirs, one in pairs if one[key]]
+        median = lambda found: statistics.median(found) if found else None
         kv = mine[0]["kv"]
         if name.startswith("ours"):
             kv = cache_bytes(self.model, task, kv_dtype="int8" if name == "ours-int8" else "auto")
@@ -209,7 +213,8 @@ class Bench:
         return {
             "rounds": len(mine), "seconds": middle("seconds"),
             "tokens_per_second": task.rows * task.length / middle("seconds"),
-            "speedup": statistics.median(ratios) if ratios else None, "speedups": ratios,
+            "speedup": median(ratios("seconds")), "speedups": ratios("seconds"),
+            "cpu_s": middle("cpu_s"), "cpu_speedup": median(ratios("cpu_s")),
             "prefill_s": middle("prefill_s"), "step_ms": None if step is None else step * 1e3,
             "kv_mib": None if kv is None else kv / MIB, "peak_mib": middle("peak"),
             "limit_ms": limit * 1e3, "share_of_limit": None if step is None else limit / step, **parts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 HEADER = [
-    "completions", "provider", "tokens/s", "x HF generate", "ms a step", "bound by memory, ms", "share", "prefill s",
+    "completions", "provider", "tokens/s", "x HF generate", "by CPU time", "ms a step", "bound by memory, ms", "share", "prefill s",
     "KV MiB", "peak MiB",
 ]  # fmt: skip
 _CASE = ("model", "weights", "setup", "profile", "prompt")
@@ -26,7 +26,8 @@ def _line(row: dict) -> list[str]:
         return [*who, "failed: " + why.replace("|", "/"), *[""] * (len(HEADER) - 3)]
     share = row.get("share_of_limit")
     return [
-        *who, _number(row["tokens_per_second"], 0), _number(row.get("speedup"), 2), _number(row.get("step_ms"), 2),
+        *who, _number(row["tokens_per_second"], 0), _number(row.get("speedup"), 2),
+        _number(row.get("cpu_speedup"), 2), _number(row.get("step_ms"), 2),
         _number(row.get("limit_ms"), 2), "" if share is None else f"{share:.0%}", _number(row.get("prefill_s"), 3),
         _number(row.get("kv_mib"), 1), _number(row.get("peak_mib"), 0),
     ]  # fmt: skip
