@@ -29,6 +29,7 @@ import argparse
 import random
 import statistics
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -188,15 +189,16 @@ class Bench:
         before = torch.cuda.memory_allocated() if cuda else 0
         sync(self.device)
         started, cpu_started = time.perf_counter(), time.process_time()
-        made = PROVIDERS[name](self.model, task)
-        sync(self.device)
+        with warnings.catch_warnings(record=True) as heard:  # a step that cannot be captured, for one
+            made = PROVIDERS[name](self.model, task)
+            sync(self.device)
         seconds, cpu_s = made.seconds or time.perf_counter() - started, time.process_time() - cpu_started
         if [len(ids) for ids in made.completions] != [task.length] * task.rows:
             raise RuntimeError(f"completions of {sorted({len(ids) for ids in made.completions})} tokens")
         step = None if made.prefill_s is None else (seconds - made.prefill_s) / made.decode_steps
         peak = (torch.cuda.max_memory_allocated() - before) / MIB if cuda else None
         times = {"seconds": seconds, "cpu_s": None if cuda else cpu_s, "prefill_s": made.prefill_s, "step_s": step}
-        return {**times, "peak": peak, "kv": made.kv_bytes}
+        return {**times, "peak": peak, "kv": made.kv_bytes, "heard": [str(one.message)[:200] for one in heard]}
 
     def _summary(self, task: Task, name: str, rounds: dict[str, list[dict]]) -> dict[str, Any]:
         mine = rounds[name]
@@ -211,7 +213,8 @@ class Bench:
         limit, parts = self._limit(task, int8=name == "ours-int8")
         step = middle("step_s")
         return {
-            "rounds": len(mine), "seconds": middle("seconds"),
+            "rounds": len(mine), "warnings": sorted({text for one in mine for text in one["heard"]}),
+            "seconds": middle("seconds"),
             "tokens_per_second": task.rows * task.length / middle("seconds"),
             "speedup": median(ratios("seconds")), "speedups": ratios("seconds"),
             "cpu_s": middle("cpu_s"), "cpu_speedup": median(ratios("cpu_s")),

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
 from lowvram_grpo.kernels.runtime import HAS_TRITON
@@ -29,6 +30,7 @@ from lowvram_grpo.rollout.engine import RolloutEngine, eval_mode
 from lowvram_grpo.rollout.fallback import seeded
 from lowvram_grpo.rollout.graphs import StepGraphs
 from lowvram_grpo.rollout.sampler import Sampling
+from lowvram_grpo.rollout.support import why_not
 
 BASELINE = "hf-dynamic"
 
@@ -126,16 +128,23 @@ def cache_bytes(model: nn.Module, task: Task, **settings) -> int:
 
 
 def replay_is_eager(model: nn.Module, task: Task) -> dict:
-    """Completions that graph replay and the same steps without a graph make of the same seed."""
-    replayed = ours(model, task).completions
-    replay = StepGraphs.__call__
-    StepGraphs.__call__ = lambda graphs, rows: graphs.step(rows)  # the sizes of a graph, launched one by one
-    try:
+    """Completions that graph replay and the same steps without a graph make of the same seed. `graphs` counts those
+    captured; without one there was nothing to compare."""
+    captured: list[bool] = []
+
+    def capture(graphs: StepGraphs, rows: int) -> bool:
+        captured.append(_capture(graphs, rows))
+        return captured[-1]
+
+    _capture = StepGraphs._capture
+    with patch.object(StepGraphs, "_capture", capture):
+        replayed = ours(model, task).completions
+    # The sizes of a graph, launched one by one.
+    with patch.object(StepGraphs, "__call__", lambda graphs, rows: graphs.step(rows)):
         eager = ours(model, task).completions
-    finally:
-        StepGraphs.__call__ = replay
     equal = sum(a == b for a, b in zip(replayed, eager))
-    return {"completions_equal": equal, "of": len(eager), "replay_equals_eager": equal == len(eager)}
+    same = equal == len(eager) if any(captured) else None
+    return {"completions_equal": equal, "of": len(eager), "graphs": sum(captured), "replay_equals_eager": same}
 
 
 # transformers
@@ -220,6 +229,10 @@ def has_graphs(device: torch.device) -> bool:
 
 def missing(name: str, model: nn.Module, weights: str) -> str | None:
     """Why there is nothing to time; None where there is."""
+    if name.startswith("ours"):
+        with eval_mode(model), torch.no_grad():
+            if why := why_not(unwrap(model)):
+                return f"transformers' generate would sample, because {why}"
     if name == "ours-eager" and not has_graphs(device_of(model)):
         return "there are no graphs without CUDA and Triton, so it would be `ours`"
     if name == "ours-merged" and (weights != "none" or not is_peft(model)):

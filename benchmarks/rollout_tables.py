@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 
 HEADER = [
-    "completions", "provider", "tokens/s", "x HF generate", "by CPU time", "ms a step", "bound by memory, ms", "share", "prefill s",
-    "KV MiB", "peak MiB",
+    "completions", "provider", "tokens/s", "x HF generate", "by CPU time", "ms a step", "bound by memory, ms", "share",
+    "prefill s", "KV MiB", "peak MiB",
 ]  # fmt: skip
 _CASE = ("model", "weights", "setup", "profile", "prompt")
 _SAID = (
@@ -57,7 +57,7 @@ def said(rows: list[dict]) -> str:
 
 def graphs(rows: list[dict]) -> str | None:
     """Whether replaying a step's graph gives what launching it gives."""
-    checks = [r for r in rows if r.get("part") == "rollouts" and r.get("op") == "graphs" and "of" in r]
+    checks = [r for r in rows if r.get("part") == "rollouts" and r.get("op") == "graphs" and r.get("graphs")]
     if not checks:
         return None
     equal, of = sum(r["completions_equal"] for r in checks), sum(r["of"] for r in checks)

@@ -87,13 +87,12 @@ def test_rollouts_are_not_timed_without_what_they_are_to_show():
 
 
 def test_replay_is_held_against_steps_that_are_launched_one_by_one(monkeypatch):
-    StepGraphs = rollout_providers.StepGraphs
-    replay = StepGraphs.__call__
     task = rollout_providers.Task([[5, 6, 7]], 2, 4, greedy=False)
     found = rollout_providers.replay_is_eager(make_model(), task)
-    assert found == {"completions_equal": 2, "of": 2, "replay_equals_eager": True}
-    assert StepGraphs.__call__ is replay
-    monkeypatch.setattr(StepGraphs, "__call__", lambda graphs, rows: None)  # a replay that does nothing
+    # Nothing is captured on a CPU, which is no proof of anything.
+    assert found == {"completions_equal": 2, "of": 2, "graphs": 0, "replay_equals_eager": None}
+    # A replay that does nothing.
+    monkeypatch.setattr(rollout_providers.StepGraphs, "__call__", lambda graphs, rows: None)
     assert rollout_providers.replay_is_eager(make_model(), task)["completions_equal"] == 0
 
 
