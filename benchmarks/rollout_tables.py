@@ -12,7 +12,7 @@ _CASE = ("model", "weights", "setup", "profile", "prompt")
 _SAID = (
     "Providers take turns in one process; medians of the rounds, and of each round's own ratio to transformers' "
     "`generate` (hf-dynamic). A step's bound: bytes of weights, of the prompt once and of each row's own keys and "
-    "values at half length, over the memory's measured bandwidth ({bandwidth})."
+    "values at half length, over the bandwidth of the memory, measured in each process ({bandwidth})."
 )
 
 
@@ -40,7 +40,8 @@ def tables(rows: list[dict]) -> list[tuple[str, list[list[str]]]]:
         if row.get("part") == "rollouts" and row.get("op") == "rollout" and not row.get("missing"):
             latest[(*(row[k] for k in _CASE), row["rows"], row["provider"])] = row
     cases = defaultdict(list)
-    for row in latest.values():
+    order = ("model", "weights", "prompt", "length", "profile", "prompts", "group")
+    for row in sorted(latest.values(), key=lambda row: [row[k] for k in order]):
         where = f"{row['threads']} thread of the CPU" if row["gpu"] == "cpu" else row["gpu"]
         what = f"{row['model']}, {row['dtype']}" + ("" if row["weights"] == "none" else f" and {row['weights']}")
         adapter = f"LoRA of rank {row['lora']}" if row["lora"] else "no adapter"
