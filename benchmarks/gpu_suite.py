@@ -10,7 +10,8 @@ costs no other; rows are written as they come, and what is there already for thi
     train     part_train.py: the bundled model through the command line                   train.jsonl
     memory    part_memory.py: training steps of 0.5B to 14B under the caps of small       memory.jsonl
               cards, predicted and measured, and TRL's beside them
-    rollouts  part_rollouts.py: tokens a second                                           rollouts.jsonl
+    rollouts  bench_rollout.py: tokens a second and memory beside transformers', and the  rollouts.jsonl
+              share of what the memory's bandwidth allows
 
     python benchmarks/gpu_suite.py [--out DIR] [--minutes 9] [--only kernels,memory] [--dry-run]
 
@@ -70,7 +71,7 @@ PARTS = {
     "rivals": Part(16),
     "train": Part(6, 60),
     "memory": Part(18),
-    "rollouts": Part(6, 45),
+    "rollouts": Part(18, 60),
 }
 
 
@@ -147,15 +148,8 @@ class Suite:
         path = self.out / f"{name}.jsonl"
         before = len(jsonl.read(path))
         minutes = max(0.05, (budget - 15) / 60)
-        command = [
-            sys.executable,
-            HERE / (script or f"part_{name}.py"),
-            "--out",
-            path,
-            "--minutes",
-            f"{minutes:.2f}",
-            *extra,
-        ]
+        script = HERE / (script or f"part_{name}.py")
+        command = [sys.executable, script, "--out", path, "--minutes", f"{minutes:.2f}", *extra]
         code = self.call(name, command + (["--dry-run"] if self.dry_run else []), budget)
         rows = jsonl.read(path)[before:]
         failed = [r for r in rows if r.get("error") and not r.get("out_of_memory")]
@@ -190,11 +184,17 @@ class Suite:
     def kernels(self, budget: float) -> dict:
         small = ["--ops", "train,loss", "--profiles", "peaked", "--dtypes", "bfloat16"] if self.dry_run else []
         started = time.monotonic()
-        sweep = self._script("kernels", 0.8 * budget, *small, script="bench_kernels.py")
-        left = budget - (time.monotonic() - started)
-        decode = self._script("kernels", left, script="bench_decode_attention.py")
-        status = {"status": ", ".join(dict.fromkeys((sweep["status"], decode["status"])))}
-        return {key: sweep[key] + decode[key] for key in ("new_rows", "rows_with_errors")} | status
+        scripts = (
+            ("bench_kernels.py", 0.7, small),
+            ("bench_decode_attention.py", 0.6, []),
+            ("bench_decode_ops.py", 1, []),
+        )
+        found = []
+        for script, share, extra in scripts:
+            left = budget - (time.monotonic() - started)
+            found.append(self._script("kernels", share * left, *extra, script=script))
+        status = {"status": ", ".join(dict.fromkeys(one["status"] for one in found))}
+        return {key: sum(one[key] for one in found) for key in ("new_rows", "rows_with_errors")} | status
 
     def rivals(self, budget: float) -> dict:
         if not RIVALS.is_file():
@@ -219,7 +219,7 @@ class Suite:
         return self._script("memory", budget)
 
     def rollouts(self, budget: float) -> dict:
-        return self._script("rollouts", budget)
+        return self._script("rollouts", budget, script="bench_rollout.py")
 
 
 def _status(code: int | None) -> str:

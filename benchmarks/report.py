@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import memory_tables
+import rollout_tables
 
 from lowvram_grpo.run import jsonl
 
@@ -226,17 +227,13 @@ def other_sections(rows: list[dict]) -> list[str]:
             said = "Measured: the allocator's reserved peak and the CUDA context. Predicted: `lowvram-grpo plan`."
             lines += [said, "", *_markdown(memory_tables.HEADER, compared)]
         lines += [memory_tables.calibration(rows), ""]
-    for part, title, header, keys in (
-        ("rollouts", "Rollouts", ["model", "weights", "completions at once", "tokens/s", "peak MiB"],
-         ("model", "weights", "rows", "tokens_per_second", "peak_mib")),
-        ("train", "The bundled model through the command line",
-         ["steps", "reward, first", "last", "s a step", "peak GiB"],
-         ("steps", "reward_first", "reward_last", "step_s", "peak_gib")),
-    ):  # fmt: skip
-        found = [r for r in rows if r.get("part") == part and not r.get("error")]
-        if found:
-            body = [[_number(r.get(k), 0 if k == "tokens_per_second" else 3) for k in keys] for r in found]
-            lines += [f"### {title}", "", *_markdown(header, body)]
+    lines += rollout_section(rows)
+    trained = [r for r in rows if r.get("part") == "train" and not r.get("error")]
+    if trained:
+        header = ["steps", "reward, first", "last", "s a step", "peak GiB"]
+        keys = ("steps", "reward_first", "reward_last", "step_s", "peak_gib")
+        body = [[_number(r.get(k), 3) for k in keys] for r in trained]
+        lines += ["### The bundled model through the command line", "", *_markdown(header, body)]
     theirs = [r for r in rows if r.get("part") == "rivals" and r.get("what") == "loss"]
     if theirs:
         header = ["head", "profile", "rows", "provider", "ms", "peak MiB", ""]
@@ -248,6 +245,25 @@ def other_sections(rows: list[dict]) -> list[str]:
     if tests and tests[-1].get("counts"):
         lines += [f"Tests on the device: {tests[-1]['counts'].strip('= ')}.", ""]
     return lines
+
+
+def rollout_section(rows: list[dict]) -> list[str]:
+    tables = rollout_tables.tables(rows)
+    lines = ["### Rollouts", "", rollout_tables.said(rows), ""] if tables else []
+    for title, body in tables:
+        lines += [f"**{title}**", "", *_markdown(rollout_tables.HEADER, body)]
+    checked = rollout_tables.graphs(rows)
+    return [*lines, checked, ""] if checked else lines
+
+
+def _device(row: dict) -> str:
+    return "On a CPU, no GPU" if row["gpu"] == "cpu" else row["gpu"]
+
+
+def _capabilities(row: dict) -> str:
+    if row["gpu"] == "cpu":
+        return "Nothing in this section was measured on a GPU"
+    return f"Compute capability {row.get('capability')}, {row.get('memory_gib')} GiB, CUDA {row.get('cuda')}"
 
 
 def document(rows: list[dict], plots: dict[Group, list[str]], roofline: bool) -> str:
@@ -263,8 +279,8 @@ def document(rows: list[dict], plots: dict[Group, list[str]], roofline: bool) ->
         first, last = min(r["utc"] for r in members), max(r["utc"] for r in members)
         one = members[0]
         lines += [
-            f"## {group.gpu}, commit {group.short}", "",
-            f"Compute capability {one.get('capability')}, {one.get('memory_gib')} GiB, CUDA {one.get('cuda')}; "
+            f"## {_device(one)}, commit {group.short}", "",
+            f"{_capabilities(one)}; "
             + ", ".join(f"{name} {version}" for name, version in group.versions)
             + f". Measured {first} to {last}; rows in `{group.folder}`.", "",
             *(f"![{Path(p).stem}]({p})" for p in plots.get(group, [])), "",

@@ -85,3 +85,10 @@ def copy_ceiling(device: torch.device, seconds: float, size: int = 2**30) -> dic
     into = torch.empty_like(source)
     found = timed(lambda: into.copy_(source), device, seconds)
     return {**found, "gbs": 2 * size / found["ms"] / 1e6}
+
+
+def read_ceiling(device: torch.device, seconds: float, size: int = 2**30) -> dict[str, float]:
+    """Bytes a second of a sum over `size` bytes, which only reads."""
+    source = torch.ones(size // 4, device=device)
+    found = timed(source.sum, device, seconds)
+    return {**found, "gbs": size / found["ms"] / 1e6}

@@ -10,18 +10,22 @@ import sys
 import time
 from pathlib import Path
 
+import bench_rollout
 import correct
 import gpu_suite
 import part_memory
 import pytest
 import report
+import rollout_providers
 import roofline
 import torch
+from conftest import make_model
 from correct import oracle, verdict
 from plots import draw
 from profiles import SHAPES, Shape, head_weight, inputs_of, measured
 
 from lowvram_grpo.policy.head import Head
+from lowvram_grpo.run import jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +53,68 @@ def test_the_dry_run_of_the_suite(tmp_path):
     assert report.load(tmp_path) == [] and len(report.load(tmp_path, dry_run=True)) >= len(rows)
     # As much as comes back from a machine that is lent.
     assert len(list(tmp_path.iterdir())) <= 8 and all(path.is_file() for path in tmp_path.iterdir())
+
+
+def test_the_dry_run_of_the_rollout_benchmark(tmp_path):
+    call = ["--dry-run", "--out", str(tmp_path / "rollouts.jsonl")]
+    bench_rollout.main(call)
+    rows = jsonl.read(tmp_path / "rollouts.jsonl")
+    by = {row["provider"]: row for row in rows}
+    assert set(by) == set(rollout_providers.PROVIDERS) and all(row["dry_run"] for row in rows)
+    assert "missing" in by.pop("ours-eager")
+    assert not [row["error"] for name, row in by.items() if name != "hf-continuous" and row.get("error")]
+    # G = 4, 8 tokens in, 6 out, the last of which nobody feeds; we feed a prompt's last token once a completion.
+    config = json.loads((Path(bench_rollout.DRY_MODEL) / "config.json").read_text(encoding="utf-8"))
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    token = config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * head_dim * 4 / 2**20
+    assert by["hf-dynamic"]["kv_mib"] == pytest.approx(token * 4 * (8 + 6 - 1))
+    assert by["ours"]["kv_mib"] == pytest.approx(token * (8 - 1 + 4 * 6))
+    for name in ("ours", "ours-int8", "ours-merged", "hf-dynamic", "hf-static"):
+        row = by[name]
+        assert row["tokens_per_second"] == pytest.approx(4 * 6 / row["seconds"])
+        assert 0 < row["prefill_s"] < row["seconds"] and 0 < row["limit_ms"] < row["step_ms"]
+    bench_rollout.main(call)
+    assert len(jsonl.read(tmp_path / "rollouts.jsonl")) == len(rows)
+    text = report.document(report.load(tmp_path, dry_run=True), {}, roofline=False)
+    assert "| 1 x 4 | ours |" in text and "1 thread of the CPU" in text and "| ours-eager |" not in text
+
+
+def test_rollouts_are_not_timed_without_what_they_are_to_show():
+    model = make_model()
+    assert "no graphs" in rollout_providers.missing("ours-eager", model, "none")
+    assert "merged" in rollout_providers.missing("ours-merged", model, "none")
+    assert rollout_providers.missing("ours", model, "nf4") is None
+
+
+def test_replay_is_held_against_steps_that_are_launched_one_by_one(monkeypatch):
+    task = rollout_providers.Task([[5, 6, 7]], 2, 4, greedy=False)
+    found = rollout_providers.replay_is_eager(make_model(), task)
+    # Nothing is captured on a CPU, which is no proof of anything.
+    assert found == {"completions_equal": 2, "of": 2, "graphs": 0, "replay_equals_eager": None}
+    # A replay that does nothing.
+    monkeypatch.setattr(rollout_providers.StepGraphs, "__call__", lambda graphs, rows: None)
+    assert rollout_providers.replay_is_eager(make_model(), task)["completions_equal"] == 0
+
+
+@pytest.mark.parametrize("tied", (True, False))
+def test_a_step_reads_every_weight_once_and_no_embedding(tied):
+    model = make_model(tie_word_embeddings=tied)
+    every = sum(p.nbytes for p in model.parameters())
+    embedding = 0 if tied else model.get_input_embeddings().weight.nbytes
+    assert bench_rollout.weight_bytes(model) == every - embedding
+    assert bench_rollout.kv_bytes_a_token(model, 2) == 2 * 2 * 2 * 8 * 2
+
+
+def test_one_provider_that_fails_costs_no_other_its_rows(tmp_path, monkeypatch):
+    def fails(model, task):
+        raise ValueError("not today")
+
+    monkeypatch.setitem(rollout_providers.PROVIDERS, "hf-static", fails)
+    out = tmp_path / "rollouts.jsonl"
+    bench_rollout.main(["--dry-run", "--out", str(out), "--providers", "hf-static", "ours"])
+    rows = {row["provider"]: row for row in jsonl.read(out)}
+    assert rows["hf-static"]["error"] == "ValueError: not today" and "seconds" not in rows["hf-static"]
+    assert rows["ours"]["speedup"] > 0 and set(rows) == {"hf-static", "ours"}
 
 
 def test_a_part_that_hangs_is_stopped(tmp_path):

@@ -309,7 +309,7 @@ def test_steps_of_fixed_sizes_as_graphs_need_them(kind, extra, kv, monkeypatch):
     assert found.completion_ids == plain.completion_ids
     for a, b in zip(found.sampling_per_token_logps, plain.sampling_per_token_logps):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3 if kv == "int8" else 5e-5)
-    assert any(width > live for width, live in zip(widths, lives)) and len(set(widths)) > 2
+    assert any(width > live for width, live in zip(widths, lives)) and len(set(widths)) > 1
 
 
 @pytest.mark.parametrize("rows,width", [(1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (9, 12), (17, 20), (13, 16)])
