@@ -25,7 +25,7 @@ from lowvram_grpo.rollout.decode import Decoder, DecodeSettings, run
 from lowvram_grpo.rollout.fallback import generate_in_waves, rehearse_waves
 from lowvram_grpo.rollout.modules import fast_modules, wanted
 from lowvram_grpo.rollout.sampler import Sampling
-from lowvram_grpo.rollout.schedule import Schedule
+from lowvram_grpo.rollout.schedule import Schedule, rows_within
 from lowvram_grpo.rollout.support import why_not
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class RolloutEngine:
         sampling: how to draw, unless `generate` is told otherwise.
         rows: completions that decode at once; all where None. With `max_new_tokens` and the longest prompt it bounds
             the KV cache.
+        group: completions a prompt that the memory plan counted with; a call with fewer holds more prompts, hence takes
+            fewer rows. None: whatever is asked for.
         workspace_mib: for tiles of a quantized head.
         kv_dtype: `auto` or `int8`, see `GroupCache`.
         adapters: how LoRA layers run meanwhile, see `fast_adapters`.
@@ -73,6 +75,7 @@ class RolloutEngine:
         sampling: Sampling,
         rows: int | None = None,
         *,
+        group: int | None = None,
         workspace_mib: int = 64,
         kv_dtype: str = "auto",
         adapters: str = "auto",
@@ -81,7 +84,7 @@ class RolloutEngine:
         attention_path: str | None = None,
         on_prefilled: Callable[[], None] = lambda: None,
     ):
-        self.model, self.sampling, self.rows = model, sampling, rows
+        self.model, self.sampling, self.rows, self.group = model, sampling, rows, group
         self.workspace_mib, self.kv_dtype, self.graphs = workspace_mib, kv_dtype, graphs
         self.adapters, self.fused_ops = adapters, fused_ops
         self.attention_path, self.on_prefilled = attention_path, on_prefilled
@@ -103,7 +106,8 @@ class RolloutEngine:
         ends = set(sampling.eos_ids)
         with eval_mode(self.model), torch.no_grad():
             if self._captured(sampling):
-                with self._decoding(prompt_ids, num_generations, sampling, seed, self.rows) as decoder:
+                rows = self._rows(prompt_ids, num_generations, sampling)
+                with self._decoding(prompt_ids, num_generations, sampling, seed, rows) as decoder:
                     run(decoder)
                     found = zip(decoder.ids[:-1].tolist(), decoder.logps[:-1].cpu())
             else:
@@ -113,6 +117,12 @@ class RolloutEngine:
             for i, (ids, logps) in enumerate(found):
                 batch.append(prompt_ids[i // num_generations], ids, logps, ends)
         return batch
+
+    def _rows(self, prompts: list[list[int]], group: int, sampling: Sampling) -> int | None:
+        if self.rows is None or self.group is None or group >= self.group:
+            return self.rows
+        longest = max(map(len, prompts))
+        return rows_within(self.rows, self.group, group, len(prompts), longest, sampling.max_new_tokens)
 
     def stream(self, prompt_ids: list[int], *, seed: int, sampling: Sampling | None = None) -> Iterator[int]:
         """The ids of one completion as they are drawn, its end token included. The KV cache is gone when the iterator
@@ -215,8 +225,8 @@ class RolloutEngine:
 def engine_of(args: GRPOConfig, model: nn.Module, sampling: Sampling, **more: Any) -> RolloutEngine:
     """The engine that a configuration asks for; `more` are further arguments of it."""
     return RolloutEngine(
-        model, sampling, args.rollout_batch_size, workspace_mib=args.workspace_mib, kv_dtype=args.kv_cache_dtype,
-        adapters=args.rollout_adapters, fused_ops=args.fused_ops, **more,
+        model, sampling, args.rollout_batch_size, group=args.num_generations, workspace_mib=args.workspace_mib,
+        kv_dtype=args.kv_cache_dtype, adapters=args.rollout_adapters, fused_ops=args.fused_ops, **more,
     )  # fmt: skip
 
 

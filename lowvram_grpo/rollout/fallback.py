@@ -141,7 +141,7 @@ def generation_config(sampling: Sampling) -> GenerationConfig:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
+            "min_p": sampling.min_p or None,  # 0 would cost a softmax a step
             "typical_p": 1.0,
             "epsilon_cutoff": 0.0,
             "eta_cutoff": 0.0,

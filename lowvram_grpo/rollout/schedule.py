@@ -42,6 +42,17 @@ def slots_for(rows: int, group: int, prompts: int) -> int:
     return min(prompts, -(-rows // group) + 2) if rows < prompts * group else prompts
 
 
+def rows_within(rows: int, planned_group: int, group: int, prompts: int, prompt_length: int, length: int) -> int:
+    """How many rows take no more of a cache with `group` completions a prompt than `rows` do with `planned_group`.
+
+    Args:
+        prompt_length, length: the longest prompt and completion, in tokens.
+    """
+    tokens = lambda n, g: n * length + min(prompts, slots_for(n, g, prompts)) * prompt_length
+    budget = rows * length + (-(-rows // planned_group) + 2) * prompt_length
+    return next((n for n in range(rows, 1, -1) if tokens(n, group) <= budget), 1)
+
+
 class Schedule:
     """Seats `group` completions of each prompt in at most `rows` rows.
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lowvram_grpo.rollout.schedule import Schedule, Seat, slots_for
+from lowvram_grpo.rollout.schedule import Schedule, Seat, rows_within, slots_for
 
 
 def play(seed: int):
@@ -79,3 +79,14 @@ def test_the_longest_prompts_come_first():
 )
 def test_slots_for_the_rows_and_two_more_prompts(rows, group, prompts, slots):
     assert slots_for(rows, group, prompts) == slots
+
+
+def test_fewer_completions_a_prompt_take_fewer_rows_in_the_same_cache():
+    tokens = lambda rows, group: rows * 30 + slots_for(rows, group, 64) * 100
+    for rows in (1, 3, 16, 32):
+        for group in (1, 2, 4):
+            fewer = rows_within(rows, 8, group, 64, 100, 30)
+            assert tokens(fewer, group) <= tokens(rows, 8) < tokens(fewer + 1, group) or fewer in (1, rows)
+    assert rows_within(16, 8, 1, 64, 100, 30) < 8
+    assert rows_within(16, 8, 1, 2, 100, 30) == 16  # there are but two prompts
+    assert rows_within(16, 8, 1, 64, 1, 300) == 15
