@@ -17,6 +17,7 @@ from __future__ import annotations
 from itertools import product
 
 import torch
+from lowvram_grpo.kernels.decode_launch import power_of_2
 from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, jit, require_triton, tl
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,10 +39,6 @@ def _rows(x: Tensor) -> Tensor:
     """(N, H) of (..., H), the entries of a row side by side; a copy only where x cannot be seen so."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 # RMSNorm
@@ -75,7 +72,7 @@ def _normed_dtype(x: Tensor, weight: Tensor, early: bool) -> torch.dtype:
 
 def _norm_tile(width: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program: one row, or as many narrow ones (heads) as fill a warp's registers."""
-    block = _power_of_two(width)
+    block = power_of_2(width)
     rows = max(1, 512 // block)
     return rows, block, min(16, max(1, rows * block // 512))
 
@@ -208,7 +205,7 @@ def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
         _rope_kernel[(batch * tokens, -(-q_heads // _HEADS) - (-k_heads // _HEADS))](
             q, k, cos, sin, *outs, tokens, q_heads, k_heads, d // 2, width - d,
             *strides[0], *strides[1], *tables[0], *tables[1], *strides[2], *strides[3],
-            HEADS=_HEADS, BLOCK=_power_of_two(d // 2), REST=_power_of_two(width - d) if width > d else 0, num_warps=1,
+            HEADS=_HEADS, BLOCK=power_of_2(d // 2), REST=power_of_2(width - d) if width > d else 0, num_warps=1,
         )  # fmt: skip
     return outs
 

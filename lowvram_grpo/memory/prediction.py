@@ -187,12 +187,13 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
 
 
 def _keep_the_graphs(phases: dict[str, Peak]) -> None:
-    """A decode step's memory belongs to its CUDA graph for as long as the rollout lasts, and prompts that are prefilled
-    in the meantime need theirs beside it."""
-    for name in (ACTIVATIONS, "workspace"):
-        more = phases["prefill"].categories.get(name, 0)
-        phases["rollout"].bytes += more
-        phases["rollout"].categories[name] = phases["rollout"].categories.get(name, 0) + more
+    """A decode step's memory belongs to its CUDA graph for as long as the rollout lasts. What comes in the meantime
+    needs its own beside it: prompts that are prefilled, and the first step of another number of rows."""
+    moving = lambda name: {k: phases[name].categories.get(k, 0) for k in (ACTIVATIONS, "workspace")}
+    rollout, more = phases["rollout"], max(moving("prefill"), moving("rollout"), key=lambda parts: sum(parts.values()))
+    for name, size in more.items():
+        rollout.bytes += size
+        rollout.categories[name] = rollout.categories.get(name, 0) + size
 
 
 def _base(empty: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig) -> PreTrainedModel:

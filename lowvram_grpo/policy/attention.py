@@ -8,9 +8,10 @@ layout it is transformers' sdpa: a model may keep the setting.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from lowvram_grpo.errors import one_line
+from lowvram_grpo.memory.guard import is_out_of_memory
 
 NAME = "lowvram"
 
@@ -94,6 +98,8 @@ def _attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if getattr(module, "layer_idx", None) is None:
+        raise Unsupported("its layers do not say which they are")
     for name, what in (("s_aux", "sinks"), ("position_bias", "a position bias")):
         if kwargs.get(name) is not None:
             raise Unsupported(f"its attention has {what}")
@@ -104,7 +110,7 @@ def _attention(
     attention_layout.windows.add(window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attention_layout.attend(
-        getattr(module, "layer_idx", None), query, key, value,
+        module.layer_idx, query, key, value,
         scale=scale, dropout=dropout, window=window, softcap=kwargs.get("softcap"),
     )  # fmt: skip
     return out.contiguous(), None
@@ -153,3 +159,38 @@ def check_calls(decoder: nn.Module, layout: Layout) -> None:
     window = getattr(config, "sliding_window", None) if layer_kinds(decoder) != {"full_attention"} else None
     if window is not None and window not in layout.windows:
         raise Unsupported("its layers do not say which of them have a sliding window")
+
+
+class Fit:
+    """Whether models run in some way of ours, asked once each.
+
+    Args:
+        attempt: runs some tokens through a decoder on a device, and raises where they do not come out right:
+            Unsupported with a phrase for people, or whatever a model of some other kind makes of a layout.
+    """
+
+    def __init__(self, attempt: Callable[[nn.Module, torch.device], None]):
+        self._attempt = attempt
+        self._known: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+    def reason_against(self, causal_lm: nn.Module) -> str | None:
+        """In words that follow "because"; None where it fits. Memory that runs out is no answer, and raised."""
+        if causal_lm not in self._known:
+            self._known[causal_lm] = self._ask(causal_lm)
+        return self._known[causal_lm]
+
+    def _ask(self, causal_lm: nn.Module) -> str | None:
+        decoder, kind = getattr(causal_lm, causal_lm.base_model_prefix), type(causal_lm).__name__
+        others = layer_kinds(decoder) - {"full_attention", "sliding_attention"}
+        if others:
+            return f"{kind} has layers of the kind {', '.join(sorted(others))}"
+        # Not that of an input embedding, which may be in host memory.
+        device = next(causal_lm.get_output_embeddings().buffers(), next(decoder.parameters())).device
+        try:
+            with torch.no_grad():
+                self._attempt(decoder, device)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return f"{kind} does not fit it: {one_line(error)}"
+        return None

@@ -19,27 +19,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.errors import UserError
 from lowvram_grpo.policy.attention import (
     NAME,
+    Fit,
     Layout,
     Unsupported,
     attend_causally,
     attention_set,
     check_calls,
     laid_out,
-    layer_kinds,
 )  # fmt: skip
 from lowvram_grpo.policy.wrapper import unwrap
 
 # Packing is worth a change of path where it leaves out at least a tenth of the tokens.
 _WORTH = 0.9
-_REASONS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 
 def ragged_index(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -172,34 +170,22 @@ def why_not(model: nn.Module) -> str | None:
 
     The first answer for a model costs a pass over some ten tokens, and sets its attention to `NAME` where it can.
     """
-    causal_lm = unwrap(model)
-    if causal_lm not in _REASONS:
-        _REASONS[causal_lm] = _probe(causal_lm)
-    return _REASONS[causal_lm]
+    return _FIT.reason_against(unwrap(model))
 
 
-def _probe(causal_lm: nn.Module) -> str | None:
-    decoder = getattr(causal_lm, causal_lm.base_model_prefix)
+def _attempt(decoder: nn.Module, device: torch.device) -> None:
     config = decoder.config.get_text_config()
-    others = layer_kinds(decoder) - {"full_attention", "sliding_attention"}
-    if others:
-        return f"{type(causal_lm).__name__} has layers of the kind {', '.join(sorted(others))}"
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"the attention of {type(causal_lm).__name__} has soft-capping"
+        raise Unsupported("its attention has soft-capping")
     if config._attn_implementation not in ("sdpa", NAME):
-        return f"attn_implementation is {config._attn_implementation}, not sdpa"
-    device = next(causal_lm.get_output_embeddings().buffers(), next(decoder.parameters())).device
+        raise Unsupported(f"attn_implementation is {config._attn_implementation}, not sdpa")
     layout = PrefixLayout([2, 2, 1], [3, 1, 2], [2, 1], width=5, prompt_width=2, device=device)
-    try:
-        with attention_set(decoder, keep=True), torch.no_grad():
-            packed_states(decoder, torch.ones(3, 5, dtype=torch.long, device=device), layout)
-            check_calls(decoder, layout)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        # Whatever a model of some other kind makes of the packed row: it runs as it always did.
-        return f"{type(causal_lm).__name__} does not fit it: {one_line(error)}"
-    return None
+    with attention_set(decoder, keep=True):
+        packed_states(decoder, torch.ones(3, 5, dtype=torch.long, device=device), layout)
+        check_calls(decoder, layout)
+
+
+_FIT = Fit(_attempt)
 
 
 def packed_tokens(prompt_lengths: Sequence[int], completion_lengths: Sequence[int], group_sizes: Sequence[int]) -> int:

@@ -211,7 +211,7 @@ def _rows_product(x: Tensor, at: Tensor) -> Tensor:
 
 
 def _fuse_all(model: nn.Module, groups: list[list[_Lora]], undo: ExitStack) -> None:
-    # What a model with a quantized base computes in. Any dtype would be right, this one saves casts.
+    # What a model with a quantized base computes in.
     floats = (p.dtype for name, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in name)
     model_dtype = next(floats, torch.float32)
     last = _LastProduct()
@@ -219,10 +219,10 @@ def _fuse_all(model: nn.Module, groups: list[list[_Lora]], undo: ExitStack) -> N
     for loras in groups:
         weight = loras[0].layer.base_layer.weight
         kind = weight.device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        else:
+        if kind == "meta":  # where autocast does not count: it is what a GPU's would be
             dtype = weight.dtype if _has_plain_base(loras[0].layer) else model_dtype
+        else:  # what training computes the adapter in
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else loras[0].a.dtype
         group = _Group([lora.a for lora in loras], dtype)
         for i, lora in enumerate(loras):
             # Laid out by rows: for a few rows of input that is the faster of the two on a CPU.

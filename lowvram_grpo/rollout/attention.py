@@ -8,8 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lowvram_grpo.kernels.decode_attention import Rows, decode_attention
-from lowvram_grpo.policy.attention import Layout, Unsupported, attend_causally
+from lowvram_grpo.kernels.decode_attention import Rows, decode_attention, usable_path
+from lowvram_grpo.policy.attention import Layout, attend_causally
 from lowvram_grpo.rollout.cache import GroupCache
 
 # Queries at a time where scores must be made, as no fused kernel knows of soft-capping.
@@ -46,8 +46,6 @@ class PrefillLayout(Layout):
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        if layer is None:
-            raise Unsupported("its layers do not say which they are")
         kept = self.cache.layer(layer, key, value)
         outs = []
         for slot, (a, b) in zip(self.slots, self.spans):
@@ -86,11 +84,14 @@ class DecodeLayout(Layout):
 
     Args:
         path: of the kernel, see `decode_attention`.
+
+    Attributes:
+        fixed: every layer so far read its sizes on the device, as a CUDA graph needs it.
     """
 
     def __init__(self, cache: GroupCache, rows: Rows, path: str | None = None):
         super().__init__()
-        self.cache, self.rows, self.path = cache, rows, path
+        self.cache, self.rows, self.path, self.fixed = cache, rows, path, True
 
     def attend(
         self,
@@ -104,10 +105,9 @@ class DecodeLayout(Layout):
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        if layer is None:
-            raise Unsupported("its layers do not say which they are")
         kept = self.cache.layer(layer, key, value)
         q, k, v = (x[:, :, 0] for x in (query, key, value))
+        self.fixed &= usable_path(q, k, v, self.path) == "triton"
         out = decode_attention(
             q, k, v, kept.prompts, kept.own, self.rows,
             scale=scale, window=window, softcap=softcap, spread=kept.spread, path=self.path,

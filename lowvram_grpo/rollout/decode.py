@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowvram_grpo.errors import UserError
 from lowvram_grpo.kernels.decode_attention import Rows
 from lowvram_grpo.policy.attention import laid_out
 from lowvram_grpo.policy.embeddings import HostEmbedding
@@ -88,6 +89,10 @@ class Decoder:
         self.decoder, self.head = getattr(causal_lm, causal_lm.base_model_prefix), head_of(causal_lm)
         self.sampling, self.schedule, self.prompts, self.group = sampling, schedule, prompts, group
         self.seed, self.device, self.settings = seed, device, settings
+        if not all(prompts):
+            raise UserError(
+                "A prompt has no tokens; give every prompt at least one, its beginning-of-text for example."
+            )
         rows, slots, length = schedule.rows, schedule.slots, sampling.max_new_tokens
         self.cache = GroupCache(slots, max(map(len, prompts)) - 1, rows, length, settings.kv_dtype)
         self.sampler = Sampler(sampling, rows, self.head.shape[0], device, fused=settings.fused_sampler)
@@ -205,6 +210,7 @@ class Decoder:
         if self._host_embedding is not None:
             given = {"inputs_embeds": self._inputs[:width]}
         hidden = laid_out(self.decoder, layout, positions, **given)[:, -1]
+        self._graphs.enabled &= layout.fixed
         drawn, logps = self.sampler(self.head.logits(hidden, self.settings.workspace_mib), at.key, at.age)
         self.tokens[:width] = drawn
         self.ids[at.out, at.age], self.logps[at.out, at.age] = drawn, logps

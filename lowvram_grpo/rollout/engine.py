@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lowvram_grpo.kernels.decode_launch import decode_path
+from lowvram_grpo.kernels.runtime import HAS_TRITON
 from lowvram_grpo.policy.attention import attention_set
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.rollout.adapters import fast_adapters
 from lowvram_grpo.rollout.batch import RolloutBatch
 from lowvram_grpo.rollout.decode import Decoder, DecodeSettings, run
 from lowvram_grpo.rollout.fallback import generate_in_waves, rehearse_waves
-from lowvram_grpo.rollout.modules import fast_modules, wanted
+from lowvram_grpo.rollout.modules import fast_modules, fused_sampler
 from lowvram_grpo.rollout.sampler import Sampling
 from lowvram_grpo.rollout.schedule import Schedule, rows_within
 from lowvram_grpo.rollout.support import why_not
@@ -99,13 +99,13 @@ class RolloutEngine:
         self, prompt_ids: list[list[int]], num_generations: int, *, seed: int, sampling: Sampling | None = None
     ) -> RolloutBatch:
         """G completions of each prompt (at least one token each). The same seed, weights and prompts give the same
-        completions, to rounding whatever `rows` is. The KV cache is gone when this returns."""
+        completions, to rounding, whatever `rows` is and with or without graphs. The KV cache is gone afterwards."""
         sampling, batch = sampling or self.sampling, RolloutBatch([], [], [], [])
         if not prompt_ids:
             return batch
         ends = set(sampling.eos_ids)
         with eval_mode(self.model), torch.no_grad():
-            if self._captured(sampling):
+            if self._decodes(sampling):
                 rows = self._rows(prompt_ids, num_generations, sampling)
                 with self._decoding(prompt_ids, num_generations, sampling, seed, rows) as decoder:
                     run(decoder)
@@ -128,7 +128,7 @@ class RolloutEngine:
         """The ids of one completion as they are drawn, its end token included. The KV cache is gone when the iterator
         ends or is closed."""
         sampling = sampling or self.sampling
-        if not self._captured(sampling):
+        if not self._decodes(sampling):
             yield from self.generate([prompt_ids], 1, seed=seed, sampling=sampling).completion_ids[0]
             return
         with eval_mode(self.model), self._decoding([prompt_ids], 1, sampling, seed, 1) as decoder:
@@ -147,9 +147,9 @@ class RolloutEngine:
     ) -> Iterator[Decoder]:
         """A decoder for these prompts, the model set up for it."""
         causal_lm = unwrap(self.model)
-        graphs = self.graphs and self.device.type == "cuda" and self._path(causal_lm) == "triton"
+        graphs = self.graphs and self.device.type == "cuda" and HAS_TRITON
         settings = DecodeSettings(
-            self.workspace_mib, self.kv_dtype, graphs, self.attention_path, wanted("sample", self.fused_ops)
+            self.workspace_mib, self.kv_dtype, graphs, self.attention_path, fused_sampler(self.device, self.fused_ops)
         )
         schedule = Schedule([len(p) for p in prompts], group, rows)
         decoder = Decoder(
@@ -163,17 +163,10 @@ class RolloutEngine:
             ):
                 yield decoder
         finally:
+            self.graphs &= decoder.captures or not graphs  # what cannot be captured once is not tried again
             decoder.close()
 
-    def _path(self, causal_lm: nn.Module) -> str:
-        """Which attention decodes: only Triton's reads its sizes on the device, as a graph needs it."""
-        config = causal_lm.config.get_text_config()
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        return decode_path(self.device, heads, kv_heads, width, width, self.attention_path)
-
-    def _captured(self, sampling: Sampling) -> bool:
+    def _decodes(self, sampling: Sampling) -> bool:
         """Whether our engine samples; says why where it does not."""
         if sampling.foreign:
             return self._falls_back(
@@ -209,7 +202,7 @@ class RolloutEngine:
         sampling = replace(self.sampling, max_new_tokens=completion_length)
         ids = [[0] * max(2, prompt_length)] * (prompts or -(-rows // num_generations))
         with eval_mode(self.model), torch.no_grad():
-            if not self._captured(sampling):
+            if not self._decodes(sampling):
                 rehearse_waves(unwrap(self.model), rows, len(ids[0]), completion_length, self.device, self.on_prefilled)
                 return
             with self._decoding(ids, num_generations, sampling, 0, rows) as decoder:

@@ -1,8 +1,9 @@
 """A decode step as one CUDA graph: one launch where PyTorch makes hundreds.
 
-A step is captured for each number of rows it runs with, rounded up to a bucket, at its second use: the first runs as it
-is, so that libraries choose their algorithms and buffers outside of a capture. Everything a step reads or writes must
-stay where it is, so graphs live no longer than the KV cache. They share one memory pool: only one runs at a time.
+A step is captured for each number of rows it runs with, rounded up to a bucket, at its second use. The first runs as it
+is, so that libraries choose their algorithms, kernels are compiled, and an operation that waits for the device is found
+before a capture: one that fails leaves PyTorch's allocator in no state to go on with. Everything a step reads or writes
+must stay where it is, so graphs live no longer than the KV cache. They share one memory pool: only one runs at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from contextlib import nullcontext
 import torch
 
 from lowvram_grpo.errors import one_line
+
+# What PyTorch says of an operation that waits, under torch.cuda.set_sync_debug_mode("error").
+_SYNCHRONIZES = "synchronizing"
 
 
 def bucket(rows: int, most: int) -> int:
@@ -42,19 +46,38 @@ class StepGraphs:
         return bucket(rows, self.most) if self.enabled else rows
 
     def __call__(self, rows: int) -> None:
-        graph = self._graphs.get(rows)
-        if not self.enabled or rows not in self._graphs:
+        if not self.enabled:
+            self.step(rows)
+        elif rows not in self._graphs:
             self._graphs[rows] = None
-            self.step(rows)
-            return
-        if graph is None and not self._capture(rows):
-            self.step(rows)
-            return
-        self._graphs[rows].replay()
+            self._first(rows)
+        else:
+            if self._graphs[rows] is None:
+                self._capture(rows)
+            self._graphs[rows].replay()
 
-    def _capture(self, rows: int) -> bool:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.empty_cache()  # what the allocator keeps of a prefill is of no use to the graph's own pool
+    def _first(self, rows: int) -> None:
+        """Run a step that raises where it would wait for the device; it may be run again from its beginning."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.step(rows)
+            return
+        except RuntimeError as error:
+            if _SYNCHRONIZES not in str(error):
+                raise
+            self.enabled = False
+            warnings.warn(
+                f"the decode step of this model waits for the GPU ({one_line(error)}), so it cannot be a CUDA graph, "
+                "and rollouts launch every operation on its own, which is slower.",
+                stacklevel=2,
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        self.step(rows)
+
+    def _capture(self, rows: int) -> None:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # Casts of weights that autocast would keep from one graph to the next are made by none of them.
         casts = nullcontext()
         if torch.is_autocast_enabled("cuda"):
@@ -62,19 +85,11 @@ class StepGraphs:
         try:
             with casts, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self.step(rows)
-        except torch.OutOfMemoryError:
+        except BaseException:
+            torch.cuda.set_stream(stream)  # which torch.cuda.graph leaves as it was only where it ends well
             raise
-        except RuntimeError as error:
-            self.enabled = False
-            warnings.warn(
-                f"the decode step cannot be captured in a CUDA graph ({one_line(error)}), so rollouts launch every "
-                "operation on its own, which is slower.",
-                stacklevel=2,
-            )
-            return False
         self._pool = self._pool or graph.pool()
         self._graphs[rows] = graph
-        return True
 
     def close(self) -> None:
         """Free the graphs and their memory."""

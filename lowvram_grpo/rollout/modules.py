@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.kernels import decode_ops
 from lowvram_grpo.kernels.decode_ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
+from lowvram_grpo.kernels.sample import block_masses, block_masses_ref
 
 MODES = ("auto", "on", "off")
 KINDS = ("rms_norm", "swiglu", "rope")
@@ -65,6 +66,11 @@ def wanted(kind: str, enabled: str) -> bool:
     return enabled == "on" or (enabled == "auto" and kind in MEASURED_FASTER)
 
 
+def fused_sampler(device: torch.device, enabled: str) -> bool:
+    """Whether the sampler's kernel is wanted, and runs on this device."""
+    return wanted("sample", enabled) and device.type == "cuda" and _runs("sample", device, torch.float32)
+
+
 def _kinds(model: nn.Module, enabled: str) -> list[str]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if enabled == "off" or (enabled == "auto" and device.type != "cuda"):
@@ -88,6 +94,8 @@ def _runs(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
     try:
         if kind == "rms_norm":
             found, expected = (f(x, x[0, 0, 0], 1e-6) for f in (rms_norm, rms_norm_ref))
+        elif kind == "sample":
+            found, expected = (f(x[0, 0].float())[0] for f in (block_masses, block_masses_ref))
         elif kind == "swiglu":
             found, expected = (f(x, x + 1) for f in (swiglu, swiglu_ref))
         else:
@@ -175,10 +183,10 @@ def _variant(norm: nn.Module) -> tuple[float, bool] | None:
 def _norm_forward(norm: nn.Module, offset: float, early: bool) -> Callable[..., Tensor]:
     eps, slow = _eps(norm), type(norm).forward
 
-    def forward(x: Tensor, *args, **kwargs) -> Tensor:
-        if args or kwargs or torch.is_grad_enabled():
-            return slow(norm, x, *args, **kwargs)
-        return rms_norm(x, norm.weight, eps, offset=offset, early=early)
+    def forward(*args, **kwargs) -> Tensor:
+        if len(args) != 1 or kwargs or torch.is_grad_enabled():
+            return slow(norm, *args, **kwargs)
+        return rms_norm(args[0], norm.weight, eps, offset=offset, early=early)
 
     return forward
 
@@ -248,10 +256,10 @@ def _gated_at_once(mlp: nn.Module, act: str, gated: Callable = swiglu) -> Callab
 def _mlp(mlp: nn.Module, inside: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     slow = type(mlp).forward
 
-    def forward(x: Tensor, *args, **kwargs) -> Tensor:
-        if args or kwargs or torch.is_grad_enabled():
-            return slow(mlp, x, *args, **kwargs)
-        return mlp.down_proj(inside(x))
+    def forward(*args, **kwargs) -> Tensor:
+        if len(args) != 1 or kwargs or torch.is_grad_enabled():
+            return slow(mlp, *args, **kwargs)
+        return mlp.down_proj(inside(args[0]))
 
     return forward
 

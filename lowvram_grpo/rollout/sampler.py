@@ -130,7 +130,8 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, rows: int, vocab: int, device: torch.device, *, fused: bool = False):
         self.sampling, self.fused = sampling, fused
-        self.ends = torch.tensor(sampling.eos_ids, dtype=torch.long, device=device)
+        ends = [i for i in sampling.eos_ids if i < vocab]  # a tokenizer may know ids that the model does not
+        self.ends = torch.tensor(ends, dtype=torch.long, device=device)
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)

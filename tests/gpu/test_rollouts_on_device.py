@@ -10,6 +10,7 @@ from models import LISTED, build, with_lora
 from test_decode import LONG, PROMPTS, check_logps, kv_bytes, sampling
 
 from lowvram_grpo.policy.embeddings import place_embeddings
+from lowvram_grpo.rollout.decode import Decoder
 from lowvram_grpo.rollout.engine import RolloutEngine
 from lowvram_grpo.rollout.graphs import StepGraphs
 
@@ -103,16 +104,51 @@ def test_nothing_is_held_after_a_rollout():
     assert kv_bytes(model, 5, LONG, 4) > 0
 
 
-def test_a_step_that_cannot_be_captured_runs_as_it_is():
-    x = torch.zeros(1, device=DEVICE)
+def test_a_step_that_waits_for_the_device_is_never_captured(monkeypatch):
+    model = build("Llama").to(DEVICE)
+    expected = RolloutEngine(model, sampling()).generate(LONG, 4, seed=0).completion_ids
+    forward = type(model.model).forward
 
-    def step(rows):
-        x.add_(1)
-        x.item()
+    def waiting(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.last_hidden_state.sum().item()
+        return out
 
-    graphs = StepGraphs(step, 4, enabled=True)
-    graphs(2)
-    with pytest.warns(UserWarning, match="cannot be captured"):
-        graphs(2)
-    graphs(2)
-    assert float(x) == 3 and not graphs.enabled
+    monkeypatch.setattr(type(model.model), "forward", waiting)
+    captures = []
+    monkeypatch.setattr(StepGraphs, "_capture", lambda self, rows: captures.append(rows))
+    engine, stream = RolloutEngine(model, sampling()), torch.cuda.current_stream()
+    with pytest.warns(UserWarning, match="waits for the GPU"):
+        assert engine.generate(LONG, 4, seed=0).completion_ids == expected
+    assert engine.generate(LONG, 4, seed=0).completion_ids == expected and not engine.graphs
+    assert not captures and torch.cuda.current_stream() == stream and torch.cuda.get_sync_debug_mode() == 0
+
+
+def test_an_error_in_a_capture_leaves_the_stream_as_it_was(monkeypatch):
+    model = build("Llama").to(DEVICE)
+    engine, stream = RolloutEngine(model, sampling()), torch.cuda.current_stream()
+    expected = engine.generate(LONG, 4, seed=0).completion_ids
+    work, calls = Decoder._work, []
+
+    def failing(self, width):
+        calls.append(width)
+        if calls.count(width) == 2:
+            raise torch.OutOfMemoryError("in the capture")
+        work(self, width)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(Decoder, "_work", failing)
+        engine.generate(LONG, 4, seed=0)
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()
+    assert engine.generate(LONG, 4, seed=0).completion_ids == expected
+
+
+def test_rollouts_in_a_row_reserve_no_more():
+    model = build("Llama").to(DEVICE)
+    reserved = []
+    for _ in range(4):
+        RolloutEngine(model, sampling(max_new_tokens=64)).generate(LONG, 16, seed=0)
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[1]

@@ -176,13 +176,12 @@ def test_autocast(dtype):
     assert_close(found, two_steps(model, autocast), 0.03)
 
 
-def test_a_16_bit_base_without_autocast():
+def test_a_16_bit_base_without_autocast_has_its_adapter_in_float32_as_in_training():
     model = with_lora(make_model(hidden_size=64, intermediate_size=128).bfloat16())
     assert unwrap(model).dtype == torch.bfloat16
-    with torch.no_grad(), fast_adapters(model, "fused"), Products() as products:
+    with torch.no_grad(), fast_adapters(model, "fused"):
         found = two_steps(model)
-    assert_close(found, two_steps(model), 0.03)
-    assert len(products.shapes("addmm_")) == 2 * 14
+    assert_close(found, two_steps(model), 0.005)
 
 
 def test_siblings_share_one_product():

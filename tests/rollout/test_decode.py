@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections import Counter
 
@@ -12,6 +13,7 @@ from conftest import make_model
 from lowvram_grpo.kernels.runtime import interpreted
 from models import LISTED, build, with_lora
 
+from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.rollout import engine as engine_module
@@ -304,7 +306,7 @@ def test_steps_of_fixed_sizes_as_graphs_need_them(kind, extra, kv, monkeypatch):
     monkeypatch.setattr(engine_module.Decoder, "step", step)
     monkeypatch.setattr(engine_module, "DecodeSettings", settings)
     monkeypatch.setattr(engine_module, "run", lambda decoder: run(decoder, look_every=3))
-    monkeypatch.setattr(StepGraphs, "_capture", lambda self, rows: False)
+    monkeypatch.setattr(StepGraphs, "__call__", lambda self, rows: self.step(rows))
     found = RolloutEngine(model, at, 7, kv_dtype=kv).generate(LONG, 3, seed=3)
     assert found.completion_ids == plain.completion_ids
     for a, b in zip(found.sampling_per_token_logps, plain.sampling_per_token_logps):
@@ -316,3 +318,52 @@ def test_steps_of_fixed_sizes_as_graphs_need_them(kind, extra, kv, monkeypatch):
 def test_graphs_come_in_a_few_widths(rows, width):
     assert StepGraphs(lambda rows: None, 20, enabled=True).width(rows) == width
     assert StepGraphs(lambda rows: None, 20, enabled=False).width(rows) == rows
+
+
+def test_a_step_that_waits_is_run_again_and_never_captured(monkeypatch):
+    """The bookkeeping without a GPU: the first run of a width raises, as PyTorch does in sync debug mode."""
+    modes, runs = ["default"], []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step(rows):
+        runs.append((rows, modes[-1]))
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    graphs = StepGraphs(step, 20, enabled=True)
+    with pytest.warns(UserWarning, match="waits for the GPU"):
+        graphs(8)
+    graphs(8)
+    assert runs == [(8, "error"), (8, "default"), (8, "default")] and not graphs.enabled and graphs.width(5) == 5
+
+    def broken(rows):
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        StepGraphs(broken, 20, enabled=True)(8)
+    assert modes[-1] == "default"
+
+
+def test_a_prompt_without_tokens_is_refused(model):
+    with pytest.raises(UserError, match="A prompt has no tokens"):
+        RolloutEngine(model, sampling()).generate([[5], []], 2, seed=0)
+
+
+def test_end_ids_that_the_model_does_not_have(model):
+    at = sampling(eos_ids=(1, 5000), extra={"min_new_tokens": 3})
+    assert min(map(len, RolloutEngine(model, at).generate(PROMPTS, 4, seed=0).completion_ids)) > 3
+
+
+def test_running_out_of_memory_is_no_answer_to_whether_a_model_fits(model, monkeypatch):
+    from lowvram_grpo.rollout import support
+
+    def full(*args):
+        raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        patch.setattr(support, "_decoded", full)
+        RolloutEngine(model, sampling()).generate(PROMPTS, 2, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RolloutEngine(model, sampling()).generate(PROMPTS, 2, seed=0)
