@@ -139,8 +139,9 @@ class RolloutEngine:
         causal_lm = unwrap(self.model)
         graphs = self.graphs and self.device.type == "cuda" and self._path(causal_lm) == "triton"
         settings = DecodeSettings(
-            self.workspace_mib, self.kv_dtype, graphs, self.attention_path, wanted("sample", self.fused_ops)
-        )
+            self.workspace_mib, self.kv_dtype, graphs, self.attention_path, wanted("sample", self.fused_ops),
+            wanted("int8_head", self.fused_ops),
+        )  # fmt: skip
         schedule = Schedule([len(p) for p in prompts], group, rows)
         decoder = Decoder(
             causal_lm, sampling, schedule, prompts, group, seed=seed, device=self.device, settings=settings

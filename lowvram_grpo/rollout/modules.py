@@ -61,7 +61,7 @@ def fast_modules(model: nn.Module, enabled: str = "auto") -> Iterator[dict[str, 
 
 
 def wanted(kind: str, enabled: str) -> bool:
-    """Whether a kind of kernel (one of KINDS, or `sample`) is asked for, or has been measured faster."""
+    """Whether a kind of kernel (one of KINDS, `sample` or `int8_head`) is asked for, or has been measured faster."""
     return enabled == "on" or (enabled == "auto" and kind in MEASURED_FASTER)
 
 
