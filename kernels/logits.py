@@ -1,8 +1,8 @@
 """Logits of a few hidden states over the whole vocabulary: what a sampler needs, where a sweep would keep none.
 
 Memory: N x V float32 for the logits, and `workspace_mib` for a tile of the weight where it is not a view. The product
-is the sweep's own (same dtype, float32 accumulation and output), so the sampler sees the numbers that are scored; but
-for an int8 head that is `fused`, see `int8_logits`, which takes no workspace.
+is the sweep's own (same dtype, float32 accumulation and output), so the sampler sees the numbers that are scored. An
+int8 head that is `fused` takes no workspace, see `int8_logits`.
 """
 
 from __future__ import annotations
