@@ -9,8 +9,10 @@ Operations, in the shapes of Qwen2.5 and for R rows of one token:
     swiglu     act(gate) * up, (R, 1, I)
     rope       q and k of a layer
     sample     a token a row from (R, V) logits, and its log-prob: temperature 1, ids without a token ruled out
+    int8_head  (R, V) logits of (R, H) hidden states by a head in 8 bits
 
-Providers: `fused`, `eager` (transformers' code), and for norms `torch`, which is torch.nn.functional.rms_norm. A graph
+Providers: `fused`, `eager` (transformers' code; of `int8_head` the product by tiles, through a workspace of 64 MiB),
+and for norms `torch`, which is torch.nn.functional.rms_norm. A graph
 holds CALLS calls one after another; `us` is the time of one of them, launch and all. Each provider is first held
 against eager code in float32; one that is further from it than twice eager in the same dtype gets no time. The last
 lines say which kinds were faster for every shape measured: what `rollout.modules.MEASURED_FASTER` may list. Without a
@@ -32,19 +34,26 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are decorated
 
 from lowvram_grpo.kernels import decode_ops
+from lowvram_grpo.kernels.int8_logits import int8_logits
+from lowvram_grpo.kernels.logits import linear_logits
+from lowvram_grpo.kernels.quantized import BLOCK, Int8Weight
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 from timing import timed
 from torch import Tensor
 from torch.nn import functional as F
 
 from lowvram_grpo.bench.rows import Rows, reason
+from lowvram_grpo.policy.head import Head
 from lowvram_grpo.rollout import sampler
 from lowvram_grpo.rollout.noise import stream_key
 
 CALLS = 50
-OPS = ("rms_norm", "head_norm", "swiglu", "rope", "sample")
+OPS = ("rms_norm", "head_norm", "swiglu", "rope", "sample", "int8_head")
 PROVIDERS = {"rms_norm": ("eager", "torch", "fused"), "head_norm": ("eager", "torch", "fused")}
-KINDS = {"rms_norm": ("rms_norm", "head_norm"), "swiglu": ("swiglu",), "rope": ("rope",), "sample": ("sample",)}
+KINDS = {
+    "rms_norm": ("rms_norm", "head_norm"), "swiglu": ("swiglu",), "rope": ("rope",), "sample": ("sample",),
+    "int8_head": ("int8_head",),
+}  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 EPS = 1e-6
 
@@ -81,6 +90,10 @@ def inputs_of(op: str, at: Shape, rows: int, dtype: torch.dtype, device: torch.d
     if op == "rope":
         q, k = (draw(rows, 1, n, at.head_dim).transpose(1, 2) for n in (at.heads, at.kv_heads))
         return q, k, draw(rows, 1, at.head_dim), draw(rows, 1, at.head_dim)
+    if op == "int8_head":
+        codes = torch.randint(-127, 128, (at.vocab, at.hidden), generator=g, device=device, dtype=torch.int8)
+        scales = torch.rand(at.vocab, -(-at.hidden // BLOCK), generator=g, device=device).add_(0.5).div_(2000).half()
+        return draw(rows, at.hidden), codes, scales
     keys = torch.tensor([stream_key(0, 0, i) for i in range(rows)], device=device)
     return 4 * draw(rows, at.vocab, kind=torch.float32), keys, torch.zeros_like(keys)
 
@@ -92,6 +105,10 @@ def call_of(op: str, provider: str, at: Shape, rows: int, device: torch.device) 
         made = sampler.Sampler(sampler.Sampling(8, (0,), 0, known_ids=at.known), rows, at.vocab, device)
         # In a dry run the masses of `fused` are PyTorch's.
         return made._by_blocks if fused else made._by_operators
+    if op == "int8_head":
+        by_tiles = lambda hidden, weight: linear_logits(hidden, Head(weight))
+        multiply = int8_logits if fused else by_tiles
+        return lambda hidden, codes, scales: multiply(hidden, Int8Weight(codes, scales))
     if op in ("rms_norm", "head_norm"):
         if provider == "torch":
             return lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS)
@@ -112,7 +129,7 @@ def wrong(op: str, call: Callable, eager: Callable, inputs: tuple[Tensor, ...]) 
         return None if same else "draws other tokens, or says other log-probs"
     flat = lambda found: (found if isinstance(found, Tensor) else torch.cat(found, 1)).float()
     found, plain = flat(call(*inputs)), flat(eager(*inputs))
-    exact = flat(eager(*(x.float() for x in inputs)))
+    exact = flat(eager(*(x.float() if x.is_floating_point() else x for x in inputs)))
     error, allowed = ((x - exact).abs().max().item() for x in (found, plain))
     # The interpreter truncates where a GPU rounds.
     slack = 2.0**-6 * exact.abs().max().item() if inputs[0].device.type == "cpu" else 1e-6

@@ -207,8 +207,8 @@ class GRPOConfig(TrainingArguments):
         "auto",
     )
     fused_ops: str = _help(
-        "(ours) Kernels for norms, rotary positions, MLP gates and drawing in rollouts: on, off, or auto, which takes "
-        "those that have been measured faster.",
+        "(ours) Kernels for norms, rotary positions, MLP gates, int8 heads and drawing in rollouts: on, off, or auto, "
+        "which takes those that have been measured faster.",
         "auto",
     )
     embedding_offload: bool = _help("(ours) Keep an untied input embedding in pinned host memory.", False)

@@ -75,11 +75,12 @@ class Head:
             return self.weight.detach()[ids.to(self.weight.device)].to(ids.device, dtype)
         return self.weight.rows(ids, torch.empty(len(ids), self.shape[1], dtype=dtype, device=ids.device))
 
-    def logits(self, hidden: Tensor, workspace_mib: int = 64) -> Tensor:
-        """float32 (N, V) logits of hidden states (N, H), without gradient; `workspace_mib` for tiles of the weight."""
+    def logits(self, hidden: Tensor, workspace_mib: int = 64, *, fused: bool = False) -> Tensor:
+        """float32 (N, V) logits of hidden states (N, H), without gradient; `workspace_mib` for tiles of the weight.
+        `fused`: see `linear_logits`."""
         from lowvram_grpo.kernels.logits import linear_logits  # the kernels import this module
 
-        return linear_logits(hidden, self, workspace_mib=workspace_mib)
+        return linear_logits(hidden, self, workspace_mib=workspace_mib, fused=fused)
 
     def centre(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(mean, radius): the mean weight row (H,) float32, and the furthest that any row is from it, a float32

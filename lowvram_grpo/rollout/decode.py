@@ -40,6 +40,7 @@ class DecodeSettings:
         graphs: capture steps in CUDA graphs.
         attention_path: of the decode attention, see `decode_attention`.
         fused_sampler: see `Sampler`.
+        fused_head: see `linear_logits`.
     """
 
     workspace_mib: int = 64
@@ -47,6 +48,7 @@ class DecodeSettings:
     graphs: bool = False
     attention_path: str | None = None
     fused_sampler: bool = False
+    fused_head: bool = False
 
 
 class _Table(NamedTuple):
@@ -211,7 +213,8 @@ class Decoder:
             given = {"inputs_embeds": self._inputs[:width]}
         hidden = laid_out(self.decoder, layout, positions, **given)[:, -1]
         self._graphs.enabled &= layout.fixed
-        drawn, logps = self.sampler(self.head.logits(hidden, self.settings.workspace_mib), at.key, at.age)
+        logits = self.head.logits(hidden, self.settings.workspace_mib, fused=self.settings.fused_head)
+        drawn, logps = self.sampler(logits, at.key, at.age)
         self.tokens[:width] = drawn
         self.ids[at.out, at.age], self.logps[at.out, at.age] = drawn, logps
         self.ended[:width] |= (drawn[:, None] == self.sampler.ends).any(1)

@@ -23,7 +23,7 @@ from lowvram_grpo.rollout.adapters import fast_adapters
 from lowvram_grpo.rollout.batch import RolloutBatch
 from lowvram_grpo.rollout.decode import Decoder, DecodeSettings, run
 from lowvram_grpo.rollout.fallback import generate_in_waves, rehearse_waves
-from lowvram_grpo.rollout.modules import fast_modules, fused_sampler
+from lowvram_grpo.rollout.modules import fast_modules, usable
 from lowvram_grpo.rollout.sampler import Sampling
 from lowvram_grpo.rollout.schedule import Schedule, rows_within
 from lowvram_grpo.rollout.support import why_not
@@ -149,8 +149,9 @@ class RolloutEngine:
         causal_lm = unwrap(self.model)
         graphs = self.graphs and self.device.type == "cuda" and HAS_TRITON
         settings = DecodeSettings(
-            self.workspace_mib, self.kv_dtype, graphs, self.attention_path, fused_sampler(self.device, self.fused_ops)
-        )
+            self.workspace_mib, self.kv_dtype, graphs, self.attention_path,
+            usable("sample", self.device, self.fused_ops), usable("int8_head", self.device, self.fused_ops),
+        )  # fmt: skip
         schedule = Schedule([len(p) for p in prompts], group, rows)
         decoder = Decoder(
             causal_lm, sampling, schedule, prompts, group, seed=seed, device=self.device, settings=settings

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.kernels import decode_ops
 from lowvram_grpo.kernels.decode_ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
+from lowvram_grpo.kernels.logits import linear_logits
+from lowvram_grpo.kernels.quantized import Int8Weight
 from lowvram_grpo.kernels.sample import block_masses, block_masses_ref
+from lowvram_grpo.policy.head import Head
 
 MODES = ("auto", "on", "off")
 KINDS = ("rms_norm", "swiglu", "rope")
@@ -62,13 +65,14 @@ def fast_modules(model: nn.Module, enabled: str = "auto") -> Iterator[dict[str, 
 
 
 def wanted(kind: str, enabled: str) -> bool:
-    """Whether a kind of kernel (one of KINDS, or `sample`) is asked for, or has been measured faster."""
+    """Whether a kind of kernel (one of KINDS, `sample` or `int8_head`) is asked for, or has been measured faster."""
     return enabled == "on" or (enabled == "auto" and kind in MEASURED_FASTER)
 
 
-def fused_sampler(device: torch.device, enabled: str) -> bool:
-    """Whether the sampler's kernel is wanted, and runs on this device."""
-    return wanted("sample", enabled) and device.type == "cuda" and _runs("sample", device, torch.float32)
+def usable(kind: str, device: torch.device, enabled: str) -> bool:
+    """Whether a kernel that replaces no module (`sample`, `int8_head`) is wanted, and runs on this device."""
+    dtype = torch.float32 if kind == "sample" else torch.float16
+    return wanted(kind, enabled) and _runs(kind, device, dtype)
 
 
 def _kinds(model: nn.Module, enabled: str) -> list[str]:
@@ -96,6 +100,9 @@ def _runs(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
             found, expected = (f(x, x[0, 0, 0], 1e-6) for f in (rms_norm, rms_norm_ref))
         elif kind == "sample":
             found, expected = (f(x[0, 0].float())[0] for f in (block_masses, block_masses_ref))
+        elif kind == "int8_head":
+            head = Head(Int8Weight.quantize(x[1, 0]))
+            found, expected = (linear_logits(x[0, 0], head, fused=fused) for fused in (True, False))
         elif kind == "swiglu":
             found, expected = (f(x, x + 1) for f in (swiglu, swiglu_ref))
         else:

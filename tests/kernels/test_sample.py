@@ -78,7 +78,7 @@ def both(settings, x, keys, steps, monkeypatch):
     found = []
     for kernel in (False, True):
         monkeypatch.setattr(sampler_module, "has_kernel", lambda logits, kernel=kernel: kernel)
-        made = Sampler(Sampling(8, (5,), 0, **settings), len(keys), x.shape[1], x.device)
+        made = Sampler(Sampling(8, (5,), 0, **settings), len(keys), x.shape[1], x.device, fused=True)
         found.append(made(many(x), keys, steps))
     return found
 

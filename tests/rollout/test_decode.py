@@ -294,7 +294,7 @@ def test_steps_of_fixed_sizes_as_graphs_need_them(kind, extra, kv, monkeypatch):
     plain = RolloutEngine(model, at, 7, kv_dtype=kv).generate(LONG, 3, seed=3)
     widths, lives = [], []
 
-    def settings(workspace_mib, kv_dtype, graphs, path, fused):
+    def settings(workspace_mib, kv_dtype, *_):
         return DecodeSettings(workspace_mib, kv_dtype, True, "triton")
 
     def step(self):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_model
+from lowvram_grpo.kernels import logits
 from transformers import GenerationConfig
 
+from lowvram_grpo.rollout import modules
 from lowvram_grpo.rollout.batch import pad_left
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids
 from lowvram_grpo.rollout.sampler import Sampling
@@ -151,3 +153,14 @@ def test_a_stream_that_is_left_leaves_the_model_as_it_was(model):
     assert torch.is_grad_enabled()
     stream.close()
     assert model.training
+
+
+def test_the_kernel_of_an_int8_head_is_a_fused_op_among_others(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(logits, "covers", lambda *_: asked.append(True))
+    cases = [("on", (), True), ("auto", (), False), ("off", ("int8_head",), False), ("auto", ("int8_head",), True)]
+    for mode, measured, expected in cases:
+        asked.clear()
+        monkeypatch.setattr(modules, "MEASURED_FASTER", measured)
+        RolloutEngine(model, sampling(), fused_ops=mode).generate(PROMPTS, 1, seed=0)
+        assert bool(asked) == expected
