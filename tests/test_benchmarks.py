@@ -40,7 +40,7 @@ def test_the_dry_run_of_the_suite(tmp_path):
     done = run("env,kernels,memory,rollouts")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
-    assert {row["part"] for row in rows} == {"suite", "kernels", "memory", "rollouts"}
+    assert {row["part"] for row in rows} == {"suite", "kernels", "decode_ops", "memory", "rollouts"}
     assert all(row["dry_run"] for row in rows)
     assert not [row["error"] for row in rows if row.get("error")]
     timed = {row["provider"] for row in rows if row.get("op") == "train" and "ms" in row}

@@ -114,7 +114,7 @@ def test_the_peaks_that_are_promised(model):
 def test_a_given_adapter_makes_room_for_its_reference():
     config, _ = resolve_config("Qwen2.5-0.5B")
     alone, both = (Planner(config, cold_start=cold).predict(recipe_for("Qwen2.5-0.5B")) for cold in (False, True))
-    assert both.categories["adapter"] == 2 * alone.categories["adapter"]
+    assert both.parts["optimizer"]["adapter"] == 2 * alone.parts["optimizer"]["adapter"]
 
 
 def run(capsys, *arguments: str) -> str:

@@ -51,7 +51,7 @@ def test_predicted_bytes_are_those_of_a_real_run(tmp_path, run):
 def test_rollouts_elsewhere_take_none_of_this_card():
     blueprint = Blueprint(make_model(**SIZES).config, "none", torch.float32, LORA, "cpu", longest_prompt=40)
     here = predict(blueprint, _paper())
-    away = predict(blueprint, _paper(use_vllm=True, vllm_mode="server"))
+    away = predict(blueprint, _paper(use_vllm=True, vllm_mode="server", vllm_importance_sampling_correction=False))
     assert away.phases["rollout"] < here.phases["rollout"]
     assert "KV cache" in here.parts["rollout"] and "KV cache" not in away.parts["rollout"]
     assert {"base weights", "adapter"} <= away.parts["rollout"].keys()  # which are held all the while
@@ -117,7 +117,8 @@ def test_categories_are_what_they_say():
     assert peaks["rollout"].categories["head"] == 2 * v * h  # the input embedding is in host memory
     modules = [(h, h), (h, h // 2), (h, h // 2), (h, h), (h, inner), (h, inner), (inner, h)]
     lora = 3 * sum(4 * (a + b) * 4 for a, b in modules)
-    assert peaks["rollout"].categories["adapter"] == lora
+    assert peaks["rollout"].categories["adapter"] == lora + lora // 2  # and what is cast to 16 bits while sampling
+    assert peaks["optimizer"].categories["adapter"] == lora
     assert peaks["optimizer"].categories["gradients"] == lora
     # Keys and values of 2 KV heads of 64 in 16 bits: two prompts but for their last tokens once, eight completions.
     assert peaks["rollout"].categories["KV cache"] == 3 * 2 * 2 * 64 * 2 * (2 * 63 + 8 * 48)
