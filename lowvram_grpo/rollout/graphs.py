@@ -92,6 +92,8 @@ class StepGraphs:
         self._graphs[rows] = graph
 
     def close(self) -> None:
-        """Free the graphs and their memory."""
+        """Free the graphs and their memory, and let go of whoever steps: a circle would keep his tensors until Python
+        looks for circles."""
         self._graphs.clear()
+        self.step = None
         self._pool = None

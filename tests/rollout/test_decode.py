@@ -204,6 +204,9 @@ def test_the_cache_is_gone_when_generate_returns(model, fails, monkeypatch):
 
     RolloutEngine(model, sampling()).generate(PROMPTS, 2, seed=0)  # the model is known to decode in the engine
     monkeypatch.setattr(GroupCache, "layer", watch)
+    decoders, made = [], engine_module.Decoder.__init__
+    kept_weakly = lambda self, *a, **kw: decoders.append(weakref.ref(self)) or made(self, *a, **kw)
+    monkeypatch.setattr(engine_module.Decoder, "__init__", kept_weakly)
     gc.disable()
     try:
         try:
@@ -213,6 +216,7 @@ def test_the_cache_is_gone_when_generate_returns(model, fails, monkeypatch):
             kept = error  # and with it the frames that hold the decoder
             assert fails and kept
         assert len(seen) > 8 and not any(ref() is not None for ref in seen)
+        assert fails or not any(ref() is not None for ref in decoders)
     finally:
         gc.enable()
 
