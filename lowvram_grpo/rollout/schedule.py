@@ -38,8 +38,9 @@ class Changes:
 
 def slots_for(rows: int, group: int, prompts: int) -> int:
     """How many prompts are held for `rows` rows: those of their groups, and two more, so that the next groups can begin
-    while the last rows of others go on (one takes 5 to 15 % more steps on lengths with a long tail, three 2 % less)."""
-    return min(prompts, -(-rows // group) + 2) if rows < prompts * group else prompts
+    while the last rows of others go on (one takes 5 to 15 % more steps on lengths with a long tail, three 2 % less).
+    Never more than rows: each needs but one."""
+    return min(prompts, rows, -(-rows // group) + 2) if rows < prompts * group else prompts
 
 
 def rows_within(rows: int, planned_group: int, group: int, prompts: int, prompt_length: int, length: int) -> int:
@@ -48,8 +49,8 @@ def rows_within(rows: int, planned_group: int, group: int, prompts: int, prompt_
     Args:
         prompt_length, length: the longest prompt and completion, in tokens.
     """
-    tokens = lambda n, g: n * length + min(prompts, slots_for(n, g, prompts)) * prompt_length
-    budget = rows * length + (-(-rows // planned_group) + 2) * prompt_length
+    tokens = lambda n, g: n * length + slots_for(n, g, prompts) * prompt_length
+    budget = rows * length + min(rows, -(-rows // planned_group) + 2) * prompt_length
     return next((n for n in range(rows, 1, -1) if tokens(n, group) <= budget), 1)
 
 

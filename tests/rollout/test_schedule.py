@@ -75,7 +75,7 @@ def test_the_longest_prompts_come_first():
 
 
 @pytest.mark.parametrize(
-    "rows,group,prompts,slots", [(8, 8, 1, 1), (8, 8, 4, 3), (3, 8, 4, 3), (32, 8, 4, 4), (16, 8, 9, 4)]
+    "rows,group,prompts,slots", [(1, 8, 4, 1), (8, 8, 1, 1), (8, 8, 4, 3), (3, 8, 4, 3), (32, 8, 4, 4), (16, 8, 9, 4)]
 )
 def test_slots_for_the_rows_and_two_more_prompts(rows, group, prompts, slots):
     assert slots_for(rows, group, prompts) == slots
