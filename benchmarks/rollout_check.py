@@ -1,10 +1,11 @@
 """Is the rollout engine right on real weights? Held against transformers' greedy generate and against scored log-probs.
 
-    python benchmarks/rollout_check.py --model DIR --data DIR [--rows 8] [--length 48] [--kv int8] [--out rows.jsonl]
+    python benchmarks/rollout_check.py --model DIR --data DIR [--rows 8] [--length 48] [--out rows.jsonl]
 
 With a LoRA adapter that says something, ragged prompts of the data and one of a single token, several end ids. Prints,
 and writes as JSON lines, how many completions are token for token those of generate, and how far sampled log-probs are
-from those of a forward pass (mean and maximum over all tokens of a sampled rollout), for each kind of KV cache.
+from those of a forward pass (mean and maximum over all tokens of a sampled rollout), for each kind of KV
+cache; for int8 without the prompt of a single token.
 """
 
 from __future__ import annotations

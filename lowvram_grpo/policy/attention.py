@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +30,16 @@ class Unsupported(ValueError):
     """The model's attention does something that a layout does not know; the message is a phrase for people."""
 
 
+class How(NamedTuple):
+    """What a layer asks of its attention: the factor on its scores, the share of weights to drop, how many tokens a
+    token sees (itself included; None: all), and c of scores c * tanh(score / c)."""
+
+    scale: float
+    dropout: float
+    window: int | None
+    softcap: float | None
+
+
 class Layout:
     """Who attends to whom in one pass.
 
@@ -41,21 +51,17 @@ class Layout:
     def __init__(self):
         self.calls, self.windows = 0, set()
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        dropout: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         """Attention of query (B, heads, L, d) of layer number `layer` by its new key and value (B, KV heads, L, d);
         returns (B, L, heads, d)."""
         raise NotImplementedError
+
+
+def seen(before: int, t: int, window: int | None, device: torch.device) -> Tensor:
+    """(t, before + t) bool: which keys t tokens behind `before` others see, each itself and what is before it, within
+    `window`."""
+    mask = torch.ones(t, before + t, dtype=torch.bool, device=device).tril_(before)
+    return mask if window is None else mask.triu_(before - window + 1)
 
 
 def attend_causally(
@@ -105,15 +111,11 @@ def _attention(
             raise Unsupported(f"its attention has {what}")
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise Unsupported("its attention is not causal")
-    window = kwargs.get("sliding_window")
-    attention_layout.calls += 1
-    attention_layout.windows.add(window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attention_layout.attend(
-        module.layer_idx, query, key, value,
-        scale=scale, dropout=dropout, window=window, softcap=kwargs.get("softcap"),
-    )  # fmt: skip
-    return out.contiguous(), None
+    how = How(scale, dropout, kwargs.get("sliding_window"), kwargs.get("softcap"))
+    attention_layout.calls += 1
+    attention_layout.windows.add(how.window)
+    return attention_layout.attend(module.layer_idx, query, key, value, how).contiguous(), None
 
 
 AttentionInterface.register(NAME, _attention)

@@ -27,12 +27,14 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.policy.attention import (
     NAME,
     Fit,
+    How,
     Layout,
     Unsupported,
     attend_causally,
     attention_set,
     check_calls,
     laid_out,
+    seen,
 )  # fmt: skip
 from lowvram_grpo.policy.wrapper import unwrap
 
@@ -119,22 +121,11 @@ class PrefixLayout(Layout):
         """(1, L) of the padded rows (b, width)."""
         return rows.flatten()[self._taken][None]
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        dropout: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         """As `Layout.attend`, with B = 1."""
-        if softcap is not None:
+        if how.softcap is not None:
             raise Unsupported("its attention has soft-capping")
-        settings = {"scale": scale, "dropout": dropout}
+        window, settings = how.window, {"scale": how.scale, "dropout": how.dropout}
         outs = []
         for group in self._groups:
             q, k, v = (x[:, :, group.begin : group.end] for x in (query, key, value))
@@ -145,18 +136,17 @@ class PrefixLayout(Layout):
                 continue
             shape = group.count, group.longest
             own = [x[0, :, p:].index_select(1, group.own).unflatten(1, shape).transpose(0, 1) for x in (q, k, v)]
-            seen = [torch.cat([a.expand(group.count, -1, -1, -1), b], 2) for a, b in zip(prompt[1:], own[1:])]
-            out = attend_causally(own[0], *seen, self._mask(p, group.longest, window, q.device), **settings)
+            keys = [torch.cat([a.expand(group.count, -1, -1, -1), b], 2) for a, b in zip(prompt[1:], own[1:])]
+            out = attend_causally(own[0], *keys, self._mask(p, group.longest, window, q.device), **settings)
             outs.append(out.transpose(0, 1).flatten(1, 2))
         return torch.cat(outs, 1).index_select(1, self._unpack).transpose(0, 1)[None]
 
     def _mask(self, before: int, t: int, window: int | None, device: torch.device) -> Tensor:
-        """(t, before + t) bool: what each of t tokens behind `before` others sees. One for all completions: in the
-        padding, too, each token sees what is before it, but no token that counts sees any padding."""
+        """As `seen`, one for all completions: in the padding, too, each token sees what is before it, but no token that
+        counts sees any padding."""
         key = before, t, window
         if key not in self._masks:
-            mask = torch.ones(t, before + t, dtype=torch.bool, device=device).tril_(before)
-            self._masks[key] = mask if window is None else mask.triu_(before - window + 1)
+            self._masks[key] = seen(before, t, window, device)
         return self._masks[key]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.kernels.decode_attention import Rows, decode_attention, usable_path
-from lowvram_grpo.policy.attention import Layout, attend_causally
+from lowvram_grpo.policy.attention import How, Layout, attend_causally, seen
 from lowvram_grpo.rollout.cache import GroupCache
 
 # Queries at a time where scores must be made, as no fused kernel knows of soft-capping.
@@ -34,49 +34,32 @@ class PrefillLayout(Layout):
         """(1, L) int64."""
         return torch.cat([torch.arange(b - a) for a, b in self.spans])[None].to(device)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        dropout: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         kept = self.cache.layer(layer, key, value)
         outs = []
         for slot, (a, b) in zip(self.slots, self.spans):
             q, k, v = (x[:, :, a:b] for x in (query, key, value))
             kept.keep_prompt(slot, k[0], v[0])
-            outs.append(_causal(q, k, v, scale, window, softcap))
+            outs.append(_causal(q, k, v, how))
         return torch.cat(outs, 2).transpose(1, 2)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     """(1, heads, L, Dv) of one prompt."""
-    length = q.shape[2]
-    windowed = window is not None and window < length
+    length, softcap = q.shape[2], how.softcap
+    window = None if how.window is None or how.window >= length else how.window
     if softcap is None:
-        mask = _seen(0, length, window, q.device) if windowed else None
-        return attend_causally(q, k, v, mask, scale=scale)
+        mask = None if window is None else seen(0, length, window, q.device)
+        return attend_causally(q, k, v, mask, scale=how.scale)
     q = q.unflatten(1, (k.shape[1], -1))  # (1, KVH, heads / KVH, L, D)
     outs = []
     for first in range(0, length, _BLOCK):
         last = min(first + _BLOCK, length)
-        scores = (q[..., first:last, :] @ k[:, :, None, :last].transpose(3, 4) * scale).float()
+        scores = (q[..., first:last, :] @ k[:, :, None, :last].transpose(3, 4) * how.scale).float()
         scores = scores.div_(softcap).tanh_().mul_(softcap)
-        scores.masked_fill_(~_seen(first, last, window if windowed else None, q.device), -torch.inf)
+        scores.masked_fill_(~seen(first, last - first, window, q.device), -torch.inf)
         outs.append(scores.softmax(-1).to(v.dtype) @ v[:, :, None, :last])
     return torch.cat(outs, 3).flatten(1, 2)
-
-
-def _seen(first: int, last: int, window: int | None, device: torch.device) -> Tensor:
-    """(last - first, last) bool: which keys the queries from `first` on see."""
-    mask = torch.ones(last - first, last, dtype=torch.bool, device=device).tril_(first)
-    return mask if window is None else mask.triu_(first - window + 1)
 
 
 class DecodeLayout(Layout):
@@ -93,23 +76,13 @@ class DecodeLayout(Layout):
         super().__init__()
         self.cache, self.rows, self.path, self.fixed = cache, rows, path, True
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        dropout: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         kept = self.cache.layer(layer, key, value)
         q, k, v = (x[:, :, 0] for x in (query, key, value))
-        self.fixed &= usable_path(q, k, v, self.path) == "triton"
+        path = usable_path(q, k, v, self.path)
+        self.fixed &= path == "triton"
         out = decode_attention(
             q, k, v, kept.prompts, kept.own, self.rows,
-            scale=scale, window=window, softcap=softcap, spread=kept.spread, path=self.path,
+            scale=how.scale, window=how.window, softcap=how.softcap, spread=kept.spread, path=path,
         )  # fmt: skip
         return out[:, None]

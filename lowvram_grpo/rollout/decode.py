@@ -169,8 +169,7 @@ class Decoder:
         """Tell the device who sits where."""
         seats, members = self.schedule.seats, self.schedule.members()
         rows = self._table.shape[1]
-        idle = [0, -1, 0, len(self.ids) - 1, 0]
-        table = [list(idle) for _ in range(rows)]
+        table = [[0, -1, 0, len(self.ids) - 1, 0]] * rows  # what nobody waits for, where no seat is
         for slot, group in enumerate(members):
             for rank, row in enumerate(group):
                 prompt, g = seats[row]
@@ -197,10 +196,10 @@ class Decoder:
         """Feed the last token of each row and draw the next."""
         width = self._graphs.width(len(self.schedule.seats))
         if self._host_embedding is not None:
-            drawn = self._host_embedding(self.tokens[:width, None])
+            embedded = self._host_embedding(self.tokens[:width, None])
             if self._inputs is None:
-                self._inputs = drawn.new_empty(len(self.tokens), *drawn.shape[1:])
-            self._inputs[:width] = drawn
+                self._inputs = embedded.new_empty(len(self.tokens), *embedded.shape[1:])
+            self._inputs[:width] = embedded
         self._graphs(width)
         self._ages = [age + 1 for age in self._ages]
 
@@ -244,11 +243,7 @@ class Decoder:
     def look(self) -> list[int]:
         """The rows that have ended. Waits for the device."""
         full = self.sampling.max_new_tokens
-        return [
-            row
-            for row, end in enumerate(self.ended.tolist())
-            if row < len(self._ages) and (end or self._ages[row] == full)
-        ]
+        return [row for row, (end, age) in enumerate(zip(self.ended.tolist(), self._ages)) if end or age == full]
 
     def skip(self, tokens: int) -> None:
         """Go on as if so many tokens had been drawn in each row. For rehearsals."""

@@ -50,7 +50,7 @@ def rows_within(rows: int, planned_group: int, group: int, prompts: int, prompt_
         prompt_length, length: the longest prompt and completion, in tokens.
     """
     tokens = lambda n, g: n * length + slots_for(n, g, prompts) * prompt_length
-    budget = rows * length + min(rows, -(-rows // planned_group) + 2) * prompt_length
+    budget = rows * length + slots_for(rows, planned_group, rows) * prompt_length
     return next((n for n in range(rows, 1, -1) if tokens(n, group) <= budget), 1)
 
 

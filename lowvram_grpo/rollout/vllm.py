@@ -20,7 +20,7 @@ import torch
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.rollout.adapter_versions import AdapterVersions, Version
-from lowvram_grpo.rollout.engine import RolloutBatch
+from lowvram_grpo.rollout.batch import RolloutBatch
 from lowvram_grpo.rollout.vllm_client import VLLMClient, server_command
 
 if TYPE_CHECKING:
