@@ -3,10 +3,13 @@ transformers."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import tempfile
+import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -14,7 +17,8 @@ from lowvram_grpo import __version__
 from lowvram_grpo.cli import bench
 from lowvram_grpo.cli.report import report
 from lowvram_grpo.cli.sampling import chat, evaluate
-from lowvram_grpo.errors import Stopped, UserError
+from lowvram_grpo.errors import Stopped, UserError, one_line
+from lowvram_grpo.faults import boundary, report_of
 
 app = typer.Typer(
     name="lowvram-grpo",
@@ -47,6 +51,7 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error, with any command.")] = False,
 ) -> None:
     """GRPO for language models on the GPU you already own."""
 
@@ -175,27 +180,28 @@ app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
-    """Entry point: one sentence and exit code 2 for what a person can mend, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Entry point: one sentence and exit code 2 for what a person can mend, 1 for a bug of ours (its traceback goes
+    into a file), 130 for Ctrl-C, 143 for SIGTERM. `--debug`, anywhere on the line, prints tracebacks."""
     signal.signal(signal.SIGTERM, _on_terminate)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    debug = "--debug" in sys.argv[1:]
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:
-        code = app(standalone_mode=False)
-    except UserError as error:
-        _fail(str(error))
+        with boundary():
+            code = app(arguments, standalone_mode=False)
     except Stopped as stop:
         code = stop.code
     except (typer.Abort, KeyboardInterrupt):
         code = 130
+    except BrokenPipeError:  # `lowvram-grpo presets | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except Exception as error:
-        # typer's own usage errors; their class moved when typer took click in, so they are known by what they can do.
-        if not hasattr(error, "format_message"):
-            raise
-        sentence = error.format_message()
-        if not sentence:  # a bare `lowvram-grpo`: typer has printed the help already
-            sys.exit(2)
-        _fail(sentence)
+        if debug:
+            traceback.print_exception(type(error), error, error.__traceback__)
+        _fail(error)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -204,9 +210,33 @@ def _on_terminate(signum, frame) -> None:
     raise SystemExit(128 + signum)
 
 
-def _fail(sentence: str) -> None:
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+def _fail(error: Exception) -> NoReturn:
+    if isinstance(error, UserError):
+        sentence, code = str(error), 2
+    # typer's own usage errors; their class moved when typer took click in, so they are known by what they can do.
+    elif hasattr(error, "format_message"):
+        sentence, code = error.format_message(), 2
+    else:
+        sentence, code = _bug(error), 1
+    if sentence:  # a bare `lowvram-grpo` has none: typer has printed the help already
+        print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _bug(error: Exception) -> str:
+    """A sentence for an error that nobody foresaw, and its report in a file."""
+    phase = f" while {error._phase}" if getattr(error, "_phase", "") else ""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    said = f"{type(error).__name__}{phase}: {one_line(error)} ({Path(last.filename).name}, line {last.lineno})"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="lowvram-grpo-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
+        ) as file:
+            file.write(report_of(error))
+        where = f"please report it with {file.name}, which holds the traceback"
+    except OSError:
+        where = "please report it with what --debug prints"
+    return f"{said}. This looks like a bug of lowvram-grpo; {where}."
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 from lowvram_grpo.cli.quiet import hush
 from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.faults import boundary
 
 
 def start(options: dict[str, Any], extra: list[str], *, config: Path | None, resume: str | None, dry_run: bool) -> None:
@@ -38,7 +39,8 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     recipe.resume = resume
     if notice:
         print(f"[lowvram-grpo] {notice}")
-    run(recipe, dry_run=dry_run)
+    with boundary(recipe):
+        run(recipe, dry_run=dry_run)
 
 
 def prepare_cuda() -> str | None:

@@ -19,6 +19,7 @@ from rich.segment import ControlType
 from rich.text import Text
 from transformers import TrainerCallback
 
+from lowvram_grpo.faults import note_phase
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.run.view import Glyphs, View, clean, decimal, duration, percent, small
 
@@ -100,6 +101,7 @@ class Console(Observer, TrainerCallback):
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        note_phase(error, self._view.phase)
         for handler, stream in self._logs_back:
             handler.setStream(stream)
         self._logs_back = []

@@ -1,0 +1,148 @@
+"""Faults that nobody foresaw at their place, injected into loading, training, saving and evaluating: each ends in one
+sentence and an exit code, never in a traceback."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+import pytest
+import torch
+
+from lowvram_grpo.cli import app
+from lowvram_grpo.faults import explain, given_settings, suspects
+from lowvram_grpo.recipe import resolve
+
+
+def run(monkeypatch, capsys, *arguments):
+    """(exit code, stderr) of the command line."""
+    monkeypatch.setattr(sys, "argv", ["lowvram-grpo", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        app.main()
+    return stop.value.code, capsys.readouterr().err
+
+
+def raising(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+class SafetensorError(Exception):
+    """safetensors' own, which carries no errno."""
+
+
+SafetensorError.__module__ = "safetensors"
+
+
+def from_the_hub(name, said):
+    from huggingface_hub import errors
+
+    kind = getattr(errors, name)
+    error = kind.__new__(kind)
+    Exception.__init__(error, said)
+    return error
+
+
+LOAD = "lowvram_grpo.loading.load_model_of"
+STEP = "lowvram_grpo.trainer.GRPOTrainer.training_step"
+SAVE = "peft.PeftModel.save_pretrained"
+OPTIMIZER_FILE = "transformers.trainer.Trainer._save_optimizer_and_scheduler"
+EVALUATE = "lowvram_grpo.trainer.GRPOTrainer.prediction_step"
+FAULTS = [
+    (LOAD, MemoryError(), "machine's own memory"),
+    (LOAD, RuntimeError("[alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), "machine's own memory"),
+    (LOAD, OSError(errno.EIO, "Input/output error", "/models/x.safetensors"), "disk reports an error (/models/x.safe"),
+    (LOAD, PermissionError(errno.EACCES, "Permission denied", "/models/x"), "refuses access to /models/x"),
+    (LOAD, OSError(errno.EMFILE, "Too many open files"), "too many files are open"),
+    (LOAD, ModuleNotFoundError("No module named 'mamba_ssm'", name="mamba_ssm"), "pip install mamba_ssm"),
+    (LOAD, ImportError("DLL load failed while importing _C: not found"), "Visual C++ redistributable"),
+    (LOAD, from_the_hub("LocalEntryNotFoundError", "cannot find the requested files"), "The hub can't be used"),
+    (LOAD, from_the_hub("GatedRepoError", "401 Client Error"), "hf auth login"),
+    (LOAD, RuntimeError("The NVIDIA driver on your system is too old (found version 11040)"), "lowvram-grpo doctor"),
+    (STEP, RuntimeError("CUDA error: device-side assert triggered"), "token ids beyond"),
+    (STEP, RuntimeError("CUDA error: no kernel image is available for execution"), "does not know the GPU"),
+    (STEP, RuntimeError("probability tensor contains either `inf`, `nan` or element < 0"), "NaN or infinite"),
+    (STEP, RuntimeError("CUDA error: an illegal memory access was encountered"), "--fused-loss off"),
+    (STEP, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "GPU memory ran out"),
+    (SAVE, OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+    (SAVE, SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk full?"),
+    (SAVE, OSError(errno.EROFS, "Read-only file system", "/runs/a"), "read-only (/runs/a)"),
+    (SAVE, OSError(errno.ENAMETOOLONG, "File name too long"), "path is too long"),
+    (OPTIMIZER_FILE, RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "disk full?"),
+    (EVALUATE, MemoryError(), "machine's own memory"),
+    (EVALUATE, ConnectionError("reset by peer"), "check the network"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "place,error,words", FAULTS, ids=lambda v: str(v)[-40:] if isinstance(v, (str, Exception)) else ""
+)
+def test_a_fault_of_the_world_is_one_sentence(monkeypatch, capsys, job, tmp_path, place, error, words):
+    monkeypatch.setattr(place, raising(error))
+    evaluated = ["--eval-data", job["--data"], "--eval-split", "train[:2]"] if place == EVALUATE else []
+    code, err = run(monkeypatch, capsys, "train", *[part for pair in job.items() for part in pair], *evaluated)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
+    assert words in lines[0], lines[0]
+
+
+def test_a_bug_is_one_sentence_too_and_its_traceback_a_file(monkeypatch, capsys, job, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr(STEP, raising(KeyError("surprise")))
+    arguments = ["train", *[part for pair in job.items() for part in pair]]
+    code, err = run(monkeypatch, capsys, *arguments)
+    assert code == 1 and "Traceback" not in err and "KeyError" in err and "bug of lowvram-grpo" in err
+    (report,) = tmp_path.glob("lowvram-grpo-*.txt")
+    assert str(report) in err and "KeyError: 'surprise'" in report.read_text(encoding="utf-8")
+    assert "transformers" in report.read_text(encoding="utf-8").splitlines()[1]
+
+
+def test_debug_prints_the_traceback_wherever_it_stands(monkeypatch, capsys, tmp_path):
+    missing = ["--data", str(tmp_path / "none.jsonl"), "--model", str(tmp_path)]
+    for arguments in (["--debug", "train", *missing], ["train", *missing, "--debug"]):
+        code, err = run(monkeypatch, capsys, *arguments)
+        assert code == 2 and "Traceback (most recent call last)" in err and err.count("error: ") == 1
+
+
+def test_what_was_being_done_is_named(monkeypatch, capsys, job):
+    monkeypatch.setattr(LOAD, raising(MemoryError()))
+    _, err = run(monkeypatch, capsys, "train", *[part for pair in job.items() for part in pair])
+    assert "while loading the model" in err
+
+
+# What the settings of a person have to do with it ---------------------------------------------------------------------
+
+
+def caught(work):
+    with pytest.raises(Exception) as info:
+        work()
+    return info.value
+
+
+def test_a_library_that_refuses_is_quoted_with_the_setting(tmp_path):
+    from transformers.optimization import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    error = caught(lambda: get_scheduler("cosine_with_min_lr", optimizer, 0, 4))
+    text = str(explain(error, settings={"lr_scheduler_type": "cosine_with_min_lr", "learning_rate": 1e-3}))
+    assert text.startswith("transformers stopped: ValueError: ") and "--lr-scheduler-type; change or drop it." in text
+    assert "learning" not in text.replace("learning rate", "")
+
+
+def test_a_package_that_a_setting_asks_for(tmp_path):
+    error = ImportError("You need to install `galore_torch` in order to use GaLore optimizers")
+    assert suspects([error], {"optim": "galore_adamw", "max_steps": 3}) == ["optim"]
+    assert "--optim" in str(explain(error, settings={"optim": "galore_adamw"}))
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), AttributeError("y"), AssertionError(), ValueError("ours")])
+def test_our_own_errors_are_no_faults_of_the_world(error):
+    assert explain(caught(raising(error)), settings={"model": "x"}) is None
+
+
+def test_the_settings_are_those_that_a_person_set(tmp_path):
+    recipe = resolve({"model": "m", "data": "d", "optim": "adamw_torch", "preset": "cpu"})
+    assert given_settings(recipe) == {"model": "m", "data": "d", "optim": "adamw_torch", "preset": "cpu"}
