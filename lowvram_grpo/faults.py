@@ -55,11 +55,11 @@ _DISK = {
     **({errno.EDQUOT: "the disk quota is used up"} if hasattr(errno, "EDQUOT") else {}),
 }
 _FREE_SPACE = "free some space, or choose another --output-dir"
-# torch and safetensors write through code of their own, and lose the errno on the way.
+# torch, safetensors and tokenizers write through code of their own, and lose the errno on the way.
 _LOST_WRITE = re.compile(
-    r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs \d+|I/?O error|Error while serializing", re.I
+    r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs \d+|error while serializing", re.I
 )
-_SAID = re.compile(r"No space left|disk quota|File too large|Read-only file system", re.I)
+_SAID = re.compile(r"No space left|disk quota|File too large|Read-only file system|\(os error (27|28|30|112|122)\)", re.I)
 
 # Pieces of messages, in lower case -> what they mean, and what helps.
 _MACHINE: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -202,8 +202,7 @@ def _of_the_disk(error: BaseException, while_: str) -> str | None:
     if isinstance(error, OSError) and getattr(error, "winerror", None) in (206, 1314):
         return f"Windows refuses a path{while_} ({error}); choose a short --output-dir, and HF_HOME, on a local disk"
     text = str(error)
-    writes = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
-    if writes and (_LOST_WRITE.search(text) or _SAID.search(text)):
+    if _SAID.search(text) or (isinstance(error, RuntimeError) and _LOST_WRITE.search(text)):
         return f"A file can't be written{while_} ({one_line(error)}); is the disk full? If so, {_FREE_SPACE}"
     return None
 
@@ -252,10 +251,10 @@ def _of_the_hub(error: BaseException, while_: str) -> str | None:
 def _of_a_package(error: BaseException, while_: str) -> str | None:
     if not isinstance(error, ImportError):
         return None
-    missing = getattr(error, "name", None) or ""
-    if missing.split(".")[0] == "lowvram_grpo":
+    missing = (getattr(error, "name", None) or "").split(".")[0]
+    if missing == "lowvram_grpo":
         return None
-    install = f"; `pip install {missing.split('.')[0]}`" if isinstance(error, ModuleNotFoundError) and missing else ""
+    install = f"; `pip install {missing}`" if re.fullmatch(r"[A-Za-z0-9_-]+", missing) else ""
     return f"A package is missing or broken{while_} ({one_line(error)}){install}"
 
 

@@ -68,6 +68,7 @@ FAULTS = [
     (STEP, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "GPU memory ran out"),
     (SAVE, OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
     (SAVE, SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk full?"),
+    (SAVE, Exception("File too large (os error 27)"), "disk full?"),
     (SAVE, OSError(errno.EROFS, "Read-only file system", "/runs/a"), "read-only (/runs/a)"),
     (SAVE, OSError(errno.ENAMETOOLONG, "File name too long"), "path is too long"),
     (OPTIMIZER_FILE, RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "disk full?"),
