@@ -59,7 +59,9 @@ _FREE_SPACE = "free some space, or choose another --output-dir"
 _LOST_WRITE = re.compile(
     r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs \d+|error while serializing", re.I
 )
-_SAID = re.compile(r"No space left|disk quota|File too large|Read-only file system|\(os error (27|28|30|112|122)\)", re.I)
+_SAID = re.compile(
+    r"No space left|disk quota|File too large|Read-only file system|\(os error (27|28|30|112|122)\)", re.I
+)
 
 # Pieces of messages, in lower case -> what they mean, and what helps.
 _MACHINE: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -201,6 +203,8 @@ def _of_the_disk(error: BaseException, while_: str) -> str | None:
         )
     if isinstance(error, OSError) and getattr(error, "winerror", None) in (206, 1314):
         return f"Windows refuses a path{while_} ({error}); choose a short --output-dir, and HF_HOME, on a local disk"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"The system answers {error.strerror!r} for {error.filename}{while_}; was it moved, deleted or replaced?"
     text = str(error)
     if _SAID.search(text) or (isinstance(error, RuntimeError) and _LOST_WRITE.search(text)):
         return f"A file can't be written{while_} ({one_line(error)}); is the disk full? If so, {_FREE_SPACE}"

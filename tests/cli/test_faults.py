@@ -68,6 +68,8 @@ FAULTS = [
     (STEP, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "GPU memory ran out"),
     (SAVE, OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
     (SAVE, SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk full?"),
+    (SAVE, FileNotFoundError(errno.ENOENT, "No such file or directory", "/runs/a"), "/runs/a while updating; was it"),
+    (SAVE, NotADirectoryError(errno.ENOTDIR, "Not a directory", "/runs/a/b"), "'Not a directory' for /runs/a/b"),
     (SAVE, Exception("File too large (os error 27)"), "disk full?"),
     (SAVE, OSError(errno.EROFS, "Read-only file system", "/runs/a"), "read-only (/runs/a)"),
     (SAVE, OSError(errno.ENAMETOOLONG, "File name too long"), "path is too long"),
