@@ -13,7 +13,7 @@ mask, w the weights, A the advantage of the row, d = ref_logp - logp:
     dL/dlogp_t = -(sum_u w_u) A s rho [|x| <= 20] / n + beta w_t KL'_t           sequence level: each token moves all
     KL'        = 1,   -d,   1 - exp(d)   for |d| <= 20, else 0;   dL/dkl_t = beta w_t for the exact KL
 
-s is the slope of the min in rho as autograd has it: that of the smaller branch (clamp passes gradient at its bounds,
+s is the slope of the min in rho as the oracle has it: that of the smaller branch (clamps pass gradient at their bounds,
 not beyond), half of each where they are equal. A masked position is selected away, never multiplied by 0: it may hold
 NaN or infinity in every input. An unmasked NaN makes the loss NaN, as it should.
 
@@ -106,7 +106,7 @@ def _expm1_minus(d):
 
 @jit
 def _clamp(x, low, high):
-    """torch.clamp: a NaN stays one, which tl.minimum and tl.maximum do not promise on every GPU."""
+    """objective.py's: a NaN stays one, which tl.minimum and tl.maximum do not promise on every GPU."""
     return tl.where(x > high, high, tl.where(x < low, low, x))
 
 

@@ -30,6 +30,7 @@ class Rollout:
         rewards_per_func: (B, F) float32, NaN for "not applicable".
         advantages: of the whole rollout.
         extras: columns that the rewards logged.
+        seconds: what sampling and rewarding them took.
     """
 
     batch: RolloutBatch
@@ -39,6 +40,7 @@ class Rollout:
     rewards_per_func: Tensor
     advantages: Advantages
     extras: dict[str, list]
+    seconds: float = 0.0
 
 
 @dataclass

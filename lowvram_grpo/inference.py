@@ -20,6 +20,7 @@ from lowvram_grpo.policy.adapter import adapter_config
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.load import model_config
+from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.recipe import Recipe, resolve
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
@@ -149,7 +150,7 @@ def load_policy(
     """Load what `recipe` names: quantization, head and host memory as in training, all weights frozen.
 
     Args:
-        tell: hears what was made smaller.
+        tell: hears what was made smaller, or is slow here.
 
     Raises:
         UserError: missing or unfit model or adapter.
@@ -166,6 +167,8 @@ def load_policy(
     ):
         tell(sentence)
     head_of(unwrap(model))
+    if slow := slow_dtype(model, args):
+        tell(slow)
     if not getattr(unwrap(model), "is_quantized", False):
         model.to(args.device)  # where from_pretrained loaded it, it is still on the host
     engine = engine_of(args, model, sampling_of(args, end_ids(model, tokenizer), tokenizer))

@@ -120,6 +120,15 @@ def token_weights(mask: Tensor, loss_type: str, max_completion_length: int) -> T
     raise ValueError(f"unknown loss_type {loss_type!r}")
 
 
+def _clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """torch.clamp whose slope is 1 on a bound and not only between them; a NaN stays one.
+
+    torch's own has slope 1 there before 2.14 and 0 from then on. The first update of a rollout has ratio 1 everywhere,
+    so with epsilon 0 (or delta 1) half of its gradient (or all) would depend on the release.
+    """
+    return torch.where(x > high, high, torch.where(x < low, low, x))
+
+
 def kl_divergence(logps: Tensor, ref_logps: Tensor, mask: Tensor, estimator: str) -> Tensor:
     """Per-token estimate of KL(policy || reference) from samples of the policy (Schulman 2020, "Approximating KL").
 
@@ -132,7 +141,7 @@ def kl_divergence(logps: Tensor, ref_logps: Tensor, mask: Tensor, estimator: str
         (B, T) float32, differentiable in `logps`, 0 where masked. d is masked before exp: a masked inf would still
         turn the gradient into NaN.
     """
-    d = torch.where(mask.bool(), ref_logps - logps, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    d = _clamp(torch.where(mask.bool(), ref_logps - logps, 0.0), -MAX_LOG_RATIO, MAX_LOG_RATIO)
     if estimator == "k1":
         return -d
     if estimator == "k2":
@@ -175,11 +184,11 @@ def grpo_loss(
     log_ratio = torch.where(mask, logps - old_logps, 0.0)
     if objective.importance_sampling_level == "sequence":
         log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    ratio = _clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     low, high = 1 - objective.epsilon, 1 + objective.upper
     a = advantages[:, None]
-    unclipped = ratio if objective.delta is None else ratio.clamp(max=objective.delta)
-    token_loss = -torch.minimum(unclipped * a, ratio.clamp(low, high) * a)
+    unclipped = ratio if objective.delta is None else _clamp(ratio, -torch.inf, objective.delta)
+    token_loss = -torch.minimum(unclipped * a, _clamp(ratio, low, high) * a)
     if kl is not None:
         kl = torch.where(mask, kl, 0.0)
     elif ref_logps is not None:

@@ -38,6 +38,7 @@ from lowvram_grpo.metrics import (
 from lowvram_grpo.objective import objective_of
 from lowvram_grpo.policy.adapter import restore_adapter
 from lowvram_grpo.policy.load import build_policy, compute_dtype, load_tokenizer
+from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.rewards.runner import RewardRunner, check_columns
@@ -107,6 +108,8 @@ class GRPOTrainer(Trainer):
             check_vllm(args)
         cap(args)
         model = build_policy(model, args, quantization_config, peft_config, self.observer.notice)
+        if slow := slow_dtype(model, args):
+            self.observer.notice(slow)
         self.plan, self.grpo_args = args.batch_plan(), args
         super().__init__(
             model=model,

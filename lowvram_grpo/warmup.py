@@ -15,6 +15,7 @@ from lowvram_grpo.cold_start import REFERENCE_COLUMN, ColdStart, reference_ids
 from lowvram_grpo.encoding import prompt_length_report
 from lowvram_grpo.errors import UserError, counted
 from lowvram_grpo.memory.optimizer import GuardedStep
+from lowvram_grpo.pace import pace_of, timed
 from lowvram_grpo.policy.wrapper import unwrap
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ def before_first_step(trainer: GRPOTrainer) -> None:
     if steps:
         trainer.log(_cold_row(0, signal))
         rollout = _cold_start(trainer, rows, pairs, steps, stop_early=cold == "auto")
-    if args.self_test:
-        _self_test(trainer, rollout)
+    scored = _self_test(trainer, rollout) if args.self_test else None
+    trainer.observer.notice(pace_of(trainer, rollout, scored).sentence())
     trainer.pending_rollout = rollout
 
 
@@ -186,9 +187,10 @@ def _cold_row(step: int, signal: Signal | None) -> dict[str, float]:
     return row
 
 
-def _self_test(trainer: GRPOTrainer, rollout: Rollout) -> None:
+def _self_test(trainer: GRPOTrainer, rollout: Rollout) -> tuple[int, float]:
+    """Returns the tokens that were scored, and the seconds of one pass over them."""
     micro = trainer.cut(rollout, 1)[0][0]
-    scored = trainer.learner.score_frozen(micro)
+    scored, seconds = timed(lambda: trainer.learner.score_frozen(micro), trainer.args.device)
     reference = None
     if trainer.reference is not None:
         with trainer.reference.active() as model:
@@ -202,6 +204,7 @@ def _self_test(trainer: GRPOTrainer, rollout: Rollout) -> None:
         elsewhere=_elsewhere(trainer),
     )
     trainer.observer.notice(text)
+    return int(micro.prompt_mask.sum() + micro.completion_mask.sum()), seconds
 
 
 def _elsewhere(trainer: GRPOTrainer) -> Elsewhere | None:

@@ -69,6 +69,35 @@ def test_loss_and_gradient(loss_type, estimator, level, extra):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("bounds", [
+    {"epsilon": 0.0},
+    {"epsilon": 0.0, "epsilon_high": 0.2},
+    {"epsilon": 0.2, "epsilon_high": 0.0},
+    {"delta": 1.0},
+    {"delta": 1.0, "epsilon": 0.0},
+])  # fmt: skip
+def test_a_ratio_on_a_bound_is_inside_whatever_the_torch(level, bounds):
+    """The first update of a rollout, ratio 1 everywhere: -A w a token. torch.clamp's own slope there became 0 in 2.14,
+    which leaves half of that for epsilon 0, and nothing for delta 1 under it."""
+    logps, _, _, advantages, mask = batch()
+    logps.requires_grad_()
+    weights = token_weights(mask, "dapo", 9)
+    o = Objective(beta=0.0, importance_sampling_level=level, **bounds)
+    grpo_loss(logps, None, None, advantages, mask, weights, o).loss.backward()
+    torch.testing.assert_close(logps.grad, -advantages[:, None] * weights, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("d", [20.0, -20.0])
+def test_a_log_ratio_on_the_clamp_still_pulls(d):
+    """The slopes of -d, d^2 / 2 and exp(d) - d - 1 in logp, at the last d that has one."""
+    for estimator, slope in {"k1": 1.0, "k2": -d, "k3": 1 - math.exp(d)}.items():
+        logps = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+        ref, mask = torch.tensor([[d, d * 1.01]], dtype=torch.float64), torch.ones(1, 2)
+        kl_divergence(logps, ref, mask, estimator).sum().backward()
+        torch.testing.assert_close(logps.grad, torch.tensor([[slope, 0.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
 def test_exact_kl_is_taken_as_it_is(level):
     """Its weight and gradient are beta w, the rest of the loss is that without a KL, and masked junk stays outside."""
     logps, old, ref, advantages, mask = batch()

@@ -16,6 +16,7 @@ from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.gguf import gguf_config, gguf_parts, gguf_tokenizer
 from lowvram_grpo.policy.head import head_of
+from lowvram_grpo.policy.precision import auto_dtype
 from lowvram_grpo.policy.pretrained import hub_arguments, load_gguf_file, load_streamed, load_whole
 from lowvram_grpo.policy.quantization import bitsandbytes_config
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
@@ -143,6 +144,7 @@ def load_causal_lm(
             loaded = load_gguf_file(*gguf, device, kwargs, keep_on_host)
         else:
             config = AutoConfig.from_pretrained(model, **hub_arguments(kwargs))
+            kwargs["dtype"] = auto_dtype(kwargs["dtype"], config.dtype, device)
             loaded = load_streamed(model, config, device, kwargs, keep_on_host)
             if loaded is None:
                 loaded = load_whole(model, config, device, kwargs, keep_on_host)

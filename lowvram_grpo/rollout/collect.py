@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -79,6 +80,7 @@ class Collector:
         Raises:
             UserError: a reward function failed.
         """
+        started = time.perf_counter()
         prompts = [row["prompt"] for row in rows]
         other = {} if sampling is None else {"sampling": sampling}
         self.tell(f"sampling {len(rows) * num_generations} completions")
@@ -91,7 +93,10 @@ class Collector:
             prompts, completions, batch.completion_ids, self._columns(rows, num_generations), trainer_state
         )
         advantages = group_advantages(scored.total, num_generations, self.scale_rewards)
-        rollout = Rollout(batch, prompts, completions, scored.total, scored.per_func, advantages, scored.extras)
+        rollout = Rollout(
+            batch, prompts, completions, scored.total, scored.per_func, advantages, scored.extras,
+            time.perf_counter() - started,
+        )  # fmt: skip
         return rollout, scored.metrics
 
     def _decode(self, batch: RolloutBatch, prompts: list) -> list:
