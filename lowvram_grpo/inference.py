@@ -16,6 +16,7 @@ from torch import nn
 from lowvram_grpo.conversation import TextStream
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.loading import adopt_stored_quantization, hub_arguments, load_model_of
+from lowvram_grpo.memory.architectures import named
 from lowvram_grpo.policy.adapter import adapter_config
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.head import head_of
@@ -81,7 +82,7 @@ def recipe_to_sample(flags: Mapping[str, Any], tell: Callable[[str], None]) -> R
 
     Args:
         flags: as for `recipe.resolve`; `adapter` may be a run.
-        tell: hears which checkpoint was taken.
+        tell: hears which checkpoint was taken, and what the model's name stands for.
 
     Raises:
         UserError: no such run, adapter or model, or none given.
@@ -97,6 +98,7 @@ def recipe_to_sample(flags: Mapping[str, Any], tell: Callable[[str], None]) -> R
     recipe.model = recipe.model or base
     if not recipe.model:
         raise UserError("No model given; pass --model with a folder or a hub id, or --adapter with a run.")
+    recipe.model = named(recipe.model, tell)
     if os.path.isabs(recipe.model) and not os.path.exists(recipe.model):
         by = f", which {place} was trained on," if place and "model" not in flags else ""
         raise UserError(f"The model {recipe.model}{by} does not exist; pass --model with the place where it is.")
@@ -149,14 +151,14 @@ def load_policy(
     """Load what `recipe` names: quantization, head and host memory as in training, all weights frozen.
 
     Args:
-        tell: hears what was made smaller.
+        tell: hears what was made smaller, and what of the checkpoint was left out.
 
     Raises:
         UserError: missing or unfit model or adapter.
     """
     config = model_config(recipe.model, **hub_arguments(recipe))
     adopt_stored_quantization(recipe, config, lambda sentence: None)
-    model = load_model_of(recipe, args).requires_grad_(False)
+    model = load_model_of(recipe, args, tell).requires_grad_(False)
     for sentence in place_embeddings(
         unwrap(model),
         head_dtype=args.head_dtype,
