@@ -20,6 +20,7 @@ from lowvram_grpo.memory.architectures import named
 from lowvram_grpo.policy.adapter import adapter_config
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.head import head_of
+from lowvram_grpo.policy.hub import offline_where_unreachable
 from lowvram_grpo.policy.load import model_config
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.recipe import Recipe, resolve
@@ -94,11 +95,13 @@ def recipe_to_sample(flags: Mapping[str, Any], tell: Callable[[str], None]) -> R
         if said:
             tell(said)
     recipe = resolve(flags, file)
+    offline_where_unreachable([recipe.adapter, recipe.model, recipe.data], tell)
     base = adapter_config(recipe.adapter).base_model_name_or_path if place else None
     recipe.model = recipe.model or base
     if not recipe.model:
         raise UserError("No model given; pass --model with a folder or a hub id, or --adapter with a run.")
     recipe.model = named(recipe.model, tell)
+    offline_where_unreachable([recipe.model], tell)
     if os.path.isabs(recipe.model) and not os.path.exists(recipe.model):
         by = f", which {place} was trained on," if place and "model" not in flags else ""
         raise UserError(f"The model {recipe.model}{by} does not exist; pass --model with the place where it is.")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Buffers that older versions of transformers saved and newer ones compute; each model's own are known to transformers.
 _COMPUTED = re.compile(r"(^|\.)(masked_bias|rotary_emb\.inv_freq|position_ids)$")
+_QUANTIZATION_STATE = re.compile(r"\.(SCB|weight_format|weight\.\w+(\.\w+)?)$")
 
 
 def account(model: str, loaded: PreTrainedModel, report: dict[str, Any], tell: Callable[[str], None]) -> None:
@@ -35,7 +36,7 @@ def account(model: str, loaded: PreTrainedModel, report: dict[str, Any], tell: C
     missing = sorted(report["missing_keys"])
     unexpected = sorted(name for name in report["unexpected_keys"] if not _COMPUTED.search(name))
     if missing:
-        raise UserError(f"The checkpoint of {model!r} lacks {some(missing)}{_why(missing, unexpected, loaded)}")
+        raise lacking(model, missing, unexpected, loaded)
     # (name, stored shape, the model's shape)
     shapes = [(name, tuple(theirs), tuple(ours)) for name, theirs, ours in report["mismatched_keys"]]
     shapes += _misshapen_quantized(loaded)
@@ -43,6 +44,13 @@ def account(model: str, loaded: PreTrainedModel, report: dict[str, Any], tell: C
         raise misshapen(model, shapes)
     if unexpected:
         tell(left_over(model, unexpected))
+
+
+def lacking(model: str, missing: list[str], unexpected: list[str], loaded: nn.Module) -> UserError:
+    """For weights that the checkpoint of `model` lacks; `loaded` is the model that wants them, on any device."""
+    # What bitsandbytes stores beside a packed weight is nothing that could be there instead of one.
+    unexpected = [name for name in unexpected if not _QUANTIZATION_STATE.search(name)]
+    return UserError(f"The checkpoint of {model!r} lacks {some(missing)}{_why(missing, unexpected, loaded)}")
 
 
 def misshapen(model: str, shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> UserError:

@@ -19,10 +19,10 @@ from transformers.utils import find_adapter_config_file
 
 from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.memory.guard import is_out_of_memory
-from lowvram_grpo.policy.accounting import account
-from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source
+from lowvram_grpo.policy.accounting import account, lacking
+from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source, renames
 from lowvram_grpo.policy.gguf import load_gguf
-from lowvram_grpo.policy.quantization import check_stored, streamed_quantization
+from lowvram_grpo.policy.quantization import check_stored, quantization_name, streamed_quantization
 from lowvram_grpo.policy.refusals import beside_a_model
 from lowvram_grpo.policy.stream import materialize, skeleton
 
@@ -70,15 +70,15 @@ def load_streamed(
         UserError: an adapter lies beside the model.
     """
     hub, dtype = _files_arguments(kwargs), kwargs["dtype"]
+    if adapter := find_adapter_config_file(model, **hub):
+        # transformers takes a folder's model with the adapter, and of a hub id another model than is stored there.
+        raise beside_a_model(model, os.path.dirname(adapter))
     if dtype == "auto":
         dtype = config.dtype
     target = _one_device(kwargs.get("device_map"), device)
     quantization = streamed_quantization(kwargs.get("quantization_config"), dtype)
     if set(kwargs) - STREAMED_ARGUMENTS or target is None or quantization is None or not isinstance(dtype, torch.dtype):
         return None
-    if adapter := find_adapter_config_file(model, **hub):
-        # transformers takes a folder's model with the adapter, and of a hub id another model than is stored there.
-        raise beside_a_model(model, os.path.dirname(adapter))
     if getattr(config, "auto_map", None):
         return None
     try:
@@ -120,6 +120,7 @@ def load_whole(
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         check_stored(model, stored, kwargs.pop("quantization_config", None))
+        _check_stored_names(model, config, kwargs)
     if stored is not None or "quantization_config" in kwargs:
         kwargs.setdefault("device_map", {"": device.index or 0 if device.type == "cuda" else device.type})
     loaded, report = _reported(model, kwargs)
@@ -129,6 +130,29 @@ def load_whole(
     for name in keep_on_host(loaded):
         loaded.get_submodule(name).to("cpu")
     return loaded
+
+
+def _check_stored_names(model: str, config: Any, kwargs: dict[str, Any]) -> None:
+    """Whether a checkpoint in bitsandbytes' formats has a tensor for each weight: from_pretrained fails with anything
+    but that when it makes one up in a quantized layer.
+
+    Raises:
+        UserError: it has not.
+    """
+    if quantization_name(config.quantization_config) not in ("nf4", "fp4", "int8"):
+        return
+    try:
+        source = checkpoint_source(model, **_files_arguments(kwargs))
+    except (FileNotFoundError, ValueError):
+        return
+    empty = skeleton(config, torch.float32)
+    if renames(empty, source):
+        return
+    head, prefix = empty.get_output_embeddings(), f"{empty.base_model_prefix}."
+    packed = {f"{n}.weight" for n, m in empty.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    found = {name if name in packed else prefix + name for name in source.tensors}
+    if missing := sorted(packed - found):
+        raise lacking(model, missing, sorted(source.tensors.keys() - {*empty.state_dict()}), empty)
 
 
 def _reported(model: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.errors import UserError, did_you_mean, one_line, some
 from lowvram_grpo.memory.architectures import names, repositories
+from lowvram_grpo.policy.hub import cached
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -56,21 +57,11 @@ def _not_on_the_hub(model: str, error: Exception, wanted: str) -> UserError:
     if folder or found:
         return UserError(f"The {wanted} of {model!r} on the hub can't be loaded: {one_line(error)}.")
     known = repositories(model)
-    hint = f" (by name there are {', '.join(known)})" if known else did_you_mean(model, names())
+    hint = f" (by name there are {', '.join(known)})" if known else "" if "/" in model else did_you_mean(model, names())
     return UserError(
-        f"Model {model!r} is neither a local folder nor reachable on the hub{hint}; check the name, pass a local "
-        "folder, or set HF_ENDPOINT to a mirror."
+        f"Model {model!r} is neither a local folder nor in this machine's hub cache nor reachable on the hub{hint}; "
+        "check the name, pass a local folder, or set HF_ENDPOINT to a mirror."
     )
-
-
-def cached(model: str) -> str | None:
-    """The folder of a hub id in the local cache, None without one; the network is not asked."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(model, local_files_only=True)
-    except (OSError, ValueError):
-        return None
 
 
 def not_a_model(folder: str, name: str | None = None) -> UserError:
@@ -93,7 +84,10 @@ def not_a_model(folder: str, name: str | None = None) -> UserError:
         which = f"name the file, as in --model {shown}" if len(files) == 1 else f"name one of them, as in {shown}"
         return UserError(f"{name!r} holds {'a GGUF file' if len(files) == 1 else 'GGUF files'}; {which}.")
     inside = sorted(place.glob("*/config.json")) or sorted(place.glob("snapshots/*/config.json"))
-    remedy = f"did you mean {inside[-1].parent}?" if inside else "name the folder that the model was saved in."
+    remedy = "name the folder that the model was saved in."
+    if inside:
+        some_of = "did you mean" if len(inside) == 1 else f"of its {len(inside)} folders that hold one, did you mean"
+        remedy = f"{some_of} {inside[-1].parent}?"
     return UserError(f"The folder {name!r} holds no model, as it has no {_CONFIG}; {remedy}")
 
 
@@ -160,7 +154,7 @@ def check_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
         words = tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.added_tokens_decoder.values()}
     except NotImplementedError:  # a tokenizer of a model's own code
         return
-    if not words:
+    if not words - {"▁"}:  # a unigram model's own, which is never without it
         raise no_tokenizer(model)
 
 
