@@ -16,9 +16,11 @@ from torch import nn
 from lowvram_grpo.conversation import TextStream
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.loading import adopt_stored_quantization, hub_arguments, load_model_of
+from lowvram_grpo.memory.architectures import named
 from lowvram_grpo.policy.adapter import adapter_config
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.head import head_of
+from lowvram_grpo.policy.hub import offline_where_unreachable
 from lowvram_grpo.policy.load import model_config
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
@@ -82,7 +84,7 @@ def recipe_to_sample(flags: Mapping[str, Any], tell: Callable[[str], None]) -> R
 
     Args:
         flags: as for `recipe.resolve`; `adapter` may be a run.
-        tell: hears which checkpoint was taken.
+        tell: hears which checkpoint was taken, and what the model's name stands for.
 
     Raises:
         UserError: no such run, adapter or model, or none given.
@@ -94,10 +96,13 @@ def recipe_to_sample(flags: Mapping[str, Any], tell: Callable[[str], None]) -> R
         if said:
             tell(said)
     recipe = resolve(flags, file)
+    offline_where_unreachable([recipe.adapter, recipe.model, recipe.data], tell)
     base = adapter_config(recipe.adapter).base_model_name_or_path if place else None
     recipe.model = recipe.model or base
     if not recipe.model:
         raise UserError("No model given; pass --model with a folder or a hub id, or --adapter with a run.")
+    recipe.model = named(recipe.model, tell)
+    offline_where_unreachable([recipe.model], tell)
     if os.path.isabs(recipe.model) and not os.path.exists(recipe.model):
         by = f", which {place} was trained on," if place and "model" not in flags else ""
         raise UserError(f"The model {recipe.model}{by} does not exist; pass --model with the place where it is.")
@@ -150,14 +155,14 @@ def load_policy(
     """Load what `recipe` names: quantization, head and host memory as in training, all weights frozen.
 
     Args:
-        tell: hears what was made smaller, or is slow here.
+        tell: hears what was made smaller, what of the checkpoint was left out, and what is slow here.
 
     Raises:
         UserError: missing or unfit model or adapter.
     """
     config = model_config(recipe.model, **hub_arguments(recipe))
     adopt_stored_quantization(recipe, config, lambda sentence: None)
-    model = load_model_of(recipe, args).requires_grad_(False)
+    model = load_model_of(recipe, args, tell).requires_grad_(False)
     for sentence in place_embeddings(
         unwrap(model),
         head_dtype=args.head_dtype,

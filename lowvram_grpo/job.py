@@ -178,7 +178,7 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data, s
         console.phase("loading the model")
         interrupt = StopAfterStep(console.notice)
         trainer = GRPOTrainer(
-            load_model_of(recipe, args),
+            load_model_of(recipe, args, console.notice),
             rewards,
             args,
             train_data,

@@ -43,15 +43,20 @@ def hub_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def load_tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer of the recipe's model, with the recipe's chat template where it names one.
+    """The tokenizer of the recipe's model, with the recipe's chat template where it names one. The model's
+    configuration is read for it, its weights are not.
 
     Raises:
-        UserError: no such model, no tokenizer, or no such template.
+        UserError: no such model, one of another kind, no tokenizer, tokens that the model has no embedding for, or no
+            such template.
     """
-    from lowvram_grpo.policy.load import load_tokenizer
+    from lowvram_grpo.policy.load import load_tokenizer, model_config
+    from lowvram_grpo.policy.refusals import check_rows
     from lowvram_grpo.templates import chat_template
 
+    config = model_config(recipe.model, **hub_arguments(recipe))
     tokenizer = load_tokenizer(recipe.model, **hub_arguments(recipe))
+    check_rows(recipe.model, tokenizer, config)
     if recipe.chat_template:
         tokenizer.chat_template = chat_template(recipe.chat_template)
     return tokenizer
@@ -108,8 +113,11 @@ def adopt_stored_quantization(recipe: Recipe, config: PretrainedConfig, tell: Ca
     return True
 
 
-def load_model_of(recipe: Recipe, args: GRPOConfig) -> nn.Module:
+def load_model_of(recipe: Recipe, args: GRPOConfig, tell: Callable[[str], None]) -> nn.Module:
     """The recipe's model on the device of `args`, quantized as it says, in its adapter where it names one.
+
+    Args:
+        tell: hears of weights in the checkpoint that the model has no place for.
 
     Raises:
         UserError: missing or unfit model or adapter.
@@ -132,5 +140,6 @@ def load_model_of(recipe: Recipe, args: GRPOConfig) -> nn.Module:
         quantization_config=quantization,
         init_kwargs=init,
         keep_on_host=lambda model: stays_on_host(model, args.head_dtype, args.embedding_offload),
+        tell=tell,
     )
     return load_adapter(model, recipe.adapter) if recipe.adapter else model

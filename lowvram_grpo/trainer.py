@@ -24,6 +24,7 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.experience import MicroBatch, Rollout, load_updates, save_updates, split, updates_of
 from lowvram_grpo.learner import Learner
 from lowvram_grpo.loss import choose_kernels
+from lowvram_grpo.memory.architectures import named
 from lowvram_grpo.memory.guard import cap
 from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.memory.probe import probe
@@ -37,7 +38,7 @@ from lowvram_grpo.metrics import (
 )
 from lowvram_grpo.objective import objective_of
 from lowvram_grpo.policy.adapter import restore_adapter
-from lowvram_grpo.policy.load import build_policy, compute_dtype, load_tokenizer
+from lowvram_grpo.policy.load import build_policy, check_tokens, compute_dtype, load_tokenizer_for
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
@@ -102,8 +103,10 @@ class GRPOTrainer(Trainer):
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         check_columns(reward_funcs, reward_columns(train_dataset[0], only_prompts=bool(args.remove_unused_columns)))
         set_seed(args.seed)
-        name = model if isinstance(model, str) else unwrap(model).config._name_or_path
-        tokenizer = processing_class or load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+        if isinstance(model, str):
+            model = named(model, self.observer.notice)
+        tokenizer = processing_class or load_tokenizer_for(model, args)
+        check_tokens(model, tokenizer, args)
         if args.use_vllm:
             check_vllm(args)
         cap(args)

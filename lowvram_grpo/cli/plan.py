@@ -31,7 +31,8 @@ def start(
     hush()
     from lowvram_grpo import preset as presets
     from lowvram_grpo.cli.train import parse_extra
-    from lowvram_grpo.memory.architectures import resolve_config
+    from lowvram_grpo.loading import hub_arguments
+    from lowvram_grpo.memory.architectures import named, resolve_config
     from lowvram_grpo.memory.planner import Planner
     from lowvram_grpo.recipe import resolve
 
@@ -44,7 +45,9 @@ def start(
     model = recipes[0].model
     if not model:
         raise UserError("No model given; pass --model with a well-known name, a folder or a config.json.")
-    resolved, source = resolve_config(model)
+    say = (lambda sentence: None) if as_json else lambda sentence: print(f"[lowvram-grpo] {sentence}")
+    named(model, say)  # the table knows its shape by either name
+    resolved, source = resolve_config(model, **hub_arguments(recipes[0]))
     planner = Planner(resolved)
     cards = [vram if vram is not None else presets.load(recipe.preset).vram_gib for recipe in recipes]
     if None in cards:

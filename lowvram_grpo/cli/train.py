@@ -20,6 +20,8 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     notice = prepare_cuda()
     hush()
     from lowvram_grpo.job import run
+    from lowvram_grpo.memory.architectures import named
+    from lowvram_grpo.policy.hub import offline_where_unreachable
     from lowvram_grpo.recipe import resolve
     from lowvram_grpo.resume import check_same_policy
     from lowvram_grpo.run.directory import RunDirectory
@@ -34,11 +36,15 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     if "output_dir" in flags:
         flags["output_dir"] = str(flags["output_dir"])
     recipe = resolve(flags, config)
+    say = lambda sentence: print(f"[lowvram-grpo] {sentence}")
+    if recipe.model:
+        recipe.model = named(recipe.model, say)
+    offline_where_unreachable([recipe.model, recipe.adapter, recipe.data, recipe.eval_data], say)
     if resume:
         check_same_policy(resolve({}, config), recipe, directory)
     recipe.resume = resume
     if notice:
-        print(f"[lowvram-grpo] {notice}")
+        say(notice)
     with boundary(recipe):
         run(recipe, dry_run=dry_run)
 

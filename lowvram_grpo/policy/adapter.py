@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.errors import UserError, one_line, some
 from lowvram_grpo.policy.head import head_of
 
 if TYPE_CHECKING:
@@ -71,8 +71,11 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     base = adapter_config(adapter).base_model_name_or_path
     try:
         wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        # Again, for its report: from_pretrained only warns of what it did not find.
+        report = wrapped.load_adapter(adapter, wrapped.active_adapter, is_trainable=True)
     except _UNLOADABLE as error:
         raise _misfit(f"The adapter {adapter}", error, base) from error
+    check_whole(f"The adapter {adapter}", report, base)
     head_of(wrapped.get_base_model())
     return wrapped
 
@@ -84,13 +87,37 @@ def restore_adapter(model: PeftModel, checkpoint: str, name: str) -> None:
         UserError: they are damaged, or of another model.
     """
     try:
-        model.load_adapter(checkpoint, name, is_trainable=True)
+        report = model.load_adapter(checkpoint, name, is_trainable=True)
     except _UNLOADABLE as error:
         raise _misfit(f"The checkpoint {checkpoint}", error) from error
+    check_whole(f"The checkpoint {checkpoint}", report)
+
+
+def check_whole(what: str, report: Any, base: str | None = None) -> None:
+    """Whether all weights of an adapter were found, and all that were found had a place.
+
+    An adapter of which a part is left out is another one, so here that is no mere notice.
+
+    Args:
+        what: what was loaded, for people.
+        report: `missing_keys` and `unexpected_keys`, as `PeftModel.load_adapter` returns them.
+        base: the model that it was made for, if known.
+
+    Raises:
+        UserError: something is missing or left over.
+    """
+    remedy = f"give --model the one it was trained on{f', {base}' if base else ''}, or another adapter."
+    if report.missing_keys:
+        held = f" and holds {some(report.unexpected_keys)} instead" if report.unexpected_keys else ""
+        raise UserError(f"{what} lacks {some(report.missing_keys)}{held}; {remedy}")
+    if report.unexpected_keys:
+        raise UserError(f"{what} holds {some(report.unexpected_keys)}, for which this model has no place; {remedy}")
 
 
 def _misfit(what: str, error: Exception, base: str | None = None) -> UserError:
     """One sentence for weights, called `what`, that did not load. `base` is the model they were made for, if known."""
+    if isinstance(error, KeyError):
+        return UserError(f"{what} lacks {error.args[0]!r}; give another, or one that was saved whole.")
     mismatches = _MISMATCH.findall(str(error))
     if not mismatches:
         return UserError(f"{what} can't be loaded onto this model: {one_line(error)}.")

@@ -145,9 +145,14 @@ def can_stream(model: PreTrainedModel, source: CheckpointSource, quantization: s
     # GPT-2's layers hold their weights transposed.
     if any(isinstance(module, Conv1D) for module in model.modules()):
         return None
-    if any(_converts(rule, source) for rule in _conversions(model)):
+    if renames(model, source):
         return None
     return _match(model, source)
+
+
+def renames(model: PreTrainedModel, source: CheckpointSource) -> bool:
+    """Whether transformers would rename a tensor of the checkpoint, or make another of it."""
+    return any(_converts(rule, source) for rule in _conversions(model))
 
 
 def _conversions(model: PreTrainedModel) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.policy.accounting import left_over
 from lowvram_grpo.policy.stream import materialize, skeleton
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Computed from the configuration, or used by `_scale_rotary`.
+_ROTARY = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
 def gguf_parts(model: str, gguf_file: str | None = None) -> tuple[str, str] | None:
@@ -73,9 +78,11 @@ def load_gguf(
     quantization: str = "none",
     keep_on_host: Callable[[PreTrainedModel], tuple[str, ...]] = lambda model: (),
     attention: str | None = None,
+    tell: Callable[[str], None] = warnings.warn,
     **hub: Any,
 ) -> PreTrainedModel:
-    """The model in a GGUF file of a folder or hub id; `hub` has its revision, token or cache_dir.
+    """The model in a GGUF file of a folder or hub id; `hub` has its revision, token or cache_dir, and `tell` hears of
+    tensors without a place in the model.
 
     Raises:
         UserError: transformers has no tables for its architecture.
@@ -83,7 +90,7 @@ def load_gguf(
     """
     config, reader = gguf_config(folder, file, **hub)
     model = skeleton(config, dtype, **({"attn_implementation": attention} if attention else {}))
-    source = gguf_source(file, model, reader)
+    source = gguf_source(file, model, reader, tell)
     kept = keep_on_host(model)
     materialize(model, source, device=device, dtype=dtype, quantization=quantization, keep_on_host=kept)
     _scale_rotary(model, reader)
@@ -113,13 +120,16 @@ def gguf_config(folder: str, file: str, **hub: Any) -> tuple[PretrainedConfig, A
     return config, reader
 
 
-def gguf_source(path: str, model: PreTrainedModel, reader: Any = None) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def gguf_source(
+    path: str, model: PreTrainedModel, reader: Any = None, tell: Callable[[str], None] = warnings.warn
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """(parameter name, function that gives it in float32) for the tensors of a GGUF file.
 
     Args:
         path: of the file.
         model: of the file's configuration, on meta: its names are what the file's are mapped to.
         reader: a `gguf.GGUFReader` of `path`, if there is one.
+        tell: hears of tensors that are mapped to nothing.
 
     Raises:
         UserError: the architecture is none that transformers maps tensor by tensor.
@@ -142,6 +152,9 @@ def gguf_source(path: str, model: PreTrainedModel, reader: Any = None) -> Iterat
     except NotImplementedError as error:
         raise _unsupported(path, one_line(error)) from error
     tied = getattr(model, "all_tied_weights_keys", {})
+    stored = {tensor.name for tensor in reader.tensors}
+    if strangers := sorted(stored - names.keys() - _ROTARY):
+        tell(left_over(path, strangers))
     return _tensors(reader, processor, {theirs: ours for theirs, ours in names.items() if ours not in tied})
 
 

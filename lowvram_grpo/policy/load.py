@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowvram_grpo.errors import UserError, did_you_mean, one_line
+from lowvram_grpo.errors import UserError, did_you_mean
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.gguf import gguf_config, gguf_parts, gguf_tokenizer
@@ -19,6 +19,14 @@ from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.precision import auto_dtype
 from lowvram_grpo.policy.pretrained import hub_arguments, load_gguf_file, load_streamed, load_whole
 from lowvram_grpo.policy.quantization import bitsandbytes_config
+from lowvram_grpo.policy.refusals import (
+    check_kind,
+    check_rows,
+    check_vocabulary,
+    explained,
+    lacks_vocabulary,
+    no_tokenizer,
+)
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 
 if TYPE_CHECKING:
@@ -39,33 +47,22 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
-def model_config(model: str, **hub: Any) -> PretrainedConfig:
+def model_config(model: str, gguf_file: str | None = None, **hub: Any) -> PretrainedConfig:
     """The configuration of a model: folder, hub id or GGUF file; `hub` has its revision or trust_remote_code.
 
     Raises:
-        UserError: no such model.
+        UserError: no such model, or one that is no causal language model.
     """
     try:
-        if gguf := gguf_parts(model):
-            return gguf_config(*gguf, **{k: v for k, v in hub.items() if k != "trust_remote_code"})[0]
-        return AutoConfig.from_pretrained(model, **hub)
+        if gguf := gguf_parts(model, gguf_file):
+            config = gguf_config(*gguf, **{k: v for k, v in hub.items() if k != "trust_remote_code"})[0]
+        else:
+            # Else transformers asks at the terminal.
+            config = AutoConfig.from_pretrained(model, **{"trust_remote_code": False, **hub})
     except (OSError, ValueError, ImportError) as error:
-        raise _explain(model, error) from error
-
-
-def _explain(model: str, error: Exception) -> UserError:
-    """One sentence for whatever from_pretrained threw."""
-    if isinstance(error, ImportError):
-        other = ", or pass --attn-implementation sdpa" if "attention" in str(error).lower() else ""
-        return UserError(f"{model!r} needs a package that is missing ({one_line(error)}); install it{other}.")
-    if os.path.isfile(model):
-        return UserError(f"The file {model!r} does not hold a loadable model: {one_line(error)}")
-    if os.path.isdir(model):
-        return UserError(f"The folder {model!r} does not hold a loadable model: {one_line(error)}")
-    return UserError(
-        f"Model {model!r} is neither a local folder nor reachable on the hub; check the name, pass a local folder, "
-        "or set HF_ENDPOINT to a mirror."
-    )
+        raise explained(model, error) from error
+    check_kind(model, config)
+    return config
 
 
 def check_attention(name: str | None) -> None:
@@ -96,8 +93,11 @@ def load_tokenizer(model: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     gguf = gguf_parts(model, kwargs.pop("gguf_file", None))
     try:
         tokenizer = gguf_tokenizer(*gguf, **kwargs) if gguf else AutoTokenizer.from_pretrained(model, **kwargs)
-    except (OSError, ValueError) as error:
-        raise _explain(model, error) from error
+    except Exception as error:  # what is thrown for files that are damaged depends on the kind of tokenizer
+        if not gguf and "trust_remote_code" not in str(error) and lacks_vocabulary(model):
+            raise no_tokenizer(model) from error
+        raise explained(model, error, "tokenizer") from error
+    check_vocabulary(model, tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(
@@ -105,6 +105,34 @@ def load_tokenizer(model: str, **kwargs: Any) -> PreTrainedTokenizerBase:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_tokenizer_for(model: str | nn.Module, args: GRPOConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model that GRPOTrainer was given. Raises as `load_tokenizer`."""
+    if isinstance(model, str):
+        return load_tokenizer(model, **_place_of(args))
+    return load_tokenizer(unwrap(model).config._name_or_path, trust_remote_code=args.trust_remote_code)
+
+
+def _place_of(args: GRPOConfig) -> dict[str, Any]:
+    """Where the files of a model given by name are, and whether its code may run."""
+    init = args.model_init_kwargs or {}
+    gguf = {"gguf_file": init["gguf_file"]} if init.get("gguf_file") else {}
+    return {"trust_remote_code": args.trust_remote_code, **hub_arguments(init), **gguf}
+
+
+def check_tokens(model: str | nn.Module, tokenizer: PreTrainedTokenizerBase, args: GRPOConfig) -> None:
+    """Whether the model that GRPOTrainer was given has an embedding for each token; it is not loaded for that.
+
+    Raises:
+        UserError: it has not, or there is no such model.
+    """
+    if isinstance(model, str):
+        config, name = model_config(model, **_place_of(args)), model
+    else:
+        config = unwrap(model).config
+        name = config._name_or_path or type(unwrap(model)).__name__
+    check_rows(name, tokenizer, config)
 
 
 def load_causal_lm(
@@ -115,6 +143,7 @@ def load_causal_lm(
     quantization_config: Any = None,
     init_kwargs: dict[str, Any] | None = None,
     keep_on_host: Callable[[PreTrainedModel], tuple[str, ...]] = lambda model: (),
+    tell: Callable[[str], None] = warnings.warn,
 ) -> PreTrainedModel:
     """Load a causal language model from a folder, a hub id or a GGUF file.
 
@@ -128,9 +157,11 @@ def load_causal_lm(
         quantization_config: from `bitsandbytes_config`. A checkpoint that is quantized already is taken as it is.
         init_kwargs: arguments of from_pretrained.
         keep_on_host: names the modules (input embeddings, lm_head) of a model whose weights stay in host memory.
+        tell: hears of weights in the checkpoint that the model has no place for.
 
     Raises:
-        UserError: missing model, one that is no causal language model, or one that is quantized in another way.
+        UserError: missing model, one that is no causal language model, one that is quantized in another way, or a
+            checkpoint that is damaged, lacks weights or has them in other shapes.
     """
     kwargs = {"dtype": dtype, **(init_kwargs or {})}
     if "torch_dtype" in kwargs:
@@ -141,15 +172,15 @@ def load_causal_lm(
         kwargs.setdefault("quantization_config", quantization_config)
     try:
         if gguf := gguf_parts(model, kwargs.pop("gguf_file", None)):
-            loaded = load_gguf_file(*gguf, device, kwargs, keep_on_host)
+            loaded = load_gguf_file(*gguf, device, kwargs, keep_on_host, tell)
         else:
-            config = AutoConfig.from_pretrained(model, **hub_arguments(kwargs))
+            config = model_config(model, **hub_arguments(kwargs))
             kwargs["dtype"] = auto_dtype(kwargs["dtype"], config.dtype, device)
             loaded = load_streamed(model, config, device, kwargs, keep_on_host)
             if loaded is None:
-                loaded = load_whole(model, config, device, kwargs, keep_on_host)
+                loaded = load_whole(model, config, device, kwargs, keep_on_host, tell)
     except (OSError, ValueError, ImportError) as error:
-        raise _explain(model, error) from error
+        raise explained(model, error) from error
     keep_differentiable(loaded)
     return loaded
 
@@ -183,7 +214,7 @@ def build_policy(
         dtype = compute_dtype(args.device) if peft_config is not None else torch.float32
         init = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
         model = load_causal_lm(
-            model, device=args.device, dtype=dtype, quantization_config=quantization_config, init_kwargs=init
+            model, device=args.device, dtype=dtype, quantization_config=quantization_config, init_kwargs=init, tell=tell
         )
     elif args.model_init_kwargs:
         raise UserError("model_init_kwargs only apply to a model given by name; drop them or pass the model's name.")

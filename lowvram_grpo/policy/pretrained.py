@@ -5,19 +5,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import find_adapter_config_file
 
-from lowvram_grpo.errors import UserError
-from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source
+from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.memory.guard import is_out_of_memory
+from lowvram_grpo.policy.accounting import account, lacking
+from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source, renames
 from lowvram_grpo.policy.gguf import load_gguf
-from lowvram_grpo.policy.quantization import check_stored, streamed_quantization
+from lowvram_grpo.policy.quantization import check_stored, quantization_name, streamed_quantization
+from lowvram_grpo.policy.refusals import beside_a_model
 from lowvram_grpo.policy.stream import materialize, skeleton
 
 if TYPE_CHECKING:
@@ -58,15 +64,22 @@ def _one_device(device_map: Any, default: torch.device) -> torch.device | None:
 def load_streamed(
     model: str, config: Any, device: torch.device, kwargs: dict[str, Any], keep_on_host: HostNames
 ) -> PreTrainedModel | None:
-    """The model, or None where only from_pretrained knows how to load it as these arguments ask for."""
+    """The model, or None where only from_pretrained knows how to load it as these arguments ask for.
+
+    Raises:
+        UserError: an adapter lies beside the model.
+    """
     hub, dtype = _files_arguments(kwargs), kwargs["dtype"]
+    if adapter := find_adapter_config_file(model, **hub):
+        # transformers takes a folder's model with the adapter, and of a hub id another model than is stored there.
+        raise beside_a_model(model, os.path.dirname(adapter))
     if dtype == "auto":
         dtype = config.dtype
     target = _one_device(kwargs.get("device_map"), device)
     quantization = streamed_quantization(kwargs.get("quantization_config"), dtype)
     if set(kwargs) - STREAMED_ARGUMENTS or target is None or quantization is None or not isinstance(dtype, torch.dtype):
         return None
-    if getattr(config, "auto_map", None) or find_adapter_config_file(model, **hub):
+    if getattr(config, "auto_map", None):
         return None
     try:
         source = checkpoint_source(model, **hub)
@@ -91,24 +104,75 @@ def load_streamed(
 
 
 def load_whole(
-    model: str, config: Any, device: torch.device, kwargs: dict[str, Any], keep_on_host: HostNames
+    model: str,
+    config: Any,
+    device: torch.device,
+    kwargs: dict[str, Any],
+    keep_on_host: HostNames,
+    tell: Callable[[str], None],
 ) -> PreTrainedModel:
-    """The model by from_pretrained.
+    """The model by from_pretrained; `tell` hears of weights without a place.
 
     Raises:
-        UserError: the checkpoint is quantized already, and in another way than asked for.
+        UserError: the checkpoint is quantized already, and in another way than asked for; it is damaged, lacks weights
+            or has them in other shapes.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         check_stored(model, stored, kwargs.pop("quantization_config", None))
+        _check_stored_names(model, config, kwargs)
     if stored is not None or "quantization_config" in kwargs:
         kwargs.setdefault("device_map", {"": device.index or 0 if device.type == "cuda" else device.type})
-    loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    loaded, report = _reported(model, kwargs)
+    account(model, loaded, report, tell)
     if stored is not None and isinstance(kwargs["dtype"], torch.dtype):
         _recast(loaded, kwargs["dtype"])
     for name in keep_on_host(loaded):
         loaded.get_submodule(name).to("cpu")
     return loaded
+
+
+def _check_stored_names(model: str, config: Any, kwargs: dict[str, Any]) -> None:
+    """Whether a checkpoint in bitsandbytes' formats has a tensor for each weight: from_pretrained fails with anything
+    but that when it makes one up in a quantized layer.
+
+    Raises:
+        UserError: it has not.
+    """
+    if quantization_name(config.quantization_config) not in ("nf4", "fp4", "int8"):
+        return
+    try:
+        source = checkpoint_source(model, **_files_arguments(kwargs))
+    except (FileNotFoundError, ValueError):
+        return
+    empty = skeleton(config, torch.float32)
+    if renames(empty, source):
+        return
+    head, prefix = empty.get_output_embeddings(), f"{empty.base_model_prefix}."
+    packed = {f"{n}.weight" for n, m in empty.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    found = {name if name in packed else prefix + name for name in source.tensors}
+    if missing := sorted(packed - found):
+        raise lacking(model, missing, sorted(source.tensors.keys() - {*empty.state_dict()}), empty)
+
+
+def _reported(model: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """from_pretrained's model, and what it says of its weights: shapes too, where it would only throw."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model, **{"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True}
+        )
+    except (SafetensorError, UnpicklingError, EOFError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error) or "CUDA" in str(error):
+            raise
+        raise UserError(
+            f"The weights of {model!r} can't be read ({_short(error)}); the file is damaged or incomplete: download or "
+            "save it again."
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    # Of a file that is no pickle, torch says at length how to open it unsafely.
+    return one_line(error).partition(". ")[0]
 
 
 def _recast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -124,7 +188,12 @@ def _recast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def load_gguf_file(
-    folder: str, file: str, device: torch.device, kwargs: dict[str, Any], keep_on_host: HostNames
+    folder: str,
+    file: str,
+    device: torch.device,
+    kwargs: dict[str, Any],
+    keep_on_host: HostNames,
+    tell: Callable[[str], None],
 ) -> PreTrainedModel:
     """The model in a GGUF file.
 
@@ -149,5 +218,6 @@ def load_gguf_file(
         quantization=quantization,
         keep_on_host=keep_on_host,
         attention=kwargs.get("attn_implementation"),
+        tell=tell,
         **_files_arguments(kwargs),
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import UserError, some
 from lowvram_grpo.kernels.quantized import quantize_statistics
 from lowvram_grpo.policy.quantization import bitsandbytes_config
 
@@ -99,7 +99,8 @@ def materialize(
         # Or the last tensor would stay alive while the next is read.
         del tensor
     if missing:
-        raise UserError(f"The checkpoint lacks {_some(missing)}; download it again, or check that it is complete.")
+        lacking = some(sorted(missing))
+        raise UserError(f"The checkpoint lacks {lacking}; download it again, or check that it is complete.")
     model.tie_weights()
     for module in model.modules():
         module._is_hf_initialized = True
@@ -123,12 +124,6 @@ def expected_names(model: nn.Module) -> list[str]:
     """
     tied = getattr(model, "all_tied_weights_keys", {})
     return [name for name in model.state_dict() if name not in tied]
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more
 
 
 def _replace_linear_layers(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Any:

@@ -62,6 +62,62 @@ def test_spellings(spelling, name):
     assert architectures.lookup(spelling) == name
 
 
+@pytest.mark.parametrize(
+    "name,place",
+    [
+        ("Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
+        ("qwen2.5:0.5b", "Qwen/Qwen2.5-0.5B"),
+        ("Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("Qwen2.5-Coder-0.5B", "Qwen/Qwen2.5-Coder-0.5B"),
+        ("qwen2.5-math-7b-instruct", "Qwen/Qwen2.5-Math-7B-Instruct"),
+        ("Qwen3-8B", "Qwen/Qwen3-8B"),
+        ("Qwen3-8B-Base", "Qwen/Qwen3-8B-Base"),
+        ("Qwen3-4B-Thinking-2507", "Qwen/Qwen3-4B-Thinking-2507"),
+        ("Meta-Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("SmolLM2-360M-Instruct", "HuggingFaceTB/SmolLM2-360M-Instruct"),
+        ("gemma-3-1b-pt", "google/gemma-3-1b-pt"),
+        ("mistral-7b-instruct", "mistralai/Mistral-7B-Instruct-v0.3"),
+        # None of these has a repository of the bare name: the instruct model is meant.
+        ("Gemma-3-4B", "google/gemma-3-4b-it"),
+        ("Phi-4-mini", "microsoft/Phi-4-mini-instruct"),
+        # Nobody's that is known, and names that need no help
+        ("Qwen2.5-Math-3B", None),
+        ("Qwen3-4B-Instruct", None),
+        ("Qwen2.5-0.5B-Instruct-bnb-4bit", None),
+        ("Qwen/Qwen2.5-0.5B", None),
+        ("unsloth/Qwen2.5-0.5B", None),
+        ("./Qwen2.5-0.5B", None),
+        ("models\\Qwen2.5-0.5B", None),
+        ("Qwen2.5-0.5B.gguf", None),
+        ("Qwen2.5-72B", None),
+    ],
+)
+def test_a_name_without_an_owner_means_its_repository(name, place):
+    assert architectures.repository(name) == place
+    said = []
+    assert architectures.named(name, said.append) == (place or name)
+    assert said == ([f"model: {name} is {place} on the hub."] if place else [])
+
+
+def test_every_repository_is_of_its_entry_and_is_found_by_its_own_name():
+    for name in architectures.names():
+        places = architectures.repositories(name)
+        assert places and [architectures.lookup(place) for place in places] == [name] * len(places)
+        assert [architectures.repository(place.split("/")[1]) for place in places] == places
+
+
+def test_a_folder_of_a_well_known_name_goes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen2.5-0.5B").mkdir()
+    (tmp_path / "elsewhere" / "Qwen3-4B").mkdir(parents=True)
+    absolute, said = str(tmp_path / "Qwen2.5-0.5B"), []
+    for written in ("Qwen2.5-0.5B", absolute):
+        assert architectures.named(written, said.append) == written
+        assert said.pop() == f"model: Qwen2.5-0.5B is the folder {absolute}, not Qwen/Qwen2.5-0.5B on the hub."
+    # A path says by itself that it is meant.
+    assert architectures.named("elsewhere/Qwen3-4B", said.append) == "elsewhere/Qwen3-4B" and not said
+
+
 def test_no_two_models_share_a_spelling():
     assert [architectures.lookup(name) for name in architectures.names()] == architectures.names()
 

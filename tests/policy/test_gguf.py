@@ -25,7 +25,7 @@ def permuted(weight, heads):
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, model, architecture, kind="F32", divisors=None):
+def write_gguf(path, model, architecture, kind="F32", divisors=None, more=None):
     config = model.config
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_name("tiny")
@@ -59,6 +59,8 @@ def write_gguf(path, model, architecture, kind="F32", divisors=None):
         form = gguf.GGMLQuantizationType[kind if value.ndim == 2 else "F32"]
         data = gguf.quantize(np.ascontiguousarray(value), form)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), data, raw_dtype=form)
+    for name, value in (more or {}).items():
+        writer.add_tensor(name, value)
     if divisors is not None:
         writer.add_tensor("rope_freqs.weight", divisors)
     writer.write_header_to_file()
@@ -167,3 +169,13 @@ def test_a_gguf_file_can_be_planned(tmp_path):
     config, source = resolve_config(str(tmp_path / "tiny.gguf"))
     assert source.endswith("tiny.gguf")
     assert (config.hidden_size, config.num_hidden_layers) == (model.config.hidden_size, model.config.num_hidden_layers)
+
+
+def test_tensors_without_a_place_are_one_notice(tmp_path):
+    model, said = tiny_model("qwen2"), []
+    path = write_gguf(tmp_path / "m.gguf", model, "qwen2", divisors=np.ones(8, dtype=np.float32))
+    load(path, tell=said.append)
+    assert not said
+    path = write_gguf(tmp_path / "n.gguf", model, "qwen2", more={"v.patch.weight": np.ones(8, dtype=np.float32)})
+    load(path, tell=said.append)
+    assert len(said) == 1 and "1 weight that the model has no place for: 'v.patch.weight'" in said[0]

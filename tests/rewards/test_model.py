@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lowvram_grpo.errors import UserError
@@ -76,7 +78,7 @@ def test_what_cannot_judge_is_named(tmp_path, judge_dir):
         RewardRunner([str(tmp_path / "nowhere")])
     two = tmp_path / "two"
     make_judge(num_labels=2).save_pretrained(two)
-    with pytest.raises(UserError, match="two'"):
+    with pytest.raises(UserError, match="two' was trained with 2 outputs"):
         RewardRunner([str(two)])
     with pytest.raises(UserError, match="has 2 outputs"):
         run(make_judge(num_labels=2), processing_classes=[make_tokenizer()])
@@ -84,3 +86,54 @@ def test_what_cannot_judge_is_named(tmp_path, judge_dir):
         run(judge_dir, [[{"role": "user", "content": "a"}]], [[{"role": "assistant", "content": "b"}]])
     with pytest.raises(UserError, match=r"make 40 tokens, but the reward model 'tiny-judge' reads 32"):
         run(judge_dir, ["a " * 38], ["b b"])
+
+
+def rewritten(folder, change):
+    path = f"{folder}/model.safetensors"
+    save_file({k: v.contiguous() for k, v in change(load_file(path)).items()}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (
+            lambda w: {k: v for k, v in w.items() if "score" not in k},
+            "not a trained reward model: its checkpoint lacks score",
+        ),
+        (lambda w: {k: v for k, v in w.items() if "layers.1" not in k}, "lacks 'model.layers.1"),
+        (lambda w: {f"module.{k}": v for k, v in w.items()}, "begin with 'module.'"),
+        (lambda w: {**w, "model.norm.weight": torch.ones(3)}, r"'model.norm.weight' is \(3,\) and not \(32,\)"),
+    ],
+    ids=["no head", "a layer short", "prefixed", "another shape"],
+)
+def test_every_weight_of_a_judge_comes_from_its_checkpoint(judge_dir, change, words):
+    rewritten(judge_dir, change)
+    with pytest.raises(UserError, match=words):
+        RewardRunner([judge_dir])
+
+
+def test_what_a_judge_has_no_place_for_is_said(judge_dir):
+    rewritten(judge_dir, lambda weights: {**weights, "v_head.weight": torch.ones(1)})
+    with pytest.warns(UserWarning, match="1 weight that the model has no place for: 'v_head.weight'"):
+        RewardRunner([judge_dir])
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_judge_in_an_adapter_brings_its_head(tmp_path, saved):
+    base = tmp_path / "base"
+    make_model().save_pretrained(base)
+    untrained = LlamaForSequenceClassification.from_pretrained(base, num_labels=1)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS" if saved else None, init_lora_weights=False)
+    judge = get_peft_model(untrained, lora)
+    judge.save_pretrained(tmp_path / "judge")
+    make_tokenizer().save_pretrained(tmp_path / "judge")
+    if not saved:
+        with pytest.raises(UserError, match=r"judge' is not a trained reward model: its checkpoint lacks score.weight"):
+            RewardRunner([str(tmp_path / "judge")])
+        return
+    _, total = run(str(tmp_path / "judge"), processing_classes=[make_tokenizer()])
+    expected = [alone(judge, make_tokenizer(), p + c) for p, c in zip(PROMPTS, COMPLETIONS)]
+    torch.testing.assert_close(total, torch.tensor(expected))
+    make_judge().save_pretrained(tmp_path / "judge")
+    with pytest.raises(UserError, match="holds an adapter beside a model"):
+        RewardRunner([str(tmp_path / "judge")])

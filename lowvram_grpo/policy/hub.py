@@ -1,0 +1,55 @@
+"""The hub, its cache on this machine, and whether it can be reached at all."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+# Seconds; a name that is not resolved fails at once, and a firewall that drops packets should not take much longer.
+_PATIENCE = 3.0
+
+
+def cached(model: str) -> str | None:
+    """The folder of a hub id in the local cache, None without one; the network is not asked."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(model, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+
+
+def offline_where_unreachable(places: list[str | None], tell: Callable[[str], None]) -> None:
+    """Use the cache alone where `places` (of models, adapters, data) has a hub id and the hub does not answer: else its
+    client tries each file six times, which takes minutes for a model that is all there.
+
+    Args:
+        tell: hears of it.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or not any(place and not os.path.exists(place) for place in places):
+        return
+    if _answers(constants.ENDPOINT):
+        return
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+    tell(f"{constants.ENDPOINT} can't be reached: only this machine's cache of it is used.")
+
+
+def _answers(endpoint: str) -> bool:
+    """Whether a connection can be made; assumed where a proxy stands between."""
+    url = urlsplit(endpoint)
+    if url.scheme in getproxies() or not url.hostname:
+        return True
+    try:
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), _PATIENCE).close()
+    except OSError:
+        return False
+    return True
