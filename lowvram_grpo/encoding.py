@@ -98,7 +98,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         UserError: it encodes nothing.
     """
-    if not tokenizer("Any text at all: 1 a", add_special_tokens=False)["input_ids"]:
+    ids = tokenizer("Any text at all: 1 a", add_special_tokens=False)["input_ids"]
+    only_special = {*tokenizer.get_vocab()} <= {*tokenizer.all_special_tokens}
+    if not ids or (only_special and {*ids} == {tokenizer.unk_token_id}):
         place = getattr(tokenizer, "name_or_path", "") or "the model"
         raise UserError(
             f"The tokenizer of {place} encodes nothing ({counted(len(tokenizer), 'token')}): its files are missing; "

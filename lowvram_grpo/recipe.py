@@ -20,7 +20,6 @@ from lowvram_grpo.errors import UserError, did_you_mean
 from lowvram_grpo.ranges import LORA_RANGES, check_ranges
 from lowvram_grpo.rewards.registry import BUILTIN, parse_spec
 from lowvram_grpo.tables import parse_arguments, read_table
-from lowvram_grpo.templates import is_inline
 
 # Keys of TRL's and open-r1's recipes that have another name here.
 ALIASES = {
@@ -142,7 +141,7 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
     check_ranges(job, LORA_RANGES)
     for key in _PLACES & job.keys():
         job[key] = _anchored(job[key])
-    if job.get("chat_template") != "plain" and not is_inline(job.get("chat_template") or ""):
+    if job.get("chat_template") != "plain":
         job["chat_template"] = _anchored(job.get("chat_template"))
     job["reward"] = [_anchored_reward(spec) for spec in job.get("reward", [])]
     return Recipe(**job, training={k: v for k, v in values.items() if k not in _JOB_TYPES}, origin=origin)

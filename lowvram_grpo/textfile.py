@@ -72,7 +72,7 @@ def as_utf8(path: Path, what: str) -> Iterator[Path]:
             pass
         yield path
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         copy = Path(folder) / path.name
         with open(copy, "w", encoding="utf-8", newline="") as file:
             file.writelines(_blocks(path, encoding, what))
