@@ -20,8 +20,9 @@ REFERENCE_COLUMN = "reference_completion"
 
 
 def reference_ids(tokenizer, text: str) -> list[int]:
-    """Token ids of a reference as a completion: the text and the end of the turn."""
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    """Token ids of a reference as a completion: the text and the end of the turn, which the text may hold already."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
 class ColdStart:

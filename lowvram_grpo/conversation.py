@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lowvram_grpo.decoding import silent_ids, spoken
 from lowvram_grpo.encoding import encode_prompts
 from lowvram_grpo.errors import UserError, counted
 
@@ -24,8 +26,10 @@ class TextStream:
     differently behind others than alone (the space in front of a word, bytes that make a character together).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, silent: Collection[int] | None = None):
+        """`silent` are the ids that say nothing, by default the tokenizer's own."""
         self.tokenizer = tokenizer
+        self.silent = silent_ids(tokenizer) if silent is None else silent
         self._ids: list[int] = []
         self._context = self._shown = 0  # both count ids
 
@@ -48,9 +52,7 @@ class TextStream:
         return piece
 
     def _decoded(self, end: int) -> str:
-        return self.tokenizer.decode(
-            self._ids[self._context : end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return spoken(self.tokenizer, self._ids[self._context : end], self.silent)
 
 
 class Prompt(NamedTuple):

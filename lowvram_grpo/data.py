@@ -2,134 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lowvram_grpo.errors import UserError, did_you_mean, one_line
+from lowvram_grpo.answers import Answer
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.messages import is_conversational, written_out
+from lowvram_grpo.prompts import PROMPT_COLUMNS, find_prompt_column, look_at, prompt_and_last
+from lowvram_grpo.reading import load
 from lowvram_grpo.templates import template as find_template
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
-PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "query", "text")
-_READERS = {
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".parquet": ("parquet", {}),
-}
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+__all__ = ["PROMPT_COLUMNS", "check_dataset", "is_conversational", "load", "opening_turns", "prepare"]
 
-
-# Loading -------------------------------------------------------------------------------------------------------------
-
-
-def load(
-    path: str, *, config: str | None = None, split: str | None = None, prefer: Sequence[str] = ("train",)
-) -> Dataset:
-    """Read a dataset.
-
-    Args:
-        path: a `save_to_disk` folder, a json/jsonl/csv/tsv/parquet file, a folder of such files, or a hub id.
-        config: the dataset's configuration, for hub ids and folders that have several.
-        split: a split or a slice of one, as `datasets` writes it (`train[:1000]`).
-        prefer: which split to take where none is named: the first of these that is there, or the only one.
-
-    Raises:
-        UserError: nothing is there, it can't be read, it is empty, or it has no such split.
-    """
-    from datasets import DatasetDict
-
-    found = _read(path, config)
-    dataset = _pick_split(found if isinstance(found, DatasetDict) else DatasetDict(train=found), split, path, prefer)
-    if not len(dataset):
-        raise UserError(
-            f"The dataset {path} is empty{f' in split {split!r}' if split else ''}; GRPO needs one prompt or more."
-        )
-    return dataset
-
-
-def _read(path: str, config: str | None) -> Dataset | DatasetDict:
-    from datasets import load_dataset, load_from_disk
-
-    place = Path(path).expanduser()
-    suffix = place.suffix.lower()
-    try:
-        if place.is_dir():
-            saved = (place / "dataset_dict.json").is_file() or (place / "state.json").is_file()
-            return load_from_disk(str(place)) if saved else load_dataset(str(place), config)
-        if place.is_file():
-            if suffix not in _READERS:
-                raise UserError(
-                    f"The dataset {path} is a file of no known kind; give a {', '.join(k[1:] for k in _READERS)} file."
-                )
-            reader, options = _READERS[suffix]
-            return load_dataset(reader, data_files={"train": [str(place)]}, **options)
-        if suffix in _READERS or not _HUB_ID.fullmatch(path):
-            raise UserError(
-                f"The dataset {path} does not exist: no such file or folder, and it is no hub id (owner/name)."
-            )
-        return load_dataset(path, config)
-    except UserError:
-        raise
-    # What `datasets` raises for a file of zero bytes, and for a saved split of no rows.
-    except (StopIteration, IndexError) as error:
-        raise UserError(
-            f"The dataset {path} is empty, or one of its splits is; GRPO needs one prompt or more."
-        ) from error
-    except Exception as error:  # a dozen libraries read for us, each with errors of its own
-        raise _unreadable(path, place, error) from error
-
-
-def _unreadable(path: str, place: Path, error: Exception) -> UserError:
-    from datasets.exceptions import DatasetNotFoundError
-
-    reason = one_line(error.__cause__ or error)
-    hint = "; choose one with --data-config" if "config name" in reason.lower() else ""
-    if place.exists():
-        return UserError(f"The dataset {path} can't be read: {reason}{hint}.")
-    if isinstance(error, (DatasetNotFoundError, ConnectionError)):
-        return UserError(
-            f"The dataset {path} is neither a file nor a folder here, nor reachable on the hub ({reason}); "
-            "check the name, give a local path, or, where the hub is blocked, set HF_ENDPOINT to a mirror."
-        )
-    return UserError(f"The dataset {path} can't be loaded from the hub: {reason}{hint}.")
-
-
-def _pick_split(splits: DatasetDict, split: str | None, path: str, prefer: Sequence[str]) -> Dataset:
-    from datasets import ReadInstruction, concatenate_datasets
-
-    names = list(splits)
-    if split is None:
-        usual = next((name for name in prefer if name in splits), None)
-        if usual is None and len(splits) > 1:
-            raise UserError(
-                f"The dataset {path} has no split {prefer[0]!r}; choose one of {', '.join(names)} with --split."
-            )
-        return splits[usual or names[0]]
-    asked = [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
-    for name in asked:
-        if name not in splits:
-            raise UserError(
-                f"The dataset {path} has no split {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}."
-            )
-    try:
-        parts = ReadInstruction.from_spec(split).to_absolute({name: len(splits[name]) for name in names})
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"--split {split} can't be read ({error}); write it as train or train[:1000].") from error
-    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
-
-
-# Preparing -----------------------------------------------------------------------------------------------------------
-
-
-def is_conversational(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages (`{"role": str, "content": str}`) rather than plain text."""
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict) and "role" in prompt[0]
+_REFERENCE = "reference_completion"
 
 
 def prepare(
@@ -140,59 +28,75 @@ def prepare(
     answer_column: str | None,
     system_prompt: str | None,
     few_shot: list[dict[str, str]] | None,
+    answer_columns: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda sentence: None,
 ) -> Dataset:
     """A dataset as the trainer and the rewards read it.
 
     Plain text stays text unless there is a system prompt or an example to put before it; then it becomes a user turn.
     Prompts that are conversations get the system prompt where they have none, and the examples where they have a
-    single turn. Conversations keep the roles and contents of their messages.
+    single turn. Conversations keep the roles and contents of their messages; ShareGPT's form, content in text parts
+    and messages that were written out as JSON or Python text become the usual one.
+
+    Conversations whose last turn is the assistant's are SFT data: that turn is the reference, and the prompt ends
+    before it. Only where the column's name says prompt it is the beginning of the completion and stays.
 
     Args:
         template: a name of `templates.TEMPLATES`.
         prompt_column: by default the first of `PROMPT_COLUMNS` present.
-        answer_column: by default the first of the template's `answer_columns` present.
+        answer_column: by default the first of the template's `answer_columns` present; `column.field` for a struct's.
         system_prompt: used instead of the template's; `""` means none.
         few_shot: `{"prompt": str, "completion": str}` each, used instead of the template's; `[]` means none.
+        answer_columns: where the answer is looked for by default in place of the template's columns.
+        tell: hears what was decided about the data, a sentence each.
 
     Returns:
-        the dataset with `prompt` (str, or a list of messages); with an answer column also `answer` (str or None; a
+        the dataset with `prompt` (str, or a list of messages); with answers also `answer` (str or None; a
         `completion` column that it came from goes, since rewards receive the model's completions under that name);
-        and where the template can format the row's answer, `reference_completion` (str or None), unless the dataset
-        brings that column itself. All other columns are kept.
+        and where the template can format the row's answer, or there are last turns and no template,
+        `reference_completion` (str or None), unless the dataset brings that column itself. All other columns are kept.
 
     Raises:
-        UserError: a column is missing, or a row has no usable prompt.
+        UserError: a column is missing, a row has no usable prompt, or an answer is not one value.
     """
     from datasets import Features, Value
 
     form = find_template(template) if template else None
-    source = _prompt_column(dataset, prompt_column)
-    answer = _answer_column(dataset, answer_column, form.answer_columns if form else ())
+    source = find_prompt_column(dataset, prompt_column, tell)
+    answer = _answer(dataset, answer_column, answer_columns or (form.answer_columns if form else ()))
     before, shots = opening_turns(template, system_prompt, few_shot)
-    conversational = bool(before or shots) or isinstance(dataset[0][source], list)
-    have = {*dataset.column_names, *(["answer"] if answer else [])}
-    makes_reference = form and {*form.reference_needs} <= have and "reference_completion" not in have
+    kind = look_at(dataset, source)
+    conversational = bool(before or shots) or kind.conversational
+    last_is_answer = bool(kind.references) and answer is None and not {"answer", "solution"} & {*dataset.column_names}
+    have = {*dataset.column_names, *(["answer"] if answer or last_is_answer else [])}
+    formats_reference = form is not None and {*form.reference_needs} <= have and _REFERENCE not in have
+    last_is_reference = bool(kind.references) and form is None and _REFERENCE not in have
+    for sentence in (kind.sentence(source), answer.notice if answer else ""):
+        if sentence:
+            tell(sentence)
 
     def columns(row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt = _checked(row[source], source, index)
+        prompt, last = prompt_and_last(row[source], source, index, sft=not kind.prefill)
         if not conversational and not isinstance(prompt, str):
             raise UserError(
                 f"Row {index} of column {source!r} is a conversation, but row 0 is text; use one kind only."
             )
         new = {"prompt": _with_turns(prompt, before, shots) if conversational else prompt}
-        if answer:
-            new["answer"] = None if row[answer] is None else str(row[answer])
-        if makes_reference:
-            new["reference_completion"] = form.reference({**row, **new})
+        if answer or last_is_answer:
+            new["answer"] = answer.of(row, index) if answer else last
+        if formats_reference:
+            new[_REFERENCE] = form.reference({**row, **new})
+        elif last_is_reference:
+            new[_REFERENCE] = last
         return new
 
     text = Value("string")
     features = {**dataset.features, "prompt": [{"role": text, "content": text}] if conversational else text}
-    if answer:
+    if answer or last_is_answer:
         features["answer"] = text
-    if makes_reference:
-        features["reference_completion"] = text
-    dropped = [answer] if answer == "completion" else []
+    if formats_reference or last_is_reference:
+        features[_REFERENCE] = text
+    dropped = [answer.column] if answer and answer.column == "completion" else []
     for name in dropped:
         del features[name]
     # In memory: a cache on disk would be keyed on names of our functions, not their code, and outlive an upgrade.
@@ -227,47 +131,9 @@ def opening_turns(
     return before, shots
 
 
-def _prompt_column(dataset: Dataset, asked: str | None) -> str:
-    names = dataset.column_names
-    if asked is None:
-        found = next((name for name in PROMPT_COLUMNS if name in names), None)
-        if found is None:
-            raise UserError(f"The data has no prompt column; name one with --prompt-column: {', '.join(names)}.")
-        return found
-    return _column(dataset, asked, "--prompt-column")
-
-
-def _answer_column(dataset: Dataset, asked: str | None, usual: Sequence[str]) -> str | None:
-    if asked is None:
-        return next((name for name in usual if name in dataset.column_names), None)
-    return _column(dataset, asked, "--answer-column")
-
-
-def _column(dataset: Dataset, name: str, flag: str) -> str:
-    names = dataset.column_names
-    if name not in names:
-        raise UserError(
-            f"The data has no column {name!r}{did_you_mean(name, names)}; choose {flag} from: {', '.join(names)}."
-        )
-    return name
-
-
-def _checked(prompt: Any, column: str, index: int) -> str | list[dict[str, str]]:
-    """The prompt itself, or its messages with role and content only."""
-    where = f"Row {index} of column {column!r}"
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise UserError(f"{where} is blank; drop such rows or name another --prompt-column.")
-        return prompt
-    if not is_conversational(prompt):
-        raise UserError(
-            f"{where} is {'empty' if prompt is None else type(prompt).__name__}, but a prompt must be text or a list "
-            "of messages with role and content; drop such rows or name another --prompt-column."
-        )
-    messages = [{"role": m.get("role"), "content": m.get("content")} for m in prompt]
-    if not all(isinstance(value, str) for m in messages for value in m.values()):
-        raise UserError(f"{where} has a message whose role or content is not text; only text messages are supported.")
-    return messages
+def _answer(dataset: Dataset, asked: str | None, usual: Sequence[str]) -> Answer | None:
+    column = asked or next((name for name in usual if name in dataset.column_names), None)
+    return Answer(dataset, column) if column else None
 
 
 def _with_turns(prompt: str | list[dict[str, str]], system: list[dict], shots: list[dict]) -> list[dict]:
@@ -278,15 +144,25 @@ def _with_turns(prompt: str | list[dict[str, str]], system: list[dict], shots: l
     return [*system, *(shots if len(prompt) == 1 else []), *prompt]
 
 
-def check_dataset(dataset: Any, name: str) -> None:
+def check_dataset(dataset: Any, name: str, *, several: bool = False) -> None:
     """Whether GRPOTrainer can use a dataset that a script made.
 
+    Args:
+        several: a dict of datasets will do as well.
+
     Raises:
-        UserError: it is missing, has no length, is empty, or has no `prompt` column (those found are listed).
+        UserError: it is missing, is several where one is wanted, has no length, is empty, or has no `prompt` column
+            (those found are listed) or none of prompts.
     """
     if dataset is None:
         raise UserError(f"{name} is missing; GRPO needs a dataset with a `prompt` column.")
     if isinstance(dataset, dict):
+        if not several:
+            splits = ", ".join(map(str, dataset)) or "none"
+            raise UserError(
+                f"{name} is a {type(dataset).__name__} of several datasets ({splits}); pass one of them, as in "
+                f"data[{next(iter(dataset), 'train')!r}]."
+            )
         for key, part in dataset.items():
             check_dataset(part, f"{name}[{key!r}]")
         return
@@ -294,8 +170,28 @@ def check_dataset(dataset: Any, name: str) -> None:
         raise UserError(f"{name} has no length (it is a {type(dataset).__name__}); pass a map-style dataset.")
     if len(dataset) == 0:
         raise UserError(f"{name} is empty; GRPO needs at least one prompt.")
-    if "prompt" not in dataset[0]:
-        found = ", ".join(dataset[0])
+    try:
+        row = dataset[0]
+    except (KeyError, TypeError, IndexError):  # a pandas table is indexed by its columns
+        row = None
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{name} is a {type(dataset).__name__}, whose rows are not dicts; pass a dataset of rows, as "
+            "datasets.Dataset.from_list or from_pandas makes."
+        )
+    if "prompt" not in row:
+        found = ", ".join(row)
         raise UserError(
             f"{name} has no `prompt` column (columns found: {found}); rename the column that holds the prompts."
+        )
+    prompt = row["prompt"]
+    if isinstance(prompt, str) and written_out(prompt):
+        raise UserError(
+            f"{name} holds messages that are written out as text in its `prompt` column; make lists of them first, "
+            "with json.loads."
+        )
+    if not isinstance(prompt, str) and not is_conversational(prompt):
+        raise UserError(
+            f"{name} has a prompt that is {'empty' if prompt is None else type(prompt).__name__} in its first row; it "
+            "must be text or a list of messages with role and content."
         )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowvram_grpo.data import is_conversational
 from lowvram_grpo.errors import UserError, counted
+from lowvram_grpo.messages import in_text, is_conversational
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,8 +25,9 @@ def check_prompts(
     """Whether the prompts of a dataset can be rendered and encoded: its first rows stand for all.
 
     Raises:
-        UserError: as `encode_prompts`, or the chat template shows nothing of a conversation.
+        UserError: as `encode_prompts`, or the chat template shows nothing of a conversation, or was applied before.
     """
+    check_tokenizer(tokenizer)
     prompts = dataset.select(range(min(len(dataset), _CHECKED)))["prompt"]
     encode_prompts(tokenizer, prompts[:1], max_prompt_length=None, chat_template_kwargs=chat_template_kwargs)
     chats = [prompt for prompt in prompts if is_conversational(prompt)]
@@ -37,6 +38,13 @@ def check_prompts(
             raise UserError(
                 "The chat template renders every conversation as the same text, without its messages; pass "
                 "--chat-template plain, or a .jinja file that prints messages."
+            )
+    for chat, text in zip(chats, texts):
+        begun = next((t for t in tokenizer.all_special_tokens if text.startswith(t)), None)
+        if begun and chat[-1]["role"] == "user" and str(chat[-1]["content"]).lstrip().startswith(begun):
+            raise UserError(
+                f"A prompt begins with {begun!r} inside a user's turn, as the chat template does: it went through "
+                "a chat template already; take prompts that did not, or leave out template, system prompt and examples."
             )
 
 
@@ -50,7 +58,8 @@ def encode_prompts(
     """Token ids of each prompt, and how many prompts were cut to `max_prompt_length` (tokens).
 
     A conversation is followed by the generation prompt, or, where its last turn is the assistant's, left open for that
-    turn to go on. Plain text gets the special tokens that the tokenizer puts in front of a text, none behind it.
+    turn to go on. Plain text gets the special tokens that the tokenizer puts in front of a text, once (text that went
+    through a chat template has them already), and none behind it.
 
     A conversation that is too long loses the middle of its last user turn: what asks for the answer stands before that
     turn (system prompt, examples), behind it (the generation prompt), or at either end of it. Where that is not enough,
@@ -66,11 +75,12 @@ def encode_prompts(
         for i, row in zip(chats, _chat_ids(tokenizer, [prompts[i] for i in chats], chat_template_kwargs)):
             ids[i] = row
     if plain:
-        behind = _special_tokens_behind(tokenizer)
-        for i, row in zip(plain, tokenizer([prompts[i] for i in plain], verbose=False)["input_ids"]):
+        behind = len(_special_tokens(tokenizer)[1])
+        for i, row in zip(plain, text_ids(tokenizer, [prompts[i] for i in plain])):
             ids[i] = row[: len(row) - behind]
     for prompt, row in zip(prompts, ids):
         if not row:
+            check_tokenizer(tokenizer)
             raise UserError(f"The prompt {prompt!r} has no tokens, so there is nothing to continue; drop such rows.")
     if max_prompt_length is None:
         return ids, 0
@@ -80,6 +90,31 @@ def encode_prompts(
         in_turn = turn.cut(len(ids[i]), max_prompt_length) if turn else None
         ids[i] = in_turn or ids[i][-max_prompt_length:]
     return ids, len(cut)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether there is a tokenizer: for a folder without its files transformers makes one that knows no words.
+
+    Raises:
+        UserError: it encodes nothing.
+    """
+    ids = tokenizer("Any text at all: 1 a", add_special_tokens=False)["input_ids"]
+    only_special = {*tokenizer.get_vocab()} <= {*tokenizer.all_special_tokens}
+    if not ids or (only_special and {*ids} == {tokenizer.unk_token_id}):
+        place = getattr(tokenizer, "name_or_path", "") or "the model"
+        raise UserError(
+            f"The tokenizer of {place} encodes nothing ({counted(len(tokenizer), 'token')}): its files are missing; "
+            "copy tokenizer.json and tokenizer_config.json from where the model comes from into its folder."
+        )
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of plain texts with the special tokens that the tokenizer puts around them; those in front stand once,
+    also where a text begins with them itself."""
+    front = _special_tokens(tokenizer)[0]
+    rows = tokenizer(texts, verbose=False)["input_ids"]
+    n = len(front)
+    return [row[n:] if n and row[:n] == front and row[n : 2 * n] == front else row for row in rows]
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, chats: list, kwargs: dict[str, Any] | None) -> list[list[int]]:
@@ -98,6 +133,7 @@ class _Turn:
 
     @classmethod
     def last_of(cls, tokenizer, messages: list, kwargs: dict[str, Any] | None) -> _Turn | None:
+        messages = in_text(messages)
         users = [i for i, m in enumerate(messages) if m["role"] == "user" and isinstance(m["content"], str)]
         return cls(tokenizer, messages, users[-1], kwargs) if users else None
 
@@ -139,6 +175,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], kwargs: 
     from jinja2 import TemplateSyntaxError
 
     if not tokenizer.chat_template:
+        check_tokenizer(tokenizer)
         raise UserError(
             "The prompts are conversations, but this model's tokenizer has no chat template; pass --chat-template "
             "plain, or a .jinja file, or use plain-text prompts without a template, system prompt or few-shot examples."
@@ -146,6 +183,10 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], kwargs: 
     goes_on = messages[-1]["role"] == "assistant"
     # Arrow fills the keys that only some messages have with None, and many templates print it.
     messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
+    try:
+        messages = in_text(messages)  # many templates print a list of parts as Python does, or nothing at all
+    except ValueError as error:
+        raise UserError(f"A prompt {error}.") from error
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on, **kwargs
@@ -164,11 +205,13 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], kwargs: 
         ) from error
 
 
-def _special_tokens_behind(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many special tokens (an EOS, a SEP) the tokenizer puts behind a text: a prompt must stay open."""
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts in front of a text (a BOS) and behind it (an EOS, a SEP)."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
-    return next((n for n in range(len(full)) if full[: len(full) - n][-len(bare) :] == bare), 0) if bare else 0
+    size = len(bare)
+    first = next((i for i in range(len(full) - size, -1, -1) if full[i : i + size] == bare), None) if bare else None
+    return ([], []) if first is None else (full[:first], full[first + size :])
 
 
 class LengthReport(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lowvram_grpo.conversation import TextStream
+from lowvram_grpo.decoding import silent_ids
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.loading import adopt_stored_quantization, hub_arguments, load_model_of
 from lowvram_grpo.memory.architectures import named
@@ -202,7 +203,11 @@ def stream_answer(
     adapter: bool = True,
 ) -> Answer:
     """Sample one answer to the prompt `ids`; `show` gets its text piece by piece. Ctrl-C ends it where it is."""
-    answer, text, started = Answer(), TextStream(policy.tokenizer), perf_counter()
+    answer, text, started = (
+        Answer(),
+        TextStream(policy.tokenizer, silent_ids(policy.tokenizer, sampling)),
+        perf_counter(),
+    )
 
     def say(piece: str) -> None:
         answer.text += piece

@@ -50,13 +50,13 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     specs = reward_specs(recipe, raw.column_names)
     rewards = [resolve_reward(spec) for spec in specs]
     args = training_config(recipe, weights=[weight for _, weight in rewards])
-    train_data, eval_data = _data(recipe, raw)
+    said: list[str] = []
+    train_data, eval_data = _data(recipe, raw, said)
     if directory:
         check_unfinished(directory, directory.latest_checkpoint(), planned_steps(args, train_data))
     # A chat template that is missing or does not fit is found here, before gigabytes are loaded.
     check_prompts(tokenizer, train_data, chat_template_kwargs=recipe.training.get("chat_template_kwargs"))
     _check_reward_columns(recipe, [f for f, _ in rewards], train_data, eval_data)
-    said: list[str] = []
     if not recipe.resume:
         recipe = _fitted(recipe, args, tokenizer, train_data, said.append)
         args = training_config(recipe, weights=[weight for _, weight in rewards])
@@ -104,15 +104,16 @@ def _fitted(recipe: Recipe, args: GRPOConfig, tokenizer, train_data, tell: Calla
     )
 
 
-def _data(recipe: Recipe, raw: Dataset) -> tuple[Dataset, Dataset | None]:
+def _data(recipe: Recipe, raw: Dataset, said: list[str]) -> tuple[Dataset, Dataset | None]:
     from lowvram_grpo.data import load
     from lowvram_grpo.task import prepared
 
-    evaluated = None
+    train_data, evaluated = prepared(recipe, raw, said.append), None
     if recipe.eval_data or recipe.eval_split:
         place = recipe.eval_data or recipe.data
-        evaluated = prepared(recipe, load(place, config=recipe.data_config, split=recipe.eval_split))
-    return prepared(recipe, raw), evaluated
+        raw = load(place, config=recipe.data_config, split=recipe.eval_split)
+        evaluated = prepared(recipe, raw, lambda sentence: sentence in said or said.append(f"evaluation: {sentence}"))
+    return train_data, evaluated
 
 
 def _check_reward_columns(recipe: Recipe, rewards: list, train_data: Dataset, eval_data: Dataset | None) -> None:

@@ -19,7 +19,7 @@ from lowvram_grpo import preset
 from lowvram_grpo.errors import UserError, did_you_mean
 from lowvram_grpo.ranges import LORA_RANGES, check_ranges
 from lowvram_grpo.rewards.registry import BUILTIN, parse_spec
-from lowvram_grpo.tables import read_table
+from lowvram_grpo.tables import parse_arguments, read_table
 
 # Keys of TRL's and open-r1's recipes that have another name here.
 ALIASES = {
@@ -224,6 +224,8 @@ def cast(key: str, value: Any, hint: Any) -> Any:
     absent = ("null",) if str in kinds else ("null", "none")
     if isinstance(value, str) and type(None) in options and value.lower() in absent:
         return None
+    if dict in kinds and key.endswith("_kwargs") and isinstance(value, str):
+        return parse_arguments(key, value)
     one_text = isinstance(value, str) and "," not in value
     for kind in sorted(kinds, key=_strictness):
         if kind is list and str in kinds and one_text:

@@ -1,22 +1,19 @@
-"""Tables of keys and values in TOML and YAML files."""
+"""Tables of keys and values: in TOML and YAML files, and as one setting on the command line."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.textfile import read_text
 
 
 def read_table(path: str | Path) -> dict[str, Any]:
     """The table in a TOML or YAML recipe. `1e-6` is a number in both (PyYAML alone reads it as text)."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # editors on Windows like to write the mark
-    except OSError as error:
-        raise UserError(f"The recipe {str(path)!r} cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"The recipe {str(path)!r} is not UTF-8 text; save it as UTF-8.") from error
+    text = read_text(path, f"The recipe {str(path)!r}")
     try:
         table = _parse_yaml(text) if Path(path).suffix.lower() in (".yaml", ".yml") else parse_toml(text)
     except ValueError as error:
@@ -55,3 +52,38 @@ def _parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+
+
+def parse_arguments(key: str, text: str) -> dict[str, Any]:
+    """A table of arguments from a JSON object, or from `name=value,name=value` with JSON values (a value that is none
+    is text; true, false and null may be written as Python writes them).
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        table = json.loads(text)
+    except ValueError:
+        table = None
+        parts = [part.partition("=") for part in text.split(",")]
+        # A comma or a bracket inside a value could be meant in several ways.
+        if all(name.strip().isidentifier() and value.strip() for name, _, value in parts) and not re.search(
+            r"[\[\]{}\"']", text
+        ):
+            table = {name.strip(): _json_or_text(value.strip()) for name, _, value in parts}
+    if not isinstance(table, dict):
+        raise UserError(
+            f"{key} is {text!r}, which is no table of arguments; write it as JSON, '{{\"name\": false}}' (in quotes "
+            "for the shell), or as name=false."
+        )
+    return table
+
+
+def _json_or_text(value: str) -> Any:
+    plain = {"true": True, "false": False, "null": None, "none": None}
+    if value.lower() in plain:
+        return plain[value.lower()]
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

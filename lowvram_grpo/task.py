@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.textfile import read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,8 +47,8 @@ def guess_notice(recipe: Recipe) -> str:
     )
 
 
-def prepared(recipe: Recipe, dataset: Dataset) -> Dataset:
-    """`dataset` with the prompts and answers that the recipe makes of it.
+def prepared(recipe: Recipe, dataset: Dataset, tell: Callable[[str], None] = lambda sentence: None) -> Dataset:
+    """`dataset` with the prompts and answers that the recipe makes of it; `tell` hears what was decided.
 
     Raises:
         UserError: as `data.prepare`, or an unreadable few-shot file.
@@ -62,7 +62,22 @@ def prepared(recipe: Recipe, dataset: Dataset) -> Dataset:
         answer_column=recipe.answer_column,
         system_prompt=recipe.system_prompt,
         few_shot=few_shot(recipe.few_shot),
+        answer_columns=_read_by_builtins(recipe, dataset),
+        tell=tell,
     )
+
+
+def _read_by_builtins(recipe: Recipe, dataset: Dataset) -> list[str]:
+    """Columns of answers that are no text or number, where a built-in reward compares with them and no template says
+    what they are. A person's own rewards get such columns as they are."""
+    from datasets import Value
+
+    from lowvram_grpo.rewards.registry import parse_spec
+
+    if recipe.template or not {"accuracy", "content"} & {parse_spec(spec).target for spec in recipe.reward}:
+        return []
+    found = next((name for name in ("answer", "solution") if name in dataset.column_names), None)
+    return [] if found is None or type(dataset.features[found]) is Value else [found]
 
 
 def few_shot(path: str | None) -> list[dict] | None:
@@ -73,13 +88,17 @@ def few_shot(path: str | None) -> list[dict] | None:
     """
     if path is None:
         return None
+    text = read_text(path, f"--few-shot {path}").strip()
+    lines = [line for line in text.split("\n") if line.strip()]
     try:
-        text = Path(path).read_text(encoding="utf-8").strip()
-        turns = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--few-shot {path} is not a readable json list of {{prompt, completion}}: {error}") from error
-    if not all(isinstance(turn, dict) and {"prompt", "completion"} <= turn.keys() for turn in turns):
-        raise UserError(f"Each entry of --few-shot {path} needs a `prompt` and a `completion`.")
+        turns = json.loads(text) if text.startswith("[") else [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(
+            f"--few-shot {path} is not a readable json list of {{prompt, completion}}: {one_line(error)}."
+        ) from error
+    for turn in turns:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("prompt", "completion")):
+            raise UserError(f"Each entry of --few-shot {path} needs a `prompt` and a `completion`, both of text.")
     return turns
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.textfile import read_text
 
 
 @dataclass(frozen=True)
@@ -135,25 +136,23 @@ def guess(columns: Collection[str]) -> str | None:
 
 
 def chat_template(name_or_path: str) -> str:
-    """Jinja source: `plain` gives `PLAIN_CHAT_TEMPLATE`, anything else is read as a file.
+    """Jinja source: `plain` gives `PLAIN_CHAT_TEMPLATE`, a template itself (`is_inline`) stays, anything else is read
+    as a file.
 
     Raises:
-        UserError: neither `plain` nor a readable, non-empty text file that is no JSON.
+        UserError: none of these, or an unreadable or empty file, or one of JSON.
     """
     if name_or_path == "plain":
         return PLAIN_CHAT_TEMPLATE
+    if is_inline(name_or_path):
+        return name_or_path.removeprefix("\ufeff")
     path = Path(name_or_path).expanduser()
     if not path.is_file():
         raise UserError(
             f"--chat-template {name_or_path} is neither `plain`{did_you_mean(name_or_path, ['plain'])} nor a .jinja "
-            "file that exists."
+            "file that exists, nor the text of a template."
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--chat-template {name_or_path} can't be read as UTF-8 text ({error}); pass `plain` or a .jinja file."
-        ) from error
+    text = read_text(path, f"--chat-template {name_or_path}")
     if not text.strip():
         raise UserError(f"--chat-template {name_or_path} is an empty file; write a Jinja template into it.")
     if _is_json(text):
@@ -162,6 +161,11 @@ def chat_template(name_or_path: str) -> str:
             "`chat_template` entry."
         )
     return text
+
+
+def is_inline(text: str) -> bool:
+    """Whether a setting is a chat template itself, as recipes of open-r1 have it, rather than the name of one."""
+    return "{{" in text or "{%" in text or "\n" in text
 
 
 def _is_json(text: str) -> bool:

@@ -100,6 +100,8 @@ class GRPOTrainer(Trainer):
         args = args or GRPOConfig(output_dir="grpo")
         self.observer = observer or Observer(log_completions=args.log_completions)
         check_dataset(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            check_dataset(eval_dataset, "eval_dataset", several=True)
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         check_columns(reward_funcs, reward_columns(train_dataset[0], only_prompts=bool(args.remove_unused_columns)))
         set_seed(args.seed)

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
-from lowvram_grpo.data import is_conversational, load, prepare
+from lowvram_grpo.data import check_dataset, is_conversational, load, prepare
 from lowvram_grpo.errors import UserError
 
 ROWS = [{"prompt": f"p{i}", "answer": f"a{i}"} for i in range(5)]
@@ -88,7 +88,7 @@ def test_load_names_what_is_missing_or_unreadable(tmp_path):
         load(str(odd))
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a"}\nnot json\n', encoding="utf-8")
-    with pytest.raises(UserError, match="can't be read: JSON parse error"):
+    with pytest.raises(UserError, match="can't be read: line 2 is no JSON"):
         load(str(broken))
 
 
@@ -234,3 +234,152 @@ def test_unknown_template():
 def test_is_conversational():
     assert is_conversational([user("a")])
     assert not any(map(is_conversational, ["a", [], ["a"], None]))
+
+
+# Data as it is published: messages as text, in parts, in ShareGPT's form, with the answer as their last turn
+
+CHATS = [[user(f"q{i}"), {"role": "assistant", "content": f"a{i}"}] for i in range(2)]
+
+
+def told(rows, **given):
+    said = []
+    return prepared(rows, tell=said.append, **given), " ".join(said)
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr, lambda chat: " " + json.dumps(chat, indent=1)])
+def test_messages_that_were_written_out_as_text_are_decoded(write):
+    data, said = told([{"prompt": write([user("it's")])}, {"prompt": write([user("b")])}])
+    assert data["prompt"][:] == [[user("it's")], [user("b")]]
+    assert "column 'prompt' are written out as text" in said
+
+
+def test_text_that_only_mentions_json_stays_text():
+    rows = [{"prompt": text} for text in ('[{"x": 1}] is a list', '{"role": "user"}', "[1, 2]")]
+    assert prepared(rows).to_list() == rows
+
+
+def test_written_out_messages_that_cannot_be_decoded_are_named():
+    numpy = "[{'role': 'user', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]"
+    with pytest.raises(UserError, match="Row 0 of column 'prompt' looks like a list of messages, but is neither JSON"):
+        prepared([{"prompt": numpy}])
+    with pytest.raises(UserError, match="Row 1 of column 'prompt' is a conversation, but row 0 is text"):
+        prepared([{"prompt": "a"}, {"prompt": json.dumps([user("b")])}])
+
+
+def test_the_last_turn_of_sft_data_is_the_reference_and_no_part_of_the_prompt():
+    data, said = told([{"messages": chat} for chat in CHATS])
+    assert data["prompt"][:] == [[user("q0")], [user("q1")]]
+    assert data["answer"][:] == data["reference_completion"][:] == ["a0", "a1"]
+    assert "2 of 2 conversations in column 'messages' end with the assistant's turn" in said
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "dialogue"])
+@pytest.mark.parametrize("write", [lambda chat: chat, json.dumps])
+def test_no_reference_stays_in_a_prompt_whatever_the_column_is_called(column, write):
+    several = [user("a"), {"role": "assistant", "content": "b"}, *CHATS[0]]
+    data = prepared([{column: write(several)}, {column: write([user("open")])}], prompt_column=column)
+    assert data["prompt"][:] == [several[:-1], [user("open")]]
+    assert data["answer"][:] == ["a0", None]
+
+
+def test_references_and_answers_of_the_data_outrank_the_last_turn():
+    rows = [{"messages": CHATS[0], "answer": "18", "reference_completion": "mine"}]
+    assert prepared(rows).to_list() == [{**rows[0], "prompt": [user("q0")]}]
+    solved = prepared([{"messages": CHATS[0], "solution": "18"}])
+    assert "answer" not in solved.column_names and solved["reference_completion"][0] == "a0"
+    named = prepared([{"messages": CHATS[0], "final": 18}], answer_column="final")
+    assert (named[0]["answer"], named[0]["reference_completion"]) == ("18", "a0")
+
+
+def test_a_template_makes_its_own_reference_of_the_last_turn():
+    row = prepared([{"messages": CHATS[0]}], template="tldr")[0]
+    assert row["prompt"][-1] == user("q0") and row["prompt"][0]["role"] == "system"
+    assert (row["answer"], row["reference_completion"]) == ("a0", "<answer>a0</answer>")
+
+
+@pytest.mark.parametrize("column", ["prompt", "raw_prompt"])
+def test_a_prefill_in_a_column_of_prompts_stays_and_is_said(column):
+    prefill = [user("a"), {"role": "assistant", "content": "<think>"}]
+    data, said = told([{column: prefill}, {column: [user("b")]}], prompt_column=column)
+    assert data["prompt"][:] == [prefill, [user("b")]] and "answer" not in data.column_names
+    assert "1 of 2 conversations" in said and "rename the column to messages" in said
+
+
+def test_nothing_is_said_of_usual_data():
+    assert told([{"prompt": "a", "answer": "1"}])[1] == told([{"messages": [user("a")]}])[1] == ""
+
+
+def test_an_answer_without_a_question_is_named():
+    with pytest.raises(UserError, match="Row 0 of column 'messages' has no user's turn before the assistant's last"):
+        prepared([{"messages": [{"role": "system", "content": "s"}, CHATS[0][1]]}])
+
+
+def test_sharegpt_conversations_are_read():
+    turns = [{"from": who, "value": text} for who, text in (("system", "s"), ("human", "q"), ("gpt", "a"))]
+    data = prepared([{"conversations": turns}])
+    assert data[0]["prompt"] == [{"role": "system", "content": "s"}, user("q")] and data[0]["answer"] == "a"
+    with pytest.raises(UserError, match="has a message from 'narrator', which is none of assistant, "):
+        prepared([{"conversations": [{"from": "narrator", "value": "x"}]}])
+
+
+def test_the_prompt_is_chosen_among_columns_and_said():
+    data, said = told([{"messages": CHATS[0], "prompt": "p", "text": "t"}])
+    assert data[0]["prompt"] == "p"
+    assert said == "the prompts are column 'prompt', not 'messages' or 'text' (--prompt-column)."
+    assert prepared([{"messages": CHATS[0], "text": "q0 a0"}])[0]["prompt"] == [user("q0")]
+
+
+def test_text_parts_are_text_and_other_parts_are_named():
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "1+1?"}]
+    assert prepared([{"prompt": [user(parts)]}])[0]["prompt"] == [user("What is 1+1?")]
+    assert prepared([{"prompt": json.dumps([user(parts)])}])[0]["prompt"] == [user("What is 1+1?")]
+    image = {"type": "image_url", "text": None}
+    with pytest.raises(UserError, match=r"Row 0 .* has a message with a part of type 'image_url'; only text"):
+        prepared([{"prompt": [user([*parts, image])]}])
+    with pytest.raises(UserError, match=r"Row 0 .* has a message with a part of type 'image'"):
+        prepared([{"prompt": json.dumps([user([{"type": "image"}])])}])
+
+
+def test_an_answer_in_a_struct_is_taken_out_and_said():
+    rows = [{"prompt": "a", "extra": {"ground_truth": str(i), "index": 100 + i}} for i in range(3)]
+    data, said = told(rows, answer_column="extra")
+    assert data["answer"][:] == ["0", "1", "2"] and "--answer-column extra.ground_truth" in said
+    assert prepared(rows, answer_column="extra.index")["answer"][:] == ["100", "101", "102"]
+
+
+def test_a_completion_of_messages_is_tldrs_answer():
+    row = {"prompt": [user("long")], "completion": [{"role": "assistant", "content": "short"}]}
+    assert prepared([row], template="tldr")[0]["reference_completion"] == "<answer>short</answer>"
+
+
+@pytest.mark.parametrize("rewards,answer", [(["accuracy"], "7"), (["r.py:f"], {"ground_truth": "7", "index": 107})])
+def test_built_in_rewards_get_the_answer_and_own_ones_the_column(rewards, answer):
+    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.task import prepared as prepared_by
+
+    data = Dataset.from_list([{"prompt": "a", "answer": {"ground_truth": "7", "index": 107}}])
+    assert prepared_by(Recipe(reward=rewards), data)[0]["answer"] == answer
+
+
+# What a script passes to the trainer
+
+
+def test_the_trainer_names_what_is_no_dataset_of_prompts():
+    import pandas
+
+    data = Dataset.from_list([{"prompt": "a"}])
+    check_dataset(data, "train_dataset")
+    check_dataset(data.to_list(), "train_dataset")
+    check_dataset({"a": data, "b": data}, "eval_dataset", several=True)
+    for bad, words in [
+        (DatasetDict(train=data, test=data), r"is a DatasetDict of several datasets .train, test.; .*data\['train'\]"),
+        ({"validation": data}, r"is a dict of several datasets \(validation\)"),
+        (pandas.DataFrame({"prompt": ["a"]}), "is a DataFrame, whose rows are not dicts"),
+        ([{"prompt": 7}], "has a prompt that is int in its first row"),
+        ([{"prompt": json.dumps([user("a")])}], "holds messages that are written out as text in its `prompt` column"),
+        (data.to_iterable_dataset(), "has no length"),
+    ]:
+        with pytest.raises(UserError, match=f"train_dataset {words}"):
+            check_dataset(bad, "train_dataset")
+    with pytest.raises(UserError, match=r"eval_dataset\['b'\] has no length"):
+        check_dataset({"a": data, "b": data.to_iterable_dataset()}, "eval_dataset", several=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from lowvram_grpo.encoding import encode_prompts, prompt_length_report
+from lowvram_grpo.encoding import check_prompts, encode_prompts, prompt_length_report
 from lowvram_grpo.errors import UserError
 
 WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "system", "user", "assistant", *"abcdefgh"]
@@ -62,6 +62,57 @@ def test_plain_text_stays_open_at_its_end(specials, text):
 
 def test_an_eos_that_the_prompt_itself_contains_is_kept():
     assert encode(make_tokenizer(specials="$A <eos>"), ["a <eos>"])[0] == ["a <eos>"]
+
+
+@pytest.mark.parametrize("specials", ["<bos> $A", "<bos> $A <eos>", "$A"])
+@pytest.mark.parametrize("text", ["<bos> user a <eos> assistant", "<bos> a b"])
+def test_text_that_begins_with_bos_itself_gets_no_second_one(specials, text):
+    """It went through the chat template already, or somebody wrote it by hand."""
+    assert encode(make_tokenizer(specials=specials), [text, "a"])[0][0] == text
+
+
+def test_a_template_of_ones_own_and_the_encoder_agree():
+    tokenizer = make_tokenizer(specials="<bos> $A")
+    rendered = tokenizer.apply_chat_template([user("a b")], tokenize=False, add_generation_prompt=True)
+    assert encode(tokenizer, [rendered]) == encode(tokenizer, [[user("a b")]])
+    assert encode(make_tokenizer(specials="<bos> <bos> $A"), ["<bos> <bos> a", "<bos> a"])[0] == [
+        "<bos> <bos> a",
+        "<bos> <bos> <bos> a",
+    ]
+
+
+def test_a_prompt_that_would_go_through_the_template_twice_is_refused():
+    tokenizer = make_tokenizer()
+    data = Dataset.from_dict({"prompt": [[user("a")], [user("<bos> user a <eos> assistant")]]})
+    with pytest.raises(UserError, match="begins with '<bos>' inside a user's turn"):
+        check_prompts(tokenizer, data, chat_template_kwargs=None)
+    check_prompts(tokenizer, data.select([0]), chat_template_kwargs=None)
+
+
+def test_text_parts_are_joined_and_images_refused():
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    assert encode(make_tokenizer(), [[user(parts)]]) == encode(make_tokenizer(), [[user("a b")]])
+    long = [{"type": "text", "text": TURN}]
+    assert encode(make_tokenizer(), [[user(long)]], limit=40) == encode(make_tokenizer(), [[user(TURN)]], limit=40)
+    with pytest.raises(UserError, match="A prompt has a message with a part of type 'image'; only text"):
+        encode(make_tokenizer(), [[user([{"type": "image", "url": "x"}])]])
+
+
+@pytest.mark.parametrize("words", [{"<eos>": 0}, {"<eos>": 0, "<unk>": 1}], ids=["no words", "only unk"])
+@pytest.mark.parametrize("prompt", ["hi", [user("hi")]])
+def test_a_tokenizer_that_transformers_made_from_nothing_is_named(words, prompt):
+    """As for a model folder of Qwen2's or Gemma's kind without tokenizer files."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    unk = {"unk_token": "<unk>"} if "<unk>" in words else {}
+    empty = Tokenizer(models.BPE(words, [], **unk))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=empty, eos_token="<eos>", **unk)
+    with pytest.raises(UserError, match=r"encodes nothing .* its files are missing; copy tokenizer.json"):
+        check_prompts(tokenizer, Dataset.from_dict({"prompt": [prompt]}), chat_template_kwargs=None)
+    if len(words) == 1:
+        with pytest.raises(UserError, match="encodes nothing"):
+            encode(tokenizer, [prompt])
 
 
 def test_prompts_are_cut_on_the_left_and_counted():

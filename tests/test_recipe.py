@@ -108,11 +108,12 @@ def test_wrong_files(tmp_path, text, name, words):
 
 def test_a_file_that_is_not_utf8(tmp_path):
     path = tmp_path / "r.toml"
-    path.write_bytes("beta = 1".encode("utf-16"))
-    with pytest.raises(UserError, match="save it as UTF-8"):
+    path.write_bytes("beta = 1  # 好".encode("gbk"))
+    with pytest.raises(UserError, match=r"not UTF-8 text \(byte 0xba in line 1\); save it as UTF-8"):
         resolve({}, path)
-    path.write_bytes("beta = 0.5".encode("utf-8-sig"))
-    assert resolve({}, path).training["beta"] == 0.5
+    for encoding in ("utf-8-sig", "utf-16"):  # Notepad's two
+        path.write_bytes("beta = 0.5\r\n".encode(encoding))
+        assert resolve({}, path).training["beta"] == 0.5
 
 
 def test_null_is_a_value_that_survives_the_written_recipe(tmp_path):
@@ -227,3 +228,44 @@ def test_a_presets_prompts_per_step_gives_way_to_trl_batch_sizes():
     assert "prompts_per_step" not in trl.training
     both = resolve({"preset": "8gb", "gradient_accumulation_steps": "16", "prompts_per_step": "3"})
     assert both.training["prompts_per_step"] == 3
+
+
+INLINE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m['content'] + \"\\t\" }}é{% endfor %}{# "
+    + "long " * 60
+    + "#}"
+)
+
+
+@pytest.mark.parametrize("name", ["r.yaml", "r.toml"])
+def test_an_inline_chat_template_survives_the_written_recipe(tmp_path, name):
+    import tomli_w
+    import yaml
+
+    text = yaml.safe_dump({"chat_template": INLINE}) if name == "r.yaml" else tomli_w.dumps({"chat_template": INLINE})
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    first = resolve({}, tmp_path / name)
+    assert first.chat_template == INLINE
+    (tmp_path / "recipe.toml").write_text(first.to_toml(), encoding="utf-8")
+    assert resolve({}, tmp_path / "recipe.toml") == first
+    assert resolve({"chat_template": INLINE}).chat_template == INLINE
+
+
+@pytest.mark.parametrize(
+    "key,text,table",
+    [
+        ("chat_template_kwargs", "enable_thinking=false", {"enable_thinking": False}),
+        ("chat_template_kwargs", "enable_thinking=False, mode=short", {"enable_thinking": False, "mode": "short"}),
+        ("generation_kwargs", "min_new_tokens=4,note=null", {"min_new_tokens": 4, "note": None}),
+        ("lr_scheduler_kwargs", "min_lr_rate=1e-1", {"min_lr_rate": 0.1}),
+        ("chat_template_kwargs", '{"a": {"b": [1]}}', {"a": {"b": [1]}}),
+    ],
+)
+def test_arguments_are_json_or_names_with_values(key, text, table):
+    assert resolve({key: text}).training[key] == table
+
+
+@pytest.mark.parametrize("text", ["enable_thinking", "a=1,2", "a=[1,2]", "{a: 1}", "[1]", "a=", "a='x'", "1=2"])
+def test_arguments_that_are_neither_are_refused_with_both_forms(text):
+    with pytest.raises(UserError, match=r"no table of arguments; write it as JSON, '\{\"name\": false\}'.*name=false"):
+        resolve({"chat_template_kwargs": text})

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.templates import PLAIN_CHAT_TEMPLATE, TEMPLATES, chat_template, template
+from lowvram_grpo.templates import PLAIN_CHAT_TEMPLATE, TEMPLATES, chat_template, is_inline, template
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -76,6 +76,19 @@ def test_chat_template_by_name_and_by_file(tmp_path):
     file.write_text("{{ messages[0].content }} é", encoding="utf-8")
     assert chat_template("plain") == PLAIN_CHAT_TEMPLATE
     assert chat_template(str(file)) == "{{ messages[0].content }} é"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{{ m.content }}{# " + "a long comment " * 30 + "#}{% endfor %}",
+        "{{ messages[0].content }}",
+        "{%- for m in messages -%}\n{{ m.content }}\n{%- endfor -%}\n",
+    ],
+)
+def test_a_chat_template_may_stand_in_the_recipe_itself(source):
+    assert is_inline(source) and chat_template(source) == source
+    assert not is_inline("plain") and not is_inline("folder/mine.jinja")
 
 
 def test_chat_template_mistakes_get_one_sentence(tmp_path):

@@ -342,3 +342,16 @@ def test_settings_without_effect_are_all_said(config):
         assert name in said
     with pytest.raises(UserError, match="auto_find_batch_size"):
         config(auto_find_batch_size=True)
+
+
+def test_datasets_are_looked_at_before_anything_is_loaded(config, dataset):
+    from datasets import DatasetDict
+
+    with pytest.raises(UserError, match="eval_dataset has no length"):
+        GRPOTrainer("no/such-model", digit_share, config(), dataset, dataset.to_iterable_dataset())
+    with pytest.raises(UserError, match=r"train_dataset is a DatasetDict of several datasets \(train, test\)"):
+        GRPOTrainer("no/such-model", digit_share, config(), DatasetDict(train=dataset, test=dataset))
+    with pytest.raises(UserError, match="eval_dataset.'test'. is empty"):
+        GRPOTrainer(
+            "no/such-model", digit_share, config(), dataset, DatasetDict(train=dataset, test=dataset.select([]))
+        )

@@ -129,7 +129,7 @@ def start(flags: dict[str, Any], extra: list[str], **options: Any) -> None:
     args = training_config(recipe, weights=[weight for _, weight in rewards])
     if wanted.limit:
         raw = raw.select(range(min(wanted.limit, len(raw))))
-    data = prepared(recipe, raw)
+    data = prepared(recipe, raw, tell)
     check_reward_columns(recipe, [func for func, _ in rewards], data)
     _check_lengths(recipe, args, tokenizer, data, tell)
     full = [full_marks(func) for func, _ in rewards]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lowvram_grpo.encoding import text_ids
 from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.policy.accounting import account
 from lowvram_grpo.policy.adapter import check_whole
@@ -59,13 +60,11 @@ class RewardModel:
         texts, templated = self._texts(prompts, completions)
         scores: list[float] = []
         for start in range(0, len(texts), _ROWS):
-            # A chat template writes its special tokens itself.
-            batch = self.tokenizer(
-                text=texts[start : start + _ROWS],
+            batch = self.tokenizer.pad(
+                {"input_ids": self._ids(texts[start : start + _ROWS], templated)},
                 return_tensors="pt",
-                padding=True,
                 padding_side="right",
-                add_special_tokens=not templated,
+                verbose=False,
             )
             self._check_length(batch["input_ids"].shape[1])
             logits = self.model(**batch.to(self.device)).logits  # (rows, 1)
@@ -75,6 +74,12 @@ class RewardModel:
                 )
             scores += logits[:, 0].float().tolist()
         return scores
+
+    def _ids(self, texts: list[str], templated: bool) -> list[list[int]]:
+        # A chat template writes its special tokens itself.
+        if templated:
+            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return text_ids(self.tokenizer, texts)
 
     def _texts(self, prompts: Sequence, completions: Sequence) -> tuple[list[str], bool]:
         if isinstance(prompts[0], str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import os
@@ -18,6 +19,7 @@ from lowvram_grpo.errors import UserError, did_you_mean
 from lowvram_grpo.rewards.language import language_consistency
 from lowvram_grpo.rewards.maths import accuracy
 from lowvram_grpo.rewards.tags import content, format, label, label_strict
+from lowvram_grpo.textfile import utf8_source
 
 BUILTIN: dict[str, Callable] = {
     "label": label,
@@ -110,7 +112,7 @@ def _load_file(path: str) -> ModuleType:
     name = f"lowvram_grpo_reward_{file.stem}_{version}"
     if name in sys.modules:
         return sys.modules[name]
-    module_spec = importlib.util.spec_from_file_location(name, file)
+    module_spec = importlib.util.spec_from_file_location(name, file, loader=_Source(name, str(file)))
     module = importlib.util.module_from_spec(module_spec)
     _importable_from(file.parent)
     # Registered first: dataclasses and pickle look a class's module up there.
@@ -121,6 +123,14 @@ def _load_file(path: str) -> ModuleType:
         del sys.modules[name]
         raise UserError(f"the reward file {path!r} does not import: {type(error).__name__}: {error}.") from error
     return module
+
+
+class _Source(importlib.machinery.SourceFileLoader):
+    """Reads what Notepad calls Unicode, too; Python alone takes only UTF-8 and what a file declares."""
+
+    def get_data(self, path: str) -> bytes:
+        content = super().get_data(path)
+        return utf8_source(content) if path == self.path else content
 
 
 def _load_module(name: str, spec: str) -> ModuleType:

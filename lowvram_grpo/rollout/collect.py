@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lowvram_grpo.data import is_conversational
+from lowvram_grpo.decoding import silent_ids, spoken
 from lowvram_grpo.encoding import encode_prompts
 from lowvram_grpo.experience import Rollout
 from lowvram_grpo.memory.guard import Guard
+from lowvram_grpo.messages import is_conversational
 from lowvram_grpo.objective import group_advantages
 from lowvram_grpo.rewards.runner import RewardRunner
 from lowvram_grpo.rollout.batch import RolloutBatch
@@ -100,7 +101,8 @@ class Collector:
         return rollout, scored.metrics
 
     def _decode(self, batch: RolloutBatch, prompts: list) -> list:
-        texts = self.tokenizer.batch_decode(batch.completion_ids, skip_special_tokens=True)
+        silent = silent_ids(self.tokenizer, self.engine.sampling)
+        texts = [spoken(self.tokenizer, ids, silent) for ids in batch.completion_ids]
         return [
             [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
             for text, prompt in zip(texts, prompts)

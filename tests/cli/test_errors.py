@@ -166,7 +166,7 @@ CONSTANT, BROKEN, WRONG = b"hello", b"{% for m in messages %}{{ m.content }", b"
 @pytest.mark.parametrize(
     "content,words",
     [
-        (b"\x89PNG\r\n\x1a\n\x00\x00", ["can't be read as UTF-8 text", "pass `plain` or a .jinja file"]),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", ["template.jinja is not UTF-8 text", "byte 0x89 in line 1"]),
         (b'{"chat_template": "{{ messages }}"}', ["JSON file", "`chat_template` entry"]),
         (CONSTANT, ["renders every conversation as the same text", "--chat-template plain"]),
         (BROKEN, ["no Jinja template (line 1", "--chat-template"]),
