@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 PROMPT_COLUMNS = (
     "prompt", "question", "problem", "instruction", "query", "messages", "conversations", "conversation", "text",
 )  # fmt: skip
+# As plain text they hold whole dialogues, with the answers in them.
+_OF_MESSAGES = {"messages", "conversations", "conversation"}
 
 
 def find_prompt_column(dataset: Dataset, asked: str | None, tell: Callable[[str], None]) -> str:
@@ -25,7 +27,9 @@ def find_prompt_column(dataset: Dataset, asked: str | None, tell: Callable[[str]
     """
     names = dataset.column_names
     if asked is None:
+        first = dataset[0]
         usual = [name for name in PROMPT_COLUMNS if name in names]
+        usual = [name for name in usual if name not in _OF_MESSAGES or _holds_messages(first[name])]
         if not usual:
             raise UserError(f"The data has no prompt column; name one with --prompt-column: {', '.join(names)}.")
         if len(usual) > 1:
@@ -37,6 +41,10 @@ def find_prompt_column(dataset: Dataset, asked: str | None, tell: Callable[[str]
             f"{', '.join(names)}."
         )
     return asked
+
+
+def _holds_messages(value: Any) -> bool:
+    return written_out(value) if isinstance(value, str) else isinstance(value, list)
 
 
 @dataclass

@@ -64,7 +64,8 @@ def _read(path: str, config: str | None) -> Dataset | DatasetDict:
             if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
                 return load_from_disk(str(place))
             for file in sorted(place.rglob("*")):
-                _check_in_folder(file, path)
+                if not any(part.startswith((".", "__")) for part in file.relative_to(place).parts):
+                    _check_in_folder(file, path)
             return load_dataset(str(place), config)
         if place.is_file():
             if suffix not in _READERS:

@@ -329,6 +329,13 @@ def test_the_prompt_is_chosen_among_columns_and_said():
     assert prepared([{"messages": CHATS[0], "text": "q0 a0"}])[0]["prompt"] == [user("q0")]
 
 
+def test_dialogues_that_are_plain_text_are_no_prompts_by_themselves():
+    rows = [{"conversation": "User: 1+1? Assistant: 2"}]
+    with pytest.raises(UserError, match="no prompt column; name one with --prompt-column: conversation"):
+        prepared(rows)
+    assert prepared(rows, prompt_column="conversation")["prompt"][:] == [rows[0]["conversation"]]
+
+
 def test_text_parts_are_text_and_other_parts_are_named():
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "1+1?"}]
     assert prepared([{"prompt": [user(parts)]}])[0]["prompt"] == [user("What is 1+1?")]

@@ -84,10 +84,13 @@ def test_text_files_in_folders_are_looked_through_too(tmp_path):
         folder = tmp_path / name[0]
         folder.mkdir()
         (folder / name).write_bytes(content)
+        (folder / ".hidden.csv").write_bytes(GBK.encode("gbk"))  # which `datasets` does not read either
     with pytest.raises(UserError, match=r"The file a.jsonl of the dataset .* is not UTF-8"):
         load(str(tmp_path / "a"))
     with pytest.raises(UserError, match=r"The file b.csv of the dataset .* separated by other signs"):
         load(str(tmp_path / "b"))
+    (tmp_path / "b" / "b.csv").write_text("prompt,answer\na,x\n", encoding="utf-8")
+    assert load(str(tmp_path / "b")).to_list() == [{"prompt": "a", "answer": "x"}]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/version"), reason="a place where no folder can be made")

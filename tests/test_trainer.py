@@ -351,7 +351,7 @@ def test_datasets_are_looked_at_before_anything_is_loaded(config, dataset):
         GRPOTrainer("no/such-model", digit_share, config(), dataset, dataset.to_iterable_dataset())
     with pytest.raises(UserError, match=r"train_dataset is a DatasetDict of several datasets \(train, test\)"):
         GRPOTrainer("no/such-model", digit_share, config(), DatasetDict(train=dataset, test=dataset))
-    with pytest.raises(UserError, match="eval_dataset.'test'. is empty"):
+    with pytest.raises(UserError, match=r"eval_dataset\['test'\] is empty"):
         GRPOTrainer(
             "no/such-model", digit_share, config(), dataset, DatasetDict(train=dataset, test=dataset.select([]))
         )

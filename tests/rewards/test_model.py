@@ -59,6 +59,15 @@ def test_a_folder_scores_each_row_as_it_would_alone(judge_dir):
     torch.testing.assert_close(total, torch.tensor(expected))
 
 
+def test_a_prompt_that_begins_with_bos_gets_no_second_one():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer, judge = make_tokenizer(), make_judge(pad_token_id=0)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    _, total = run(judge, ["<eos> a b c", "a b c"], [" 1", " 1"], processing_classes=[tokenizer])
+    torch.testing.assert_close(total, torch.tensor([alone(judge, tokenizer, "<eos> a b c 1")] * 2))
+
+
 def test_a_module_in_train_mode_scores_messages_through_the_chat_template():
     judge, tokenizer = make_judge().train(), make_tokenizer(chat=True)
     prompts = [[{"role": "user", "content": p}] for p in PROMPTS]
