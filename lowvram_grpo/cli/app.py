@@ -60,7 +60,7 @@ def root(
 def train(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Folder or hub id of a causal language model.")
+        str | None, typer.Option("--model", "-m", help="Folder, GGUF file, hub id, or name such as Qwen2.5-0.5B.")
     ] = None,
     model_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     data: Annotated[

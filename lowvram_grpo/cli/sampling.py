@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-_Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder, GGUF file or hub id; default the run's.")]
+_Model = Annotated[str | None, typer.Option("--model", "-m", help="As for train; default the run's.")]
 _Adapter = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Run directory, checkpoint or adapter folder, or hub id.")
 ]

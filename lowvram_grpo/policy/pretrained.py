@@ -159,7 +159,7 @@ def _reported(model: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, dict
     """from_pretrained's model, and what it says of its weights: shapes too, where it would only throw."""
     try:
         return AutoModelForCausalLM.from_pretrained(
-            model, **{"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True}
+            model, **{**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
         )
     except (SafetensorError, UnpicklingError, EOFError, KeyError, RuntimeError) as error:
         if is_out_of_memory(error) or "CUDA" in str(error):

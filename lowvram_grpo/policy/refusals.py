@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -43,12 +44,22 @@ def explained(model: str, error: Exception, wanted: str = "model") -> UserError:
 
 
 def _not_on_the_hub(model: str, error: Exception, wanted: str) -> UserError:
-    from huggingface_hub.errors import GatedRepoError, HFValidationError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RevisionNotFoundError
 
+    cause = error.__cause__
+    for unwritten in (error, cause):
+        if isinstance(unwritten, OSError) and unwritten.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+            return UserError(
+                f"The files of {model!r} can't be written to the hub's cache, {constants.HF_HUB_CACHE} "
+                f"({unwritten.strerror}); set HF_HOME to a folder that can be written to and has room."
+            )
+    if isinstance(cause, RevisionNotFoundError):
+        return UserError(f"{model!r} has no such revision ({one_line(error)}); check --model-revision.")
     folder = cached(model)
     if folder and not os.path.isfile(os.path.join(folder, _CONFIG)):
         return not_a_model(folder, model)
-    if isinstance(error.__cause__, GatedRepoError) or "gated repo" in str(error):
+    if isinstance(cause, GatedRepoError) or "gated repo" in str(error):
         return UserError(
             f"The hub gives {model!r} only to accounts that have accepted its terms; accept them on its page, then "
             "run `hf auth login`."
@@ -59,7 +70,7 @@ def _not_on_the_hub(model: str, error: Exception, wanted: str) -> UserError:
     known = repositories(model)
     hint = f" (by name there are {', '.join(known)})" if known else "" if "/" in model else did_you_mean(model, names())
     return UserError(
-        f"Model {model!r} is neither a local folder nor in this machine's hub cache nor reachable on the hub{hint}; "
+        f"Model {model!r} is neither a local folder nor reachable on the hub, nor in this machine's cache of it{hint}; "
         "check the name, pass a local folder, or set HF_ENDPOINT to a mirror."
     )
 

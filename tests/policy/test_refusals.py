@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from types import SimpleNamespace
@@ -241,12 +242,31 @@ def test_hub_ids_in_the_cache(tmp_path, hub_cache, adapter):
     hub_cache(tmp_path / "both", "me/both")
     text = refusal(load_causal_lm, "me/both", device=torch.device("cpu"), dtype=torch.float32)
     assert "pass --adapter me/both with --model Qwen/Qwen2.5-0.5B" in text
-    assert "nor in this machine's hub cache" in refusal(model_config, "me/nothing")
+    assert "nor in this machine's cache of it" in refusal(model_config, "me/nothing")
 
 
-def test_a_gated_model():
-    error = OSError("You are trying to access a gated repo.\nMake sure to have access to it")
-    assert "`hf auth login`" in str(refusals.explained("meta-llama/Llama-3.2-1B", error))
+def caused(cause):
+    error = OSError("what transformers says")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error,words",
+    [
+        (OSError("You are trying to access a gated repo.\nMake sure to have access to it"), "`hf auth login`"),
+        (caused(PermissionError(errno.EACCES, "Permission denied")), "(Permission denied); set HF_HOME"),
+        (OSError(errno.ENOSPC, "No space left on device"), "(No space left on device); set HF_HOME"),
+        (OSError(errno.EROFS, "Read-only file system"), "can't be written to the hub's cache"),
+        (
+            ValueError("The checkpoint has model type `next` but Transformers does not"),
+            "on the hub can't be loaded: The",
+        ),
+        (ImportError("requires the sentencepiece library"), "needs a package that is missing (requires"),
+    ],
+)
+def test_other_trouble_with_the_hub(error, words):
+    assert words in str(refusals.explained("meta-llama/Llama-3.2-1B", error))
 
 
 def test_the_cache_alone_where_the_hub_does_not_answer(monkeypatch, tmp_path):
