@@ -107,7 +107,9 @@ class GRPOConfig(TrainingArguments):
     # Model and data
     model_init_kwargs: dict[str, Any] | str | None = _help("Keyword arguments of AutoModelForCausalLM.from_pretrained.")
     trust_remote_code: bool = _help("Allow model and tokenizer code from the hub.", False)
-    disable_dropout: bool = _help("Set every dropout of the model to 0.", False)
+    disable_dropout: bool = _help(
+        "Set the adapter's dropout to 0 as well; the model's own is off in every pass anyway.", False
+    )
     remove_unused_columns: bool | None = _help("Drop every column but `prompt`; rewards then see none.", False)
     shuffle_dataset: bool = _help("Shuffle the prompts each epoch.", True)
     max_prompt_length: int | None = _help("Longest prompt in tokens; longer ones are cut (docs/data.md).", 512)

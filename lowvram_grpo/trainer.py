@@ -37,6 +37,7 @@ from lowvram_grpo.metrics import (
 )
 from lowvram_grpo.objective import objective_of
 from lowvram_grpo.policy.adapter import restore_adapter
+from lowvram_grpo.policy.dropout import adapter_dropout, training_mode
 from lowvram_grpo.policy.load import build_policy, compute_dtype, load_tokenizer
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
@@ -202,6 +203,11 @@ class GRPOTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         for notice in self.grpo_args.notices():
             self.observer.notice(notice)
+        if dropped := adapter_dropout(self.model):
+            self.observer.notice(
+                f"the adapter's dropout of {dropped:g} is on in training passes only, so ratio and kl carry its noise; "
+                "set lora_dropout to 0, or disable_dropout, to switch it off."
+            )
         longest = check_lengths(self)
         wanted = self.grpo_args.memory_probe
         if not self._checked and (wanted == "on" or (wanted == "auto" and self.args.device.type == "cuda")):
@@ -232,7 +238,7 @@ class GRPOTrainer(Trainer):
             self._updates = self._learnable(rollout)
         update = self._updates[offset % self.plan.updates_per_rollout % len(self._updates)]
         self.observer.phase("updating")
-        self.model.train()
+        training_mode(self.model)
         loss = self.guard.run("forward", lambda: self._gradients(update), self._redo_from_here())
         if self.args.torch_empty_cache_steps and step % self.args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()

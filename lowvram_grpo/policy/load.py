@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowvram_grpo.errors import UserError, did_you_mean, one_line
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
+from lowvram_grpo.policy.dropout import disable_dropout
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.gguf import gguf_config, gguf_parts, gguf_tokenizer
 from lowvram_grpo.policy.head import head_of
@@ -230,14 +232,10 @@ def attach_lora(model: PreTrainedModel, peft_config: PeftConfig) -> nn.Module:
     from peft import get_peft_model
 
     try:
-        wrapped = get_peft_model(model, peft_config)
+        # peft writes the names that it found into the configuration, which would then fit no other model.
+        wrapped = get_peft_model(model, copy.deepcopy(peft_config))
     except ValueError as error:
         raise UserError(f"The LoRA configuration does not fit the model: {error}") from error
     head_of(wrapped.get_base_model())
     return wrapped
 
-
-def disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
