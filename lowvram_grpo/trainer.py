@@ -22,6 +22,7 @@ from lowvram_grpo.correction import correction_of
 from lowvram_grpo.data import check_dataset
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.experience import MicroBatch, Rollout, load_updates, save_updates, split, updates_of
+from lowvram_grpo.gradient_check import GradientCheck, could_teach
 from lowvram_grpo.learner import Learner
 from lowvram_grpo.loss import choose_kernels
 from lowvram_grpo.memory.guard import cap
@@ -170,6 +171,7 @@ class GRPOTrainer(Trainer):
         self._early_log: list[dict[str, Any]] = []
         self._eval_prefix, self._eval_batches = "eval", 0
         self._updates: list[list[MicroBatch]] | None = None
+        self._live, self._gradient_check = False, GradientCheck(str(args.optim))
 
     # Data
 
@@ -235,7 +237,7 @@ class GRPOTrainer(Trainer):
             rollout = self.pending_rollout or self.collect(inputs, step)
             self.pending_rollout = None
             tokens = self._record(rollout)
-            self._updates = self._learnable(rollout)
+            self._updates, self._live = self._learnable(rollout), could_teach(rollout)
         update = self._updates[offset % self.plan.updates_per_rollout % len(self._updates)]
         self.observer.phase("updating")
         training_mode(self.model)
@@ -243,7 +245,10 @@ class GRPOTrainer(Trainer):
         if self.args.torch_empty_cache_steps and step % self.args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
         seconds = time.perf_counter() - started
-        self.metrics["train"].add({**self._sums.take(), "step_time": seconds})
+        sums = self._sums.take()
+        self.metrics["train"].add({**sums, "step_time": seconds})
+        if self.learner.correction is None:  # which may have taken every weight away
+            self._gradient_check.look(self.model, update, live=self._live, clipped=sums["clip_ratio/region_mean"])
         if tokens:
             self.metrics["train"].add({"tokens_per_second": tokens / seconds})
         return loss
@@ -421,15 +426,22 @@ class GRPOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if is_peft(self.model):
-            folder = resume_from_checkpoint
-            if self.policy_adapter != "default":
-                folder = os.path.join(folder, self.policy_adapter)
-            restore_adapter(self.model, folder, self.policy_adapter)
+            self._restore_adapter(resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.reference is not None:
             self.reference.restore(resume_from_checkpoint)
         self._updates = load_updates(resume_from_checkpoint, self.args.device) or self._updates
+
+    def _restore_adapter(self, folder: str) -> None:
+        if self.policy_adapter != "default":
+            folder = os.path.join(folder, self.policy_adapter)
+        restore_adapter(self.model, folder, self.policy_adapter)
+
+    def _load_best_model(self) -> None:
+        if not is_peft(self.model):
+            return super()._load_best_model()
+        self._restore_adapter(self.state.best_model_checkpoint)
 
 
 def _engine(args: GRPOConfig, model: nn.Module, sampling: Sampling) -> RolloutEngine | VLLMEngine:

@@ -20,6 +20,13 @@ from lowvram_grpo.policy.gguf import gguf_config, gguf_parts, gguf_tokenizer
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.pretrained import hub_arguments, load_gguf_file, load_streamed, load_whole
 from lowvram_grpo.policy.quantization import bitsandbytes_config
+from lowvram_grpo.policy.variants import (
+    ChangedBase,
+    changes_base,
+    check_adapter,
+    check_adapters_of,
+    check_tied_tokens,
+)
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 
 if TYPE_CHECKING:
@@ -178,6 +185,8 @@ def build_policy(
     Raises:
         UserError: arguments that contradict each other, or a model that cannot be trained.
     """
+    if peft_config is not None:
+        check_adapter(peft_config, fresh=True, reference=args.beta > 0)
     if isinstance(model, str):
         # Training all weights needs float32 masters under autocast; frozen weights need no such room.
         dtype = compute_dtype(args.device) if peft_config is not None else torch.float32
@@ -189,7 +198,14 @@ def build_policy(
         raise UserError("model_init_kwargs only apply to a model given by name; drop them or pass the model's name.")
     if is_peft(model) and peft_config is not None:
         raise UserError("The model carries an adapter already; drop peft_config, or merge the adapter first.")
+    if is_peft(model):
+        check_adapters_of(model, reference=args.beta > 0)
     if peft_config is not None:
+        if args.use_vllm and changes_base(peft_config):
+            raise UserError(
+                f"init_lora_weights {peft_config.init_lora_weights!r} changes weights of the base model, which vLLM does "
+                "not see; take init_lora_weights True, or leave use_vllm off."
+            )
         model = attach_lora(model, peft_config)
     elif getattr(model, "is_quantized", False) and not is_peft(model):
         raise UserError("A quantized model cannot be trained directly; pass a peft_config to train an adapter on it.")
@@ -231,11 +247,19 @@ def attach_lora(model: PreTrainedModel, peft_config: PeftConfig) -> nn.Module:
     """
     from peft import get_peft_model
 
+    changed = changes_base(peft_config)
+    if changed and getattr(model, "is_quantized", False):
+        raise UserError(
+            f"init_lora_weights {peft_config.init_lora_weights!r} changes weights of the base model, which are quantized; "
+            "load the model unquantized, or take init_lora_weights True."
+        )
     try:
         # peft writes the names that it found into the configuration, which would then fit no other model.
         wrapped = get_peft_model(model, copy.deepcopy(peft_config))
-    except ValueError as error:
-        raise UserError(f"The LoRA configuration does not fit the model: {error}") from error
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, KeyError) as error:
+        raise UserError(f"The LoRA configuration does not fit the model: {one_line(error)}.") from error
+    if changed:
+        ChangedBase(wrapped)
+    check_tied_tokens(wrapped)
     head_of(wrapped.get_base_model())
     return wrapped
-

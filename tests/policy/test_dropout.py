@@ -39,7 +39,9 @@ def made(name):
 def test_ratio_and_kl_start_where_they_must(config, dataset, tokenizer, name):
     norms = []
     for peft_config, checkpointing in ((LORA, True), (LORA, False), (None, True)):
-        args = config(num_iterations=2, per_device_train_batch_size=3, gradient_checkpointing=checkpointing, max_steps=1)
+        args = config(
+            num_iterations=2, per_device_train_batch_size=3, gradient_checkpointing=checkpointing, max_steps=1
+        )
         trainer = GRPOTrainer(made(name), digit_share, args, dataset, processing_class=tokenizer,
                               peft_config=peft_config, observer=Quiet())  # fmt: skip
         trainer.train()
