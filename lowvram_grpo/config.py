@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 from transformers import TrainingArguments
 
 from lowvram_grpo.correction import CORRECTION_MODES
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.ranges import TRAINING_RANGES, check_ranges
+from lowvram_grpo.settings import check_built, check_choices, settle_best_model
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
@@ -37,6 +39,12 @@ INERT_FIELDS = {
     "dataloader_num_workers": "a row is only a prompt, which the main process reads at no cost",
     "log_unique_prompts": "one sample is shown a step, and completions.jsonl holds all",
     "num_completions_to_print": "one sample is shown a step, and completions.jsonl holds all",
+    "neftune_noise_alpha": "noise on the embeddings would make the log-probs those of another policy",
+    "label_smoothing_factor": "the loss is GRPO's, which has no labels",
+    "train_sampling_strategy": "prompts come shuffled or in order (shuffle_dataset)",
+    "bf16_full_eval": "evaluation computes as training does",
+    "fp16_full_eval": "evaluation computes as training does",
+    "fsdp_config": "more than one process is not supported yet",
     "torch_compile": "the sampler and the scorer do not go through the compiled forward",
     "cast_lm_head_to_fp32": "logits are always computed in float32 here, tile by tile",
     "use_liger_kernel": "the loss head is already fused here (fused_loss)",
@@ -261,8 +269,18 @@ class GRPOConfig(TrainingArguments):
         # From here on checkpointing is ours to switch (policy.load), under one name in every transformers version.
         checkpointing = self.gradient_checkpointing or bool(getattr(self, "activation_checkpointing", None))
         self.gradient_checkpointing = None if hasattr(self, "activation_checkpointing") else False
-        super().__post_init__()
+        self._idle_backend = None
+        if self.ddp_backend is not None and os.environ.get("WORLD_SIZE", "1") == "1":
+            # transformers would look for the process group that it belongs to
+            self._idle_backend, self.ddp_backend = self.ddp_backend, None
+        check_choices(self)
+        settle_best_model(self)
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, ImportError, RuntimeError, OSError, NotImplementedError) as error:
+            raise UserError(f"The training settings do not fit together: {one_line(error)}.") from error
         self.gradient_checkpointing = checkpointing
+        check_built(self)
         if isinstance(self.cold_start, str) and self.cold_start.isdigit():
             self.cold_start = int(self.cold_start)
 
@@ -341,7 +359,7 @@ class GRPOConfig(TrainingArguments):
         said = [
             f"{name} has no effect: {why}."
             for name, why in INERT_FIELDS.items()
-            if getattr(self, name) != default[name]
+            if name in default and getattr(self, name) != default[name]
         ]
         idle = [
             name
@@ -374,6 +392,8 @@ class GRPOConfig(TrainingArguments):
             )
         if "paged" in str(self.optim) and sys.platform == "win32":
             said.append(f"optim {self.optim} pages through the driver, which fails on Windows; adamw_8bit does not.")
+        if self._idle_backend is not None:
+            said.append(f"ddp_backend {self._idle_backend} has no effect: one process trains.")
         if self.vram_gib is not None and self.device.type != "cuda":
             said.append("vram_gib has no effect without a CUDA device.")
         if self._emulated_bf16:

@@ -52,7 +52,7 @@ class GradientCheck:
             self._zeros += 1
             if self._zeros == _STEPS:
                 raise UserError(
-                    f"The gradient was exactly zero in the first {_STEPS} steps although the rewards differ: the weights "
-                    "that are trained have no part in the model's log-probs, and nothing would be learned; train a LoRA "
-                    "adapter on layers that the model uses (target_modules 'all-linear')."
+                    f"The gradient was exactly zero in the first {_STEPS} steps although the rewards differ: the "
+                    "weights that are trained have no part in the model's log-probs, and nothing would be learned; "
+                    "train a LoRA adapter on layers that the model uses (target_modules 'all-linear')."
                 )

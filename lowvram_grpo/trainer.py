@@ -23,6 +23,7 @@ from lowvram_grpo.data import check_dataset
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.experience import MicroBatch, Rollout, load_updates, save_updates, split, updates_of
 from lowvram_grpo.gradient_check import GradientCheck, could_teach
+from lowvram_grpo.hub import HubPushes
 from lowvram_grpo.learner import Learner
 from lowvram_grpo.loss import choose_kernels
 from lowvram_grpo.memory.guard import cap
@@ -50,6 +51,7 @@ from lowvram_grpo.rollout.vllm import VLLMEngine, check_vllm, vllm_engine
 from lowvram_grpo.run.completions import CompletionsLog, as_text
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.savers import TrainerGuard
+from lowvram_grpo.settings import check_before_loading, check_best_metric, check_evaluation, optimizer_error
 from lowvram_grpo.warmup import before_first_step, check_lengths
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-class GRPOTrainer(Trainer):
+class GRPOTrainer(HubPushes, Trainer):
     """Trains a causal language model with GRPO. Arguments mean what they mean in TRL.
 
     Args:
@@ -100,8 +102,10 @@ class GRPOTrainer(Trainer):
         args = args or GRPOConfig(output_dir="grpo")
         self.observer = observer or Observer(log_completions=args.log_completions)
         check_dataset(train_dataset, "train_dataset")
+        check_evaluation(args, eval_dataset)
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         check_columns(reward_funcs, reward_columns(train_dataset[0], only_prompts=bool(args.remove_unused_columns)))
+        check_before_loading(args, reward_funcs, eval_dataset)
         set_seed(args.seed)
         name = model if isinstance(model, str) else unwrap(model).config._name_or_path
         tokenizer = processing_class or load_tokenizer(name, trust_remote_code=args.trust_remote_code)
@@ -167,7 +171,7 @@ class GRPOTrainer(Trainer):
         if args.log_completions:
             self.completions_log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl"))
         self.pending_rollout: Rollout | None = None
-        self._checked = False
+        self._checked = self._rewards_called = False
         self._early_log: list[dict[str, Any]] = []
         self._eval_prefix, self._eval_batches = "eval", 0
         self._updates: list[list[MicroBatch]] | None = None
@@ -231,6 +235,8 @@ class GRPOTrainer(Trainer):
         step, args = self.state.global_step, self.grpo_args
         if args.sync_ref_model and self.reference and step and step % args.ref_model_sync_steps == 0:
             self.reference.sync(args.ref_model_mixup_alpha)
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()  # schedule-free optimizers keep other weights for evaluation
         offset = step % self.plan.steps_per_rollout
         tokens = 0
         if offset == 0 or self._updates is None:
@@ -290,7 +296,10 @@ class GRPOTrainer(Trainer):
         return (sums.loss, scores) if return_outputs else sums.loss
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*args, **kwargs)
+        try:
+            optimizer = super().create_optimizer(*args, **kwargs)
+        except (ImportError, ValueError, TypeError) as error:
+            raise optimizer_error(str(self.args.optim.value), error) from error
         self.guard.guard_step(optimizer)
         return optimizer
 
@@ -306,6 +315,9 @@ class GRPOTrainer(Trainer):
         seed = (self.args.seed * 1_000_003 + place) % 2**63
         with self.compute_loss_context_manager():
             rollout, logged = self.collector.collect(rows, group, seed=seed, trainer_state=self.state)
+        if mode == "train" and not self._rewards_called:
+            self._rewards_called = True
+            check_best_metric(self.grpo_args, self.rewards.names, self.eval_dataset, logged, final=True)
         lengths = [len(ids) for ids in rollout.batch.completion_ids]
         self.metrics[mode].add(logged)
         self.metrics[mode].add(length_metrics(lengths, rollout.batch.truncated))
@@ -458,5 +470,6 @@ def _for_transformers(args: GRPOConfig) -> GRPOConfig:
     inner.gradient_accumulation_steps = 1
     inner.gradient_checkpointing = inner.activation_checkpointing = False
     inner.remove_unused_columns = False
+    inner.bf16_full_eval = inner.fp16_full_eval = False  # would cast the policy for good
     inner._n_gpu = min(args.n_gpu, 1)  # transformers would wrap the model in DataParallel where it sees two cards
     return inner

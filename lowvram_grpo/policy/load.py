@@ -203,8 +203,8 @@ def build_policy(
     if peft_config is not None:
         if args.use_vllm and changes_base(peft_config):
             raise UserError(
-                f"init_lora_weights {peft_config.init_lora_weights!r} changes weights of the base model, which vLLM does "
-                "not see; take init_lora_weights True, or leave use_vllm off."
+                f"init_lora_weights {peft_config.init_lora_weights!r} changes weights of the base model, which vLLM "
+                "does not see; take init_lora_weights True, or leave use_vllm off."
             )
         model = attach_lora(model, peft_config)
     elif getattr(model, "is_quantized", False) and not is_peft(model):
@@ -250,8 +250,8 @@ def attach_lora(model: PreTrainedModel, peft_config: PeftConfig) -> nn.Module:
     changed = changes_base(peft_config)
     if changed and getattr(model, "is_quantized", False):
         raise UserError(
-            f"init_lora_weights {peft_config.init_lora_weights!r} changes weights of the base model, which are quantized; "
-            "load the model unquantized, or take init_lora_weights True."
+            f"init_lora_weights {peft_config.init_lora_weights!r} changes weights of the base model, which are "
+            "quantized; load the model unquantized, or take init_lora_weights True."
         )
     try:
         # peft writes the names that it found into the configuration, which would then fit no other model.

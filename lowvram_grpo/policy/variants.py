@@ -62,8 +62,8 @@ def check_adapter(config: PeftConfig, *, fresh: bool, reference: bool = True) ->
             raise UserError(f"The adapter sets {name}, which is not supported: {why}; leave {name} unset.")
     if config.bias != "none" and reference:
         raise UserError(
-            f"The adapter sets bias to {config.bias!r}, which trains biases of the base model, and the reference of the "
-            "KL term shares them; set bias to 'none', or beta to 0."
+            f"The adapter sets bias to {config.bias!r}, which trains biases of the base model, and the reference "
+            "of the KL term shares them; set bias to 'none', or beta to 0."
         )
     init = str(config.init_lora_weights).lower()
     if fresh and init == "eva":
@@ -86,8 +86,8 @@ def check_adapter(config: PeftConfig, *, fresh: bool, reference: bool = True) ->
     for name in ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters"):
         if getattr(config, name, None):
             raise UserError(
-                f"init_lora_weights {config.init_lora_weights!r} is saved as a difference, which leaves out {name}; drop "
-                "one of the two."
+                f"init_lora_weights {config.init_lora_weights!r} is saved as a difference, which leaves out {name}; "
+                "drop one of the two."
             )
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise UserError(
@@ -105,8 +105,8 @@ def check_adapters_of(model: PeftModel, *, reference: bool = True) -> None:
     active = list(model.active_adapters)
     if len(active) != 1:
         raise UserError(
-            f"The model has {len(active)} active adapters ({', '.join(active) or 'none'}); activate the one to train with "
-            "set_adapter."
+            f"The model has {len(active)} active adapters ({', '.join(active) or 'none'}); activate the one to train "
+            "with set_adapter."
         )
     check_adapter(model.peft_config[active[0]], fresh=False, reference=reference)
 
