@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
 from lowvram_grpo.batching import PromptLoader, PromptSampler
+from lowvram_grpo.checks import unjudged_row
 from lowvram_grpo.config import GRPOConfig
 from lowvram_grpo.correction import correction_of
 from lowvram_grpo.data import check_dataset
@@ -171,7 +172,7 @@ class GRPOTrainer(HubPushes, Trainer):
         if args.log_completions:
             self.completions_log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl"))
         self.pending_rollout: Rollout | None = None
-        self._checked = self._rewards_called = False
+        self._checked = self._rewards_called = self._unjudged_said = False
         self._early_log: list[dict[str, Any]] = []
         self._eval_prefix, self._eval_batches = "eval", 0
         self._updates: list[list[MicroBatch]] | None = None
@@ -318,6 +319,9 @@ class GRPOTrainer(HubPushes, Trainer):
         if mode == "train" and not self._rewards_called:
             self._rewards_called = True
             check_best_metric(self.grpo_args, self.rewards.names, self.eval_dataset, logged, final=True)
+        if not self._unjudged_said and (warning := unjudged_row(rollout, rows)):
+            self._unjudged_said = True
+            self.observer.notice(warning)
         lengths = [len(ids) for ids in rollout.batch.completion_ids]
         self.metrics[mode].add(logged)
         self.metrics[mode].add(length_metrics(lengths, rollout.batch.truncated))
@@ -401,7 +405,8 @@ class GRPOTrainer(HubPushes, Trainer):
             self.state.log_history[:0], self._early_log = self._early_log, []
         if any(key.startswith("eval_") for key in logs):
             logs.update({f"{self._eval_prefix}_{k}": v for k, v in self.metrics["eval"].take().items()})
-        elif "loss" in logs:
+        elif "loss" in logs or ("train_runtime" in logs and self.metrics["train"]):
+            # As in TRL, the last row has what was measured since the last logged step.
             logs.update(self.metrics["train"].take())
             logs["num_tokens"] = self.state.num_input_tokens_seen
             memory = peak_memory_gib(self.args.device)
