@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from lowvram_grpo.correction import CORRECTION_MODES
 from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.ranges import TRAINING_RANGES, check_ranges
+from lowvram_grpo.rollout.foreign import settle_generation_kwargs
 from lowvram_grpo.settings import check_built, check_choices, settle_best_model
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -281,6 +282,8 @@ class GRPOConfig(TrainingArguments):
             raise UserError(f"The training settings do not fit together: {one_line(error)}.") from error
         self.gradient_checkpointing = checkpointing
         check_built(self)
+        if not self.use_vllm:  # which has arguments of its own
+            self.generation_kwargs = settle_generation_kwargs(self.generation_kwargs, vars(self))
         if isinstance(self.cold_start, str) and self.cold_start.isdigit():
             self.cold_start = int(self.cold_start)
 
@@ -370,18 +373,16 @@ class GRPOConfig(TrainingArguments):
         if idle:
             where = f"with vllm_mode {self.vllm_mode}" if self.use_vllm else "without use_vllm"
             said.append(f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect {where}.")
-        plan, asked = self.batch_plan(), self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if self.prompts_per_step is None and plan.updates_per_rollout == 1 and plan.completions_per_rollout != asked \
-                and not (self.steps_per_generation or self.generation_batch_size):  # fmt: skip
-            said.append(f"{asked} completions a step do not make whole groups of {plan.num_generations}; "
-                        f"a step uses {plan.completions_per_rollout}.")  # fmt: skip
+        said += self._step_notices()
+        if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
+            said.append(
+                f"importance_sampling_level sequence with loss_type {self.loss_type} weighs each sequence by its "
+                "length; loss_type grpo weighs all alike, as in the paper (GSPO)."
+            )
         if self.top_p < 1 or self.top_k or self.min_p:
             said.append(
                 "top_p, top_k and min_p bias the sampler: log-probs are those of the full softmax at this temperature."
             )
-        if plan.updates_per_rollout > 1 and plan.completions_per_rollout % plan.updates_per_rollout:
-            said.append(f"{plan.completions_per_rollout} completions a rollout do not divide into "
-                        f"{plan.updates_per_rollout} updates; some get one more.")  # fmt: skip
         if self.prompts_per_step and self.gradient_accumulation_steps > 1:
             said.append(
                 f"prompts_per_step {self.prompts_per_step} sets the step; gradient_accumulation_steps has no effect."
@@ -401,6 +402,23 @@ class GRPOConfig(TrainingArguments):
         if self.world_size > 1:
             said.append("more than one process is not supported yet; results are only tested on one.")
         return said
+
+    def _step_notices(self) -> list[str]:
+        """Where a step has another number of completions than the batch fields multiply to."""
+        plan, group = self.batch_plan(), self.num_generations
+        asked = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        per_step = self.prompts_per_step * group if self.prompts_per_step else asked
+        total, updates = plan.completions_per_rollout, plan.updates_per_rollout
+        if total == updates * per_step:
+            return []
+        if not (self.steps_per_generation or self.generation_batch_size):
+            return [f"{per_step} completions a step do not make whole groups of {group}; a step uses {total}."]
+        name = "generation_batch_size" if self.generation_batch_size else "steps_per_generation"
+        counts = " or ".join(map(str, sorted({total // updates, -(-total // updates)})))
+        return [
+            f"with {name} {getattr(self, name)} a rollout has {total} completions, which make no whole number of steps "
+            f"of {per_step}; a step uses {counts}."
+        ]
 
     def _vllm_reads(self, name: str) -> bool:
         return self.use_vllm and name not in (_ONLY_COLOCATED if self.vllm_mode == "server" else _ONLY_SERVER)
