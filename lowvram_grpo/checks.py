@@ -226,8 +226,8 @@ def unjudged_row(rollout: Rollout, rows: list[dict[str, Any]]) -> str | None:
     given = {**row, "prompt": rollout.prompts[at], "completion": rollout.completions[at]}
     text = ", ".join(f"{name}={shortened(value)}" for name, value in given.items())
     return (
-        f"All reward functions returned None for the following kwargs: {text}; such a completion is left out of the "
-        "loss (said once)."
+        f"All reward functions returned None for the following kwargs: {text}. Please ensure that at least one reward "
+        "function returns a valid reward; such a completion is left out of the loss (said once)."
     )
 
 

@@ -42,6 +42,7 @@ INERT_FIELDS = {
     "num_completions_to_print": "one sample is shown a step, and completions.jsonl holds all",
     "neftune_noise_alpha": "noise on the embeddings would make the log-probs those of another policy",
     "label_smoothing_factor": "the loss is GRPO's, which has no labels",
+    "group_by_length": "prompts come shuffled or in order (shuffle_dataset)",
     "train_sampling_strategy": "prompts come shuffled or in order (shuffle_dataset)",
     "bf16_full_eval": "evaluation computes as training does",
     "fp16_full_eval": "evaluation computes as training does",

@@ -106,6 +106,10 @@ def check_built(args: GRPOConfig) -> None:
     """
     _check_optimizer(args)
     _check_schedule(args)
+    if _value(args.save_strategy) == "best" and _value(args.eval_strategy) == "no":
+        raise UserError(
+            "save_strategy is best, but nothing is evaluated, so nothing would be saved; set eval_strategy."
+        )
     if not args.report_to:
         return
     from transformers.integrations import get_available_reporting_integrations

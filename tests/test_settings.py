@@ -55,6 +55,7 @@ def said_by(call, *arguments, **kwargs):
         ({"report_to": "wandbb"}, ["report_to is 'wandbb'", "did you mean 'wandb'"]),
         ({"report_to": ["clearml"]}, ["clearml, which is not installed", "pip install clearml"]),
         ({"save_strategy": "epochs"}, ["save_strategy is 'epochs'", "did you mean 'epoch'"]),
+        ({"save_strategy": "best"}, ["save_strategy is best", "set eval_strategy"]),
         ({"hub_strategy": "always"}, ["hub_strategy is 'always'", "every_save"]),
         ({"accelerator_config": "none.json"}, ["none.json"]),
         ({"fp16": True, "bf16": True}, ["fp16 and bf16"]),

@@ -36,6 +36,7 @@ _REFUSED = {
     "velora_config": "its compressed activations give another gradient",
     "use_qalora": "QALoRA pools its inputs by a group size that only GPTQ layers know",
     "use_bdlora": "block-diagonal LoRA is made for several devices",
+    "layer_replication": "the reference is a second adapter, which would copy the layers once more",
     "kasa_config": "KaSA cuts singular values out of the base, which is not saved with the adapter",
 }
 

@@ -99,6 +99,7 @@ REFUSED = [
     (lora(init_lora_weights="olora", use_dora=True), "leaves out use_dora"),
     (lora(init_lora_weights="pissa", use_rslora=True, rank_pattern={"q_proj": 2}), "drop use_rslora"),
     (lora(bias="all"), "bias to 'all'.*beta to 0"),
+    (lora(layer_replication=[(0, 2), (1, 2)]), "layer_replication, which is not supported"),
     (lora(alora_invocation_tokens=[3]), "alora_invocation_tokens, which is not supported"),
 ]
 
