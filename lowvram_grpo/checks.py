@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,9 @@ from lowvram_grpo.experience import Rollout
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05, torch.int8: 0.5}
 _WAY_OUT = "report this model, or set self_test to false (--no-self-test) to train anyway."
 DEAD_SHARE = 0.5
+# Tokens within which an answer that ends at all should have ended.
+_GENEROUS = 200
+_SHORT = 120
 
 
 def mean_gap(a: Tensor, b: Tensor, mask: Tensor) -> float:
@@ -101,6 +107,9 @@ class Signal:
         silent: reward functions that gave 0 (or nothing) to every completion.
         mean: mean reward.
         equal: every completion of every group got the same reward.
+        unjudged: every reward function gave None to every completion.
+        reference: what the first prompt was to be judged by, if unjudged and there is such a thing.
+        endless: what to do about completions that never end although they had the room; empty where they do.
     """
 
     dead: float
@@ -108,6 +117,9 @@ class Signal:
     silent: tuple[str, ...]
     mean: float
     equal: bool = False
+    unjudged: bool = False
+    reference: str | None = None
+    endless: str = ""
 
     @property
     def alive(self) -> bool:
@@ -126,6 +138,12 @@ class Signal:
         return self.equal and self.mean > 0 and not self.silent
 
     def sentence(self, *, has_references: bool) -> str:
+        if self.unjudged:
+            at = "" if self.reference is None else f", as for the reference {self.reference}"
+            return (
+                f"signal check: {', '.join(self.silent)} gave None to every completion{at}, so there is nothing to "
+                "learn from; take a reward that can judge such references, or references that this one can read."
+            )
         facts = (
             f"signal check: {self.dead:.0%} of the groups are dead (all rewards equal), "
             f"{self.truncated:.0%} of the completions truncated"
@@ -133,7 +151,7 @@ class Signal:
         if self.silent:
             facts += f", {', '.join(self.silent)} never fired"
         if self.alive:
-            return facts + "."
+            return f"{facts}; {self.endless}." if self.endless else f"{facts}."
         if self.saturated:
             return (
                 f"signal check: every completion already gets the same reward of {self.mean:.2f}, so nothing is left "
@@ -141,6 +159,8 @@ class Signal:
             )
         if self.silent and has_references:
             remedy = "warm the adapter up on the references first (cold start)"
+        elif self.endless:
+            remedy = self.endless
         elif self.truncated > 0.5:
             remedy = "raise max_completion_length, most completions never finish"
         elif self.silent:
@@ -152,13 +172,66 @@ class Signal:
         return f"{facts}; GRPO learns only from groups that differ: {remedy}."
 
 
-def signal_of(rollout: Rollout, names: list[str]) -> Signal:
+def signal_of(rollout: Rollout, names: list[str], *, reference: Any = None, endless: str = "") -> Signal:
+    """What a rollout says; `reference` is that of its first prompt, `endless` what `endless_remedy` found."""
     per_func = rollout.rewards_per_func.nan_to_num(0.0)
     known = rollout.rewards[~rollout.rewards.isnan()]
+    unjudged = not len(known)
     return Signal(
         dead=float(rollout.advantages.dead.float().mean()),
         truncated=sum(rollout.batch.truncated) / len(rollout.batch.truncated),
         silent=tuple(name for name, column in zip(names, per_func.T) if not bool(column.any())),
         mean=float(rollout.rewards.nanmean()),
         equal=bool((known == known[:1]).all()),
+        unjudged=unjudged,
+        reference=shortened(reference) if unjudged and reference is not None else None,
+        endless=endless,
     )
+
+
+def endless_remedy(rollout: Rollout, tokenizer, ends: Sequence[int], limit: int) -> str:
+    """What to do where no completion wrote one of the `ends` within `limit` tokens; empty where some did, or had no
+    room to.
+
+    A base model is often trained on chats whose turns end in another token than its texts do: one that it writes, but
+    that ends nothing, is named.
+    """
+    if not all(rollout.batch.truncated):
+        return ""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - set(ends)
+    written = Counter(i for ids in rollout.batch.completion_ids for i in special.intersection(ids))
+    names = ", ".join(tokenizer.convert_ids_to_tokens(list(ends))) or "none is known"
+    if written and (most := written.most_common(1)[0])[1] * 2 >= len(rollout.batch.truncated):
+        token = tokenizer.convert_ids_to_tokens(most[0])
+        return (
+            f"no completion wrote an end token ({names}), but most wrote {token}: stop there as well, with "
+            f"--generation-kwargs '{{\"eos_token_id\": {[*ends, most[0]]}}}'"
+        )
+    if limit < _GENEROUS:
+        return ""
+    return (
+        f"no completion wrote an end token ({names}) in {limit} tokens, as if the model did not know how to end: begin "
+        "from an instruct model, warm it up on references (--cold-start), or show it answers that end (--few-shot)"
+    )
+
+
+def unjudged_row(rollout: Rollout, rows: list[dict[str, Any]]) -> str | None:
+    """TRL's warning for the first completion that no reward function judged, with what they were given; None where
+    there is none."""
+    unjudged = rollout.rewards.isnan().nonzero().flatten().tolist()
+    if not unjudged:
+        return None
+    at = unjudged[0]
+    row = rows[at * len(rows) // len(rollout.rewards)]
+    given = {**row, "prompt": rollout.prompts[at], "completion": rollout.completions[at]}
+    text = ", ".join(f"{name}={shortened(value)}" for name, value in given.items())
+    return (
+        f"All reward functions returned None for the following kwargs: {text}. Please ensure that at least one reward "
+        "function returns a valid reward; such a completion is left out of the loss (said once)."
+    )
+
+
+def shortened(value: Any) -> str:
+    """Its repr, with the middle left out where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHORT else f"{text[: _SHORT // 2]}...{text[-_SHORT // 2 :]}"

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lowvram_grpo.experience import pad_right
+from lowvram_grpo.policy.dropout import training_mode
 from lowvram_grpo.rollout.batch import pad_left
 from lowvram_grpo.scoring import score
 
@@ -57,7 +58,7 @@ class ColdStart:
     def step(self, index: int, autocast: Callable) -> float:
         """One optimizer step; returns the mean negative log-prob (nats a token) before it."""
         batch = self.pairs(index)
-        self.model.train()
+        training_mode(self.model)
         total = self.guarded(
             lambda micro_batch_size, workspace_mib: self._gradients(batch, autocast, micro_batch_size, workspace_mib),
             self.optimizer.zero_grad,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,8 +18,10 @@ import torch
 from transformers import TrainingArguments
 
 from lowvram_grpo.correction import CORRECTION_MODES
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.ranges import TRAINING_RANGES, check_ranges
+from lowvram_grpo.rollout.foreign import settle_generation_kwargs
+from lowvram_grpo.settings import check_built, check_choices, settle_best_model
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
@@ -37,6 +40,13 @@ INERT_FIELDS = {
     "dataloader_num_workers": "a row is only a prompt, which the main process reads at no cost",
     "log_unique_prompts": "one sample is shown a step, and completions.jsonl holds all",
     "num_completions_to_print": "one sample is shown a step, and completions.jsonl holds all",
+    "neftune_noise_alpha": "noise on the embeddings would make the log-probs those of another policy",
+    "label_smoothing_factor": "the loss is GRPO's, which has no labels",
+    "group_by_length": "prompts come shuffled or in order (shuffle_dataset)",
+    "train_sampling_strategy": "prompts come shuffled or in order (shuffle_dataset)",
+    "bf16_full_eval": "evaluation computes as training does",
+    "fp16_full_eval": "evaluation computes as training does",
+    "fsdp_config": "more than one process is not supported yet",
     "torch_compile": "the sampler and the scorer do not go through the compiled forward",
     "cast_lm_head_to_fp32": "logits are always computed in float32 here, tile by tile",
     "use_liger_kernel": "the loss head is already fused here (fused_loss)",
@@ -107,7 +117,9 @@ class GRPOConfig(TrainingArguments):
     # Model and data
     model_init_kwargs: dict[str, Any] | str | None = _help("Keyword arguments of AutoModelForCausalLM.from_pretrained.")
     trust_remote_code: bool = _help("Allow model and tokenizer code from the hub.", False)
-    disable_dropout: bool = _help("Set every dropout of the model to 0.", False)
+    disable_dropout: bool = _help(
+        "Set the adapter's dropout to 0 as well; the model's own is off in every pass anyway.", False
+    )
     remove_unused_columns: bool | None = _help("Drop every column but `prompt`; rewards then see none.", False)
     shuffle_dataset: bool = _help("Shuffle the prompts each epoch.", True)
     max_prompt_length: int | None = _help("Longest prompt in tokens; longer ones are cut (docs/data.md).", 512)
@@ -259,8 +271,20 @@ class GRPOConfig(TrainingArguments):
         # From here on checkpointing is ours to switch (policy.load), under one name in every transformers version.
         checkpointing = self.gradient_checkpointing or bool(getattr(self, "activation_checkpointing", None))
         self.gradient_checkpointing = None if hasattr(self, "activation_checkpointing") else False
-        super().__post_init__()
+        self._idle_backend = None
+        if self.ddp_backend is not None and os.environ.get("WORLD_SIZE", "1") == "1":
+            # transformers would look for the process group that it belongs to
+            self._idle_backend, self.ddp_backend = self.ddp_backend, None
+        check_choices(self)
+        settle_best_model(self)
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, ImportError, RuntimeError, OSError, NotImplementedError) as error:
+            raise UserError(f"The training settings do not fit together: {one_line(error)}.") from error
         self.gradient_checkpointing = checkpointing
+        check_built(self)
+        if not self.use_vllm:  # which has arguments of its own
+            self.generation_kwargs = settle_generation_kwargs(self.generation_kwargs, vars(self))
         if isinstance(self.cold_start, str) and self.cold_start.isdigit():
             self.cold_start = int(self.cold_start)
 
@@ -339,7 +363,7 @@ class GRPOConfig(TrainingArguments):
         said = [
             f"{name} has no effect: {why}."
             for name, why in INERT_FIELDS.items()
-            if getattr(self, name) != default[name]
+            if name in default and getattr(self, name) != default[name]
         ]
         idle = [
             name
@@ -350,18 +374,16 @@ class GRPOConfig(TrainingArguments):
         if idle:
             where = f"with vllm_mode {self.vllm_mode}" if self.use_vllm else "without use_vllm"
             said.append(f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect {where}.")
-        plan, asked = self.batch_plan(), self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if self.prompts_per_step is None and plan.updates_per_rollout == 1 and plan.completions_per_rollout != asked \
-                and not (self.steps_per_generation or self.generation_batch_size):  # fmt: skip
-            said.append(f"{asked} completions a step do not make whole groups of {plan.num_generations}; "
-                        f"a step uses {plan.completions_per_rollout}.")  # fmt: skip
+        said += self._step_notices()
+        if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
+            said.append(
+                f"importance_sampling_level sequence with loss_type {self.loss_type} weighs each sequence by its "
+                "length; loss_type grpo weighs all alike, as in the paper (GSPO)."
+            )
         if self.top_p < 1 or self.top_k or self.min_p:
             said.append(
                 "top_p, top_k and min_p bias the sampler: log-probs are those of the full softmax at this temperature."
             )
-        if plan.updates_per_rollout > 1 and plan.completions_per_rollout % plan.updates_per_rollout:
-            said.append(f"{plan.completions_per_rollout} completions a rollout do not divide into "
-                        f"{plan.updates_per_rollout} updates; some get one more.")  # fmt: skip
         if self.prompts_per_step and self.gradient_accumulation_steps > 1:
             said.append(
                 f"prompts_per_step {self.prompts_per_step} sets the step; gradient_accumulation_steps has no effect."
@@ -372,6 +394,8 @@ class GRPOConfig(TrainingArguments):
             )
         if "paged" in str(self.optim) and sys.platform == "win32":
             said.append(f"optim {self.optim} pages through the driver, which fails on Windows; adamw_8bit does not.")
+        if self._idle_backend is not None:
+            said.append(f"ddp_backend {self._idle_backend} has no effect: one process trains.")
         if self.vram_gib is not None and self.device.type != "cuda":
             said.append("vram_gib has no effect without a CUDA device.")
         if self._emulated_bf16:
@@ -379,6 +403,23 @@ class GRPOConfig(TrainingArguments):
         if self.world_size > 1:
             said.append("more than one process is not supported yet; results are only tested on one.")
         return said
+
+    def _step_notices(self) -> list[str]:
+        """Where a step has another number of completions than the batch fields multiply to."""
+        plan, group = self.batch_plan(), self.num_generations
+        asked = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        per_step = self.prompts_per_step * group if self.prompts_per_step else asked
+        total, updates = plan.completions_per_rollout, plan.updates_per_rollout
+        if total == updates * per_step:
+            return []
+        if not (self.steps_per_generation or self.generation_batch_size):
+            return [f"{per_step} completions a step do not make whole groups of {group}; a step uses {total}."]
+        name = "generation_batch_size" if self.generation_batch_size else "steps_per_generation"
+        counts = " or ".join(map(str, sorted({total // updates, -(-total // updates)})))
+        return [
+            f"with {name} {getattr(self, name)} a rollout has {total} completions, which make no whole number of steps "
+            f"of {per_step}; a step uses {counts}."
+        ]
 
     def _vllm_reads(self, name: str) -> bool:
         return self.use_vllm and name not in (_ONLY_COLOCATED if self.vllm_mode == "server" else _ONLY_SERVER)

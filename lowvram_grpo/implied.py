@@ -29,6 +29,11 @@ def imply_evaluation(recipe: Recipe) -> None:
                 f"eval_strategy is {training['eval_strategy']}, but there is no data to evaluate on; pass --eval-data "
                 "or --eval-split, or drop eval_strategy."
             )
+        if training.get("eval_on_start"):
+            raise UserError(
+                "eval_on_start is set, but there is no data to evaluate on; pass --eval-data or --eval-split, or drop "
+                "eval_on_start."
+            )
         return
     if "eval_strategy" not in training:
         training["eval_strategy"] = "steps"

@@ -34,6 +34,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     from lowvram_grpo.resume import check_unfinished, planned_steps
     from lowvram_grpo.rewards.registry import resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
+    from lowvram_grpo.settings import check_before_loading
     from lowvram_grpo.task import reward_specs
 
     check_device(recipe)
@@ -57,6 +58,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     # A chat template that is missing or does not fit is found here, before gigabytes are loaded.
     check_prompts(tokenizer, train_data, chat_template_kwargs=recipe.training.get("chat_template_kwargs"))
     _check_reward_columns(recipe, [f for f, _ in rewards], train_data, eval_data)
+    check_before_loading(args, [f for f, _ in rewards], eval_data)
     if not recipe.resume:
         recipe = _fitted(recipe, args, tokenizer, train_data, said.append)
         args = training_config(recipe, weights=[weight for _, weight in rewards])

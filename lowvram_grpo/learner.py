@@ -17,6 +17,7 @@ from lowvram_grpo.correction import Correction
 from lowvram_grpo.experience import MicroBatch
 from lowvram_grpo.loss import KernelChoice, LossSums, micro_loss, wanted_rows
 from lowvram_grpo.objective import Objective
+from lowvram_grpo.policy.dropout import training_mode
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.shared_prefix import shared_groups
@@ -63,6 +64,8 @@ class Learner:
 
     def score(self, micro: MicroBatch, model: nn.Module | None = None, ref_states: Tensor | None = None) -> Scores:
         """Log-probs of a micro-batch under the policy, or under `model`; with `ref_states` those of the reference."""
+        if self.model.training:
+            training_mode(self.model)
         return score(
             model or self.model,
             *micro.sequence(),

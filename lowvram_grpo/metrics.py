@@ -18,6 +18,9 @@ class MetricBook:
     def __init__(self):
         self._values: dict[str, list[float]] = defaultdict(list)
 
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
     def add(self, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._values[name].append(float(value))

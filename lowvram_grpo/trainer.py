@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
 from lowvram_grpo.batching import PromptLoader, PromptSampler
+from lowvram_grpo.checks import unjudged_row
 from lowvram_grpo.config import GRPOConfig
 from lowvram_grpo.correction import correction_of
 from lowvram_grpo.data import check_dataset
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.experience import MicroBatch, Rollout, load_updates, save_updates, split, updates_of
+from lowvram_grpo.gradient_check import GradientCheck, could_teach
+from lowvram_grpo.hub import HubPushes
 from lowvram_grpo.learner import Learner
 from lowvram_grpo.loss import choose_kernels
 from lowvram_grpo.memory.architectures import named
@@ -38,6 +41,7 @@ from lowvram_grpo.metrics import (
 )
 from lowvram_grpo.objective import objective_of
 from lowvram_grpo.policy.adapter import restore_adapter
+from lowvram_grpo.policy.dropout import adapter_dropout, training_mode
 from lowvram_grpo.policy.load import build_policy, check_tokens, compute_dtype, load_tokenizer_for
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.reference import Reference
@@ -50,6 +54,7 @@ from lowvram_grpo.rollout.vllm import VLLMEngine, check_vllm, vllm_engine
 from lowvram_grpo.run.completions import CompletionsLog, as_text
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.savers import TrainerGuard
+from lowvram_grpo.settings import check_before_loading, check_best_metric, check_evaluation, optimizer_error
 from lowvram_grpo.warmup import before_first_step, check_lengths
 
 if TYPE_CHECKING:
@@ -58,7 +63,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-class GRPOTrainer(Trainer):
+class GRPOTrainer(HubPushes, Trainer):
     """Trains a causal language model with GRPO. Arguments mean what they mean in TRL.
 
     Args:
@@ -100,10 +105,10 @@ class GRPOTrainer(Trainer):
         args = args or GRPOConfig(output_dir="grpo")
         self.observer = observer or Observer(log_completions=args.log_completions)
         check_dataset(train_dataset, "train_dataset")
-        if eval_dataset is not None:
-            check_dataset(eval_dataset, "eval_dataset", several=True)
+        check_evaluation(args, eval_dataset)
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         check_columns(reward_funcs, reward_columns(train_dataset[0], only_prompts=bool(args.remove_unused_columns)))
+        check_before_loading(args, reward_funcs, eval_dataset)
         set_seed(args.seed)
         if isinstance(model, str):
             model = named(model, self.observer.notice)
@@ -173,10 +178,11 @@ class GRPOTrainer(Trainer):
         if args.log_completions:
             self.completions_log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl"))
         self.pending_rollout: Rollout | None = None
-        self._checked = False
+        self._checked = self._rewards_called = self._unjudged_said = False
         self._early_log: list[dict[str, Any]] = []
         self._eval_prefix, self._eval_batches = "eval", 0
         self._updates: list[list[MicroBatch]] | None = None
+        self._live, self._gradient_check = False, GradientCheck(str(args.optim))
 
     # Data
 
@@ -210,6 +216,11 @@ class GRPOTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         for notice in self.grpo_args.notices():
             self.observer.notice(notice)
+        if dropped := adapter_dropout(self.model):
+            self.observer.notice(
+                f"the adapter's dropout of {dropped:g} is on in training passes only, so ratio and kl carry its noise; "
+                "set lora_dropout to 0, or disable_dropout, to switch it off."
+            )
         longest = check_lengths(self)
         wanted = self.grpo_args.memory_probe
         if not self._checked and (wanted == "on" or (wanted == "auto" and self.args.device.type == "cuda")):
@@ -231,21 +242,26 @@ class GRPOTrainer(Trainer):
         step, args = self.state.global_step, self.grpo_args
         if args.sync_ref_model and self.reference and step and step % args.ref_model_sync_steps == 0:
             self.reference.sync(args.ref_model_mixup_alpha)
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()  # schedule-free optimizers keep other weights for evaluation
         offset = step % self.plan.steps_per_rollout
         tokens = 0
         if offset == 0 or self._updates is None:
             rollout = self.pending_rollout or self.collect(inputs, step)
             self.pending_rollout = None
             tokens = self._record(rollout)
-            self._updates = self._learnable(rollout)
+            self._updates, self._live = self._learnable(rollout), could_teach(rollout)
         update = self._updates[offset % self.plan.updates_per_rollout % len(self._updates)]
         self.observer.phase("updating")
-        self.model.train()
+        training_mode(self.model)
         loss = self.guard.run("forward", lambda: self._gradients(update), self._redo_from_here())
         if self.args.torch_empty_cache_steps and step % self.args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
         seconds = time.perf_counter() - started
-        self.metrics["train"].add({**self._sums.take(), "step_time": seconds})
+        sums = self._sums.take()
+        self.metrics["train"].add({**sums, "step_time": seconds})
+        if self.learner.correction is None:  # which may have taken every weight away
+            self._gradient_check.look(self.model, update, live=self._live, clipped=sums["clip_ratio/region_mean"])
         if tokens:
             self.metrics["train"].add({"tokens_per_second": tokens / seconds})
         return loss
@@ -287,7 +303,10 @@ class GRPOTrainer(Trainer):
         return (sums.loss, scores) if return_outputs else sums.loss
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*args, **kwargs)
+        try:
+            optimizer = super().create_optimizer(*args, **kwargs)
+        except (ImportError, ValueError, TypeError) as error:
+            raise optimizer_error(str(self.args.optim.value), error) from error
         self.guard.guard_step(optimizer)
         return optimizer
 
@@ -303,6 +322,12 @@ class GRPOTrainer(Trainer):
         seed = (self.args.seed * 1_000_003 + place) % 2**63
         with self.compute_loss_context_manager():
             rollout, logged = self.collector.collect(rows, group, seed=seed, trainer_state=self.state)
+        if mode == "train" and not self._rewards_called:
+            self._rewards_called = True
+            check_best_metric(self.grpo_args, self.rewards.names, self.eval_dataset, logged, final=True)
+        if not self._unjudged_said and (warning := unjudged_row(rollout, rows)):
+            self._unjudged_said = True
+            self.observer.notice(warning)
         lengths = [len(ids) for ids in rollout.batch.completion_ids]
         self.metrics[mode].add(logged)
         self.metrics[mode].add(length_metrics(lengths, rollout.batch.truncated))
@@ -386,7 +411,8 @@ class GRPOTrainer(Trainer):
             self.state.log_history[:0], self._early_log = self._early_log, []
         if any(key.startswith("eval_") for key in logs):
             logs.update({f"{self._eval_prefix}_{k}": v for k, v in self.metrics["eval"].take().items()})
-        elif "loss" in logs:
+        elif "loss" in logs or ("train_runtime" in logs and self.metrics["train"]):
+            # As in TRL, the last row has what was measured since the last logged step.
             logs.update(self.metrics["train"].take())
             logs["num_tokens"] = self.state.num_input_tokens_seen
             memory = peak_memory_gib(self.args.device)
@@ -423,15 +449,22 @@ class GRPOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if is_peft(self.model):
-            folder = resume_from_checkpoint
-            if self.policy_adapter != "default":
-                folder = os.path.join(folder, self.policy_adapter)
-            restore_adapter(self.model, folder, self.policy_adapter)
+            self._restore_adapter(resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.reference is not None:
             self.reference.restore(resume_from_checkpoint)
         self._updates = load_updates(resume_from_checkpoint, self.args.device) or self._updates
+
+    def _restore_adapter(self, folder: str) -> None:
+        if self.policy_adapter != "default":
+            folder = os.path.join(folder, self.policy_adapter)
+        restore_adapter(self.model, folder, self.policy_adapter)
+
+    def _load_best_model(self) -> None:
+        if not is_peft(self.model):
+            return super()._load_best_model()
+        self._restore_adapter(self.state.best_model_checkpoint)
 
 
 def _engine(args: GRPOConfig, model: nn.Module, sampling: Sampling) -> RolloutEngine | VLLMEngine:
@@ -448,5 +481,6 @@ def _for_transformers(args: GRPOConfig) -> GRPOConfig:
     inner.gradient_accumulation_steps = 1
     inner.gradient_checkpointing = inner.activation_checkpointing = False
     inner.remove_unused_columns = False
+    inner.bf16_full_eval = inner.fp16_full_eval = False  # would cast the policy for good
     inner._n_gpu = min(args.n_gpu, 1)  # transformers would wrap the model in DataParallel where it sees two cards
     return inner

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowvram_grpo.checks import Elsewhere, Signal, self_test, signal_of
+from lowvram_grpo.checks import Elsewhere, Signal, endless_remedy, self_test, signal_of
 from lowvram_grpo.cold_start import REFERENCE_COLUMN, ColdStart, reference_ids
 from lowvram_grpo.encoding import prompt_length_report
 from lowvram_grpo.errors import UserError, counted
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lowvram_grpo.trainer import GRPOTrainer
 
 _PROBE_EVERY = 4
+# Columns that rewards judge by, most likely first.
+_ANSWERS = ("answer", "solution", "ground_truth", "target", "label", REFERENCE_COLUMN)
 _PAIRS_PER_STEP = 8
 _MOST_REFERENCES = 5000
 # Fewer than one batch of references would be repeated in every step: the adapter learns them by heart, not their form.
@@ -52,7 +54,7 @@ def before_first_step(trainer: GRPOTrainer) -> None:
                 "max_completion_length; use a template with references (--template tldr with an answer column), raise "
                 "max_completion_length, or pass --cold-start off."
             )
-    elif cold == "auto" and signal.absent and not signal.saturated and pairs:
+    elif cold == "auto" and signal.absent and not (signal.saturated or signal.unjudged) and pairs:
         if len(pairs) >= _FEWEST_REFERENCES:
             steps = args.cold_start_max_steps
         else:
@@ -98,7 +100,13 @@ def _probe(trainer: GRPOTrainer, rows: list) -> tuple[Rollout, Signal]:
     """The rollout of step 1 as the model stands, and what it says. Metrics of an earlier probe are dropped."""
     trainer.metrics["train"].take()
     rollout = trainer.collect(rows, 0)
-    return rollout, signal_of(rollout, trainer.rewards.names)
+    sampling = trainer.collector.engine.sampling
+    return rollout, signal_of(
+        rollout,
+        trainer.rewards.names,
+        reference=next((rows[0][name] for name in _ANSWERS if rows[0].get(name) is not None), None),
+        endless=endless_remedy(rollout, trainer.processing_class, sampling.eos_ids, sampling.max_new_tokens),
+    )
 
 
 def _references(trainer: GRPOTrainer) -> list[int]:

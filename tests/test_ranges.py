@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -65,3 +66,32 @@ def test_bounds():
     assert [x in half_open for x in (0, 1e-9, 1, 1.1, math.nan)] == [False, True, True, False, False]
     assert [x in Range(at_least=0, below=1) for x in (0, 1)] == [True, False]
     assert math.inf not in Range() and -3 in Range() and -1 in Range(at_least=1, also=(-1, "all"))
+
+
+@pytest.mark.parametrize(
+    "fields,words",
+    [
+        ((6, 3, {"steps_per_generation": 4}), "steps_per_generation 4 .* 24 .* of 18; a step uses 24"),
+        ((6, 3, {"steps_per_generation": 5}), "of 18; a step uses 15"),
+        ((6, 3, {"generation_batch_size": 30}), "generation_batch_size 30"),
+        ((6, 1, {"steps_per_generation": 2, "num_generations": 4}), None),
+        ((6, 3, {"steps_per_generation": 6}), None),
+        ((6, 3, {}), None),
+        ((5, 1, {}), "5 completions a step do not make whole groups of 3; a step uses 6"),
+    ],
+)
+def test_a_step_of_another_size_is_said(tmp_path, fields, words):
+    rows, accumulate, others = fields
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **{"num_generations": 3, **others},
+                      per_device_train_batch_size=rows, gradient_accumulation_steps=accumulate)  # fmt: skip
+    said = [text for text in args.notices() if "a step uses" in text]
+    assert len(said) == (words is not None)
+    assert words is None or re.search(words, said[0])
+
+
+def test_a_ratio_of_sequences_that_counts_their_tokens_is_said(tmp_path):
+    for loss_type in ("grpo", "bnpo", "dapo", "dr_grpo"):
+        args = GRPOConfig(
+            output_dir=str(tmp_path), use_cpu=True, loss_type=loss_type, importance_sampling_level="sequence"
+        )
+        assert any("weighs each sequence by its length" in n for n in args.notices()) is (loss_type != "grpo")

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from lowvram_grpo.errors import UserError, one_line, some
 from lowvram_grpo.policy.head import head_of
+from lowvram_grpo.policy.variants import check_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -26,7 +27,7 @@ def adapter_config(adapter: str) -> PeftConfig:
     Raises:
         UserError: there is no such adapter, or it is no LoRA adapter.
     """
-    from peft import PeftConfig, PeftType
+    from peft import PeftConfig
     from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
     folder = Path(adapter)
@@ -54,9 +55,11 @@ def adapter_config(adapter: str) -> PeftConfig:
             f"Adapter {adapter!r} is neither a local folder nor reachable on the hub; check the name, pass a local "
             "folder such as RUN/adapter, or set HF_ENDPOINT to a mirror."
         ) from error
-    if config.peft_type != PeftType.LORA:
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise UserError(f"The adapter {adapter} is of type {kind}, but only LoRA adapters can be trained here.")
+    try:
+        # Whether there is a reference is known later.
+        check_adapter(config, fresh=False, reference=False)
+    except UserError as error:
+        raise UserError(f"{adapter}: {error}") from error
     return config
 
 
@@ -86,7 +89,11 @@ def restore_adapter(model: PeftModel, checkpoint: str, name: str) -> None:
     Raises:
         UserError: they are damaged, or of another model.
     """
+    changed = getattr(model, "changed_base", None)
     try:
+        if changed is not None:
+            changed.restore(model, checkpoint)
+            return
         report = model.load_adapter(checkpoint, name, is_trainable=True)
     except _UNLOADABLE as error:
         raise _misfit(f"The checkpoint {checkpoint}", error) from error

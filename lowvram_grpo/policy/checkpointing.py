@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.policy.dropout import steady_layers
 from lowvram_grpo.policy.wrapper import unwrap
 
 _MLP_NAMES = ("mlp", "feed_forward")
@@ -32,6 +33,7 @@ def checkpoint_activations(model: nn.Module, kwargs: dict[str, Any] | None = Non
         causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    steady_layers(causal_lm)
     if causal_lm is not model:
         causal_lm.enable_input_require_grads()
 
@@ -90,7 +92,7 @@ def _tiled_forward(self: nn.Module, hidden: Tensor) -> Tensor:
     if len(rows) <= self._tile_tokens:
         return run(hidden)
     tiles = rows[None].split(self._tile_tokens, 1)
-    if torch.is_grad_enabled() and self.training:
+    if torch.is_grad_enabled():
         outs = [checkpoint(run, tile, use_reentrant=False, context_fn=self._tile_contexts) for tile in tiles]
     else:
         outs = [run(tile) for tile in tiles]

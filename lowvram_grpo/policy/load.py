@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.errors import UserError, did_you_mean, one_line
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
+from lowvram_grpo.policy.dropout import disable_dropout
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.gguf import gguf_config, gguf_parts, gguf_tokenizer
 from lowvram_grpo.policy.head import head_of
@@ -26,6 +28,13 @@ from lowvram_grpo.policy.refusals import (
     explained,
     lacks_vocabulary,
     no_tokenizer,
+)
+from lowvram_grpo.policy.variants import (
+    ChangedBase,
+    changes_base,
+    check_adapter,
+    check_adapters_of,
+    check_tied_tokens,
 )
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 
@@ -209,6 +218,8 @@ def build_policy(
     Raises:
         UserError: arguments that contradict each other, or a model that cannot be trained.
     """
+    if peft_config is not None:
+        check_adapter(peft_config, fresh=True, reference=args.beta > 0)
     if isinstance(model, str):
         # Training all weights needs float32 masters under autocast; frozen weights need no such room.
         dtype = compute_dtype(args.device) if peft_config is not None else torch.float32
@@ -220,7 +231,14 @@ def build_policy(
         raise UserError("model_init_kwargs only apply to a model given by name; drop them or pass the model's name.")
     if is_peft(model) and peft_config is not None:
         raise UserError("The model carries an adapter already; drop peft_config, or merge the adapter first.")
+    if is_peft(model):
+        check_adapters_of(model, reference=args.beta > 0)
     if peft_config is not None:
+        if args.use_vllm and changes_base(peft_config):
+            raise UserError(
+                f"init_lora_weights {peft_config.init_lora_weights!r} changes weights of the base model, which vLLM "
+                "does not see; take init_lora_weights True, or leave use_vllm off."
+            )
         model = attach_lora(model, peft_config)
     elif getattr(model, "is_quantized", False) and not is_peft(model):
         raise UserError("A quantized model cannot be trained directly; pass a peft_config to train an adapter on it.")
@@ -262,15 +280,19 @@ def attach_lora(model: PreTrainedModel, peft_config: PeftConfig) -> nn.Module:
     """
     from peft import get_peft_model
 
+    changed = changes_base(peft_config)
+    if changed and getattr(model, "is_quantized", False):
+        raise UserError(
+            f"init_lora_weights {peft_config.init_lora_weights!r} changes weights of the base model, which are "
+            "quantized; load the model unquantized, or take init_lora_weights True."
+        )
     try:
-        wrapped = get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise UserError(f"The LoRA configuration does not fit the model: {error}") from error
+        # peft writes the names that it found into the configuration, which would then fit no other model.
+        wrapped = get_peft_model(model, copy.deepcopy(peft_config))
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, KeyError) as error:
+        raise UserError(f"The LoRA configuration does not fit the model: {one_line(error)}.") from error
+    if changed:
+        ChangedBase(wrapped)
+    check_tied_tokens(wrapped)
     head_of(wrapped.get_base_model())
     return wrapped
-
-
-def disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0

@@ -22,6 +22,12 @@ _HEAD = re.compile(r"(^|\.)(score|classifier|classification_head|pooler)\.")
 _ROWS = 8
 
 
+def model_name(model: Any) -> str:
+    """What a reward model, or the folder or id of one, is called in metrics."""
+    place = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None) or ""
+    return place.replace("\\", "/").rstrip("/").split("/")[-1] or type(model).__name__
+
+
 class RewardModel:
     """Scores `prompt + completion` with a model that has one output, in eval mode and without gradients.
 
@@ -39,7 +45,7 @@ class RewardModel:
         if isinstance(model, str):
             model = _load(model, model_init_kwargs or {})
         model_id = getattr(model.config, "_name_or_path", None) or ""
-        self.__name__ = model_id.replace("\\", "/").rstrip("/").split("/")[-1] or type(model).__name__
+        self.__name__ = model_name(model)
         if not getattr(model, "is_quantized", False) and not hasattr(model, "hf_device_map"):
             model = model.to(device)
         self.device = next(model.parameters()).device

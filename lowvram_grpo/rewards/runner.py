@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.rewards.model import RewardModel
+from lowvram_grpo.rewards.model import RewardModel, model_name
 from lowvram_grpo.rewards.registry import BUILTIN
 
 # How often a person's Ctrl-C is looked for while the batch waits for a thread.
@@ -244,6 +244,24 @@ def _name(func: Callable) -> str:
     while isinstance(func, partial):
         func = func.func
     return getattr(func, "__name__", type(func).__name__)
+
+
+def names_before_loading(funcs: Sequence[Any]) -> tuple[list[str], bool]:
+    """The names that a runner of these functions will have, without loading a model, and whether some function can log
+    metrics of its own: it takes `log_metric`, or everything."""
+    names, logs = [], False
+    for func in funcs:
+        func = BUILTIN.get(func, func) if isinstance(func, str) else func
+        if isinstance(func, (str, torch.nn.Module)):
+            names.append(model_name(func))
+            continue
+        names.append(_name(func))
+        try:
+            parameters = inspect.signature(func).parameters.values() if func not in BUILTIN.values() else ()
+        except (TypeError, ValueError):  # a function in C without a signature
+            parameters = ()
+        logs = logs or any(p.name == "log_metric" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return _distinct(names), logs
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -60,14 +60,21 @@ class Sampling:
 
 
 def sampling_of(args: GRPOConfig, eos_ids: tuple[int, ...], tokenizer) -> Sampling:
-    """The sampler that a training configuration asks for, on the ids of a tokenizer."""
+    """The sampler that a training configuration asks for, on the ids of a tokenizer. End and padding ids among its
+    generation_kwargs take the place of the model's."""
+    extra = dict(args.generation_kwargs or {})
+    if (given := extra.pop("eos_token_id", None)) is not None:
+        eos_ids = tuple(sorted({*given})) if isinstance(given, (list, tuple)) else (given,)
+    pad_id = extra.pop("pad_token_id", None)
+    if pad_id is None:
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     known = max([*tokenizer.get_vocab().values(), *eos_ids], default=None)
     return filters_of(
         args,
         eos_ids=eos_ids,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_id=pad_id,
         known_ids=None if known is None else known + 1,
-        extra=args.generation_kwargs or {},
+        extra=extra,
     )
 
 

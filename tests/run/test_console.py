@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import sys
 from types import SimpleNamespace
 
@@ -159,3 +160,13 @@ def test_an_exception_leaves_the_terminal_whole(stdout, monkeypatch):
     assert text.rstrip().endswith("\x1b[?25h"), "the cursor is shown again"
     console.notice("afterwards")
     assert out.text().endswith("· afterwards\n")
+
+
+def test_steps_without_a_reward_are_printed_too(capsys):
+    with Console("t", plain=True, total_steps=4) as console:
+        console.log(1, {"reward": math.nan, "kl": 0.0, "completions/mean_length": 8.0})
+        console.log(2, {"eval_reward": math.nan, "eval_completions/mean_length": 7.0})
+        console.log(3, {"train_runtime": 1.0})
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[0].startswith("step 1/4  reward none  kl 0.0000  length 8")
+    assert lines[1].startswith("step 2/4  eval reward none  length 7") and len(lines) == 2

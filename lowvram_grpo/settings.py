@@ -1,0 +1,251 @@
+"""Settings of transformers' TrainingArguments that would fail in the middle of a job, looked at before it begins.
+
+transformers finds out about a wrong optimizer, schedule, logger or hub when the model is loaded, about a best-model
+metric that does not exist at the first evaluation. Here the same functions are called at once, on next to nothing, and
+what they raise becomes a sentence that names the setting.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
+
+from lowvram_grpo.data import check_dataset
+from lowvram_grpo.errors import UserError, did_you_mean, one_line
+from lowvram_grpo.hub import check_hub
+
+if TYPE_CHECKING:
+    from lowvram_grpo.config import GRPOConfig
+
+_CHOICES = {
+    "optim": OptimizerNames,
+    "lr_scheduler_type": SchedulerType,
+    "eval_strategy": IntervalStrategy,
+    "logging_strategy": IntervalStrategy,
+    "save_strategy": SaveStrategy,
+    "hub_strategy": HubStrategy,
+}
+_UNSUPPORTED = {
+    "deepspeed": "more than one process is not supported yet; drop it, memory is saved by --preset and the fields of "
+    "docs/memory.md",
+    "fsdp": "more than one process is not supported yet; drop it",
+    "parallelism_config": "more than one process is not supported yet; drop it",
+}
+_DICTIONARIES = ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs", "lr_scheduler_kwargs",
+                 "gradient_checkpointing_kwargs")  # fmt: skip
+# They update weights while the backward pass runs, and a step here is several micro-batches.
+_STEP_IN_BACKWARD = ("layerwise", "lomo")
+_PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+# What a schedule cannot do without, or is most often meant to have.
+_SCHEDULE_EXAMPLES = {
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 100},
+    "polynomial": {"lr_end": 1e-8},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "reduce_lr_on_plateau": {"patience": 2},
+    "greedy": {"patience": 2},
+}
+_FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")
+
+
+def check_choices(args: GRPOConfig) -> None:
+    """Names that have to be of a list, dictionaries that have to be JSON, and what is not supported. Before
+    TrainingArguments looks at them.
+
+    Raises:
+        UserError: one that is not.
+    """
+    for name, why in _UNSUPPORTED.items():
+        if getattr(args, name, None):
+            raise UserError(f"{name} is set, but {why}.")
+    for name, kind in _CHOICES.items():
+        known = [choice.value for choice in kind]
+        value = getattr(getattr(args, name), "value", getattr(args, name))
+        if value not in known:
+            raise UserError(f"{name} is {value!r}{did_you_mean(str(value), known)}; choose one of {', '.join(known)}.")
+    for name in _DICTIONARIES:
+        value = getattr(args, name, None)
+        if value is None or isinstance(value, dict):
+            continue
+        try:
+            parsed = json.loads(value)
+        except (TypeError, ValueError):
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise UserError(f"{name} is {value!r}, which is no JSON object; write it as '{{\"name\": value}}'.")
+
+
+def settle_best_model(args: GRPOConfig) -> None:
+    """What is followed where no metric is named: the reward of the evaluation, which transformers would replace by the
+    lowest loss, and a GRPO loss says nothing."""
+    by_metric = _value(args.lr_scheduler_type) in _FOLLOW_A_METRIC
+    if args.metric_for_best_model is None and (
+        args.load_best_model_at_end or _value(args.save_strategy) == "best" or by_metric
+    ):
+        args.metric_for_best_model = "eval_reward"
+    if args.metric_for_best_model is not None and args.greater_is_better is None:
+        args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+    if by_metric and args.greater_is_better and not isinstance(args.lr_scheduler_kwargs, str):
+        # Such a schedule lowers the rate while its metric rises, unless it is told which way is up.
+        args.lr_scheduler_kwargs = {"mode": "max", **(args.lr_scheduler_kwargs or {})}
+
+
+def check_built(args: GRPOConfig) -> None:
+    """Build the optimizer and the schedule for one weight, and look for the loggers.
+
+    Raises:
+        UserError: one of them can't be had.
+    """
+    _check_optimizer(args)
+    _check_schedule(args)
+    if _value(args.save_strategy) == "best" and _value(args.eval_strategy) == "no":
+        raise UserError(
+            "save_strategy is best, but nothing is evaluated, so nothing would be saved; set eval_strategy."
+        )
+    if not args.report_to:
+        return
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    available = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = sorted(INTEGRATION_TO_CALLBACK)
+            raise UserError(
+                f"report_to is {name!r}{did_you_mean(str(name), known)}; choose one of none, all, {', '.join(known)}."
+            )
+        if name not in available and name != "kubeflow":
+            raise UserError(f"report_to asks for {name}, which is not installed; `pip install {name}`, or drop it.")
+
+
+def _check_optimizer(args: GRPOConfig) -> None:
+    optim = _value(args.optim)
+    if any(part in optim for part in _STEP_IN_BACKWARD):
+        raise UserError(
+            f"optim {optim} steps while the backward pass runs, and a step here is made of several of them; take "
+            "adamw_8bit, or adamw_torch with optimizer_offload."
+        )
+    if optim in _PLAIN_OPTIMIZERS and not args.optim_args:
+        return
+    from transformers import Trainer
+
+    alone = copy.copy(args)
+    alone.gradient_accumulation_steps = 1
+    model = nn.Sequential(nn.Linear(2, 2))
+    if args.optim_target_modules is not None:
+        alone.optim_target_modules = "all-linear"  # whether the names fit is for the model to say
+    try:
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(alone, model)
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+            kind(**{"params": list(model.parameters()), **kwargs})
+    except Exception as error:  # other packages' own, with errors of their own
+        arguments = args.optim_args and isinstance(error, (ValueError, TypeError))
+        raise optimizer_error(optim, error, "check optim_args" if arguments else None) from error
+
+
+def optimizer_error(optim: str, error: Exception, remedy: str | None = None) -> UserError:
+    """One sentence for an optimizer that can't be made."""
+    return UserError(
+        f"optim {optim} can't be used ({one_line(error)}); "
+        f"{remedy or 'see to that, or take adamw_torch or adamw_8bit'}."
+    )
+
+
+def _check_schedule(args: GRPOConfig) -> None:
+    name = _value(args.lr_scheduler_type)
+    if name == "linear" and not args.lr_scheduler_kwargs:
+        return
+    from transformers import get_scheduler
+
+    weight = nn.Parameter(torch.zeros(1))
+    try:
+        optimizer = torch.optim.SGD([weight], lr=args.learning_rate)
+        schedule = get_scheduler(name, optimizer, args.get_warmup_steps(10), 10, dict(args.lr_scheduler_kwargs or {}))
+        for _ in range(0 if name in _FOLLOW_A_METRIC else 10):
+            optimizer.step()
+            schedule.step()
+    except (ValueError, TypeError, ArithmeticError) as error:
+        example = f", as in --lr-scheduler-kwargs '{json.dumps(_SCHEDULE_EXAMPLES[name])}'" \
+            if name in _SCHEDULE_EXAMPLES else ""  # fmt: skip
+        raise UserError(
+            f"lr_scheduler_type {name} can't be set up ({one_line(error)}); set lr_scheduler_kwargs to what it "
+            f"takes{example}."
+        ) from error
+
+
+def check_before_loading(args: GRPOConfig, rewards: Sequence[Any], evaluated: Any) -> None:
+    """What can be known before a model is loaded, but not from the settings alone.
+
+    Raises:
+        UserError: the hub or the best model's metric are out of reach.
+    """
+    from lowvram_grpo.rewards.runner import names_before_loading
+
+    names, may_log = names_before_loading(rewards)
+    check_best_metric(args, names, evaluated, (), final=not may_log)
+    check_hub(args)
+
+
+def check_evaluation(args: GRPOConfig, evaluated: Any) -> None:
+    """Raises:
+    UserError: an evaluation is asked for without data, or on data that can't be used."""
+    if evaluated is not None:
+        check_dataset(evaluated, "eval_dataset", several=True)
+    elif args.eval_on_start or _value(args.eval_strategy) != "no":
+        what = "eval_on_start is set" if args.eval_on_start else f"eval_strategy is {_value(args.eval_strategy)}"
+        raise UserError(f"{what}, but there is no eval_dataset; pass one, or drop it.")
+
+
+def _value(choice: Any) -> str:
+    return str(getattr(choice, "value", choice))
+
+
+# What an evaluation measures of itself, without eval_ in front; rewards, and what they log, come to it.
+EVAL_METRICS = (
+    "loss", "reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "runtime", "samples_per_second",
+    "steps_per_second", "step_time", "ratio/min", "ratio/max",
+    *(f"clip_ratio/{part}" for part in ("low_mean", "high_mean", "region_mean", "low_min", "high_max")),
+    *(f"completions/{part}_length" for part in ("mean", "min", "max")),
+    *(f"completions/{part}_terminated_length" for part in ("mean", "min", "max")), "completions/clipped_ratio",
+)  # fmt: skip
+
+
+def check_best_metric(
+    args: GRPOConfig, rewards: Sequence[str], evaluated: Any, logged: Iterable[str], *, final: bool
+) -> None:
+    """Whether the metric that the best model is chosen by will be there at the first evaluation.
+
+    Args:
+        rewards: names of the reward functions.
+        evaluated: the evaluation data: one dataset, or several by name.
+        logged: metrics that the rewards have logged themselves.
+        final: no other can come: the rewards have been called, or none of them logs any.
+
+    Raises:
+        UserError: it won't.
+    """
+    wanted = args.metric_for_best_model
+    if wanted is None or evaluated is None:
+        return
+    wanted = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
+    names = [*EVAL_METRICS, *(f"rewards/{name}/{part}" for name in rewards for part in ("mean", "std")), *logged]
+    if not args.beta:
+        names.remove("kl")
+    prefixes = [f"eval_{name}_" for name in evaluated] if isinstance(evaluated, dict) else ["eval_"]
+    known = [prefix + name for prefix in prefixes for name in names]
+    if wanted in known or not final:
+        return
+    usual = [name for name in known if name.endswith(("_reward", "_loss", "/mean", *logged))]
+    several = "there are several evaluation datasets, and " if len(prefixes) > 1 else ""
+    raise UserError(
+        f"metric_for_best_model is {args.metric_for_best_model!r}, but {several}an evaluation gives no such "
+        f"metric; choose one of {', '.join(usual)}."
+    )
