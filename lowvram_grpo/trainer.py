@@ -45,6 +45,7 @@ from lowvram_grpo.policy.dropout import adapter_dropout, training_mode
 from lowvram_grpo.policy.load import build_policy, check_tokens, compute_dtype, load_tokenizer_for
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.reference import Reference
+from lowvram_grpo.policy.variants import check_adapter
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.rewards.runner import RewardRunner, check_columns
 from lowvram_grpo.rollout.collect import Collector, reward_columns
@@ -109,6 +110,8 @@ class GRPOTrainer(HubPushes, Trainer):
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         check_columns(reward_funcs, reward_columns(train_dataset[0], only_prompts=bool(args.remove_unused_columns)))
         check_before_loading(args, reward_funcs, eval_dataset)
+        if peft_config is not None:  # build_policy does so too, once a tokenizer has been fetched
+            check_adapter(peft_config, fresh=True, reference=args.beta > 0)
         set_seed(args.seed)
         if isinstance(model, str):
             model = named(model, self.observer.notice)
