@@ -144,7 +144,7 @@ def check_kind(model: str, config: PretrainedConfig) -> None:
             task, "a model for another task"
         )
         what += f" ({declared[0]})"
-    elif getattr(config, "is_decoder", True) is False:
+    elif kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", True) is False:
         what = "an encoder, as embedding models are"
     elif type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         return

@@ -71,6 +71,7 @@ def test_other_kinds_of_models(tmp_path, config, words):
         {"model_type": "llama"},
         {"model_type": "qwen2", "architectures": ["Qwen2Model"]},
         {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+        {"model_type": "gpt_neox"},  # is_decoder is false in its configuration, and means nothing
         {"model_type": "bert", "is_decoder": True},
         {"model_type": "bart", "is_encoder_decoder": False, "is_decoder": True, "architectures": ["BartForCausalLM"]},
     ],
