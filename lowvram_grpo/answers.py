@@ -71,6 +71,8 @@ class Answer:
             value = None if value is None else value.get(name)
         try:
             return self._text(value)
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"Row {index}: the answer in column {self._shown()!r} {error}.") from error
 

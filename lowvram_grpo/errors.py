@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(Exception):
-    """A mistake or a missing thing outside this program: one clear sentence that names the cause and the fix.
+class UserError(ValueError):
+    """A mistake or a missing thing outside this program: one clear sentence that names the cause and the fix. A
+    ValueError, since that is what a script that came from TRL catches.
 
     The command line prints it without a traceback and exits with code 2.
     """

@@ -81,6 +81,8 @@ def training_config(recipe: Recipe, *, weights: list[float]) -> GRPOConfig:
     settings |= {"output_dir": recipe.output_dir or "runs", "disable_tqdm": True, "model_init_kwargs": None}
     try:
         args = GRPOConfig(**settings)
+    except UserError:
+        raise
     except (ValueError, TypeError) as error:
         raise UserError(f"The training settings do not fit together: {error}") from error
     given = len(args.reward_weights or weights)

@@ -232,6 +232,8 @@ def cast(key: str, value: Any, hint: Any) -> Any:
             continue
         try:
             return _as(value, kind, next(o for o in options if (typing.get_origin(o) or o) is kind))
+        except UserError:
+            raise
         except (ValueError, TypeError):
             continue
     wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)

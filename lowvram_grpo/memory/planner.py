@@ -315,5 +315,7 @@ def paper_config(recipe: Recipe) -> Any:
     settings |= {"output_dir": "plan", "use_cpu": True, "report_to": "none", "model_init_kwargs": None}
     try:
         return GRPOConfig(**settings)
+    except UserError:
+        raise
     except (ValueError, TypeError) as error:
         raise UserError(f"The training settings do not fit together: {error}") from error

@@ -68,6 +68,8 @@ def model_config(model: str, gguf_file: str | None = None, **hub: Any) -> Pretra
         else:
             # Else transformers asks at the terminal.
             config = AutoConfig.from_pretrained(model, **{"trust_remote_code": False, **hub})
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise explained(model, error) from error
     check_kind(model, config)
@@ -188,6 +190,8 @@ def load_causal_lm(
             loaded = load_streamed(model, config, device, kwargs, keep_on_host)
             if loaded is None:
                 loaded = load_whole(model, config, device, kwargs, keep_on_host, tell)
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise explained(model, error) from error
     keep_differentiable(loaded)

@@ -83,6 +83,8 @@ def load_streamed(
         return None
     try:
         source = checkpoint_source(model, **hub)
+    except UserError:
+        raise
     except (FileNotFoundError, ValueError):
         return None
     empty = skeleton(config, dtype, **_attention(kwargs))
@@ -143,6 +145,8 @@ def _check_stored_names(model: str, config: Any, kwargs: dict[str, Any]) -> None
         return
     try:
         source = checkpoint_source(model, **_files_arguments(kwargs))
+    except UserError:
+        raise
     except (FileNotFoundError, ValueError):
         return
     empty = skeleton(config, torch.float32)

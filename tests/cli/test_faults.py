@@ -149,3 +149,20 @@ def test_our_own_errors_are_no_faults_of_the_world(error):
 def test_the_settings_are_those_that_a_person_set(tmp_path):
     recipe = resolve({"model": "m", "data": "d", "optim": "adamw_torch", "preset": "cpu"})
     assert given_settings(recipe) == {"model": "m", "data": "d", "optim": "adamw_torch", "preset": "cpu"}
+
+
+def test_a_script_catches_it_as_a_value_error(config):
+    """TRL raises ValueError where we have a sentence."""
+    from lowvram_grpo.rewards.runner import check_columns
+
+    with pytest.raises(ValueError, match=r"temperature is 0; it must be above 0"):
+        config(temperature=0)
+    # It passes a clause for another library's ValueErrors as it is.
+    with pytest.raises(ValueError, match=r"^the reward function 'needs' needs 'topic', which the data lacks"):
+        check_columns([needs], ["prompt"])
+    with pytest.raises(ValueError, match=r"^an entry is 'x', which is not of type float\.$"):
+        resolve({"reward_weights": "1,x"})
+
+
+def needs(completions, topic):
+    return [0.0] * len(completions)
