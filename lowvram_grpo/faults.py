@@ -104,14 +104,18 @@ _MACHINE: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 @contextlib.contextmanager
-def boundary(recipe: Recipe | None = None) -> Iterator[None]:
-    """Around a whole job: what `explain` knows leaves it as a UserError, everything else as it is."""
+def boundary(settings: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Around a whole job: what `explain` knows leaves it as a UserError, everything else as it is.
+
+    Args:
+        settings: what a person set, by name.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        known = explain(error, settings=given_settings(recipe) if recipe is not None else {})
+        known = explain(error, settings=settings or {})
         if known is None:
             raise
         raise known from error

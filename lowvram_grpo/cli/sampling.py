@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lowvram_grpo.faults import boundary
+
 _Model = Annotated[str | None, typer.Option("--model", "-m", help="As for train; default the run's.")]
 _Adapter = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Run directory, checkpoint or adapter folder, or hub id.")
@@ -47,19 +49,16 @@ def chat(
         "quantization": quantization,
         "chat_template": chat_template,
     }
-    start(
-        {key: value for key, value in flags.items() if value is not None},
-        context.args,
-        prompt=prompt,
-        max_new_tokens=max_new_tokens,
-        filters={
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-        },
-    )
+    flags = {key: value for key, value in flags.items() if value is not None}
+    filters = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    with boundary({**flags, **filters}):
+        start(flags, context.args, prompt=prompt, max_new_tokens=max_new_tokens, filters=filters)
 
 
 def evaluate(
@@ -128,16 +127,18 @@ def evaluate(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
-    start(
-        {key: value for key, value in flags.items() if value is not None},
-        context.args,
-        greedy=greedy,
-        samples=samples,
-        k=k,
-        threshold=threshold,
-        limit=limit,
-        compare_base=compare_base,
-        filters=filters,
-        out=out,
-        as_json=as_json,
-    )
+    flags = {key: value for key, value in flags.items() if value is not None}
+    with boundary({**flags, **filters}):
+        start(
+            flags,
+            context.args,
+            greedy=greedy,
+            samples=samples,
+            k=k,
+            threshold=threshold,
+            limit=limit,
+            compare_base=compare_base,
+            filters=filters,
+            out=out,
+            as_json=as_json,
+        )

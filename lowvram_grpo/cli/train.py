@@ -8,7 +8,7 @@ from typing import Any
 
 from lowvram_grpo.cli.quiet import hush
 from lowvram_grpo.errors import UserError, did_you_mean
-from lowvram_grpo.faults import boundary
+from lowvram_grpo.faults import boundary, given_settings
 
 
 def start(options: dict[str, Any], extra: list[str], *, config: Path | None, resume: str | None, dry_run: bool) -> None:
@@ -45,7 +45,7 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     recipe.resume = resume
     if notice:
         say(notice)
-    with boundary(recipe):
+    with boundary(given_settings(recipe)):
         run(recipe, dry_run=dry_run)
 
 

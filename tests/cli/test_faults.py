@@ -110,6 +110,18 @@ def test_debug_prints_the_traceback_wherever_it_stands(monkeypatch, capsys, tmp_
         assert code == 2 and "Traceback (most recent call last)" in err and err.count("error: ") == 1
 
 
+@pytest.mark.parametrize(
+    "command", [["chat", "--prompt", "a"], ["eval", "--reward=label", "--samples=0", "--max-completion-length=4"]]
+)
+def test_sampling_without_training_has_the_same_boundary(monkeypatch, capsys, job, command):
+    monkeypatch.setattr(
+        "lowvram_grpo.inference.load_policy", raising(ModuleNotFoundError("No flash_attn", name="flash_attn"))
+    )
+    data = ["--data", job["--data"]] if command[0] == "eval" else []
+    code, err = run(monkeypatch, capsys, *command, "--model", job["--model"], *data, "--use-cpu")
+    assert code == 2 and "pip install flash_attn" in err and "Traceback" not in err, err
+
+
 def test_what_was_being_done_is_named(monkeypatch, capsys, job):
     monkeypatch.setattr(LOAD, raising(MemoryError()))
     _, err = run(monkeypatch, capsys, "train", *[part for pair in job.items() for part in pair])
