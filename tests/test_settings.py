@@ -79,13 +79,22 @@ def test_one_sentence_before_anything_is_loaded(config, settings, words):
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 3}},
         {"lr_scheduler_type": "inverse_sqrt", "warmup_ratio": 0.1},
         {"lr_scheduler_type": "polynomial"},
-        {"optim": "adafactor"},
-        {"optim": "sgd", "optim_args": "momentum=0.9,nesterov=true"},
-        {"torch_compile": True, "ddp_backend": "gloo"},
     ],
     ids=str,
 )
-def test_what_can_be_built_trains(config, dataset, tokenizer, model, settings):
+def test_what_can_be_built_is_taken(config, settings):
+    assert config(**settings).lr_scheduler_type == settings["lr_scheduler_type"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "optim": "adafactor"},
+        {"torch_compile": True, "ddp_backend": "gloo", "optim": "sgd", "optim_args": "momentum=0.9,nesterov=true"},
+    ],
+    ids=str,
+)
+def test_what_is_taken_trains(config, dataset, tokenizer, model, settings):
     trainer = trainer_for(model, config(**settings), dataset, tokenizer)
     trainer.train()
     assert trainer.state.global_step == 2
