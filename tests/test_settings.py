@@ -56,6 +56,7 @@ def said_by(call, *arguments, **kwargs):
         ({"report_to": "wandbb"}, ["report_to is 'wandbb'", "did you mean 'wandb'"]),
         ({"report_to": ["clearml"]}, ["clearml, which is not installed", "pip install clearml"]),
         ({"save_strategy": "epochs"}, ["save_strategy is 'epochs'", "did you mean 'epoch'"]),
+        ({"log_level": "loud"}, ["log_level is 'loud'", "warning"]),
         ({"save_strategy": "best"}, ["save_strategy is best", "set eval_strategy"]),
         ({"hub_strategy": "always"}, ["hub_strategy is 'always'", "every_save"]),
         ({"accelerator_config": "none.json"}, ["none.json"]),
@@ -122,6 +123,10 @@ def test_a_plateau_knows_which_way_is_up(config):
     plateau = {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_type": "reduce_lr_on_plateau"}
     assert config(**plateau).lr_scheduler_kwargs == {"mode": "max"}
     assert config(**plateau, metric_for_best_model="loss").lr_scheduler_kwargs is None
+    assert config(**plateau, lr_scheduler_kwargs='{"patience": 2}').lr_scheduler_kwargs == {
+        "mode": "max",
+        "patience": 2,
+    }
     assert config(**plateau, lr_scheduler_kwargs={"mode": "min"}).lr_scheduler_kwargs == {"mode": "min"}
 
 

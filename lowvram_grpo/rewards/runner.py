@@ -309,6 +309,8 @@ def check_columns(funcs: Sequence[Any], columns: Sequence[str]) -> None:
             continue
         try:
             arguments = _arguments(func, _name(func), given, lists)
+        except UserError:
+            raise
         except ValueError:  # a function in C without a signature
             continue
         if func in BUILTIN.values():
