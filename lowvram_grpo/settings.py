@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
+from transformers.utils.logging import get_log_levels_dict
 
 from lowvram_grpo.data import check_dataset
 from lowvram_grpo.errors import UserError, did_you_mean, one_line
@@ -66,8 +67,9 @@ def check_choices(args: GRPOConfig) -> None:
     for name, why in _UNSUPPORTED.items():
         if getattr(args, name, None):
             raise UserError(f"{name} is set, but {why}.")
-    for name, kind in _CHOICES.items():
-        known = [choice.value for choice in kind]
+    levels = [*get_log_levels_dict(), "passive"]
+    named = {name: [choice.value for choice in kind] for name, kind in _CHOICES.items()}
+    for name, known in {**named, "log_level": levels, "log_level_replica": levels}.items():
         value = getattr(getattr(args, name), "value", getattr(args, name))
         if value not in known:
             raise UserError(f"{name} is {value!r}{did_you_mean(str(value), known)}; choose one of {', '.join(known)}.")
@@ -93,9 +95,10 @@ def settle_best_model(args: GRPOConfig) -> None:
         args.metric_for_best_model = "eval_reward"
     if args.metric_for_best_model is not None and args.greater_is_better is None:
         args.greater_is_better = not args.metric_for_best_model.endswith("loss")
-    if by_metric and args.greater_is_better and not isinstance(args.lr_scheduler_kwargs, str):
+    if by_metric and args.greater_is_better:
         # Such a schedule lowers the rate while its metric rises, unless it is told which way is up.
-        args.lr_scheduler_kwargs = {"mode": "max", **(args.lr_scheduler_kwargs or {})}
+        given = args.lr_scheduler_kwargs or {}
+        args.lr_scheduler_kwargs = {"mode": "max", **(json.loads(given) if isinstance(given, str) else given)}
 
 
 def check_built(args: GRPOConfig) -> None:

@@ -77,7 +77,7 @@ def test_it_is_all_said_before_step_one(config, tokenizer, model):
     assert not any("cold start" in text for text in said)  # which could not make them judge
 
 
-@pytest.mark.parametrize("logging_steps,rows", [(1, [1, 2, 3]), (2, [2, 3]), (9, [3])])
+@pytest.mark.parametrize("logging_steps,rows", [(1, [1, 2, 3]), (2, [2, 3])])
 def test_the_last_row_has_what_no_row_had(config, dataset, tokenizer, model, logging_steps, rows):
     args = config(max_steps=3, logging_steps=logging_steps)
     trainer = GRPOTrainer(

@@ -10,7 +10,7 @@ from conftest import Quiet, digit_share
 from peft import LoraConfig
 
 from lowvram_grpo import GRPOTrainer, UserError
-from lowvram_grpo.gradient_check import could_teach
+from lowvram_grpo.gradient_check import GradientCheck, could_teach
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -55,9 +55,15 @@ def test_the_same_completion_with_different_rewards_is_none(config, dataset, tok
 
 
 def test_clipped_tokens_are_none(config, dataset, tokenizer, model):
-    """The first step moves the policy so far that every ratio of the later ones lies beyond the bounds."""
-    trainer = trained(config, dataset, tokenizer, model, cut_off=False, num_iterations=3, epsilon=0.0)
-    assert trainer.state.global_step == 3
+    trainer = trained(config, dataset, tokenizer, model, cut_off=False)
+    update = trainer.cut(trainer.collect([dataset[0], dataset[1]], 0), 1)[0]
+    trainer.model.zero_grad()
+    check = GradientCheck("adamw_torch")
+    for clipped in (0.5, 0.0, 1.0):
+        check.look(trainer.model, update, live=True, clipped=clipped)
+    with pytest.raises(UserError, match="exactly zero"):
+        check.look(trainer.model, update, live=True, clipped=0.0)
+    GradientCheck("galore_adamw_layerwise").look(trainer.model, update, live=True, clipped=0.0)
 
 
 def test_could_teach_needs_texts_that_differ(config, dataset, tokenizer, model):
