@@ -17,7 +17,10 @@ from lowvram_grpo.rewards.pieces import Piece, expanded, pieces
 from lowvram_grpo.rewards.units import unit_of
 
 _PERCENT = unit_of("%")
-_EQUALS = re.compile(r"(?<![<>!\\:])=(?!=)")
+# Money and weight have one name.
+_POUNDS = {unit_of("pound"), unit_of("£")}
+_EQUALS = re.compile(r"(?<![<>!\\:])=(?!=)|\\approx(?![A-Za-z])")
+_NEGATIONS = frozenset(("not", "never", "neither", "nor", "不", "不是"))
 _COEFFICIENT = re.compile(r"-?\s*(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\s*\*?\s*[A-Za-z]")
 _SYMBOL = re.compile(r"\s*(?:\\[A-Za-z]+|[A-Za-z])(?:_\{?\w+\}?)?(?:\s*\([\w\s,]*\))?\s*")
 _OPENING, _CLOSING = "([{", ")]}"
@@ -25,7 +28,6 @@ _TRIG_DEGREES = re.compile(
     r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{?\d+\}?)?)\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\\circ\s*[)}]?"
 )
 _NO_FORMULA = re.compile(r"[\u4e00-\u9fff]|(?<![\\A-Za-z{])[A-Za-z]{4,}")
-_COMMA_DECIMAL = re.compile(r"-?\d+,\d+")
 
 
 def same_pieces(gold: Sequence[Piece], reply: Sequence[Piece], *, strict: bool) -> bool | None:
@@ -38,6 +40,11 @@ def same_pieces(gold: Sequence[Piece], reply: Sequence[Piece], *, strict: bool) 
         verdict = _matched(gold, reply, strict)
         if verdict is not False:
             return verdict
+    if len(gold) == 1 < len(reply) and (point := _coordinates(gold[0].expr)) and point[0] == "()":
+        # `2, 3` for the point (2, 3): in its order.
+        return len(point[1]) == len(reply) and all(
+            same_pieces(pieces(item), [piece], strict=strict) for item, piece in zip(point[1], reply)
+        )
     both = (_compound(gold), _compound(reply))
     if (len(gold) > 1 or len(reply) > 1) and all(both):
         return same_number(Number(both[0], True), Number(both[1], True))
@@ -74,10 +81,14 @@ def _matched(gold: Sequence[Piece], reply: Sequence[Piece], strict: bool) -> boo
 
 def same_piece(gold: Piece, reply: Piece, *, strict: bool) -> bool | None:
     """Whether formula, unit and what is counted agree."""
+    if negated(gold) != negated(reply):
+        return False
     scale = Fraction(1)
-    if gold.attached or reply.attached:
-        gold, reply = _with_attached(gold, reply), _with_attached(reply, gold)
-    if gold.unit and reply.unit and gold.unit != reply.unit:
+    if gold.attached and reply.unit:
+        gold = _with_unit(gold)
+    elif reply.attached and not gold.attached and number(gold.expr) and not gold.nouns:
+        reply = _with_unit(reply)
+    if gold.unit and reply.unit and gold.unit != reply.unit and {gold.unit, reply.unit} != _POUNDS:
         if gold.unit.dimensions != reply.unit.dimensions:
             return False
         scale = reply.unit.factor / gold.unit.factor
@@ -94,17 +105,19 @@ def same_piece(gold: Piece, reply: Piece, *, strict: bool) -> bool | None:
     return bool(wanted and found) and same_number(wanted, Number(found.value * scale, True))
 
 
+def negated(piece: Piece) -> bool:
+    """Whether a "not" stands before it."""
+    return not _NEGATIONS.isdisjoint(piece.label)
+
+
 def _unit_words(piece: Piece) -> frozenset[str]:
     return frozenset(name for name, _ in piece.unit.dimensions) if piece.unit else frozenset()
 
 
-def _with_attached(piece: Piece, other: Piece) -> Piece:
-    """`5m` as five metres, if the other side is a number or has a unit; else it stays five times m."""
-    if not piece.attached or (unit := unit_of(piece.attached)) is None:
-        return piece
-    if other.attached or number(other.expr) is None or (other.unit is None and other.nouns):
-        return piece
-    return piece._replace(expr=piece.expr[:-1], unit=unit, attached="")
+def _with_unit(piece: Piece) -> Piece:
+    """`5m` as five metres: where the other side has a unit, or is a number; else it is five times m."""
+    unit = unit_of(piece.attached)
+    return piece if unit is None else piece._replace(expr=piece.expr[:-1], unit=unit, attached="")
 
 
 def _same_percent(gold: Piece, reply: Piece) -> bool | None:
@@ -122,7 +135,7 @@ def _same_percent(gold: Piece, reply: Piece) -> bool | None:
 
 def _value(expr: str) -> Number | None:
     """The number on the last side of an equation."""
-    return number(_EQUALS.split(expr)[-1])
+    return number(_equation(expr)[-1])
 
 
 def _compound(group: Sequence[Piece]) -> Fraction | None:
@@ -153,8 +166,6 @@ def same_formula(gold: str, reply: str) -> bool | None:
     for same in (same_based, same_ratio):
         if (verdict := same(gold, reply)) is not None:
             return verdict
-    if wanted and _COMMA_DECIMAL.fullmatch(reply) and wanted.decimal:
-        return same_number(wanted, number(reply.replace(",", ".")))
     if (bracketed := _same_bracketed(gold, reply)) is not None:
         return bracketed
     if _NO_FORMULA.search(re.sub(r"\\begin\{\w+\}|\\end\{\w+\}|\\math\w+\{\w+\}", "", reply)):
@@ -168,10 +179,10 @@ def _sides(gold: str, reply: str) -> tuple[str, str]:
 
     `x = 5` answers 5 and the other way round, but not `y = 5`; `2x = 10` is no 10. The end of a calculation counts.
     """
-    wanted, found = _EQUALS.split(gold), _EQUALS.split(reply)
+    wanted, found = _equation(gold), _equation(reply)
     if len(wanted) == 1 and len(found) > 1:
         if _COEFFICIENT.fullmatch(found[0].strip()):
-            return gold, reply
+            return gold, ""
         last = found[-1].strip()
         if len(found) == 2 and number(gold) and _SYMBOL.fullmatch(last) and number(found[0]):
             last = found[0].strip()
@@ -184,6 +195,16 @@ def _sides(gold: str, reply: str) -> tuple[str, str]:
         if number(wanted[-1]) and number(found[-1]) and not _SYMBOL.fullmatch(wanted[0]):
             return wanted[-1].strip(), found[-1].strip() if not _SYMBOL.fullmatch(found[0]) else reply
     return gold, reply
+
+
+def _equation(expr: str) -> list[str]:
+    """Its sides: what stands between equals signs that no brace encloses."""
+    sides, start = [], 0
+    for match in _EQUALS.finditer(expr):
+        if expr.count("{", 0, match.start()) == expr.count("}", 0, match.start()):
+            sides.append(expr[start : match.start()])
+            start = match.end()
+    return [*sides, expr[start:]]
 
 
 def _same_bracketed(gold: str, reply: str) -> bool | None:
@@ -225,7 +246,8 @@ def _items(text: str) -> list[str]:
 
 
 def _plain(expr: str) -> str:
-    """For math-verify, which reads `\\cos 60^\\circ` as the cosine of 60."""
+    r"""For math-verify, which reads `\cos 60^\circ` as the cosine of 60, and `4 i` as another number than `4i`."""
+    expr = re.sub(r"(?<=\d) (?=[a-z](?![a-z]))", "", expr)
     return _TRIG_DEGREES.sub(r"\1(\\frac{\2 \\pi}{180})", expr)
 
 

@@ -11,6 +11,7 @@ from lowvram_grpo.rewards.tags import answer_text
 Kind = Literal["whole", "announced", "prose"]
 
 _TAGS = re.compile(r"</?(?:think|answer)>")
+_BRACE = re.compile(r"(?<!\\)[{}]")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)|\\boxed\s*(?=\d)")
 _ANNOUNCED = re.compile(
     r"(?:\b[Aa]nswer|ANSWER|\b(?:correct|right|best)\s+(?:option|choice|statement))s?\b"
@@ -20,7 +21,9 @@ _ANNOUNCED = re.compile(
     r"|(?:故|所以|因此|应|正确选项(?:是|为)|正确的是)\s*选?择?\s*[:：]?\s*(?=[(（]?[A-J](?![A-Za-z]))"
 )
 # A heading "Answer" or "Final answer:" with the answer on a line of its own.
-_HEADING = re.compile(r"^[^\w\n]*(?:final\s+)?answer[^\w\n]*$|^[^\w\n]*(?:最终)?答案[^\w\n]*$", re.IGNORECASE | re.MULTILINE)
+_HEADING = re.compile(
+    r"^[^\w\n]*(?:final\s+)?answer[^\w\n]*$|^[^\w\n]*(?:最终)?答案[^\w\n]*$", re.IGNORECASE | re.MULTILINE
+)
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S[^\n]*?)[ \t]*$", re.MULTILINE)
 _SENTENCE_END = re.compile(r"[.!?](?=[\s\"'*)]|$)|[。！？\n]")
 _ABBREVIATION = re.compile(r"\b(?:[ap]\.m|approx|Mr|Mrs|Dr|vs|Rs|no|in|sq|cu)$", re.IGNORECASE)
@@ -28,9 +31,11 @@ _CLAUSE = re.compile(
     r"[,;]?\s*\b(?:because|since|as|which|where|so|for|if|when|while|but|after|that is|i\.e|given|due to|therefore|"
     r"thus|hence|not|instead)\b|，?(?:因为|由于|所以|因此|而不是)"
 )
+_REASON = re.compile(r"(?<=\w)[,;]?\s*\b(?:because|since|given that|due to)\b|(?<=\w)[，,]?\s*(?:因为|由于)")
 _DISPLAY = re.compile(r"\s*(\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\$[^$\n]+\$)", re.DOTALL)
 _WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|[\u4e00-\u9fff]{2,}")
-# A longer text is no answer but a solution.
+_FORMULA = re.compile(r"\d|\\[A-Za-z]|[$π√∞]")
+# Characters. A longer text is no answer but a solution.
 _LONGEST = 600
 _TAIL = 3000
 
@@ -57,6 +62,11 @@ def answer_of(reply: str) -> Answer | None:
     "the answer is" announces, the last sentence. What stands within `<think></think>` is not looked at, and of a
     thought that was cut off nothing is, unless the reply ends with an `<answer></answer>` pair all the same.
     """
+    found = _answer_of(reply)
+    return found if found and len(found.text) <= _LONGEST else None
+
+
+def _answer_of(reply: str) -> Answer | None:
     text = visible(reply)
     if text is None:
         return None
@@ -95,7 +105,8 @@ def _boxes(text: str) -> tuple[str, ...]:
         elif end := closing_brace(text, at):
             found.append(text[at + 1 : end].strip())
             at = end
-        else:
+        else:  # cut off
+            found.append(text[at + 1 :].strip())
             break
     return tuple(found)
 
@@ -103,16 +114,15 @@ def _boxes(text: str) -> tuple[str, ...]:
 def closing_brace(text: str, start: int) -> int | None:
     r"""Index of the brace that closes the one at `start`; other brackets, and `\{`, do not count."""
     depth = 0
-    for match in re.finditer(r"(?<!\\)[{}]", text[start:]):
+    for match in _BRACE.finditer(text, start):
         depth += 1 if match.group() == "{" else -1
         if depth == 0:
-            return start + match.start()
+            return match.start()
     return None
 
 
 def _within(text: str, *, tagged: bool) -> Answer | None:
-    if not tagged:
-        text = text[-_TAIL:]
+    text = text[-_TAIL:]
     if (hashes := list(_HASHES.finditer(text))) and (
         not text[hashes[-1].end() :].strip() or not _WORDS.search(normalize(hashes[-1][1][:_LONGEST]))
     ):
@@ -120,6 +130,7 @@ def _within(text: str, *, tagged: bool) -> Answer | None:
     plain = strip_markdown(text).strip() if "\n" in text or "*" in text else text
     if announced := _announced(plain):
         return announced
+    plain = _without_reason(plain)
     if "\n" not in plain and len(plain) <= _LONGEST and len(_WORDS.findall(normalize(plain))) <= 4:
         return Answer(plain, "whole")
     if tagged and len(plain) <= _LONGEST:
@@ -161,8 +172,12 @@ def _last_sentence(text: str) -> Answer | None:
     sentences = [s for s in sentences if s.strip(".!?。！？ \n")]
     if not sentences:
         return None
-    for sentence in reversed(sentences):
-        if re.search(r"\d|\\[A-Za-z]|[$π√]", sentence):
-            return Answer(sentence[-_LONGEST:], "prose")
-    return Answer(sentences[-1][-_LONGEST:], "prose")
+    last = next((s for s in reversed(sentences) if _FORMULA.search(s)), sentences[-1])
+    return Answer(_without_reason(last)[-_LONGEST:], "prose")
 
+
+def _without_reason(text: str) -> str:
+    """What stands before the last sentence's "because", if that is where the answer is."""
+    start = text.rfind("\n") + 1
+    reason = _REASON.search(text, start)
+    return text[: reason.start()] if reason and _FORMULA.search(text[start : reason.start()]) else text

@@ -17,9 +17,7 @@ _FRACTION = re.compile(
     rf"(?:\\frac\s*\{{\s*([+-]?{_UNSIGNED})\s*\}}\s*\{{\s*([+-]?{_UNSIGNED})\s*\}}|(\d+)\s*/\s*(\d+))"
 )
 _DIVISION = re.compile(rf"([+-]?)\s*({_UNSIGNED})\s*/\s*({_UNSIGNED})")
-_SCIENTIFIC = re.compile(
-    rf"([+-]?)\s*(?:({_UNSIGNED})\s*(?:\\times|\\cdot|\*)\s*)?10\s*\^\s*\{{?\s*([+-]?\d+)\s*\}}?"
-)
+_SCIENTIFIC = re.compile(rf"([+-]?)\s*(?:({_UNSIGNED})\s*(?:\\times|\\cdot|\*)\s*)?10\s*\^\s*\{{?\s*([+-]?\d+)\s*\}}?")
 _REPEATING = re.compile(r"([+-]?)\s*(\d*)\.(\d*)(?:\\overline\s*\{\s*(\d+)\s*\}|\((\d+)\)|\\dot\s*\{?\s*(\d)\s*\}?)")
 
 _BASE_WORDS = {
@@ -33,7 +31,6 @@ _BASE = re.compile(
     r"_\s*\{?\s*(?:\(\s*)?(\d+|[a-z]+)(?:\s*\))?\s*\}?"
 )
 _RATIO = re.compile(rf"{_UNSIGNED}(?:\s*:\s*{_UNSIGNED})+")
-_TO = re.compile(r"(?<=\d)\s+to\s+(?=\d)")
 _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?\s*(?:([ap])\.?\s?m\b\.?|o'clock)?", re.IGNORECASE)
 _MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 _MONTH = r"(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
@@ -133,11 +130,9 @@ def same_ratio(gold: str, reply: str) -> bool | None:
 
     What may be two times of day (`2:30`, `1:15`) has to agree part by part.
     """
-    wanted, found = _ratio_parts(gold), _ratio_parts(_TO.sub(":", reply))
+    wanted, found = _ratio_parts(gold), _ratio_parts(reply)
     if wanted is None:
-        wanted = _ratio_parts(_TO.sub(":", gold))
-        if wanted is None or found is None:
-            return None
+        return None
     if found is None:
         fraction = number(reply)
         return fraction is not None and len(wanted) == 2 and wanted[1] != 0 and wanted[0] / wanted[1] == fraction.value

@@ -7,19 +7,28 @@ comparison.py compares all of it. Formulas are parsed and compared by Hugging Fa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.rewards.comparison import same_moment, same_pieces
+from lowvram_grpo.rewards.comparison import negated, same_moment, same_pieces
 from lowvram_grpo.rewards.extraction import Answer, answer_of
-from lowvram_grpo.rewards.figures import clock, date, moments
+from lowvram_grpo.rewards.figures import clock, date, moments, number
 from lowvram_grpo.rewards.notation import normalize, same_text
 from lowvram_grpo.rewards.pieces import Piece, pieces
 from lowvram_grpo.rewards.tags import completion_text
 from lowvram_grpo.rewards.words import NUMBER_WORDS, chosen, letters, option, says, word
 
+_ZERO_COMMA = re.compile(r"-?0,\d+")
+_COMMA_DECIMAL = re.compile(r"-?\d+,\d+")
+_TO = re.compile(r"\s+to\s+")
+_PROPORTION = re.compile(r"\d+(?:\.\d+)?(?:\s+to\s+\d+(?:\.\d+)?)+")
+# "10 or more" is no 10.
+_BOUND = re.compile(
+    r"\b(?:more|less|fewer|greater|larger|smaller) than(?= [\d¤])|\bor (?:more|less|fewer|greater)\b|以上|以下"
+)
 _NOT_COLUMNS = {"prompts", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
@@ -115,16 +124,25 @@ def _right(gold: _Gold, answer: Answer) -> bool | None:
         boxed = pieces(normalize(", ".join(answer.boxes[-len(gold.pieces) :])))
         if same_pieces(gold.pieces, boxed, strict=True):
             return True
+    if len(gold.pieces) == 1 and _COMMA_DECIMAL.fullmatch(text) and number(gold.pieces[0].expr):
+        text = text.replace(",", ".")
     found = pieces(text)
     if not found:
         # Only to learn whether the reference can be read; a reply without mathematics is wrong then.
         return False
-    group = found[-len(gold.pieces) :] if answer.kind == "prose" and len(gold.pieces) > 1 else _group(found, answer.kind)
+    if answer.kind == "whole" and set(_BOUND.findall(text)) - set(_BOUND.findall(gold.text)):
+        return False
+    group = (
+        found[-len(gold.pieces) :] if answer.kind == "prose" and len(gold.pieces) > 1 else _group(found, answer.kind)
+    )
     return same_pieces(gold.pieces, group, strict=answer.kind == "whole")
 
 
 def _group(found: tuple[Piece, ...], kind: str) -> tuple[Piece, ...]:
     """The pieces that are the answer: all, or of a text the first or last ones that are linked to each other."""
+    if kind != "whole" and len(found) > 1:
+        # "8, not 7" is 8.
+        found = tuple(piece for piece in found if not negated(piece)) or found
     if kind == "whole" or len(found) < 2:
         return found
     starts = [0] + [i for i in range(1, len(found)) if not found[i].linked] + [len(found)]
@@ -132,5 +150,7 @@ def _group(found: tuple[Piece, ...], kind: str) -> tuple[Piece, ...]:
 
 
 def _digits(text: str) -> str:
-    """A number that is written as one word, `seven`, in digits."""
-    return str(NUMBER_WORDS.get(text.lower(), text))
+    """`seven` as 7, `0,5` as 0.5, `2 to 3` as 2:3."""
+    if _ZERO_COMMA.fullmatch(text):
+        return text.replace(",", ".")
+    return _TO.sub(":", text) if _PROPORTION.fullmatch(text) else str(NUMBER_WORDS.get(text.lower(), text))

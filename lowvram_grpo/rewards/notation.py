@@ -54,7 +54,7 @@ _EMPHASIS = re.compile(
 _LINE_MARK = re.compile(r"^[ \t]*(?:#{1,6}|>|[*•])[ \t]+", re.MULTILINE)
 # Pandoc's rule for a dollar that closes a formula: no space before it, no digit behind it.
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(?=[^\s$])([^$]*?[^\s$\\])\$(?!\d)", re.DOTALL)
-_SPACING = re.compile(r"\\(?:[,;:> ]|quad\b|qquad\b|enspace\b|thinspace\b|hspace\{[^}]*\})|~")
+_SPACING = re.compile(r"(?<!\\)\\(?:[,;:> ]|quad\b|qquad\b|enspace\b|thinspace\b|hspace\{[^}]*\})|~")
 _LAYOUT = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|strut|phantom\{[^{}]*\})"
     r"(?![A-Za-z])\s*\.?(?=[^\d]|$)"
@@ -88,6 +88,7 @@ _SYNONYMS = (
     (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"(?i)\bper\s?cent\b|\bpercentage\b|\bpct\b|百分号"), "%"),
     (re.compile(r"(?<=[0-9A-Fa-f)])\s*(?:\(|in )?\s*base[ -](\d+|[a-z]+)\)?"), r"_{\1}"),
+    (re.compile(r"(?<=\d)(?:\^\{?)?\s?(?<![A-Za-z])(?:st|nd|rd|th)(?![A-Za-z])\s*\}?"), ""),
     (re.compile(r"百分之\s*(\d+(?:\.\d+)?)"), r"\1%"),
     (re.compile(r"(\d+)\s+choose\s+(\d+)|\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}"), r"\\binom{\1\3}{\2\4}"),
 )
@@ -95,7 +96,8 @@ _SCIENTIFIC = re.compile(r"(?<![A-Za-z\d_])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![A-Za
 _TIMES_TEN = re.compile(r"(?<=\d)\s*(?:\*|[xX]|\\cdot\b|\\times\b)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d+)\s*\}?")
 _POWER = re.compile(r"\*\*|\^\s*(?=[+-]?\d)")
 _EXPONENT = re.compile(r"\^\s*([+-]?\d+)(?!\d)")
-_FRACTION_SHORT = re.compile(r"\\frac\s*(?:(\d)\s*(\d)|\{([^{}]*)\}\s*(\d)|(\d)\s*\{([^{}]*)\})")
+_ARGUMENT = r"(?:\{([^{}]*)\}|(\d|[A-Za-z](?![A-Za-z])|\\pi(?![A-Za-z])))"
+_SHORT = re.compile(rf"\\(frac|binom)\s*{_ARGUMENT}\s*{_ARGUMENT}")
 _FUNCTION = re.compile(rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS)})(?=[\s({{^_\d\\]|[a-z]\b)(?=\s*[({{^_\d\\a-z])")
 _ROOT = re.compile(r"\\?(?<![A-Za-z])(sqrt|cbrt)\s*(?=[(\d])|([√∛])\s*")
 _SIMPLE = re.compile(r"\d+(?:\.\d+)?|[A-Za-z]|\\[A-Za-z]+")
@@ -106,6 +108,8 @@ _GROUP = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d]|,\d)(?:\.\d+)?|(?<![\
 _SPACED_GROUP = re.compile(r"(?<![\d.,\\/^_{])\d{1,3}(?:([ '_])\d{3})(?:\1\d{3})*(?![\d/,]|\.\d{3}\b| \d)")
 _EUROPEAN = re.compile(r"(?<![\d.,])\d{1,3}(?:\.\d{3})+,\d+(?![\d.,]\d)|(?<![\d.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.,]\d)")
 _THIN = re.compile(r"(?<=\d)(?:\\[,;: ]|\\!|\{,\}|,\\!|~|[\u2009\u202f\u00a0])(?=\d{3}(?!\d))")
+# A line ends an item of a list, unless an operator or a bracket leads on.
+_LINES = re.compile(r"(?<=[^\s,;:=+\-*/(\[{&\\])\s*\n\s*(?=[^\s=+*/)\]}])")
 _END = re.compile(r"(?:[\s.,;:?\"']|(?<=[^\W\d_]{2})!)+$")
 
 
@@ -116,7 +120,9 @@ def normalize(text: str) -> str:
     text = _THIN.sub("", text.replace(r"\!", ""))
     text = text.replace(r"\$", DOLLAR)
     text = _FORMULA.sub(lambda m: f" {m.group(1) or m.group(2)} ", text).replace("$", DOLLAR)
-    text = re.sub(r"\\[()\[\]]", " ", text)
+    text = re.sub(r"\\[()\[\]]", " ", text).strip()
+    if "\n" in text and r"\begin" not in text:
+        text = _LINES.sub(", ", text)
     text = _RAISED_RUN.sub(lambda m: "^{" + "".join(_RAISED[ch] for ch in m.group()) + "}", text)
     text = _LOWERED_RUN.sub(lambda m: "_{" + "".join(_LOWERED[ch] for ch in m.group()) + "}", text)
     text = text.translate(_CHARACTERS)
@@ -139,7 +145,7 @@ def strip_markdown(text: str) -> str:
             if stripped == text:
                 break
             text = stripped
-    return _LINE_MARK.sub("", text)
+    return _LINE_MARK.sub("", text).strip().removeprefix("**").removesuffix("**")
 
 
 def same_text(first: str, second: str) -> bool:
@@ -174,7 +180,7 @@ def _functions(text: str) -> str:
     text = _EXPONENT.sub(r"^{\1}", text)
     while (at := _SCRIPT_PARENTHESES.search(text)) and (end := closing(text, at.end() - 1)):
         text = f"{text[: at.start()]}^{{{text[at.end() : end]}}}{text[end + 1 :]}"
-    return _FRACTION_SHORT.sub(lambda m: rf"\frac{{{m[1] or m[3] or m[5]}}}{{{m[2] or m[4] or m[6]}}}", text)
+    return _SHORT.sub(lambda m: rf"\{m[1]}{{{m[2] or m[3]}}}{{{m[4] or m[5]}}}", text)
 
 
 def _roots(text: str) -> str:
@@ -225,6 +231,6 @@ def _tidy(text: str) -> str:
     text = re.sub(r"\s+", " ", text).strip()
     # A unit's power stands outside of `\text{}`: `5\text{ cm}^2`.
     text = re.sub(r"\s+(?=[\^_])", "", text)
-    text = text.strip("\"'").strip()
+    text = text.strip("\"'* ")
     # `5!` is a factorial, `Yes!` is not.
     return _END.sub("", text).strip()

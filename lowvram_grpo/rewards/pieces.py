@@ -17,8 +17,9 @@ _TOKEN = re.compile(
 _SIGNS = re.compile(rf"[{DOLLAR}€£¥₹]")
 _DEGREES = re.compile(r"(.*[\d})])\s*\^\\circ\s*([CF])?", re.DOTALL)
 _SEPARATORS = frozenset([",", ";", "and", "or", "&", "和", "或", "与", "及", r"\quad", r"\\", "\n"])
-_STRONG = re.compile(r"\d|\\(?!ldots|to(?![A-Za-z])|quad|,)[A-Za-z]+|[A-Za-z]\s*[=<>^_+*/]|[=<>+*/-]\s*[A-Za-z]|\([a-zA-Z]\)")
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|[\u4e00-\u9fff]")
+_STRONG = re.compile(
+    r"\d|\\(?!ldots|to(?![A-Za-z])|quad|,)[A-Za-z]+|[A-Za-z]\s*[=<>^_+*/]|[=<>+*/-]\s*[A-Za-z]|\([a-zA-Z]\)"
+)
 # Words that say nothing about what is counted.
 _FILLERS = frozenset(
     "a an the of in is are was be it its he she they we you i has have had gets get there that this total altogether all "
@@ -73,7 +74,8 @@ def pieces(text: str) -> tuple[Piece, ...]:
             clean = clean and not "".join(after).strip()
         run, after = [], []
 
-    for token, kind in _classified(text):
+    tokens = _classified(text)
+    for token, kind in tokens:
         if kind == "math":
             if after and "".join(after).strip():
                 close()
@@ -91,7 +93,7 @@ def pieces(text: str) -> tuple[Piece, ...]:
         else:
             after.append(token)
     close()
-    wordy = len(found) > 1 or _WORD.search(text)
+    wordy = len(found) > 1 or any(kind == "word" for _, kind in tokens)
     return tuple(p for p in found if _STRONG.search(p.expr) or (p.expr and not wordy))
 
 
@@ -115,12 +117,16 @@ def _classified(text: str) -> list[tuple[str, str]]:
             kind = "word" if _is_word(token) and not _in_braces(out) and token not in ("and", "or") else "math"
         elif token in _SEPARATORS:
             kind = "separator"
+        elif out and out[-1][1] == "word" and (token == "/" or (out[-1][0] == "/" and token.isalpha())):
+            kind = "word"  # `km/h`
         elif token == "." or token == "?":
             kind = "stop"
+        elif re.fullmatch("d[a-z]", token):
+            kind = "math"
         elif _is_word(token):
             glued = before and (before[-1].isdigit() or before in tuple(")}^_=+-*/") or before.startswith("\\"))
             variables = token.isascii() and len(token) <= 3 and unit_of(token) is None and not _is_vowelled(token)
-            kind = "math" if variables and (glued or behind in tuple("^_+*/=(")) else "word"
+            kind = "math" if variables and (glued or behind in tuple("^_+*/=(") or len(solid) == 1) else "word"
         elif token.isalpha() and token.isascii() and wordy:
             kind = "math" if _is_variable(tokens, i) else "word"
         else:
@@ -161,6 +167,8 @@ def _is_variable(tokens: list[str], i: int) -> bool:
 def _piece(expr: str, before: str, after: str) -> tuple[Piece, bool]:
     """The piece, and whether what stands behind it is a unit and nothing else."""
     expr = _balanced(expr)
+    if after and expr.endswith("-"):  # `5-digit`
+        expr = expr[:-1].strip()
     sign = _SIGNS.search(expr)
     unit = unit_of(sign.group()) if sign else None
     if sign:
@@ -173,7 +181,11 @@ def _piece(expr: str, before: str, after: str) -> tuple[Piece, bool]:
         if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])", degrees[1]):
             expr, unit = degrees[1].strip(), unit_of("^\\circ" + (degrees[2] or ""))
     attached = re.fullmatch(r"([\d.]+)([A-Za-z])", expr)
-    if unit is None and (spaced := re.fullmatch(r"(.*\d)\s+([A-Za-z])((?:\s*/\s*[a-z]|\^\{?\d\}?)*)", expr)) and unit_of(spaced[2]):
+    if (
+        unit is None
+        and (spaced := re.fullmatch(r"(.*\d)\s+([A-Za-z])((?:\s*/\s*[a-z]|\^\{?\d\}?)*)", expr))
+        and unit_of(spaced[2])
+    ):
         expr, after = spaced[1], f" {spaced[2]}{spaced[3]} {after}"
     elif (powered := re.fullmatch(r"[\^_]\{?\d\}?", expr)) and before:
         return Piece(""), False
@@ -195,7 +207,9 @@ def _piece(expr: str, before: str, after: str) -> tuple[Piece, bool]:
 def _content(words: tuple[str, ...]) -> frozenset[str]:
     """What is counted: without fillers, in lower case and singular."""
     kept = (_MEASURE_WORD.sub("", word.lower().removesuffix("'s")) for word in words)
-    return frozenset(_singular(word) for word in kept if word and word not in _FILLERS and (len(word) > 1 or word >= "\u4e00"))
+    return frozenset(
+        _singular(word) for word in kept if word and word not in _FILLERS and (len(word) > 1 or word >= "\u4e00")
+    )
 
 
 def _singular(word: str) -> str:
@@ -210,7 +224,7 @@ def _balanced(expr: str) -> str:
     """Without the operators and brackets at its ends that belong to the words around it."""
     while True:
         # A trailing `=` stays: what it announces was never written.
-        stripped = expr.strip().lstrip(" ,;:=*/&").rstrip(" ,;:&+-*/")
+        stripped = expr.strip().lstrip(" ,;:=*/&").rstrip(" ,;:&").removeprefix(r"\approx")
         if stripped.count("(") > stripped.count(")") and stripped.endswith("("):
             stripped = stripped[:-1]
         elif stripped.count(")") > stripped.count("(") + stripped.count("["):
@@ -227,5 +241,5 @@ def expanded(piece: Piece) -> tuple[Piece, ...]:
     if len(_PLUS_MINUS.findall(piece.expr)) != 1:
         return (piece,)
     return tuple(
-        piece._replace(expr=re.sub(r"(?<![\d)}\w])\+", "", _PLUS_MINUS.sub(sign, piece.expr)).strip()) for sign in "+-"
+        piece._replace(expr=re.sub(r"(^|[=(]\s*)\+\s*", r"\1", _PLUS_MINUS.sub(sign, piece.expr))) for sign in "+-"
     )

@@ -58,14 +58,17 @@ class _Worker:
     """One child process, asked one pair at a time."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._known: OrderedDict[tuple[str, str], bool | None] = OrderedDict()
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Begin anew: a fork must share neither its parent's pipes nor a lock that nobody there will open."""
+        self._lock = threading.Lock()
+        self._clear()
+
+    def _clear(self) -> None:
         self._process: subprocess.Popen | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
-        self._owner = os.getpid()
 
     def ask(self, gold: str, reply: str) -> bool | None:
         with self._lock:
@@ -79,8 +82,6 @@ class _Worker:
             return verdict
 
     def _compute(self, gold: str, reply: str) -> bool | None:
-        if self._owner != os.getpid():  # a fork must not share its parent's pipes
-            self._forget()
         if self._process is None or self._process.poll() is not None:
             self._start()
         try:
@@ -95,7 +96,7 @@ class _Worker:
         return json.loads(line)
 
     def _start(self) -> None:
-        self._forget()
+        self._clear()
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
@@ -125,7 +126,7 @@ class _Worker:
 
     def stop(self) -> None:
         process, self._process = self._process, None
-        if process is None or self._owner != os.getpid():
+        if process is None:
             return
         process.kill()
         process.wait()
@@ -144,3 +145,5 @@ def _read(stream, lines: queue.Queue) -> None:
 
 _worker = _Worker()
 atexit.register(_worker.stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_worker.forget)

@@ -29,7 +29,7 @@ _TABLE = {
     },
     "gallons": {"1": "cup", "2": "pint", "4": "quart qt", "16": "gallon gal"},
     "dollars": {"1/100": "cent ¢ 美分", "1": f"{DOLLAR} dollar usd buck 美元"},
-    "euros": {"1": "€ euro eur 欧元"}, "pounds": {"1": "£ gbp 英镑"}, "yuan": {"1": "¥ yuan rmb cny yen jpy 元 块 块钱 人民币"},
+    "euros": {"1": "€ euro eur 欧元"}, "pounds": {"1": "£ gbp 英镑", "1/100": "pence penny"}, "yuan": {"1": "¥ yuan rmb cny yen jpy 元 块 块钱 人民币"},
     "rupees": {"1": "₹ rs rupee inr 卢比"},
     "angle": {"1": r"^\circ degree deg 度"}, "radians": {"1": "radian rad 弧度"},
     "percent": {"1": "%"},
@@ -49,9 +49,7 @@ SCALES = {
 # Letters that are a unit only behind a space: `5m` may be five times m.
 _LETTERS = frozenset("mghslLKVWNJA")
 _QUANTIFIED = re.compile(r"(square|sq\.?|cubic|cu\.?)\s+")
-_TOKEN = re.compile(
-    rf"\^\\circ\s*[CF]?(?![A-Za-z])|[{DOLLAR}€£¥₹%¢]|[A-Za-z]+(?:'s)?|[\u4e00-\u9fff]+|/|\^\{{?\d\}}?"
-)
+_TOKEN = re.compile(rf"\^\\circ\s*[CF]?(?![A-Za-z])|[{DOLLAR}€£¥₹%¢]|[A-Za-z]+(?:'s)?|[\u4e00-\u9fff]+|/|\^\{{?\d\}}?")
 
 
 class Unit(NamedTuple):

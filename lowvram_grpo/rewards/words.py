@@ -9,14 +9,17 @@ from lowvram_grpo.rewards.extraction import Answer
 from lowvram_grpo.rewards.notation import FUNCTIONS, normalize
 
 _LETTER = re.compile(r"[(\[]?\s*([A-Z])\s*[)\].:]?")
-_LETTERS = re.compile(r"[(\[]?[A-J][)\]]?(?:(?:\s*[,;/&]\s*|\s+and\s+|\s*和\s*|\s+)(?:and\s+)?[(\[]?[A-J][)\]]?)+|[A-J]{2,}")
+_LETTERS = re.compile(
+    r"[(\[]?[A-J][)\]]?(?:(?:\s*[,;/&]\s*|\s+and\s+|\s*和\s*|\s+)(?:and\s+)?[(\[]?[A-J][)\]]?)+|[A-J]{2,}"
+)
 _OPTION = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:answer|option|choice|选项)\s*(?:is|:)?\s*)?"
     r"(?:[(\[]\s*([A-J])\s*[)\]][.:]?|([A-J])(?:\s*[).:]|\s+-))\s*(\S.*)?",
     re.IGNORECASE | re.DOTALL,
 )
 _NAMED = re.compile(r"(?i:option|choice|answer|选项?|选择)\s*(?:is\s+)?[(\[]?([A-J])(?![A-Za-z])|[(\[]([A-J])[)\]]")
-_LONE = re.compile(r"(?<![A-Za-z'])([B-HJ])(?![A-Za-z'])")
+# "A" and "I" are words of a sentence, too.
+_LONE = re.compile(r"(?<![A-Za-z'])(A(?!\s+(?!(?:and|or|is)\b)[a-z])|[B-HJ])(?![A-Za-z'])")
 _COMMAND = re.compile(r"\s*\$*\\(?:text|textbf|textit|mathrm|mathbf|mbox|textrm|boxed)\s*\{[^{}]*\}\$*\s*")
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 _HAN = re.compile(r"[\u4e00-\u9fff]{1,8}")
@@ -32,8 +35,12 @@ _SAME = {"dne": "does not exist", "t": "true", "f": "false", "y": "yes", "n": "n
          "can not be determined": "undetermined", "no solutions": "no solution", "none": "none", "all reals": "all real numbers",
          "infinite solutions": "infinitely many solutions"}  # fmt: skip
 _ARTICLE = re.compile(r"^(?:the|an?|it is|it's|they are|he is|she is)\s+(?=\S)")
-_TERMINAL = re.compile(r"(?:\bis|\bare|\bbe|\bwas|\bwere|:|=|是|为)\s*(?:the |an? )?([^\s:=].*)$", re.IGNORECASE | re.DOTALL)
-_LEADING = re.compile(r"(yes|no|true|false|是的|是|否|不是|对|错)(?=[,.;:!]|\s*$|\s+because|\s+since|，|。)", re.IGNORECASE)
+_TERMINAL = re.compile(
+    r"(?:\bis|\bare|\bbe|\bwas|\bwere|\bon|:|=|是(?!否)|为)\s*(?:the |an? )?([^\s:=].*)$", re.IGNORECASE | re.DOTALL
+)
+_LEADING = re.compile(
+    r"(yes|no|true|false|是的|是|否|不是|对|错)(?=[,.;:!]|\s*$|\s+because|\s+since|，|。)", re.IGNORECASE
+)
 _NEGATED = re.compile(r"\b(?:not|isn't|never|nor)\b|n't\b|不", re.IGNORECASE)
 NUMBER_WORDS = {
     word: n for n, word in enumerate(
@@ -44,6 +51,7 @@ NUMBER_WORDS = {
 
 def letters(text: str) -> frozenset[str] | None:
     """The choices that a reference of letters alone names: `B`, `(B)`, `A, C`, `ACD`; None for any other text."""
+    text = re.sub(r"^(?:[Oo]ption|[Cc]hoice|选项)\s*(?=\W?[A-J])", "", text)
     if match := _LETTER.fullmatch(text):
         return frozenset(match[1])
     if _LETTERS.fullmatch(text):
@@ -75,11 +83,15 @@ def chosen(answer: Answer, count: int) -> frozenset[str] | None:
         return frozenset(found[0]) | (more or frozenset())
     if count > 1 and (found := re.match(_LETTERS, text)):
         return frozenset(re.findall("[A-J]", found.group()))
-    if answer.kind == "announced" and (found := re.match(r"(?:option |choice )?[(\[]?([A-J])(?![A-Za-z'])[)\]]?", text)):
+    if answer.kind == "announced" and (
+        found := re.match(r"(?:option |choice )?[(\[]?([A-J])(?![A-Za-z'])[)\]]?", text)
+    ):
         rest = text[found.end() :]
         # "The answer is A dog" names no choice, "... is B, 42" does.
         if not (found[1] in "AI" and re.match(r"\s+[a-z]", rest)):
-            return frozenset(found[1]) | frozenset(re.findall(r"(?:and|or|,|和|或)\s*[(\[]?([A-J])(?![A-Za-z])", rest[:16]))
+            return frozenset(found[1]) | frozenset(
+                re.findall(r"(?:and|or|,|和|或)\s*[(\[]?([A-J])(?![A-Za-z])", rest[:16])
+            )
     for pattern in (_NAMED, _LONE):
         found = {a[0] if isinstance(a, str) else (a[0] or a[1]) for a in pattern.findall(text)}
         if len(found) == 1:
@@ -93,9 +105,13 @@ def chosen(answer: Answer, count: int) -> frozenset[str] | None:
 def word(raw: str) -> str | None:
     r"""The word, in one form, that a reference is: one word, a few Han characters, a fixed phrase, or a `\text{...}`.
 
+    Of "Yes, because ..." it is the first one.
+
     None where it is a sentence (`forty two` is one to TRL), a number, or a formula.
     """
-    text = _form(normalize(raw))
+    text = normalize(raw)
+    leading = _LEADING.match(text)
+    text = _form(leading[1] if leading else text)
     if not text or not re.search(r"[^\W\d_]{2}|[\u4e00-\u9fff]", text) or re.search(r"[\d\\=+<>]", text):
         return None
     single = _WORD.fullmatch(text) and text not in FUNCTIONS and text not in NUMBER_WORDS
