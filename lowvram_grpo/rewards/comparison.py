@@ -21,7 +21,9 @@ _PERCENT = unit_of("%")
 _POUNDS = {unit_of("pound"), unit_of("£")}
 _EQUALS = re.compile(r"(?<![<>!\\:])=(?!=)|\\approx(?![A-Za-z])")
 _NEGATIONS = frozenset(("not", "never", "neither", "nor", "不", "不是"))
-_COEFFICIENT = re.compile(r"-?\s*(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\s*\*?\s*[A-Za-z]")
+_COEFFICIENT = re.compile(r"-\s*[A-Za-z]|-?\s*(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\s*\*?\s*[A-Za-z]")
+_UNKNOWN = re.compile(r"(?<![A-Za-z\\])[xyz](?![A-Za-z])")
+_SUBSCRIPT = re.compile(r"_\{?\w+\}?")
 _SYMBOL = re.compile(r"\s*(?:\\[A-Za-z]+|[A-Za-z])(?:_\{?\w+\}?)?(?:\s*\([\w\s,]*\))?\s*")
 _OPENING, _CLOSING = "([{", ")]}"
 _TRIG_DEGREES = re.compile(
@@ -181,20 +183,31 @@ def _sides(gold: str, reply: str) -> tuple[str, str]:
     """
     wanted, found = _equation(gold), _equation(reply)
     if len(wanted) == 1 and len(found) > 1:
-        if _COEFFICIENT.fullmatch(found[0].strip()):
+        if _is_condition(found):
             return gold, ""
         last = found[-1].strip()
+        if (first := number(found[0])) and (value := number(last)) and not same_number(first, value):
+            return gold, ""
         if len(found) == 2 and number(gold) and _SYMBOL.fullmatch(last) and number(found[0]):
             last = found[0].strip()
         return gold, last
     if len(found) == 1 and len(wanted) > 1:
-        return (wanted[-1].strip(), reply) if not _COEFFICIENT.fullmatch(wanted[0].strip()) else (gold, reply)
+        return (gold, reply) if _is_condition(wanted) else (wanted[-1].strip(), reply)
     if len(wanted) > 1 and len(found) > 1:
         if same_text(wanted[0].strip(), found[0].strip()):
             return wanted[-1].strip(), found[-1].strip()
         if number(wanted[-1]) and number(found[-1]) and not _SYMBOL.fullmatch(wanted[0]):
             return wanted[-1].strip(), found[-1].strip() if not _SYMBOL.fullmatch(found[0]) else reply
     return gold, reply
+
+
+def _is_condition(sides: list[str]) -> bool:
+    """Whether an equation says something about an unknown, `2x = 10` or `x^2 + y^2 = 1`, and not what something is."""
+    first = sides[0].strip()
+    if len(sides) > 2:
+        return False
+    unknown = _UNKNOWN.search(re.sub(r"(?<=\d)(?=[xyz])", " ", first))
+    return bool(_COEFFICIENT.fullmatch(first) or (unknown and re.search(r"\d|\^", _SUBSCRIPT.sub("", first))))
 
 
 def _equation(expr: str) -> list[str]:
@@ -246,8 +259,11 @@ def _items(text: str) -> list[str]:
 
 
 def _plain(expr: str) -> str:
-    r"""For math-verify, which reads `\cos 60^\circ` as the cosine of 60, and `4 i` as another number than `4i`."""
+    r"""For math-verify, which reads `\cos 60^\circ` as the cosine of 60, `4 i` not as `4i`, `2 1/2` as 1.5."""
+    if ("overline" in expr or "dot" in expr) and (cyclic := number(expr)):
+        return rf"\frac{{{cyclic.value.numerator}}}{{{cyclic.value.denominator}}}"
     expr = re.sub(r"(?<=\d) (?=[a-z](?![a-z]))", "", expr)
+    expr = re.sub(r"(?<![\d.}])(\d+) (\d+)/(\d+)", r"(\1+\\frac{\2}{\3})", expr)
     return _TRIG_DEGREES.sub(r"\1(\\frac{\2 \\pi}{180})", expr)
 
 

@@ -32,8 +32,10 @@ _CLAUSE = re.compile(
     r"thus|hence|not|instead)\b|，?(?:因为|由于|所以|因此|而不是)"
 )
 _REASON = re.compile(r"(?<=\w)[,;]?\s*\b(?:because|since|given that|due to)\b|(?<=\w)[，,]?\s*(?:因为|由于)")
-_DISPLAY = re.compile(r"\s*(\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\$[^$\n]+\$)", re.DOTALL)
-_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|[\u4e00-\u9fff]{2,}")
+_DISPLAY = re.compile(r"\s*(\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\$(?:\\.|[^$\\\n])+\$)", re.DOTALL)
+_FORMULA_END = re.compile(r"(?:\\\((.+?)\\\)|(?<![\\$\d])\$(?![\s$])((?:\\.|[^$\\\n])+?)(?<!\s)\$)[\s.!。*]*$", re.DOTALL)
+_LINKED = re.compile(r"(?:\$|\\\)|\d)\s*(?:,|and|or|和|或|、|,\s*and)\s*$")
+_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z({])|[\u4e00-\u9fff]{2,}")
 _FORMULA = re.compile(r"\d|\\[A-Za-z]|[$π√∞]")
 # Characters. A longer text is no answer but a solution.
 _LONGEST = 600
@@ -131,7 +133,9 @@ def _within(text: str, *, tagged: bool) -> Answer | None:
     if announced := _announced(plain):
         return announced
     plain = _without_reason(plain)
-    if "\n" not in plain and len(plain) <= _LONGEST and len(_WORDS.findall(normalize(plain))) <= 4:
+    if not tagged and (formula := _FORMULA_END.search(plain)) and not _LINKED.search(plain[: formula.start()]):
+        return Answer(formula[1] or formula[2], "whole")
+    if "\n" not in plain and len(plain) <= _LONGEST and len(_WORDS.findall(plain)) <= 4:
         return Answer(plain, "whole")
     if tagged and len(plain) <= _LONGEST:
         return Answer(plain, "prose")

@@ -39,12 +39,14 @@ class _Gold(NamedTuple):
         text: normalized.
         choice: the letters that it is or begins with.
         word: the word that it is.
+        moment: whether it is a date or a time of day.
         pieces: its formulas and numbers.
     """
 
     text: str
     choice: frozenset[str] | None
     word: str | None
+    moment: bool
     pieces: tuple[Piece, ...]
 
 
@@ -96,10 +98,13 @@ def _read(reference: str) -> _Gold | None:
     if lettered:
         choice, text = frozenset(lettered[0]), lettered[1] or text
     single = word(found.text) if choice is None else None
-    parts = _group(pieces(text), found.kind) if single is None else ()
-    if not (choice or single or parts or date(text) or clock(text)):
+    formulas = single is None and (choice is None or bool(lettered and lettered[1]))
+    parts = _group(pieces(text), found.kind) if formulas else ()
+    day, time = date(text), clock(text)
+    if not (choice or single or parts or day):
         return None
-    return _Gold(text, choice, single, parts)
+    # `2:30` may be a ratio.
+    return _Gold(text, choice, single, bool(day or (time and time[1])), parts)
 
 
 def _right(gold: _Gold, answer: Answer) -> bool | None:
@@ -108,18 +113,23 @@ def _right(gold: _Gold, answer: Answer) -> bool | None:
         return True
     if gold.choice:
         named = chosen(answer, len(gold.choice))
-        if named is not None or not gold.pieces or len(gold.text) == 1:
+        content = option(text)
+        if named is not None and not (named == gold.choice and gold.pieces and content and content[1]):
             return named == gold.choice
+        if not gold.pieces:
+            return False
     if gold.word:
         return says(answer, gold.word)
     if lettered := option(text):
         text = lettered[1] or text
-    if date(gold.text) or clock(gold.text):
+    if gold.moment:
         for moment in (text, *reversed(moments(text))):
+            rest = text.lower().replace(moment.lower(), "", 1)
+            if answer.kind == "whole" and re.search(r"[\d+*/^=\\]", rest):
+                continue
             if (verdict := same_moment(gold.text, moment)) is not None:
                 return verdict
-        if not gold.pieces:
-            return False
+        return False
     if len(gold.pieces) > 1 and len(answer.boxes) > 1:
         boxed = pieces(normalize(", ".join(answer.boxes[-len(gold.pieces) :])))
         if same_pieces(gold.pieces, boxed, strict=True):

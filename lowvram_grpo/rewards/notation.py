@@ -63,7 +63,7 @@ _UNWRAPPED = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|bm|boldsymbol|"
     r"operatorname\*?|underline|boxed|fbox|emph|texttt)\s*\{([^{}]*)\}"
 )
-_SYNONYMS = (
+_COMMANDS = (
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
     (re.compile(r"\\(?:le|leqslant)(?![A-Za-z])"), r"\\leq"),
@@ -80,6 +80,9 @@ _SYNONYMS = (
     (re.compile(r"\\dots(?![A-Za-z])"), r"\\ldots"),
     (re.compile(r"\\(?:euro|texteuro)(?![A-Za-z])"), "€"),
     (re.compile(r"\\pounds(?![A-Za-z])"), "£"),
+    (re.compile(r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}"), r"\\binom{\1}{\2}"),
+)
+_PLAIN = (
     (re.compile(r"<="), r"\\leq "),
     (re.compile(r">="), r"\\geq "),
     (re.compile(r"!="), r"\\neq "),
@@ -89,8 +92,10 @@ _SYNONYMS = (
     (re.compile(r"(?i)\bper\s?cent\b|\bpercentage\b|\bpct\b|百分号"), "%"),
     (re.compile(r"(?<=[0-9A-Fa-f)])\s*(?:\(|in )?\s*base[ -](\d+|[a-z]+)\)?"), r"_{\1}"),
     (re.compile(r"(?<=\d)(?:\^\{?)?\s?(?<![A-Za-z])(?:st|nd|rd|th)(?![A-Za-z])\s*\}?"), ""),
+    (re.compile(rf"(?<![A-Za-z])(?:USD\s*{DOLLAR}?|US\s*{DOLLAR})\s*(?=\d)"), DOLLAR),
+    (re.compile(r"(?<=\d)\s*:\s*(?=\d)"), ":"),
     (re.compile(r"百分之\s*(\d+(?:\.\d+)?)"), r"\1%"),
-    (re.compile(r"(\d+)\s+choose\s+(\d+)|\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}"), r"\\binom{\1\3}{\2\4}"),
+    (re.compile(r"(\d+)\s+choose\s+(\d+)"), r"\\binom{\1}{\2}"),
 )
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z\d_])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![A-Za-z\d])")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*(?:\*|[xX]|\\cdot\b|\\times\b)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d+)\s*\}?")
@@ -110,25 +115,33 @@ _EUROPEAN = re.compile(r"(?<![\d.,])\d{1,3}(?:\.\d{3})+,\d+(?![\d.,]\d)|(?<![\d.
 _THIN = re.compile(r"(?<=\d)(?:\\[,;: ]|\\!|\{,\}|,\\!|~|[\u2009\u202f\u00a0])(?=\d{3}(?!\d))")
 # A line ends an item of a list, unless an operator or a bracket leads on.
 _LINES = re.compile(r"(?<=[^\s,;:=+\-*/(\[{&\\])\s*\n\s*(?=[^\s=+*/)\]}])")
+_BARE = re.compile(r"-?\d+(?:\.\d+)?")
 _END = re.compile(r"(?:[\s.,;:?\"']|(?<=[^\W\d_]{2})!)+$")
 
 
 @lru_cache(maxsize=4096)
 def normalize(text: str) -> str:
     """The answer `text` in one notation: LaTeX commands, one space between words, no delimiters, no Markdown."""
+    if _BARE.fullmatch(text):
+        return text
     text = strip_markdown(text)
     text = _THIN.sub("", text.replace(r"\!", ""))
-    text = text.replace(r"\$", DOLLAR)
-    text = _FORMULA.sub(lambda m: f" {m.group(1) or m.group(2)} ", text).replace("$", DOLLAR)
+    if "$" in text:
+        text = text.replace(r"\$", DOLLAR)
+        text = _FORMULA.sub(lambda m: f" {m.group(1) or m.group(2)} ", text).replace("$", DOLLAR)
     text = re.sub(r"\\[()\[\]]", " ", text).strip()
     if "\n" in text and r"\begin" not in text:
         text = _LINES.sub(", ", text)
-    text = _RAISED_RUN.sub(lambda m: "^{" + "".join(_RAISED[ch] for ch in m.group()) + "}", text)
-    text = _LOWERED_RUN.sub(lambda m: "_{" + "".join(_LOWERED[ch] for ch in m.group()) + "}", text)
-    text = text.translate(_CHARACTERS)
-    text = _LAYOUT.sub("", _SPACING.sub(" ", text)).replace(r"\%", "%").replace("{,}", ",").replace(r"\#", "#")
-    text = _unwrap(text)
-    for pattern, name in _SYNONYMS:
+    if not text.isascii():
+        text = _RAISED_RUN.sub(lambda m: "^{" + "".join(_RAISED[ch] for ch in m.group()) + "}", text)
+        text = _LOWERED_RUN.sub(lambda m: "_{" + "".join(_LOWERED[ch] for ch in m.group()) + "}", text)
+        text = text.translate(_CHARACTERS)
+    text = _SPACING.sub(" ", text).replace("{,}", ",")
+    if "\\" in text:
+        text = _unwrap(_LAYOUT.sub("", text).replace(r"\%", "%").replace(r"\#", "#"))
+        for pattern, name in _COMMANDS:
+            text = pattern.sub(name, text)
+    for pattern, name in _PLAIN:
         text = pattern.sub(name, text)
     text = _functions(text)
     text = _join_digits(text)

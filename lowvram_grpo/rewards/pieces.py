@@ -119,6 +119,8 @@ def _classified(text: str) -> list[tuple[str, str]]:
             kind = "separator"
         elif out and out[-1][1] == "word" and (token == "/" or (out[-1][0] == "/" and token.isalpha())):
             kind = "word"  # `km/h`
+        elif token == "." and before[-1:].isdigit() and behind[:1] in ("\\", "("):
+            kind = "math"  # `0.\overline{3}`
         elif token == "." or token == "?":
             kind = "stop"
         elif re.fullmatch("d[a-z]", token):

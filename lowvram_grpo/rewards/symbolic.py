@@ -1,8 +1,8 @@
 """Math-verify (on sympy) in a process of its own, which can be ended when it does not come back.
 
 A time limit inside the process needs an alarm signal, which exists in POSIX main threads only, and no signal interrupts
-one long multiplication. So formulas are compared in a child, `python -m lowvram_grpo.rewards.symbolic_worker`, one for
-the process, started with the first formula that is more than a number. It also keeps sympy out of the training process.
+one long multiplication. So formulas are compared in a child that runs symbolic_worker.py, started with the first formula
+that is more than a number. It also keeps sympy out of the training process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 from lowvram_grpo.errors import UserError
@@ -26,6 +26,7 @@ SECONDS = 3.0
 _START_SECONDS = 120.0
 _REMEMBERED = 8192
 _MAX_CHARACTERS = 600
+_OUT_OF_TIME = "out of time"
 # The worker would be ended, too, but only after its seconds, and for every completion that has one of these.
 _EXPLOSIVE = re.compile(
     r"\^[\s{(]*\d+[\s})]*\^"  # 9^9^9
@@ -44,7 +45,7 @@ def explosive(formula: str) -> bool:
 def equal(gold: str, reply: str) -> bool | None:
     """Whether two formulas in LaTeX are equal as mathematics; None where `gold` is none that math-verify can read.
 
-    False where no answer came within `SECONDS`. Safe to call from any thread.
+    False where no answer came within `SECONDS`, or sooner where `gold` ran out of them before. Safe to call from any thread.
 
     Raises:
         UserError: no worker could be started.
@@ -59,6 +60,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[str, str], bool | None] = OrderedDict()
+        self._slow: Counter[str] = Counter()
         self.forget()
 
     def forget(self) -> None:
@@ -84,44 +86,47 @@ class _Worker:
     def _compute(self, gold: str, reply: str) -> bool | None:
         if self._process is None or self._process.poll() is not None:
             self._start()
+        # A reference that takes too long does so with every completion of its group, in every epoch.
+        seconds = SECONDS / 2 ** min(self._slow[gold], 4)
         try:
-            self._process.stdin.write(json.dumps([gold, reply, SECONDS]) + "\n")
+            self._process.stdin.write(json.dumps([gold, reply, seconds]) + "\n")
             self._process.stdin.flush()
-            line = self._lines.get(timeout=SECONDS + 1)
+            line = self._lines.get(timeout=seconds + 1)
         except (OSError, queue.Empty):
             line = None
         if line is None:
             self.stop()
-            return False
-        return json.loads(line)
+        verdict = _OUT_OF_TIME if line is None else json.loads(line)
+        self._slow[gold] += verdict == _OUT_OF_TIME
+        return False if verdict == _OUT_OF_TIME else verdict
 
     def _start(self) -> None:
         self._clear()
+        # This package and no other: `-m` would look into the working folder first.
         root = str(Path(__file__).resolve().parents[2])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        code = f"import sys; sys.path[:1] = [{root!r}]; from lowvram_grpo.rewards.symbolic_worker import serve; serve()"
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "lowvram_grpo.rewards.symbolic_worker"],
+                [sys.executable, "-c", code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
                 encoding="utf-8",
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
         except OSError as error:
             raise UserError(f"the reward 'accuracy' could not start its helper process ({error}).") from error
         threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
         try:
-            ready = self._lines.get(timeout=_START_SECONDS)
+            said = self._lines.get(timeout=_START_SECONDS)
         except queue.Empty:
-            ready = None
-        if ready is None:
+            said = f"it said nothing for {_START_SECONDS:g} s"
+        if said != "ready\n":
             self.stop()
+            reason = (said or f"{sys.executable} ended at once").strip()
             raise UserError(
-                "the helper process of the reward 'accuracy' did not start: see what "
-                f"`{sys.executable} -m lowvram_grpo.rewards.symbolic_worker` says."
+                f"the reward 'accuracy' could not start its helper process ({reason}); does `import math_verify` work?"
             )
 
     def stop(self) -> None:

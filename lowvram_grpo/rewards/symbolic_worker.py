@@ -1,4 +1,7 @@
-"""The child process of symbolic.py: a line of JSON `[gold, reply, seconds]` comes in, `true`, `false` or `null` goes out."""
+"""The child process of symbolic.py: a line of JSON `[gold, reply, seconds]` comes in, one goes out.
+
+`true` or `false`, `null` where the reference can't be read, `"out of time"` where the seconds did not suffice.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +28,22 @@ def serve() -> None:
     """Answer requests until standard input ends, which it does with the parent."""
     # Ctrl-C is the parent's to handle; it reaches every process of the terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.disable(logging.CRITICAL)
     _limit_memory()
-    _parse("1")
+    try:
+        _parse("1")
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}".replace("\n", " "), flush=True)
+        return
     print("ready", flush=True)
     for line in sys.stdin:
         gold, reply, seconds = json.loads(line)
         try:
             with _time_limit(seconds):
                 verdict = compare(gold, reply)
-        except (_OutOfTime, MemoryError, RecursionError):
+        except _OutOfTime:
+            verdict = "out of time"
+        except (MemoryError, RecursionError):
             verdict = False
         print(json.dumps(verdict), flush=True)
 
@@ -133,7 +143,3 @@ def _limit_memory() -> None:
     if hard == resource.RLIM_INFINITY or hard > _MEMORY_BYTES:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, hard))
 
-
-if __name__ == "__main__":
-    logging.disable(logging.CRITICAL)
-    serve()

@@ -37,7 +37,7 @@ _TABLE = {
     "speed": {"1609.344/3600": "mph", "1000/3600": "kph kmh kmph"},
     "volt": {"1": "V volt"}, "watt": {"1": "W watt", "1000": "kW kilowatt"}, "newton": {"1": "N newton"},
     "joule": {"1": "J joule", "1000": "kJ kilojoule"}, "hertz": {"1": "Hz hertz"}, "ampere": {"1": "A ampere amp"},
-    "ohm": {"1": "ohm"}, "mole": {"1": "mol mole"}, "pascal": {"1": "Pa pascal", "1000": "kPa"},
+    "ohm": {"1": "ohm"}, "unit": {"1": "unit 单位"}, "mole": {"1": "mol mole"}, "pascal": {"1": "Pa pascal", "1000": "kPa"},
     "area": {"10000": "hectare ha 公顷", "4046.8564224": "acre", "1": "平方米", "1/10000": "平方厘米", "1000000": "平方千米 平方公里"},
 }  # fmt: skip
 _POWER_NAMES = {("length", 2): "area", ("length", 3): "volume"}
@@ -94,7 +94,7 @@ def units_in(words: str, attached: bool = False) -> tuple[Unit | None, tuple[str
     if match := _QUANTIFIED.match(rest):
         power, rest = (2 if match[1].startswith("s") else 3), rest[match.end() :]
     tokens = _TOKEN.findall(rest)
-    if tokens[:1] == ["in"] and len(tokens) > 1:  # `5 (in dollars)`
+    if tokens[:1] == ["in"] and len(tokens) > 1 and tokens[1][0] != "^":  # `5 (in dollars)`
         del tokens[0]
     if not tokens or (attached and tokens[0] in _LETTERS):
         return None, tuple(tokens)

@@ -14,7 +14,7 @@ _LETTERS = re.compile(
 )
 _OPTION = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:answer|option|choice|选项)\s*(?:is|:)?\s*)?"
-    r"(?:[(\[]\s*([A-J])\s*[)\]][.:]?|([A-J])(?:\s*[).:]|\s+-))\s*(\S.*)?",
+    r"(?:[(\[]\s*([A-J])\s*[)\]][.:]?|([A-J])(?:\s*[).:,]|\s+-))\s*(\S.*)?",
     re.IGNORECASE | re.DOTALL,
 )
 _NAMED = re.compile(r"(?i:option|choice|answer|选项?|选择)\s*(?:is\s+)?[(\[]?([A-J])(?![A-Za-z])|[(\[]([A-J])[)\]]")
@@ -36,7 +36,7 @@ _SAME = {"dne": "does not exist", "t": "true", "f": "false", "y": "yes", "n": "n
          "infinite solutions": "infinitely many solutions"}  # fmt: skip
 _ARTICLE = re.compile(r"^(?:the|an?|it is|it's|they are|he is|she is)\s+(?=\S)")
 _TERMINAL = re.compile(
-    r"(?:\bis|\bare|\bbe|\bwas|\bwere|\bon|:|=|是(?!否)|为)\s*(?:the |an? )?([^\s:=].*)$", re.IGNORECASE | re.DOTALL
+    r"(?:\bis|\bare|\bbe|\bwas|\bwere|\bon|\bget|\bobtain|\bconclude|\bchoose|:|=|是(?!否)|为)\s*(?:the |an? )?([^\s:=].*)$", re.IGNORECASE | re.DOTALL
 )
 _LEADING = re.compile(
     r"(yes|no|true|false|是的|是|否|不是|对|错)(?=[,.;:!]|\s*$|\s+because|\s+since|，|。)", re.IGNORECASE
@@ -92,6 +92,8 @@ def chosen(answer: Answer, count: int) -> frozenset[str] | None:
             return frozenset(found[1]) | frozenset(
                 re.findall(r"(?:and|or|,|和|或)\s*[(\[]?([A-J])(?![A-Za-z])", rest[:16])
             )
+    if answer.kind == "whole" and re.search(r"[\d+*/^=<>\\]", text):
+        return None
     for pattern in (_NAMED, _LONE):
         found = {a[0] if isinstance(a, str) else (a[0] or a[1]) for a in pattern.findall(text)}
         if len(found) == 1:
