@@ -62,7 +62,7 @@ FORMS: dict[str, Form] = {
     "display formula": lambda n: rf"The final answer is:\n\n\[ \boxed{{{plain(n)}}} \]",
     "equation": lambda n: f"<think>so it is 7</think>Total = 3 + 4 = {plain(n)}",
     "GSM8K": lambda n: f"He ate 3 of 4.\nThat is <<3*4=12>>12.\n#### {grouped(n)}",
-    "scientific": lambda n: f"<answer>{'{:e}'.format(n)}</answer>",
+    "scientific": lambda n: f"<answer>{n:e}</answer>",
     "variable": lambda n: f"$x = {plain(n)}$",
 }
 

@@ -14,7 +14,7 @@ from lowvram_grpo.rewards import symbolic
 from lowvram_grpo.rewards.figures import Number, number, same_based, same_clock, same_date, same_number, same_ratio
 from lowvram_grpo.rewards.notation import same_text
 from lowvram_grpo.rewards.pieces import Piece, expanded, pieces
-from lowvram_grpo.rewards.units import unit_of
+from lowvram_grpo.rewards.units import Unit, same_money, unit_of
 
 _PERCENT = unit_of("%")
 # Money and weight have one name.
@@ -90,7 +90,7 @@ def same_piece(gold: Piece, reply: Piece, *, strict: bool) -> bool | None:
         gold = _with_unit(gold)
     elif reply.attached and not gold.attached and number(gold.expr) and not gold.nouns:
         reply = _with_unit(reply)
-    if gold.unit and reply.unit and gold.unit != reply.unit and {gold.unit, reply.unit} != _POUNDS:
+    if gold.unit and reply.unit and not _same_unit(gold.unit, reply.unit):
         if gold.unit.dimensions != reply.unit.dimensions:
             return False
         scale = reply.unit.factor / gold.unit.factor
@@ -114,6 +114,10 @@ def negated(piece: Piece) -> bool:
 
 def _unit_words(piece: Piece) -> frozenset[str]:
     return frozenset(name for name, _ in piece.unit.dimensions) if piece.unit else frozenset()
+
+
+def _same_unit(gold: Unit, reply: Unit) -> bool:
+    return gold == reply or {gold, reply} == _POUNDS or same_money(gold, reply)
 
 
 def _with_unit(piece: Piece) -> Piece:
@@ -141,7 +145,7 @@ def _value(expr: str) -> Number | None:
 
 
 def _compound(group: Sequence[Piece]) -> Fraction | None:
-    """The sum of `2 hours 30 minutes` or `5 dollars and 30 cents`, units each smaller than the one before; else None."""
+    """The sum of `2 hours 30 minutes` or `5 dollars and 30 cents`, each unit smaller than the last; else None."""
     total, last = Fraction(0), None
     for piece in group:
         value = number(piece.expr)

@@ -3,6 +3,7 @@ r"""Which part of a reply is its answer: behind the thought, between tags, in a 
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from lowvram_grpo.rewards.notation import normalize, strip_markdown
@@ -33,7 +34,9 @@ _CLAUSE = re.compile(
 )
 _REASON = re.compile(r"(?<=\w)[,;]?\s*\b(?:because|since|given that|due to)\b|(?<=\w)[，,]?\s*(?:因为|由于)")
 _DISPLAY = re.compile(r"\s*(\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\$(?:\\.|[^$\\\n])+\$)", re.DOTALL)
-_FORMULA_END = re.compile(r"(?:\\\((.+?)\\\)|(?<![\\$\d])\$(?![\s$])((?:\\.|[^$\\\n])+?)(?<!\s)\$)[\s.!。*]*$", re.DOTALL)
+_FORMULA_END = re.compile(
+    r"(?:\\\((.+?)\\\)|(?<![\\$\d])\$(?![\s$])((?:\\.|[^$\\\n])+?)(?<!\s)\$)[\s.!。*]*$", re.DOTALL
+)
 _LINKED = re.compile(r"(?:\$|\\\)|\d)\s*(?:,|and|or|和|或|、|,\s*and)\s*$")
 _WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z({])|[\u4e00-\u9fff]{2,}")
 _FORMULA = re.compile(r"\d|\\[A-Za-z]|[$π√∞]")
@@ -172,7 +175,7 @@ def _last_sentence(text: str) -> Answer | None:
         if not _ABBREVIATION.search(text[max(0, match.start() - 8) : match.start()]):
             ends.append(match.end())
     ends.append(len(text))
-    sentences = [text[a:b].strip() for a, b in zip(ends, ends[1:])]
+    sentences = [text[a:b].strip() for a, b in pairwise(ends)]
     sentences = [s for s in sentences if s.strip(".!?。！？ \n")]
     if not sentences:
         return None

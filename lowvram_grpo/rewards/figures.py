@@ -1,4 +1,4 @@
-"""Numbers as people write them, read exactly: no sympy for `1,234.50`, `2 1/2`, `1.6e-19`, `101_2`, `3:4` or `2:30 pm`."""
+"""Numbers as people write them, read exactly: `1234.50`, `2 1/2`, `1.6e-19`, `101_2`, `3:4`, `2:30 pm`, `July 4`."""
 
 from __future__ import annotations
 
@@ -20,20 +20,16 @@ _DIVISION = re.compile(rf"([+-]?)\s*({_UNSIGNED})\s*/\s*({_UNSIGNED})")
 _SCIENTIFIC = re.compile(rf"([+-]?)\s*(?:({_UNSIGNED})\s*(?:\\times|\\cdot|\*)\s*)?10\s*\^\s*\{{?\s*([+-]?\d+)\s*\}}?")
 _REPEATING = re.compile(r"([+-]?)\s*(\d*)\.(\d*)(?:\\overline\s*\{\s*(\d+)\s*\}|\((\d+)\)|\\dot\s*\{?\s*(\d)\s*\}?)")
 
-_BASE_WORDS = {
-    name: base
-    for base, name in enumerate(
-        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(), 2
-    )
-}
+_BASE_NAMES = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+_BASE_WORDS = {name: base for base, name in enumerate(_BASE_NAMES.split(), 2)}
 _BASE = re.compile(
     r"(?:\(\s*([0-9A-Za-z]+)\s*\)|([0-9A-F]+|[0-9a-f]+))\s*"
     r"_\s*\{?\s*(?:\(\s*)?(\d+|[a-z]+)(?:\s*\))?\s*\}?"
 )
 _RATIO = re.compile(rf"{_UNSIGNED}(?:\s*:\s*{_UNSIGNED})+")
 _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?\s*(?:([ap])\.?\s?m\b\.?|o'clock)?", re.IGNORECASE)
-_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
-_MONTH = r"(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_MONTH = rf"({'|'.join(_MONTHS)})[a-z]*\.?"
 _DATES = (
     (re.compile(rf"(?:[a-z]+day,? )?{_MONTH} (\d{{1,2}})(?:st|nd|rd|th)?(?:,? (\d{{4}}))?"), "mdy"),
     (re.compile(rf"(?:[a-z]+day,? )?(?:the )?(\d{{1,2}})(?:st|nd|rd|th)? (?:of )?{_MONTH},?(?: (\d{{4}}))?"), "dmy"),
@@ -114,7 +110,7 @@ def based(text: str) -> tuple[str, int] | None:
 
 
 def same_based(gold: str, reply: str) -> bool | None:
-    """Whether digits and base agree; a base the reply leaves out is taken to be the reference's. None: no bases here."""
+    """Whether digits and base agree; a base the reply leaves out is the reference's. None: neither has a base."""
     wanted, found = based(gold), based(reply)
     if wanted is None and found is None:
         return None

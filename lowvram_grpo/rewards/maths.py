@@ -58,11 +58,11 @@ def accuracy(
 ) -> list[float | None]:
     r"""1 where the reply's answer equals the reference in column `answer` (or else `solution`), 0 where not.
 
-    The reply's answer is the text of its last `<answer></answer>` pair, else its last `\boxed{}`, else what it announces
-    ("the answer is"), else the last number or formula; never what stands in `<think></think>`. It must equal the whole
-    reference: each of its numbers, formulas and units, though a unit may be left out. A reference that is a letter or a
-    word (`B`, `Yes`, `\text{no solution}`) is compared as one. Of a GSM8K reference only what follows `####` counts.
-    None where the reference is neither: a sentence, or a formula that math-verify can't read.
+    The reply's answer is the text of its last `<answer></answer>` pair, else its last `\boxed{}`, else what it
+    announces ("the answer is"), else its last number or formula; never what stands in `<think></think>`. It must equal
+    the whole reference: each of its numbers, formulas and units, though a unit may be left out. A reference that is a
+    letter or a word (`B`, `Yes`, `\text{no solution}`) is compared as one. Of a GSM8K reference only what follows
+    `####` counts. None where the reference is neither: a sentence, or a formula that math-verify can't read.
 
     Raises:
         UserError: the data has neither column.
@@ -150,9 +150,8 @@ def _right(gold: _Gold, answer: Answer) -> bool | None:
 
 def _group(found: tuple[Piece, ...], kind: str) -> tuple[Piece, ...]:
     """The pieces that are the answer: all, or of a text the first or last ones that are linked to each other."""
-    if kind != "whole" and len(found) > 1:
-        # "8, not 7" is 8.
-        found = tuple(piece for piece in found if not negated(piece)) or found
+    # "8, not 7" is 8.
+    found = tuple(piece for piece in found if not negated(piece)) or found
     if kind == "whole" or len(found) < 2:
         return found
     starts = [0] + [i for i in range(1, len(found)) if not found[i].linked] + [len(found)]

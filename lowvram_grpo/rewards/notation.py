@@ -1,7 +1,7 @@
 r"""One way of writing for each of the many that people and models have: Markdown, Unicode and plain text become LaTeX.
 
-`normalize` changes how an answer is written, never what it says: `**1,234**` is `1234`, `√2/2` is `\sqrt{2}/2`, `\$5` is
-`¤5`. What it returns is compared as text, taken apart into numbers and words, or given to math-verify.
+`normalize` changes how an answer is written, never what it says: `**1,234**` is `1234`, `√2/2` is `\sqrt{2}/2`, `\$5`
+is `¤5`. What it returns is compared as text, taken apart into numbers and words, or given to math-verify.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _CHARACTERS = str.maketrans(
         "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ", "λ": r"\lambda ",
         "μ": r"\mu ", "σ": r"\sigma ", "φ": r"\varphi ", "ω": r"\omega ", "Δ": r"\Delta ", "∆": r"\Delta ",
         "…": r"\ldots ", "∶": ":", "→": r"\to ", "⟨": r"\langle ", "⟩": r"\rangle ", "，": ", ", "。": ". ", "：": ": ",
-        "；": "; ", "、": ", ", "？": "? ", "！": "! ", "“": '"', "”": '"', "‘": "'", "’": "'", "＄": "$", "￥": "¥", "～": "~",
+        "；": "; ", "、": ", ", "？": "? ", "！": "! ", "“": '"', "”": '"', "‘": "'", "’": "'",
+        "＄": "$", "￥": "¥", "～": "~",
         "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2002": " ", "\u2003": " ", "\u3000": " ", "\u200b": "",
         "\u2061": "", "\ufeff": "",
         **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F) if chr(code) not in "，：；？！～＄"},
@@ -91,7 +92,7 @@ _PLAIN = (
     (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"(?i)\bper\s?cent\b|\bpercentage\b|\bpct\b|百分号"), "%"),
     (re.compile(r"(?<=[0-9A-Fa-f)])\s*(?:\(|in )?\s*base[ -](\d+|[a-z]+)\)?"), r"_{\1}"),
-    (re.compile(r"(?<=\d)(?:\^\{?)?\s?(?<![A-Za-z])(?:st|nd|rd|th)(?![A-Za-z])\s*\}?"), ""),
+    (re.compile(r"(?<=\d)(?:\^\{?)?\s?(?<![A-Za-z])(?:st|nd|rd|th)(?![A-Za-z])(?:\s*\})?"), ""),
     (re.compile(rf"(?<![A-Za-z])(?:USD\s*{DOLLAR}?|US\s*{DOLLAR})\s*(?=\d)"), DOLLAR),
     (re.compile(r"(?<=\d)\s*:\s*(?=\d)"), ":"),
     (re.compile(r"百分之\s*(\d+(?:\.\d+)?)"), r"\1%"),

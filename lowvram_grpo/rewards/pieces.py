@@ -16,17 +16,21 @@ _TOKEN = re.compile(
 )
 _SIGNS = re.compile(rf"[{DOLLAR}€£¥₹]")
 _DEGREES = re.compile(r"(.*[\d})])\s*\^\\circ\s*([CF])?", re.DOTALL)
+_TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _SEPARATORS = frozenset([",", ";", "and", "or", "&", "和", "或", "与", "及", r"\quad", r"\\", "\n"])
 _STRONG = re.compile(
     r"\d|\\(?!ldots|to(?![A-Za-z])|quad|,)[A-Za-z]+|[A-Za-z]\s*[=<>^_+*/]|[=<>+*/-]\s*[A-Za-z]|\([a-zA-Z]\)"
 )
 # Words that say nothing about what is counted.
 _FILLERS = frozenset(
-    "a an the of in is are was be it its he she they we you i has have had gets get there that this total altogether all "
-    "left remaining more about approximately approx roughly around exactly only just per each every to for at by on with "
-    "from answer final result value equals equal so thus therefore then now will can would be needs must makes made "
-    "number amount cost costs price one equation solution solutions solve where number's long away old or and".split()
-) | {"个", "的", "是", "为", "有", "共", "一共", "总共", "约", "只", "名", "条", "本", "张", "件", "位", "辆", "颗", "棵", "把", "支"}  # fmt: skip
+    """
+    a an the of in is are was be it its he she they we you i has have had gets get there that this total altogether all
+    left remaining more about approximately approx roughly around exactly only just per each every to for at by on with
+    from answer final result value equals equal so thus therefore then now will can would be needs must makes made
+    number amount cost costs price one equation solution solutions solve where long away old or and
+    个 的 是 为 有 共 一共 总共 约 只 名 条 本 张 件 位 辆 颗 棵 把 支
+    """.split()  # noqa: SIM905
+)
 _MEASURE_WORD = re.compile("^[个的只名条本张件位辆颗棵把支朵头匹]+(?=.)|(?:多|左右)$")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])\s*")
 
@@ -179,9 +183,8 @@ def _piece(expr: str, before: str, after: str) -> tuple[Piece, bool]:
         expr = expr[1:].strip()
     if re.fullmatch(r".*[\d)}\]]\s*%", expr, re.DOTALL):
         expr, unit = expr[:-1].strip(), unit_of("%")
-    elif degrees := _DEGREES.fullmatch(expr):
-        if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])", degrees[1]):
-            expr, unit = degrees[1].strip(), unit_of("^\\circ" + (degrees[2] or ""))
+    elif (degrees := _DEGREES.fullmatch(expr)) and not _TRIG.search(expr):
+        expr, unit = degrees[1].strip(), unit_of("^\\circ" + (degrees[2] or ""))
     attached = re.fullmatch(r"([\d.]+)([A-Za-z])", expr)
     if (
         unit is None
@@ -189,7 +192,7 @@ def _piece(expr: str, before: str, after: str) -> tuple[Piece, bool]:
         and unit_of(spaced[2])
     ):
         expr, after = spaced[1], f" {spaced[2]}{spaced[3]} {after}"
-    elif (powered := re.fullmatch(r"[\^_]\{?\d\}?", expr)) and before:
+    elif re.fullmatch(r"[\^_]\{?\d\}?", expr) and before:
         return Piece(""), False
     words = after.strip()
     scale = re.match(r"([a-z]+|[百千万亿]+)", words)

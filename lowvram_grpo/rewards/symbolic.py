@@ -1,7 +1,7 @@
 """Math-verify (on sympy) in a process of its own, which can be ended when it does not come back.
 
 A time limit inside the process needs an alarm signal, which exists in POSIX main threads only, and no signal interrupts
-one long multiplication. So formulas are compared in a child that runs symbolic_worker.py, started with the first formula
+one long multiplication. So formulas are compared in a child that runs symbolic_worker.py, started with the first one
 that is more than a number. It also keeps sympy out of the training process.
 """
 
@@ -43,12 +43,12 @@ def explosive(formula: str) -> bool:
 
 
 def equal(gold: str, reply: str) -> bool | None:
-    """Whether two formulas in LaTeX are equal as mathematics; None where `gold` is none that math-verify can read.
+    """Whether two formulas in LaTeX are equal as mathematics; None where math-verify can't read all of `gold`.
 
-    False where no answer came within `SECONDS`, or sooner where `gold` ran out of them before. Safe to call from any thread.
+    False where no answer came within `SECONDS`, or sooner where `gold` ran out of them before. Safe in any thread.
 
     Raises:
-        UserError: no worker could be started.
+        UserError: no helper process could be started.
     """
     if explosive(gold) or explosive(reply):
         return False

@@ -91,7 +91,7 @@ def _parse(formula: str) -> Any:
 
 
 def _zeros(expression: Any) -> int:
-    """How many decimals more than six the smallest number in an expression needs to be told apart from its neighbours."""
+    """How many decimals more than six an expression's smallest number needs to be told apart from its neighbours."""
     from sympy import Basic, MatrixBase, preorder_traversal
 
     smallest = 0
@@ -142,4 +142,3 @@ def _limit_memory() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     if hard == resource.RLIM_INFINITY or hard > _MEMORY_BYTES:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, hard))
-

@@ -11,8 +11,10 @@ from lowvram_grpo.rewards.notation import DOLLAR
 
 _TABLE = {
     "length": {
-        "1/1000": "mm millimeter millimetre 毫米", "1/100": "cm centimeter centimetre 厘米", "1/10": "dm decimeter 分米",
-        "1": "m meter metre 米", "1000": "km kilometer kilometre 千米 公里", "0.0254": "inch inches in 英寸",
+        "1/1000": "mm millimeter millimetre 毫米", "1/100": "cm centimeter centimetre 厘米",
+        "1/10": "dm decimeter 分米",
+        "1": "m meter metre 米", "1000": "km kilometer kilometre 千米 公里",
+        "0.0254": "inch inches in 英寸",
         "0.3048": "ft foot feet 英尺", "0.9144": "yd yard 码", "1609.344": "mi mile 英里",
     },
     "mass": {
@@ -20,8 +22,8 @@ _TABLE = {
         "1000000": "tonne 吨", "453.59237": "lb pound lbs", "28.349523125": "oz ounce",
     },
     "time": {
-        "1/1000": "ms millisecond 毫秒", "1": "s sec second 秒 秒钟", "60": "min minute 分钟", "3600": "h hr hour 小时 个小时",
-        "86400": "day 天", "604800": "week 周 星期",
+        "1/1000": "ms millisecond 毫秒", "1": "s sec second 秒 秒钟", "60": "min minute 分钟",
+        "3600": "h hr hour 小时 个小时", "86400": "day 天", "604800": "week 周 星期",
     },
     "months": {"1": "month 个月", "12": "year yr 年"},
     "volume": {
@@ -29,17 +31,22 @@ _TABLE = {
     },
     "gallons": {"1": "cup", "2": "pint", "4": "quart qt", "16": "gallon gal"},
     "dollars": {"1/100": "cent ¢ 美分", "1": f"{DOLLAR} dollar usd buck 美元"},
-    "euros": {"1": "€ euro eur 欧元"}, "pounds": {"1": "£ gbp 英镑", "1/100": "pence penny"}, "yuan": {"1": "¥ yuan rmb cny yen jpy 元 块 块钱 人民币"},
+    "euros": {"1": "€ euro eur 欧元"}, "pounds": {"1": "£ gbp 英镑", "1/100": "pence penny"},
+    "yuan": {"1": "¥ yuan rmb cny yen jpy 元 块 块钱 人民币"},
     "rupees": {"1": "₹ rs rupee inr 卢比"},
     "angle": {"1": r"^\circ degree deg 度"}, "radians": {"1": "radian rad 弧度"},
     "percent": {"1": "%"},
-    "celsius": {"1": r"^\circC celsius 摄氏度"}, "fahrenheit": {"1": r"^\circF fahrenheit"}, "kelvin": {"1": "K kelvin"},
+    "celsius": {"1": r"^\circC celsius 摄氏度"}, "fahrenheit": {"1": r"^\circF fahrenheit"},
+    "kelvin": {"1": "K kelvin"},
     "speed": {"1609.344/3600": "mph", "1000/3600": "kph kmh kmph"},
     "volt": {"1": "V volt"}, "watt": {"1": "W watt", "1000": "kW kilowatt"}, "newton": {"1": "N newton"},
     "joule": {"1": "J joule", "1000": "kJ kilojoule"}, "hertz": {"1": "Hz hertz"}, "ampere": {"1": "A ampere amp"},
-    "ohm": {"1": "ohm"}, "unit": {"1": "unit 单位"}, "mole": {"1": "mol mole"}, "pascal": {"1": "Pa pascal", "1000": "kPa"},
-    "area": {"10000": "hectare ha 公顷", "4046.8564224": "acre", "1": "平方米", "1/10000": "平方厘米", "1000000": "平方千米 平方公里"},
+    "ohm": {"1": "ohm"}, "unit": {"1": "unit 单位"},
+    "mole": {"1": "mol mole"}, "pascal": {"1": "Pa pascal", "1000": "kPa"},
+    "area": {"10000": "hectare ha 公顷", "4046.8564224": "acre",
+             "1": "平方米", "1/10000": "平方厘米", "1000000": "平方千米 平方公里"},
 }  # fmt: skip
+_MONEY = frozenset(("dollars", "euros", "pounds", "yuan", "rupees"))
 _POWER_NAMES = {("length", 2): "area", ("length", 3): "volume"}
 # What a number is scaled by, where it stands before the unit: `2 million dollars`.
 SCALES = {
@@ -143,3 +150,10 @@ def _over(unit: Unit, below: Unit) -> Unit:
     for name, power in below.dimensions:
         powers[name] = powers.get(name, 0) - power
     return Unit(tuple(sorted(powers.items())), unit.factor / below.factor)
+
+
+def same_money(first: Unit, second: Unit) -> bool:
+    """Whether both are the same money, once as a rate: `18 dollars a day` is `18 dollars`."""
+    kinds = [{name for name, power in unit.dimensions if power > 0} for unit in (first, second)]
+    rates = [any(power < 0 for _, power in unit.dimensions) for unit in (first, second)]
+    return kinds[0] == kinds[1] <= _MONEY and rates[0] != rates[1]

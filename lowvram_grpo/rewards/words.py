@@ -23,30 +23,36 @@ _LONE = re.compile(r"(?<![A-Za-z'])(A(?!\s+(?!(?:and|or|is)\b)[a-z])|[B-HJ])(?![
 _COMMAND = re.compile(r"\s*\$*\\(?:text|textbf|textit|mathrm|mathbf|mbox|textrm|boxed)\s*\{[^{}]*\}\$*\s*")
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 _HAN = re.compile(r"[\u4e00-\u9fff]{1,8}")
-_PHRASES = frozenset(
-    "no solution|no solutions|no real solution|no real solutions|no answer|no such number|no real roots|none of the above|"
-    "all of the above|none of these|does not exist|do not exist|not possible|not enough information|not a function|"
-    "not true|cannot be determined|can't be determined|can not be determined|insufficient information|infinitely many|"
-    "infinitely many solutions|infinite solutions|all real numbers|all reals|not given|not applicable|never true|"
-    "always true|sometimes true|not defined|tie game|both a and b".split("|")
-)
-_SAME = {"dne": "does not exist", "t": "true", "f": "false", "y": "yes", "n": "no", "是的": "是", "对的": "对", "不对": "错",
-         "错误": "错", "正确": "对", "不是": "否", "cannot be determined": "undetermined", "can't be determined": "undetermined",
-         "can not be determined": "undetermined", "no solutions": "no solution", "none": "none", "all reals": "all real numbers",
-         "infinite solutions": "infinitely many solutions"}  # fmt: skip
+_PHRASE_LIST = """
+no solution, no solutions, no real solution, no real solutions, no real roots, no answer, no such number,
+none of the above, all of the above, none of these, does not exist, do not exist, not possible, not defined,
+not enough information, insufficient information, cannot be determined, not given, not applicable, not a function,
+not true, never true, always true, sometimes true, infinitely many, infinitely many solutions, infinite solutions,
+all real numbers, all reals
+"""
+_PHRASES = frozenset(phrase.strip() for phrase in _PHRASE_LIST.split(","))
+_SAME = {
+    "dne": "does not exist", "t": "true", "f": "false", "y": "yes", "n": "no", "no solutions": "no solution",
+    "can't be determined": "cannot be determined", "can not be determined": "cannot be determined",
+    "all reals": "all real numbers", "infinite solutions": "infinitely many solutions",
+    "是的": "是", "不是": "否", "对的": "对", "正确": "对", "不对": "错", "错误": "错",
+}  # fmt: skip
 _ARTICLE = re.compile(r"^(?:the|an?|it is|it's|they are|he is|she is)\s+(?=\S)")
 _TERMINAL = re.compile(
-    r"(?:\bis|\bare|\bbe|\bwas|\bwere|\bon|\bget|\bobtain|\bconclude|\bchoose|:|=|是(?!否)|为)\s*(?:the |an? )?([^\s:=].*)$", re.IGNORECASE | re.DOTALL
+    r"(?:\b(?:is|are|be|was|were|on|get|obtain|conclude|choose)\b|:|=|是(?!否)|为)\s*(?:the |an? )?([^\s:=].*)$",
+    re.IGNORECASE | re.DOTALL,
 )
 _LEADING = re.compile(
     r"(yes|no|true|false|是的|是|否|不是|对|错)(?=[,.;:!]|\s*$|\s+because|\s+since|，|。)", re.IGNORECASE
 )
 _NEGATED = re.compile(r"\b(?:not|isn't|never|nor)\b|n't\b|不", re.IGNORECASE)
-NUMBER_WORDS = {
-    word: n for n, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen twenty".split())
-} | {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}  # fmt: skip
+_NUMBERS = """
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+nineteen twenty
+"""
+NUMBER_WORDS = {word: n for n, word in enumerate(_NUMBERS.split())} | {
+    word: 10 * n for n, word in enumerate(("thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"), 3)
+}
 
 
 def letters(text: str) -> frozenset[str] | None:

@@ -1,6 +1,6 @@
-r"""What `accuracy` gives: reference, replies that are right, replies that are wrong, by kind of answer.
+r"""What `accuracy` gives: a reference, replies that are right, replies that are wrong, by kind of answer.
 
-A reply without tags or words around it stands in `<answer></answer>`; one that begins with `>` is the whole reply.
+A reply stands in `<answer></answer>`; one that begins with `>` is the whole reply.
 """
 
 from __future__ import annotations
@@ -11,33 +11,41 @@ from lowvram_grpo.rewards.maths import accuracy
 
 TABLE = {
     "integers": [
-        ("18", ["18", "18.0", "+18", "018", "18.00", "= 18", "x = 18", "9+9", "36/2"], ["19", "-18", "1.8", "180", "81", "1 8 0"]),
+        ("18", ["18", "18.0", "+18", "018", "18.00", "= 18", "x = 18", "9+9", "36/2"],
+         ["19", "-18", "1.8", "180", "81", "1 8 0"]),
         ("-5", ["-5", "−5", "- 5", "-5.0", "$-5$", "-$5"], ["5", "-6", "−6", "--"]),
         ("0", ["0", "0.0", "-0", "0/7"], ["1", "0.1", "1e-30"]),
-        ("1000000", ["1,000,000", "1 000 000", r"1\,000\,000", "1{,}000{,}000", "10^6", "1e6", "1 million", "1'000'000", "1.000.000"],
+        ("1000000", ["1,000,000", "1 000 000", r"1\,000\,000", "1{,}000{,}000", "10^6", "1e6", "1 million",
+             "1'000'000", "1.000.000"],
          ["1,000,001", "10^5", "1e7", "100,000"]),
         ("12345678901234567890", ["12345678901234567890", "12,345,678,901,234,567,890"], ["12345678901234567891"]),
     ],
     "decimals": [
-        ("2.5", ["2.50", "5/2", "2 1/2", r"2\frac{1}{2}", r"2\frac12", "2½", "2,5", r"\frac{5}{2}", ".25e1"], ["25", "2.05", "-2.5", "2.4", "3/2", "1"]),
+        ("2.5", ["2.50", "5/2", "2 1/2", r"2\frac{1}{2}", r"2\frac12", "2½", "2,5", r"\frac{5}{2}", ".25e1"],
+         ["25", "2.05", "-2.5", "2.4", "3/2", "1"]),
         ("0.1", [".1", "1/10", "1e-1", "10%"], ["1", "0.01", "0.1001"]),
-        (r"\frac{1}{3}", ["0.333333", "1/3", "0.3333333333", r"0.\overline{3}", "0.(3)", "2/6", "⅓"], ["0.33", "0.3", "3", "0.334"]),
+        (r"\frac{1}{3}", ["0.333333", "1/3", "0.3333333333", r"0.\overline{3}", "0.(3)", "2/6", "⅓"],
+         ["0.33", "0.3", "3", "0.334"]),
         ("1234.56", ["1,234.56", "1.234,56", r"1\,234.56", "$1,234.56"], ["1234.57", "123456", "1.23456", "1234"]),
         ("3.14159", ["3.14159", "3.141590"], ["3.14", "3.1416", r"\pi"]),
     ],
     "tiny and huge": [
-        (r"1.6\times 10^{-19}", [r"1.6\times 10^{-19}", "1.6e-19", "1.6 × 10⁻¹⁹", "1.6 x 10^-19", r"16\cdot 10^{-20}", r"0.16\times10^{-18}"],
+        (r"1.6\times 10^{-19}", [r"1.6\times 10^{-19}", "1.6e-19", "1.6 × 10⁻¹⁹", "1.6 x 10^-19",
+             r"16\cdot 10^{-20}", r"0.16\times10^{-18}"],
          [r"9.1\times 10^{-31}", "1.6e-18", "1.7e-19", "0", "1.6", r"1.6\times 10^{19}"]),
-        (r"\frac{1}{2^{99}}", [r"\frac{1}{2^{99}}", "2^{-99}", r"\frac{2}{2^{100}}"], [r"\frac{1}{2^{98}}", "0", "1e-30"]),
-        ("3.2e5", ["3.2e5", "320000", "320,000", r"3.2\times10^5", r"3.2 \cdot 10^{5}"], ["3.2", "5", "32000", "3.2e6"]),
+        (r"\frac{1}{2^{99}}", [r"\frac{1}{2^{99}}", "2^{-99}", r"\frac{2}{2^{100}}"],
+         [r"\frac{1}{2^{98}}", "0", "1e-30"]),
+        ("3.2e5", ["3.2e5", "320000", "320,000", r"3.2\times10^5", r"3.2 \cdot 10^{5}"],
+         ["3.2", "5", "32000", "3.2e6"]),
         ("0.0000001", ["1e-7", "10^{-7}"], ["0.0000002", "1e-8", "0"]),
         (r"6.02\times10^{23}", ["6.02e23", r"602 \times 10^{21}"], ["6.03e23", "6.02e22"]),
-        (r"10^{-9}x", [r"x\cdot 10^{-9}", r"\frac{x}{10^9}"], [r"2x\cdot 10^{-9}", "x"]),
-        ("2^{2005}", ["2^{2005}", r"2^{2005}", "$2^{2005}$", r"2\cdot 2^{2004}"], ["2^{2004}", "2005", "2"]),
+        ("10^{-9}x", [r"x\cdot 10^{-9}", r"\frac{x}{10^9}"], [r"2x\cdot 10^{-9}", "x"]),
+        ("2^{2005}", ["2^{2005}", "$2^{2005}$", r"2\cdot 2^{2004}"], ["2^{2004}", "2005", "2"]),
         ("7^{123456}", ["7^{123456}"], ["7^{123457}", "7"]),
     ],
     "fractions": [
-        (r"\frac{63}{400}", ["63/400", r"\frac{63}{400}", r"\dfrac{63}{400}", "0.1575", r"\tfrac{126}{800}"], [r"\frac{64}{400}", "63", "400", "400/63"]),
+        (r"\frac{63}{400}", ["63/400", r"\frac{63}{400}", r"\dfrac{63}{400}", "0.1575", r"\tfrac{126}{800}"],
+         [r"\frac{64}{400}", "63", "400", "400/63"]),
         ("3/4", ["0.75", "¾", "75%", "6/8", r"\frac34", r"\frac3{4}"], ["4/3", "3", "4", "34", "0.7"]),
         (r"-\frac{3}{4}", ["-3/4", r"\frac{-3}{4}", r"\frac{3}{-4}", "-0.75"], ["3/4", r"-\frac{4}{3}"]),
         (r"11\frac{1}{4}", ["11.25", "45/4", "11 1/4", "11¼"], ["11/4", "2.75", "11", "12/4"]),
@@ -51,38 +59,53 @@ TABLE = {
         ("0.5%", ["0.005", "0.50%"], ["0.5", "50%", "5%"]),
     ],
     "intervals": [
-        ("[1,2)", ["[1,2)", "[1, 2)", r"\left[1,2\right)", "[1.0, 2)"], ["(1,2)", "[1,2]", "[1,3)", "(1,2]", "1", "2"]),
-        (r"(-\infty,2)\cup(3,\infty)", [r"(-\infty, 2) \cup (3, \infty)", "(-∞,2)∪(3,∞)"], [r"(-\infty,2)", r"(3,\infty)", r"(-\infty,2]\cup[3,\infty)", r"(-\infty,3)\cup(3,\infty)"]),
+        ("[1,2)", ["[1,2)", "[1, 2)", r"\left[1,2\right)", "[1.0, 2)"],
+         ["(1,2)", "[1,2]", "[1,3)", "(1,2]", "1", "2"]),
+        (r"(-\infty,2)\cup(3,\infty)", [r"(-\infty, 2) \cup (3, \infty)", "(-∞,2)∪(3,∞)"],
+         [r"(-\infty,2)", r"(3,\infty)", r"(-\infty,2]\cup[3,\infty)", r"(-\infty,3)\cup(3,\infty)"]),
         (r"(5,\infty)", ["(5,∞)", "x > 5", r"(5, +\infty)"], ["[5,∞)", "x < 5", "5", "x ≥ 5"]),
-        (r"x \geq 3", [r"x\ge 3", "x >= 3", "x ≥ 3", r"3 \leq x", r"[3,\infty)"], ["x > 3", "x ≤ 3", "3", r"x \geq 4"]),
-        (r"-2\le x\le 5", [r"-2\leq x \leq 5", "-2 ≤ x ≤ 5", "[-2,5]"], [r"-2<x<5", "(-2,5)", "5", r"-2\le x\le 6"]),
+        (r"x \geq 3", [r"x\ge 3", "x >= 3", "x ≥ 3", r"3 \leq x", r"[3,\infty)"],
+         ["x > 3", "x ≤ 3", "3", r"x \geq 4"]),
+        (r"-2\le x\le 5", [r"-2\leq x \leq 5", "-2 ≤ x ≤ 5", "[-2,5]"], ["-2<x<5", "(-2,5)", "5", r"-2\le x\le 6"]),
     ],
     "sets and lists": [
-        (r"\{1,2,3\}", [r"\{1,2,3\}", r"\{3, 2, 1\}", "1, 2, 3", r"\left\{1,2,3\right\}"], [r"\{1,2\}", r"\{1,2,4\}", "3", "1,2,3,4"]),
-        ("19, 46, and 82", ["19, 46, and 82", "19, 46, 82", "82, 46 and 19", r"$19$, $46$ and $82$"], ["21, 36, and 82", "82", "19, 46", "19, 46, 82, 100", "19 46"]),
+        (r"\{1,2,3\}", [r"\{1,2,3\}", r"\{3, 2, 1\}", "1, 2, 3", r"\left\{1,2,3\right\}"],
+         [r"\{1,2\}", r"\{1,2,4\}", "3", "1,2,3,4"]),
+        ("19, 46, and 82", ["19, 46, and 82", "19, 46, 82", "82, 46 and 19", "$19$, $46$ and $82$"],
+         ["21, 36, and 82", "82", "19, 46", "19, 46, 82, 100", "19 46"]),
         ("2, 2", ["2, 2", "2 and 2"], ["2", "2, 3"]),
-        ("-1, 3", ["3, -1", "-1 and 3", r"x=-1 \text{ or } x=3", "x = -1, x = 3", "x = -1 or 3"], ["1, 3", "-1", "3", "1, -3"]),
+        ("-1, 3", ["3, -1", "-1 and 3", r"x=-1 \text{ or } x=3", "x = -1, x = 3", "x = -1 or 3"],
+         ["1, 3", "-1", "3", "1, -3"]),
         (r"\pm 3", [r"\pm 3", "3, -3", "±3", "-3 and 3", r"x = \pm 3"], ["3", "-3", r"\pm 4"]),
-        (r"1 \pm \sqrt{19}", [r"1+\sqrt{19}, 1-\sqrt{19}", "1 ± √19", r"1-\sqrt{19}, 1+\sqrt{19}"], [r"1+\sqrt{19}", "1, 19", r"1 \pm \sqrt{18}"]),
+        (r"1 \pm \sqrt{19}", [r"1+\sqrt{19}, 1-\sqrt{19}", "1 ± √19", r"1-\sqrt{19}, 1+\sqrt{19}"],
+         [r"1+\sqrt{19}", "1, 19", r"1 \pm \sqrt{18}"]),
         ("12 or 13", ["12, 13", "13 or 12", r"12\text{ or }13"], ["12", "13", "12 or 14"]),
         (r"\emptyset", [r"\varnothing", "∅"], ["0", r"\{0\}"]),
         ("100, 200, 300", ["100, 200, 300", "300, 200, 100"], ["100, 200, 301", "300"]),
     ],
     "tuples": [
         ("(1,2)", ["(1, 2)", r"\left(1,2\right)", r"(1,\ 2)", "(1.0, 2)"], ["(2,1)", "2", "1", "(1,2,3)", "[1,2]"]),
-        (r"\left(\frac{1}{2},3\right)", ["(0.5, 3)", "(1/2,3)", r"(\frac12, 3)"], ["(1/2, 4)", "(3, 1/2)", "3", "1/2"]),
-        ("(3, -1, 0)", ["(3,-1,0)", r"(3, -1, 0)"], ["(3,-1)", "(3,1,0)", "0"]),
-        (r"(3, \frac{\pi}{2})", ["(3, pi/2)", "(3, π/2)", r"\left(3,\frac\pi2\right)"], ["(3, 2)", r"(3, \pi)", "(pi/2, 3)"]),
+        (r"\left(\frac{1}{2},3\right)", ["(0.5, 3)", "(1/2,3)", r"(\frac12, 3)"],
+         ["(1/2, 4)", "(3, 1/2)", "3", "1/2"]),
+        ("(3, -1, 0)", ["(3,-1,0)", "(3, -1, 0)"], ["(3,-1)", "(3,1,0)", "0"]),
+        (r"(3, \frac{\pi}{2})", ["(3, pi/2)", "(3, π/2)", r"\left(3,\frac\pi2\right)"],
+         ["(3, 2)", r"(3, \pi)", "(pi/2, 3)"]),
         ("(1,2), (3,4)", ["(3,4), (1,2)", "(1, 2) and (3, 4)"], ["(1,2)", "(3,4)", "(1,2), (4,3)", "1,2,3,4"]),
         ("(100,200)", ["(100, 200)"], ["100200", "(100,201)"]),
     ],
     "units": [
-        ("5 km", ["5 km", "5km", r"5\text{ km}", r"5\,\mathrm{km}", "5 kilometers", "5", "5000 m", "5 公里"], ["5 m", "5 cm", "5 kg", "5 miles", "6 km", "50 km", "5 km^2"]),
+        ("5 km", ["5 km", "5km", r"5\text{ km}", r"5\,\mathrm{km}", "5 kilometers", "5", "5000 m", "5 公里"],
+         ["5 m", "5 cm", "5 kg", "5 miles", "6 km", "50 km", "5 km^2"]),
         ("5", ["5 km", "5 apples", "5 m"], ["6 km", "6 apples"]),
-        (r"864 \mbox{ inches}^2", ["864", "864 square inches", "864 in^2", r"864\text{ in}^2", "6 square feet"], ["864 inches", "864 cm^2", "865"]),
-        ("2 hours 30 minutes", ["2 hours 30 minutes", "2 hours and 30 minutes", "2 h 30 min", "150 minutes", "2.5 hours"], ["30 minutes", "2 hours", "2 hours 20 minutes", "3 hours 30 minutes", "30", "2"]),
-        ("5 feet 3 inches", ["5 feet 3 inches", "5 ft 3 in", "63 inches"], ["3 inches", "5 feet", "5 feet 4 inches", "3"]),
-        ("60 km/h", ["60 km/h", "60 kilometers per hour", "60", "60 km per hour", "60 kmh"], ["60 m/s", "60 km", "60 mph", "6 km/h"]),
+        (r"864 \mbox{ inches}^2", ["864", "864 square inches", "864 in^2", r"864\text{ in}^2", "6 square feet"],
+         ["864 inches", "864 cm^2", "865"]),
+        ("2 hours 30 minutes", ["2 hours 30 minutes", "2 hours and 30 minutes", "2 h 30 min", "150 minutes",
+             "2.5 hours"],
+         ["30 minutes", "2 hours", "2 hours 20 minutes", "3 hours 30 minutes", "30", "2"]),
+        ("5 feet 3 inches", ["5 feet 3 inches", "5 ft 3 in", "63 inches"],
+         ["3 inches", "5 feet", "5 feet 4 inches", "3"]),
+        ("60 km/h", ["60 km/h", "60 kilometers per hour", "60", "60 km per hour", "60 kmh"],
+         ["60 m/s", "60 km", "60 mph", "6 km/h"]),
         (r"90^\circ", ["90", "90°", r"90^{\circ}", "90 degrees"], ["91°", "9", "90 radians"]),
         ("25°C", ["25 °C", "25℃", "25"], ["25°F", "26°C"]),
         ("5 apples", ["5 apples", "5 red apples", "5", "5 Apple"], ["5 oranges", "6 apples"]),
@@ -94,13 +117,15 @@ TABLE = {
     ],
     "money": [
         ("18", ["$18", r"\$18", "18 dollars", "$18.00", "USD 18", r"$\$18$", "18 USD"], ["$19", "$1.8", r"\$180"]),
-        ("$5.50", ["5.50", "5.5", "$5.5", "5 dollars and 50 cents", "550 cents"], ["$5.05", "€5.50", "5.50 euros", "$5", "50 cents"]),
+        ("$5.50", ["5.50", "5.5", "$5.5", "5 dollars and 50 cents", "550 cents"],
+         ["$5.05", "€5.50", "5.50 euros", "$5", "50 cents"]),
         (r"\$32,\!348", ["32348", "$32,348", "32,348 dollars"], ["32", "348", "$32,349"]),
         ("2 million dollars", ["$2,000,000", "2000000", "2 million"], ["2", "$2", "2 billion dollars"]),
         ("18元", ["18", "18元", "¥18"], ["18美元", "81元"]),
     ],
     "dates and times": [
-        ("July 4, 1776", ["July 4, 1776", "4 July 1776", "1776-07-04", "Jul 4, 1776", "July 4th, 1776"], ["July 5, 1776", "July 4, 1777", "June 4, 1776", "4", "1776"]),
+        ("July 4, 1776", ["July 4, 1776", "4 July 1776", "1776-07-04", "Jul 4, 1776", "July 4th, 1776"],
+         ["July 5, 1776", "July 4, 1777", "June 4, 1776", "4", "1776"]),
         ("3:30 PM", ["3:30 pm", "3:30 p.m.", "15:30", "3:30"], ["3:30 AM", "3:45 PM", "3", "30", "2:30 PM"]),
         ("2:30", ["2:30", "02:30"], ["1:15", "2", "30", "2:31"]),
         (r"\text{June 20}", ["June 20", "20 June", "June 20th"], ["June 21", "July 20", "20 May"]),
@@ -112,14 +137,16 @@ TABLE = {
         ("2 to 3", ["2:3", "2 to 3"], ["3", "3 to 2"]),
     ],
     "bases": [
-        ("101_2", ["101_2", "101_{2}", r"101_{\text{two}}", "101₂", "(101)_2", "101 base 2", "101"], ["101_3", "101_{10}", "110_2", "1012", "5_3"]),
+        ("101_2", ["101_2", "101_{2}", r"101_{\text{two}}", "101₂", "(101)_2", "101 base 2", "101"],
+         ["101_3", "101_{10}", "110_2", "1012", "5_3"]),
         ("2E_{16}", ["2E_{16}", "2e_{16}", "2E"], ["2F_{16}", "2E_{15}", "2"]),
         ("101", ["101_{10}"], ["101_2"]),
     ],
     "functions": [
-        ("5!", ["120", "5!", r"5\cdot 4!"], ["5", "24", "4!", "5"]),
+        ("5!", ["120", "5!", r"5\cdot 4!"], ["5", "24", "4!"]),
         (r"\cos(30)", ["cos(30)", r"\cos 30", r"\cos{(30)}"], ["30", r"\cos(60)", "sin(30)", "cos(31)"]),
-        (r"\binom{5}{2}", ["10", r"\binom{5}{2}", r"\dbinom52", r"\binom{5}{3}", "5 choose 2"], ["5", "2", r"\binom{5}{4}", "52"]),
+        (r"\binom{5}{2}", ["10", r"\binom{5}{2}", r"\dbinom52", r"\binom{5}{3}", "5 choose 2"],
+         ["5", "2", r"\binom{5}{4}", "52"]),
         (r"\log_2 8", ["3", r"\log_{2}(8)"], ["8", "2", r"\log_2 9"]),
         (r"\ln 2", ["ln 2", "ln(2)", r"\ln(2)", r"\ln{2}"], ["2", "ln 3", r"\log_{10} 2"]),
         ("f(x) = x^2", ["x^2", "f(x)=x^2"], ["2", "x", "f(x) = x^3", "x^2 + 1"]),
@@ -130,13 +157,15 @@ TABLE = {
         (r"\sum_{k=1}^{10} k", ["55"], ["10", "54"]),
     ],
     "powers and roots": [
-        ("sqrt(2)", [r"\sqrt{2}", "√2", r"\sqrt2", "2^{1/2}", r"\sqrt(2)", "2^(1/2)", "1.414214"], ["2", "1.41", "√3", "-√2", "2√2"]),
+        ("sqrt(2)", [r"\sqrt{2}", "√2", r"\sqrt2", "2^{1/2}", r"\sqrt(2)", "2^(1/2)", "1.414214"],
+         ["2", "1.41", "√3", "-√2", "2√2"]),
         (r"4\sqrt{2}", [r"4\sqrt(2)", "4sqrt(2)", "4√2", r"\sqrt{32}", "4*sqrt(2)"], ["4", "2", r"4\sqrt{3}", "42"]),
         ("4", [r"\sqrt{16}", "2^2", "2**2"], [r"4\sqrt(2)", r"\sqrt{4}", "2^3"]),
         (r"\sqrt[3]{5}", ["∛5", "cbrt(5)", "5^{1/3}"], [r"\sqrt{5}", "5", "3"]),
         ("x^{10}", ["x^10", "x**10", "x¹⁰"], ["x^1", "x^{11}", "10", "x"]),
         ("2^{10}", ["1024", "2^10", "4^5", "2**10"], ["2", "10", "20", "210", "1023"]),
-        (r"3\sqrt{2}+\sqrt{3}", [r"\sqrt{3}+3\sqrt{2}", "3√2 + √3"], [r"3\sqrt{2}", r"\sqrt{3}", r"3\sqrt{2}-\sqrt{3}"]),
+        (r"3\sqrt{2}+\sqrt{3}", [r"\sqrt{3}+3\sqrt{2}", "3√2 + √3"],
+         [r"3\sqrt{2}", r"\sqrt{3}", r"3\sqrt{2}-\sqrt{3}"]),
     ],
     "algebra": [
         ("3x+1", ["1+3x", "3*x + 1", "3x + 1", "3 x+1"], ["3", "3x", "3x-1", "1", "3x+2", "4x"]),
@@ -145,11 +174,13 @@ TABLE = {
         ("x=5", ["5", "x = 5", "5.0"], ["y=5", "x=6", "6"]),
         ("5", ["x=5", "3 + 2 = 5", r"x = \frac{10}{2} = 5"], ["2x=5", "3+2=", "x=6", "5 + 1"]),
         ("3+4i", ["4i+3", "3 + 4 i"], ["3-4i", "3", "4", "7"]),
-        (r"\begin{pmatrix}1\\2\end{pmatrix}", [r"\begin{bmatrix}1\\2\end{bmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"], [r"\begin{pmatrix}2\\1\end{pmatrix}", "1", "2", r"\begin{pmatrix}1\\2\\3\end{pmatrix}"]),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", [r"\begin{bmatrix}1\\2\end{bmatrix}",
+             r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"],
+         [r"\begin{pmatrix}2\\1\end{pmatrix}", "1", "2", r"\begin{pmatrix}1\\2\\3\end{pmatrix}"]),
         ("x = 2, y = 3", ["x=2, y=3", "y = 3, x = 2", "x = 2 and y = 3"], ["x = 3, y = 2", "x = 2", "3"]),
     ],
     "Unicode": [
-        ("2π", [r"2\pi", "2pi", "2*pi", "2 π", "6.283185", "2·π"], ["2", "π", "3π", "6.28", "2"]),
+        ("2π", [r"2\pi", "2pi", "2*pi", "2 π", "6.283185", "2·π"], ["2", "π", "3π", "6.28"]),
         (r"\frac{\pi}{2}", ["π/2", "pi/2", r"\pi/2", r"\frac12\pi", "0.5π"], ["2", "π", r"\frac{2}{\pi}", "pi"]),
         (r"2\times 3", ["2×3", "6", "2·3"], ["2", "3", "23"]),
         ("∞", [r"\infty", "+∞", "infinity"], ["-∞", "0"]),
@@ -158,34 +189,46 @@ TABLE = {
         ("θ = π/6", [r"\theta=\frac{\pi}{6}", "π/6"], ["π", "6", "π/3"]),
     ],
     "Markdown": [
-        ("42", ["**42**", "*42*", "__42__", "`42`", "***42***", "**42**.", "# 42", "> 42", "** 42 **", "**The answer is 42.**"], ["**43**", "`4` `2`", "*4*2"]),
+        ("42", ["**42**", "*42*", "__42__", "`42`", "***42***", "**42**.", "# 42", "> 42", "** 42 **",
+             "**The answer is 42.**"],
+         ["**43**", "`4` `2`", "*4*2"]),
         ("**42**", ["42", "**42**", r"\boxed{42}"], ["43"]),
         ("8", ["2**3", "**8**"], ["2*3", "**3**"]),
     ],
     "LaTeX spacing": [
-        ("1234", [r"1\,234", r"1\;234", "1~234", r"1{,}234", r"1,\!234", r"1\ 234"], [r"1\,235", "1", "234"]),
+        ("1234", [r"1\,234", r"1\;234", "1~234", "1{,}234", r"1,\!234", r"1\ 234"], [r"1\,235", "1", "234"]),
         (r"x\,\cdot\,y", ["xy", r"x\cdot y", r"x\;y"], ["x", "y", "x+y"]),
         (r"\left( 3,\ 4 \right)", ["(3,4)", r"\big(3,\,4\big)"], ["(4,3)", "4"]),
         (r"\displaystyle\frac{1}{2}", ["1/2", r"\frac{1}{2}"], ["1", "2"]),
     ],
     "choices": [
-        ("B", ["B", "(B)", "B.", "B)", "**B**", r"\boxed{B}", r"\text{B}", "B) 42", "B. Paris", "b", "(b)", "Option B", r"\textbf{(B)}\ 42", "The answer is B.", ">The answer is B.",
-               ">**Answer: B**", ">The correct option is (B).", ">So I choose (B).", ">答案是B", ">故选B。", ">答案：B", ">The answer is **B) 42**.", ">Answer: B\n", ">It must be option B.", ">选B"],
-         ["A", "(C)", "A) B", "AB", "B and C", "A, B", "D. Plan B", "", "Both", ">The answer is C.", ">答案是C", ">A or B", ">The answer is A, not B.", "42", ">The answer is a B or a C"]),
+        ("B", ["B", "(B)", "B.", "B)", "**B**", r"\boxed{B}", r"\text{B}", "B) 42", "B. Paris", "b", "(b)",
+             "Option B", r"\textbf{(B)}\ 42", "The answer is B.", ">The answer is B.", ">**Answer: B**",
+             ">The correct option is (B).", ">So I choose (B).", ">答案是B", ">故选B。", ">答案：B",
+             ">The answer is **B) 42**.", ">Answer: B\n", ">It must be option B.", ">选B"],
+         ["A", "(C)", "A) B", "AB", "B and C", "A, B", "D. Plan B", "", "Both", ">The answer is C.", ">答案是C",
+          ">A or B", ">The answer is A, not B.", "42", ">The answer is a B or a C"]),
         ("(A)", ["A", "a", "A) 3", ">The answer is A."], ["B", "A and B", ">The answer is a dog."]),
         ("AC", ["AC", "A, C", "A and C", "(A), (C)", "A,C"], ["A", "C", "AB", "ABC", "A, B, C"]),
         ("B) 42", ["B", "B) 42", "42", "(B)"], ["A", "C", "41", "A) 41"]),
         ("42", ["B) 42", "(B) 42"], ["B", "B) 41", "(42) 7"]),
     ],
     "words in English": [
-        ("Yes", ["Yes", "yes", "YES", "**Yes**", "Yes.", "Yes, because 3 > 2", r"\text{Yes}", "Yes!", ">Yes", ">The answer is yes.", ">So the answer is: **Yes**", ">Yes, it is."],
+        ("Yes", ["Yes", "yes", "YES", "**Yes**", "Yes.", "Yes, because 3 > 2", r"\text{Yes}", "Yes!", ">Yes",
+             ">The answer is yes.", ">So the answer is: **Yes**", ">Yes, it is."],
          ["No", "no", "Yes and no", "", "maybe", ">The answer is no.", ">No, yes would be wrong.", "yesterday"]),
         ("No", ["no", "No.", "No, it isn't"], ["Yes", "No solution", "not"]),
-        ("True", ["true", "True.", r"\text{True}", ">The statement is true.", ">Answer: True"], ["False", "not true", ">The statement is not true."]),
-        ("even", ["Even", r"\text{even}", "even", ">The function is even."], ["odd", "neither", "not even", "uneven"]),
-        (r"\text{no solution}", ["no solution", "No solution.", "No solutions", r"\text{no solution}", r"\text{No solution}"], ["0", "solution", "1"]),
-        ("Paris", ["Paris", "paris", "**Paris**", ">The answer is Paris.", ">The capital is Paris."], ["London", "Paris Hilton", ">The answer is London, not Paris.", ">It is not Paris."]),
-        ("none of the above", ["None of the above", "none of the above."], ["all of the above", "none of them here"]),
+        ("True", ["true", "True.", r"\text{True}", ">The statement is true.", ">Answer: True"],
+         ["False", "not true", ">The statement is not true."]),
+        ("even", ["Even", r"\text{even}", "even", ">The function is even."],
+         ["odd", "neither", "not even", "uneven"]),
+        (r"\text{no solution}", ["no solution", "No solution.", "No solutions", r"\text{no solution}",
+             r"\text{No solution}"],
+         ["0", "solution", "1"]),
+        ("Paris", ["Paris", "paris", "**Paris**", ">The answer is Paris.", ">The capital is Paris."],
+         ["London", "Paris Hilton", ">The answer is London, not Paris.", ">It is not Paris."]),
+        ("none of the above", ["None of the above", "none of the above."],
+         ["all of the above", "none of them here"]),
         (r"\text{Evelyn}", ["Evelyn", r"\text{Evelyn}", r"\textbf{Evelyn}"], ["Evelyn and Angela", "Angela"]),
         ("seven", ["7", "seven", ">The answer is seven."], ["8", "eight"]),
         ("7", ["seven", ">The answer is seven."], ["eight"]),
@@ -195,20 +238,28 @@ TABLE = {
         ("否", ["否", ">答案为否。"], ["是", "是否"]),
         ("正确", ["正确", "对"], ["错误", "不正确"]),
         ("北京", ["北京", "**北京**", ">答案是北京。"], ["上海", "北京和上海", "南京"]),
-        ("18", [">答案是18。", ">答案：18", ">所以一共有18个苹果。", "18个", ">答：18元。", ">最终答案为：**18**"], [">答案是19。", ">一共有81个。", ">18加1是19。"]),
+        ("18", [">答案是18。", ">答案：18", ">所以一共有18个苹果。", "18个", ">答：18元。", ">最终答案为：**18**"],
+         [">答案是19。", ">一共有81个。", ">18加1是19。"]),
     ],
 }  # fmt: skip
 
-PAIRS = [
-    pytest.param(reference, reply, right, id=f"{kind}-{reference}-{reply}-{right:g}")
+ROWS = [
+    pytest.param(reference, right, wrong, id=f"{kind}: {reference}")
     for kind, rows in TABLE.items()
-    for reference, *replies in rows
-    for right, group in zip((1.0, 0.0), replies)
-    for reply in group
+    for reference, right, wrong in rows
 ]
 
 
-@pytest.mark.parametrize(("reference", "reply", "right"), PAIRS)
-def test_the_whole_answer_is_compared(reference, reply, right):
-    reply = reply[1:] if reply.startswith(">") and not reply.startswith("> ") else f"<answer>{reply}</answer>"
-    assert accuracy([reply], answer=[reference]) == [right]
+def whole_reply(reply):
+    return reply[1:] if reply[:1] == ">" and reply[:2] != "> " else f"<answer>{reply}</answer>"
+
+
+def unlike(reward, reference, replies):
+    rewards = accuracy([whole_reply(reply) for reply in replies], answer=[reference] * len(replies))
+    return [(reply, given) for reply, given in zip(replies, rewards) if given != reward]
+
+
+@pytest.mark.parametrize(("reference", "right", "wrong"), ROWS)
+def test_the_whole_answer_is_compared(reference, right, wrong):
+    assert unlike(1.0, reference, right) == []
+    assert unlike(0.0, reference, wrong) == []
