@@ -17,6 +17,10 @@ _TOKEN = re.compile(
 _SIGNS = re.compile(rf"[{DOLLAR}€£¥₹]")
 _DEGREES = re.compile(r"(.*[\d})])\s*\^\\circ\s*([CF])?", re.DOTALL)
 _TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+# `5 m`, `5 m/s`, `5 m^{2}`
+_UNIT_LETTER = re.compile(r"(.*\d)\s+([A-Za-z])((?:\s*/\s*[a-z]|\^\{?\d\}?)*)", re.DOTALL)
+_SCALE = re.compile(r"([a-z]+|[百千万亿]+)")
+_WORDS = re.compile(r"[A-Za-z]+|[\u4e00-\u9fff]+")
 _SEPARATORS = frozenset([",", ";", "and", "or", "&", "和", "或", "与", "及", r"\quad", r"\\", "\n"])
 _STRONG = re.compile(
     r"\d|\\(?!ldots|to(?![A-Za-z])|quad|,)[A-Za-z]+|[A-Za-z]\s*[=<>^_+*/]|[=<>+*/-]\s*[A-Za-z]|\([a-zA-Z]\)"
@@ -175,38 +179,35 @@ def _piece(expr: str, before: str, after: str) -> tuple[Piece, bool]:
     expr = _balanced(expr)
     if after and expr.endswith("-"):  # `5-digit`
         expr = expr[:-1].strip()
-    sign = _SIGNS.search(expr)
-    unit = unit_of(sign.group()) if sign else None
-    if sign:
-        expr = re.sub(r"\s+", " ", _SIGNS.sub("", expr)).strip()
-    if re.match(r"-\s+\d", expr) and before.strip():
+    if re.match(r"-\s+\d", expr) and before.strip():  # a dash
         expr = expr[1:].strip()
-    if re.fullmatch(r".*[\d)}\]]\s*%", expr, re.DOTALL):
-        expr, unit = expr[:-1].strip(), unit_of("%")
-    elif (degrees := _DEGREES.fullmatch(expr)) and not _TRIG.search(expr):
-        expr, unit = degrees[1].strip(), unit_of("^\\circ" + (degrees[2] or ""))
-    attached = re.fullmatch(r"([\d.]+)([A-Za-z])", expr)
-    if (
-        unit is None
-        and (spaced := re.fullmatch(r"(.*\d)\s+([A-Za-z])((?:\s*/\s*[a-z]|\^\{?\d\}?)*)", expr))
-        and unit_of(spaced[2])
-    ):
-        expr, after = spaced[1], f" {spaced[2]}{spaced[3]} {after}"
-    elif re.fullmatch(r"[\^_]\{?\d\}?", expr) and before:
-        return Piece(""), False
+    glued = bool(after.strip()) and not after[0].isspace()
+    expr, sign = _unit_sign(expr)
+    if not sign and (letter := _UNIT_LETTER.fullmatch(expr)) and unit_of(letter[2]):
+        expr, after, glued = letter[1], f"{letter[2]}{letter[3]} {after}", False
     words = after.strip()
-    scale = re.match(r"([a-z]+|[百千万亿]+)", words)
-    if scale and scale[1] in SCALES and (plain := number(expr)):
+    if (scale := _SCALE.match(words)) and scale[1] in SCALES and (plain := number(expr)):
         expr, words = str(plain.value * SCALES[scale[1]]), words[scale.end() :].strip()
-    behind, rest = units_in(words, attached=bool(words) and not after[0].isspace()) if words else (None, ())
+    unit, rest = units_in(f"{sign} {words}", attached=glued and not sign)
     money = before.split()[-1] if before.split() else ""
-    unit = unit or behind or (unit_of(money) if money and len(money) > 1 else None)
-    if unit is None and sign:
-        unit = unit_of(sign.group())
-    nouns = _content(rest if behind else tuple(re.findall(r"[A-Za-z]+|[\u4e00-\u9fff]+", words)))
-    label = _content(tuple(re.findall(r"[A-Za-z]+|[\u4e00-\u9fff]+", before)))
-    letter = attached[2] if attached and unit is None else ""
-    return Piece(expr, unit, nouns, label, attached=letter), not rest and (behind is not None or not words)
+    if unit is None and len(money) > 1:  # `Rs. 500`
+        unit = unit_of(money)
+    attached = re.fullmatch(r"[\d.]+([A-Za-z])", expr) if unit is None else None
+    piece = Piece(
+        expr, unit, _content(rest), _content(tuple(_WORDS.findall(before))), True, attached[1] if attached else ""
+    )
+    return piece, not rest
+
+
+def _unit_sign(expr: str) -> tuple[str, str]:
+    """The formula without the sign of its unit, and the sign: that of a currency, `%`, `^\\circ`."""
+    if sign := _SIGNS.search(expr):
+        return re.sub(r"\s+", " ", _SIGNS.sub("", expr)).strip(), sign.group()
+    if re.fullmatch(r".*[\d)}\]]\s*%", expr, re.DOTALL):
+        return expr[:-1].strip(), "%"
+    if (degrees := _DEGREES.fullmatch(expr)) and not _TRIG.search(expr):
+        return degrees[1].strip(), "^\\circ" + (degrees[2] or "")
+    return expr, ""
 
 
 def _content(words: tuple[str, ...]) -> frozenset[str]:
