@@ -20,7 +20,6 @@ _PERCENT = unit_of("%")
 # Money and weight have one name.
 _POUNDS = {unit_of("pound"), unit_of("£")}
 _EQUALS = re.compile(r"(?<![<>!\\:])=(?!=)|\\approx(?![A-Za-z])")
-_NEGATIONS = frozenset(("not", "never", "neither", "nor", "不", "不是"))
 _COEFFICIENT = re.compile(r"-\s*[A-Za-z]|-?\s*(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\s*\*?\s*[A-Za-z]")
 _UNKNOWN = re.compile(r"(?<![A-Za-z\\])[xyz](?![A-Za-z])")
 _SUBSCRIPT = re.compile(r"_\{?\w+\}?")
@@ -83,7 +82,7 @@ def _matched(gold: Sequence[Piece], reply: Sequence[Piece], strict: bool) -> boo
 
 def same_piece(gold: Piece, reply: Piece, *, strict: bool) -> bool | None:
     """Whether formula, unit and what is counted agree."""
-    if negated(gold) != negated(reply):
+    if gold.negated != reply.negated:
         return False
     scale = Fraction(1)
     if gold.attached and reply.unit:
@@ -105,11 +104,6 @@ def same_piece(gold: Piece, reply: Piece, *, strict: bool) -> bool | None:
         return same_formula(gold.expr, reply.expr)
     wanted, found = _value(gold.expr), _value(reply.expr)
     return bool(wanted and found) and same_number(wanted, Number(found.value * scale, True))
-
-
-def negated(piece: Piece) -> bool:
-    """Whether a "not" stands before it."""
-    return not _NEGATIONS.isdisjoint(piece.label)
 
 
 def _unit_words(piece: Piece) -> frozenset[str]:

@@ -138,7 +138,7 @@ def _within(text: str, *, tagged: bool) -> Answer | None:
     plain = _without_reason(plain)
     if not tagged and (formula := _FORMULA_END.search(plain)) and not _LINKED.search(plain[: formula.start()]):
         return Answer(formula[1] or formula[2], "whole")
-    if "\n" not in plain and len(plain) <= _LONGEST and len(_WORDS.findall(plain)) <= 4:
+    if "\n" not in plain and len(plain) <= _LONGEST and len(_WORDS.findall(plain)) <= 3:
         return Answer(plain, "whole")
     if tagged and len(plain) <= _LONGEST:
         return Answer(plain, "prose")

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.rewards.comparison import negated, same_moment, same_pieces
+from lowvram_grpo.rewards.comparison import same_moment, same_pieces
 from lowvram_grpo.rewards.extraction import Answer, answer_of
 from lowvram_grpo.rewards.figures import clock, date, moments, number
 from lowvram_grpo.rewards.notation import normalize, same_text
@@ -151,7 +151,7 @@ def _right(gold: _Gold, answer: Answer) -> bool | None:
 def _group(found: tuple[Piece, ...], kind: str) -> tuple[Piece, ...]:
     """The pieces that are the answer: all, or of a text the first or last ones that are linked to each other."""
     # "8, not 7" is 8.
-    found = tuple(piece for piece in found if not negated(piece)) or found
+    found = tuple(piece for piece in found if not piece.negated) or found
     if kind == "whole" or len(found) < 2:
         return found
     starts = [0] + [i for i in range(1, len(found)) if not found[i].linked] + [len(found)]

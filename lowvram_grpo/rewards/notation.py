@@ -89,7 +89,12 @@ _PLAIN = (
     (re.compile(r"!="), r"\\neq "),
     (re.compile(r"\+/-"), r"\\pm "),
     (re.compile(r"(?<![A-Za-z\\])infinity(?![A-Za-z])|(?<![A-Za-z\\])inf(?![A-Za-z])"), r"\\infty"),
-    (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
+    # Not the word of a sentence.
+    (
+        re.compile(r"(?:^|(?<=[\d*/+(=^{,-])|(?<=[\d*/+(=^{,-] ))pi(?![A-Za-z])|(?<![A-Za-z\\])pi(?=\s*[*/+^)=}-])"),
+        r"\\pi ",
+    ),
+    (re.compile(rf"(?<=\d)\s*[xX]\s*(?={DOLLAR}?\d)"), r"\\times "),
     (re.compile(r"(?i)\bper\s?cent\b|\bpercentage\b|\bpct\b|百分号"), "%"),
     (re.compile(r"(?<=[0-9A-Fa-f)])\s*(?:\(|in )?\s*base[ -](\d+|[a-z]+)\)?"), r"_{\1}"),
     (re.compile(r"(?<=\d)(?:\^\{?)?\s?(?<![A-Za-z])(?:st|nd|rd|th)(?![A-Za-z])(?:\s*\})?"), ""),
@@ -99,12 +104,16 @@ _PLAIN = (
     (re.compile(r"(\d+)\s+choose\s+(\d+)"), r"\\binom{\1}{\2}"),
 )
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z\d_])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![A-Za-z\d])")
-_TIMES_TEN = re.compile(r"(?<=\d)\s*(?:\*|[xX]|\\cdot\b|\\times\b)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d+)\s*\}?")
+_TIMES_TEN = re.compile(r"(?<=\d)\s*(?:\*|\\cdot\b|\\times\b)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d+)\s*\}?")
 _POWER = re.compile(r"\*\*|\^\s*(?=[+-]?\d)")
 _EXPONENT = re.compile(r"\^\s*([+-]?\d+)(?!\d)")
 _ARGUMENT = r"(?:\{([^{}]*)\}|(\d|[A-Za-z](?![A-Za-z])|\\pi(?![A-Za-z])))"
 _SHORT = re.compile(rf"\\(frac|binom)\s*{_ARGUMENT}\s*{_ARGUMENT}")
-_FUNCTION = re.compile(rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS)})(?=[\s({{^_\d\\]|[a-z]\b)(?=\s*[({{^_\d\\a-z])")
+# Before an argument: "8 logs", "a tank", "5 sec of" and "10 min walk" are words of a sentence.
+_FUNCTION = re.compile(
+    rf"(?<![\\A-Za-z])(?<!\d )({'|'.join(FUNCTIONS)})"
+    r"(?=\s*[({^_\d\\]|[xy](?![A-Za-z])|\s+[b-z](?![A-Za-z]))(?!(?<=max|min|gcd|lcm|det)\s*[^\s({])"
+)
 _ROOT = re.compile(r"\\?(?<![A-Za-z])(sqrt|cbrt)\s*(?=[(\d])|([√∛])\s*")
 _SIMPLE = re.compile(r"\d+(?:\.\d+)?|[A-Za-z]|\\[A-Za-z]+")
 _SCRIPT_PARENTHESES = re.compile(r"\^\s*\(")

@@ -19,6 +19,7 @@ _DEGREES = re.compile(r"(.*[\d})])\s*\^\\circ\s*([CF])?", re.DOTALL)
 _TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 # `5 m`, `5 m/s`, `5 m^{2}`
 _UNIT_LETTER = re.compile(r"(.*\d)\s+([A-Za-z])((?:\s*/\s*[a-z]|\^\{?\d\}?)*)", re.DOTALL)
+_ATTACHED = re.compile(r"(?:.*=\s*)?[\d.]+([A-Za-z])", re.DOTALL)
 _SCALE = re.compile(r"([a-z]+|[百千万亿]+)")
 _WORDS = re.compile(r"[A-Za-z]+|[\u4e00-\u9fff]+")
 _SEPARATORS = frozenset([",", ";", "and", "or", "&", "和", "或", "与", "及", r"\quad", r"\\", "\n"])
@@ -35,6 +36,9 @@ _FILLERS = frozenset(
     个 的 是 为 有 共 一共 总共 约 只 名 条 本 张 件 位 辆 颗 棵 把 支
     """.split()  # noqa: SIM905
 )
+_NEGATION = re.compile(
+    r"(?:\b(?:not|never|neither|nor)|n't|不是?)(?:\s+(?:equal to|exactly|about|just))?\s*$", re.IGNORECASE
+)
 _MEASURE_WORD = re.compile("^[个的只名条本张件位辆颗棵把支朵头匹]+(?=.)|(?:多|左右)$")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])\s*")
 
@@ -48,6 +52,7 @@ class Piece(NamedTuple):
         nouns: the other words behind it, in lower case and singular.
         label: the words before it, alike.
         linked: whether only units and separators stand between this piece and the one before.
+        negated: whether "not" stands right before it.
         attached: a letter that stands behind the number without a space, which may be a unit or a variable.
     """
 
@@ -56,6 +61,7 @@ class Piece(NamedTuple):
     nouns: frozenset[str] = frozenset()
     label: frozenset[str] = frozenset()
     linked: bool = True
+    negated: bool = False
     attached: str = ""
 
 
@@ -69,13 +75,20 @@ def pieces(text: str) -> tuple[Piece, ...]:
     run: list[str] = []
     after: list[str] = []
     clean = True  # nothing but separators since the last unit
+    item = 0  # where the pieces since the last separator begin
 
     def close() -> None:
         nonlocal run, after, before, clean
         expr = "".join(run).strip()
         if expr:
             piece, links = _piece(expr, "".join(before), "".join(after))
-            found.append(piece._replace(linked=clean and bool(found)))
+            linked = clean and bool(found)
+            if len(found) > item and "=" in expr:
+                # The result of `20 seconds - 2 seconds = 18 seconds`.
+                linked = linked and all(part.linked for part in found[item:])
+                piece = piece._replace(expr=piece.expr.rsplit("=", 1)[-1].strip())
+                del found[item:]
+            found.append(piece._replace(linked=linked))
             clean, before = links, []
         elif after:
             before += after
@@ -95,9 +108,10 @@ def pieces(text: str) -> tuple[Piece, ...]:
             (after if after or not run else run).append(token)
         elif kind == "separator":
             close()
+            item = len(found)
         elif kind == "stop":
             close()
-            clean = False
+            item, clean = len(found), False
         else:
             after.append(token)
     close()
@@ -127,11 +141,15 @@ def _classified(text: str) -> list[tuple[str, str]]:
             kind = "separator"
         elif out and out[-1][1] == "word" and (token == "/" or (out[-1][0] == "/" and token.isalpha())):
             kind = "word"  # `km/h`
+        elif token == "/" and behind and _is_word(behind):
+            kind = "word"  # `$28/month`
+        elif token[0].isdigit() and before and _is_word(before) and before.isascii():
+            kind = "word"  # `mp3`
         elif token == "." and before[-1:].isdigit() and behind[:1] in ("\\", "("):
             kind = "math"  # `0.\overline{3}`
         elif token == "." or token == "?":
             kind = "stop"
-        elif re.fullmatch("d[a-z]", token):
+        elif re.fullmatch("d[xytuvrsz]", token):
             kind = "math"
         elif _is_word(token):
             glued = before and (before[-1].isdigit() or before in tuple(")}^_=+-*/") or before.startswith("\\"))
@@ -192,11 +210,10 @@ def _piece(expr: str, before: str, after: str) -> tuple[Piece, bool]:
     money = before.split()[-1] if before.split() else ""
     if unit is None and len(money) > 1:  # `Rs. 500`
         unit = unit_of(money)
-    attached = re.fullmatch(r"[\d.]+([A-Za-z])", expr) if unit is None else None
-    piece = Piece(
-        expr, unit, _content(rest), _content(tuple(_WORDS.findall(before))), True, attached[1] if attached else ""
-    )
-    return piece, not rest
+    attached = _ATTACHED.fullmatch(expr) if unit is None else None
+    label = _content(tuple(_WORDS.findall(before)))
+    negated = bool(_NEGATION.search(before))
+    return Piece(expr, unit, _content(rest), label, True, negated, attached[1] if attached else ""), not rest
 
 
 def _unit_sign(expr: str) -> tuple[str, str]:
