@@ -188,7 +188,7 @@ def _is_variable(tokens: list[str], i: int) -> bool:
     touches = re.search(r"(?:[\d)}]|[=<>+*/^_|-]\s?|\\[A-Za-z]+\s?)$", before)
     return bool(touches or re.match(r"\s?[=<>^_+*/|-]|\(|\s?\\(?:leq|geq|neq|in|cdot|times|approx)", behind)) and not (
         # The unit of `5 m`: behind a space.
-        tokens[i - 1].isspace() and re.search(r"\d\s$", before)
+        tokens[i - 1].isspace() and re.search(r"\d\s$", before) and unit_of(tokens[i])
     )
 
 

@@ -58,18 +58,12 @@ def compare(gold: str, reply: str) -> bool | None:
     found = _parse(reply)
     if found is None:
         return False
+    settings = {"allow_set_relation_comp": True, "timeout_seconds": None}
+    if not verify(wanted, found, **settings):
+        return False
     # Its six decimals and fifteen digits make all small numbers equal: as many more as the smallest one has zeros.
     zeros = max(_zeros(wanted), _zeros(found))
-    return bool(
-        verify(
-            wanted,
-            found,
-            float_rounding=6 + zeros,
-            numeric_precision=15 + zeros,
-            allow_set_relation_comp=True,
-            timeout_seconds=None,
-        )
-    )
+    return zeros == 0 or bool(verify(wanted, found, float_rounding=6 + zeros, numeric_precision=15 + zeros, **settings))
 
 
 @lru_cache(maxsize=1024)
