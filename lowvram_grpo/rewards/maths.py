@@ -1,34 +1,53 @@
 r"""Reward for a right answer to a question of mathematics, compared as mathematics: `0.5` equals `\frac{1}{2}`.
 
-Parsing and comparing are Hugging Face's math-verify (https://github.com/huggingface/Math-Verify, on sympy). What stands
-here decides which part of a reply is its answer, and keeps sympy away from what it can't finish.
+extraction.py finds the part of a reply that is its answer, notation.py writes it in one way, pieces.py takes it apart,
+comparison.py compares all of it. Formulas are parsed and compared by Hugging Face's math-verify
+(https://github.com/huggingface/Math-Verify, on sympy) behind symbolic.py; letters and words are words.py's.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import re
-import threading
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.rewards.tags import answer_text, completion_text
+from lowvram_grpo.rewards.comparison import same_moment, same_pieces
+from lowvram_grpo.rewards.extraction import Answer, answer_of
+from lowvram_grpo.rewards.figures import clock, date, moments, number
+from lowvram_grpo.rewards.notation import normalize, same_text
+from lowvram_grpo.rewards.pieces import Piece, pieces
+from lowvram_grpo.rewards.tags import completion_text
+from lowvram_grpo.rewards.words import NUMBER_WORDS, chosen, letters, option, says, word
 
-_SECONDS = 3
-_NOT_COLUMNS = {"prompts", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-_TAGS = re.compile(r"</?(?:think|answer)>")
-_NUMBER = re.compile(r"(?<![A-Za-z0-9_.])[-−]?\$?(\d[\d,]*(?:\.\d+)?)")
-_NOTATION = re.compile(r"[A-Za-z\\^_(\[{]")
-_WORD = re.compile(r"(?<!\\)(?<![A-Za-z])[A-Za-z]{2,}")
-# sympy evaluates these for hours or until memory is gone, inside C code that no alarm interrupts in time.
-_EXPLOSIVE = re.compile(
-    r"(?:\^|\*\*)[\s{(]*\d+[\s})]*(?:\^|\*\*)"  # 9^9^9
-    r"|(?:\^|\*\*)[\s{(]*-?\d{4,}"  # 2^99999
-    r"|\d{4,}[\s})]*!"  # 99999!
-    r"|\\(?:sum|prod|int|lim|d?binom)\b"
+_ZERO_COMMA = re.compile(r"-?0,\d+")
+_COMMA_DECIMAL = re.compile(r"-?\d+,\d+")
+_TO = re.compile(r"\s+to\s+")
+_PROPORTION = re.compile(r"\d+(?:\.\d+)?(?:\s+to\s+\d+(?:\.\d+)?)+")
+# "10 or more" is no 10.
+_BOUND = re.compile(
+    r"\b(?:more|less|fewer|greater|larger|smaller) than(?= [\d¤])|\bor (?:more|less|fewer|greater)\b|以上|以下"
 )
+_NOT_COLUMNS = {"prompts", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+
+
+class _Gold(NamedTuple):
+    """A reference: what it can be compared as.
+
+    Attributes:
+        text: normalized.
+        choice: the letters that it is or begins with.
+        word: the word that it is.
+        moment: whether it is a date or a time of day.
+        pieces: its formulas and numbers.
+    """
+
+    text: str
+    choice: frozenset[str] | None
+    word: str | None
+    moment: bool
+    pieces: tuple[Piece, ...]
 
 
 def accuracy(
@@ -39,9 +58,11 @@ def accuracy(
 ) -> list[float | None]:
     r"""1 where the reply's answer equals the reference in column `answer` (or else `solution`), 0 where not.
 
-    The reply's answer is the text of its last `<answer></answer>` pair, else its last `\boxed{}`, else what
-    math-verify finds in the text (an announced result, or the last expression), else the last number. Of a
-    GSM8K reference only what follows `####` counts. None where the reference is nothing that can be compared.
+    The reply's answer is the text of its last `<answer></answer>` pair, else its last `\boxed{}`, else what it
+    announces ("the answer is"), else its last number or formula; never what stands in `<think></think>`. It must equal
+    the whole reference: each of its numbers, formulas and units, though a unit may be left out. A reference that is a
+    letter or a word (`B`, `Yes`, `\text{no solution}`) is compared as one. Of a GSM8K reference only what follows
+    `####` counts. None where the reference is neither: a sentence, or a formula that math-verify can't read.
 
     Raises:
         UserError: the data has neither column.
@@ -57,80 +78,88 @@ def accuracy(
 
 
 def _score(reply: str, reference: Any) -> float | None:
-    gold = None if reference is None else _parse_answer(str(reference).rsplit("####", 1)[-1].strip())
-    if not gold:
+    gold = None if reference is None else _read(str(reference))
+    if gold is None:
         return None
-    return float(_equal(gold, _parse_reply(reply)))
+    answer = answer_of(reply)
+    verdict = False if answer is None else _right(gold, answer)
+    return None if verdict is None else float(verdict)
 
 
-def _parse_reply(reply: str) -> list:
-    final = answer_text(reply)
-    text = reply if final is None else final
-    if (boxed := _last_boxed(text)) is not None:
-        return _parse_answer(boxed)
-    if final is not None:
-        return _parse_answer(final)
-    text = _TAGS.sub(" ", text)
-    return (not _EXPLOSIVE.search(text) and _parse(text)) or _last_number(text)
+@lru_cache(maxsize=2048)
+def _read(reference: str) -> _Gold | None:
+    """What a reference can be compared as, None if as nothing."""
+    found = answer_of(reference.rsplit("####", 1)[-1].strip())
+    if found is None:
+        return None
+    text = _digits(normalize(found.text))
+    choice = letters(text)
+    lettered = option(text) if choice is None else None
+    if lettered:
+        choice, text = frozenset(lettered[0]), lettered[1] or text
+    single = word(found.text) if choice is None else None
+    formulas = single is None and (choice is None or bool(lettered and lettered[1]))
+    parts = _group(pieces(text), found.kind) if formulas else ()
+    day, time = date(text), clock(text)
+    if not (choice or single or parts or day):
+        return None
+    # `2:30` may be a ratio.
+    return _Gold(text, choice, single, bool(day or (time and time[1])), parts)
 
 
-def _parse_answer(text: str) -> list:
-    """Expressions in a text that is an answer and nothing else; empty if it is no mathematics."""
-    if not text or _EXPLOSIVE.search(text):
-        return []
-    # Without its dollar signs LaTeX is not recognised, and `3x+1` would be read as the number 3.
-    bare_notation = "$" not in text and _NOTATION.search(text) and not _WORD.search(text)
-    if bare_notation and (found := _parse(text if r"\(" in text or r"\boxed" in text else f"${text}$")):
+def _right(gold: _Gold, answer: Answer) -> bool | None:
+    text = _digits(normalize(answer.text))
+    if same_text(gold.text, text):
+        return True
+    if gold.choice:
+        named = chosen(answer, len(gold.choice))
+        content = option(text)
+        if named is not None and not (named == gold.choice and gold.pieces and content and content[1]):
+            return named == gold.choice
+        if not gold.pieces:
+            return False
+    if gold.word:
+        return says(answer, gold.word)
+    if lettered := option(text):
+        text = lettered[1] or text
+    if gold.moment:
+        for moment in (text, *reversed(moments(text))):
+            rest = text.lower().replace(moment.lower(), "", 1)
+            if answer.kind == "whole" and re.search(r"[\d+*/^=\\]", rest):
+                continue
+            if (verdict := same_moment(gold.text, moment)) is not None:
+                return verdict
+        return False
+    if len(gold.pieces) > 1 and len(answer.boxes) > 1:
+        boxed = pieces(normalize(", ".join(answer.boxes[-len(gold.pieces) :])))
+        if same_pieces(gold.pieces, boxed, strict=True):
+            return True
+    if len(gold.pieces) == 1 and _COMMA_DECIMAL.fullmatch(text) and number(gold.pieces[0].expr):
+        text = text.replace(",", ".")
+    found = pieces(text)
+    if not found:
+        # Only to learn whether the reference can be read; a reply without mathematics is wrong then.
+        return False
+    if answer.kind == "whole" and set(_BOUND.findall(text)) - set(_BOUND.findall(gold.text)):
+        return False
+    group = (
+        found[-len(gold.pieces) :] if answer.kind == "prose" and len(gold.pieces) > 1 else _group(found, answer.kind)
+    )
+    return same_pieces(gold.pieces, group, strict=answer.kind == "whole")
+
+
+def _group(found: tuple[Piece, ...], kind: str) -> tuple[Piece, ...]:
+    """The pieces that are the answer: all, or of a text the first or last ones that are linked to each other."""
+    # "8, not 7" is 8.
+    found = tuple(piece for piece in found if not piece.negated) or found
+    if kind == "whole" or len(found) < 2:
         return found
-    return _parse(text) or _last_number(text)
+    starts = [0] + [i for i in range(1, len(found)) if not found[i].linked] + [len(found)]
+    return found[: starts[1]] if kind == "announced" else found[starts[-2] :]
 
 
-def _last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`, None without a closed one."""
-    start = text.rfind(r"\boxed{")
-    if start < 0:
-        return None
-    start += len(r"\boxed{")
-    depth = 1
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start:end].strip()
-    return None
-
-
-def _last_number(text: str) -> list:
-    """The last number where math-verify sees none, as in `答案是18。` or `(18)`."""
-    numbers = list(_NUMBER.finditer(text))
-    if not numbers:
-        return []
-    sign = "-" if numbers[-1].group().startswith(("-", "−")) else ""
-    return _parse(sign + numbers[-1].group(1).replace(",", ""))
-
-
-def _seconds() -> int | None:
-    """math-verify's time limit: an alarm signal, which exists only in POSIX main threads.
-
-    Elsewhere it would raise, or on Windows start a process that can't be pickled and swallow that: all rewards None.
-    """
-    alarm_works = os.name == "posix" and threading.current_thread() is threading.main_thread()
-    return _SECONDS if alarm_works else None
-
-
-def _parse(text: str) -> list:
-    _quiet()
-    from math_verify import parse
-
-    return parse(text, parsing_timeout=_seconds())
-
-
-def _equal(gold: list, found: list) -> bool:
-    from math_verify import verify
-
-    return bool(found) and verify(gold, found, timeout_seconds=_seconds())
-
-
-def _quiet() -> None:
-    # It warns that the time limit is off and logs a traceback per unparsable reply; both are expected here.
-    for name in ("parser", "grader", "utils"):
-        logging.getLogger(f"math_verify.{name}").setLevel(logging.CRITICAL)
+def _digits(text: str) -> str:
+    """`seven` as 7, `0,5` as 0.5, `2 to 3` as 2:3."""
+    if _ZERO_COMMA.fullmatch(text):
+        return text.replace(",", ".")
+    return _TO.sub(":", text) if _PROPORTION.fullmatch(text) else str(NUMBER_WORDS.get(text.lower(), text))

@@ -13,7 +13,7 @@ from typing import Any
 # The inner text may hold no further tag: in `<answer><answer>x</answer>` the pair is the one around `x`.
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 _INNER = r"(?:(?!</?(?:think|answer)>).)*"
-_THINK_ANSWER = re.compile(rf"<think>{_INNER}</think>\s*<answer>{_INNER}</answer>", re.DOTALL)
+_OPENED_ANSWER = re.compile(rf"{_INNER}</think>\s*<answer>{_INNER}</answer>", re.DOTALL)
 
 
 def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
@@ -58,6 +58,21 @@ def _content(reply: str, reference: str) -> float:
     return 5.0 if found and len(found) < len(reference.strip()) else 0.0
 
 
-def format(completions: Sequence, **columns: Any) -> list[float]:
-    """1 where the reply, stripped, is `<think>...</think>`, then `<answer>...</answer>` and nothing else, else 0."""
-    return [1.0 if _THINK_ANSWER.fullmatch(completion_text(c).strip()) else 0.0 for c in completions]
+def format(completions: Sequence, prompts: Sequence | None = None, **columns: Any) -> list[float]:
+    """1 where the reply, stripped, is `<think>...</think>`, then `<answer>...</answer>` and nothing else, else 0.
+
+    The first `<think>` may be missing where the prompt may have ended with it, as templates of reasoning models do: of
+    a conversation that is not known here; a prompt that is a string has to end so.
+    """
+    if prompts is None:
+        prompts = [None] * len(completions)
+    return [_format(completion_text(c).strip(), _may_open(p)) for c, p in zip(completions, prompts)]
+
+
+def _format(reply: str, opened: bool) -> float:
+    thought = reply.removeprefix("<think>")
+    return 1.0 if (opened or thought != reply) and _OPENED_ANSWER.fullmatch(thought) else 0.0
+
+
+def _may_open(prompt: Any) -> bool:
+    return not isinstance(prompt, str) or prompt.rstrip().endswith("<think>")

@@ -76,3 +76,30 @@ def test_content_wants_something_shorter_than_the_reference(reply, reference, re
 )
 def test_format(reply, reward):
     assert format(completions=[reply]) == [reward]
+
+
+@pytest.mark.parametrize(
+    ("reply", "opened", "unopened"),
+    [
+        ("I add.\n</think>\n<answer>4</answer>", 1, 0),
+        ("</think><answer>4</answer>", 1, 0),
+        ("<think>I add.</think><answer>4</answer>", 1, 1),
+        ("<think>I <think>add.</think><answer>4</answer>", 0, 0),
+        ("I <think>add.</think><answer>4</answer>", 0, 0),
+        ("I add.</think></think><answer>4</answer>", 0, 0),
+        ("I add. <answer>4</answer>", 0, 0),
+        ("<answer>4</answer>", 0, 0),
+        ("I add.</think>So <answer>4</answer>", 0, 0),
+        ("I add.</think><answer>4", 0, 0),
+        ("I <answer>3</answer></think><answer>4</answer>", 0, 0),
+    ],
+)
+def test_format_where_the_template_opens_the_thought(reply, opened, unopened):
+    # What the template of a conversation ends with is not known here.
+    turns = [{"role": "user", "content": "2+2?"}]
+    message = [{"role": "assistant", "content": reply}]
+    prompts = ["2+2?\n<think>\n", turns, "<think> first. 2+2?"]
+    assert format(completions=[reply, message, reply], prompts=prompts) == [opened, opened, unopened]
+    assert format(completions=[reply]) == [opened]
+    # A thought before the pair is no pair alone.
+    assert label_strict(completions=[reply]) == [10 if reply == "<answer>4</answer>" else 0]
