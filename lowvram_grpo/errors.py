@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -11,6 +13,33 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+# Errors of the operating system that say that a file can't be written here, or not any more.
+_UNWRITABLE = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "ENOENT")
+    if hasattr(errno, name)
+}
+# The same from writers that are not Python's: safetensors, torch.save.
+_UNWRITTEN = ("i/o error", "pytorchstreamwriter", "inline_container", "iostream error", "file write failed")
+
+
+class CantWrite(UserError):
+    """A file of a run can't be written: the disk is full, or forbids it."""
+
+    def __init__(self, path: str | Path, error: BaseException):
+        why = why_unwritten(error) or one_line(error)
+        super().__init__(f"Can't write {path} ({why}); free some space there, or see to its permissions.")
+
+
+def why_unwritten(error: BaseException) -> str | None:
+    """The reason, in a few words, of an error that says that a file could not be written; None for any other error."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error) if error.errno in _UNWRITABLE else None
+    if any(sign in str(error).lower() for sign in _UNWRITTEN):
+        return "the disk took a part of it only"
+    return None
 
 
 class Stopped(Exception):

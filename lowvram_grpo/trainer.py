@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from lowvram_grpo.batching import PromptLoader, PromptSampler
 from lowvram_grpo.config import GRPOConfig
@@ -40,6 +40,7 @@ from lowvram_grpo.policy.adapter import restore_adapter
 from lowvram_grpo.policy.load import build_policy, compute_dtype, load_tokenizer
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
+from lowvram_grpo.resumable import ResumableTrainer
 from lowvram_grpo.rewards.runner import RewardRunner, check_columns
 from lowvram_grpo.rollout.collect import Collector, reward_columns
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-class GRPOTrainer(Trainer):
+class GRPOTrainer(ResumableTrainer):
     """Trains a causal language model with GRPO. Arguments mean what they mean in TRL.
 
     Args:
@@ -223,7 +224,7 @@ class GRPOTrainer(Trainer):
         step, args = self.state.global_step, self.grpo_args
         if args.sync_ref_model and self.reference and step and step % args.ref_model_sync_steps == 0:
             self.reference.sync(args.ref_model_mixup_alpha)
-        offset = step % self.plan.steps_per_rollout
+        offset = (step - self.shift) % self.plan.steps_per_rollout
         tokens = 0
         if offset == 0 or self._updates is None:
             rollout = self.pending_rollout or self.collect(inputs, step)
@@ -402,12 +403,12 @@ class GRPOTrainer(Trainer):
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+    def _save_beside(self, folder: str) -> None:
+        super()._save_beside(folder)
         if self.reference is not None and (self.reference.moved or self.grpo_args.sync_ref_model):
-            self.reference.save(output_dir)
-        if self.state.global_step % self.plan.steps_per_rollout and self._updates:
-            save_updates(self._updates, output_dir)
+            self.reference.save(folder)
+        if (self.state.global_step - self.shift) % self.plan.steps_per_rollout and self._updates:
+            save_updates(self._updates, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -423,7 +424,8 @@ class GRPOTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.reference is not None:
             self.reference.restore(resume_from_checkpoint)
-        self._updates = load_updates(resume_from_checkpoint, self.args.device) or self._updates
+        if self.serves_on:
+            self._updates = load_updates(resume_from_checkpoint, self.args.device) or self._updates
 
 
 def _engine(args: GRPOConfig, model: nn.Module, sampling: Sampling) -> RolloutEngine | VLLMEngine:
