@@ -68,8 +68,9 @@ class Made:
 
 
 def made_with(
-    args: GRPOConfig, data: Sequence[dict], plan: BatchPlan, rewards: list[str], shift: int, optimizer
+    args: GRPOConfig, data: Sequence[dict], plan: BatchPlan, rewards: list[str], shift: int, optimizer: Any
 ) -> Made:
+    """What a checkpoint of today is made with; `rewards` are the names of the reward functions."""
     return Made(
         json.loads(args.to_json_string()),
         [len(data), _digest(data), rewards],
@@ -158,10 +159,11 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any], checkp
         UserError: they are another optimizer's, or another model's.
     """
     kind, before = kind_of(optimizer), made.optimizer if made is not None else _guess(saved)
-    if before is not None and not kind.startswith(before):
+    same = kind == before if made is not None else before is None or kind.startswith(before)
+    if not same:
         raise UserError(
-            f"{checkpoint} holds the moments of {before}, which {kind} can't go on with; keep optim as it was, or start "
-            f"a new run from its weights with --adapter {checkpoint}."
+            f"{checkpoint} holds the moments of {before}, which {kind} can't go on with; keep optim as it was, or "
+            f"start a new run from its weights with --adapter {checkpoint}."
         )
     groups = [
         {**{k: v for k, v in mine.items() if k not in _PROGRESS}, **{k: v for k, v in theirs.items() if k in _PROGRESS}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,8 +22,9 @@ _UNWRITABLE = {
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "ENOENT")
     if hasattr(errno, name)
 }
-# The same from writers that are not Python's: safetensors, torch.save.
-_UNWRITTEN = ("i/o error", "pytorchstreamwriter", "inline_container", "iostream error", "file write failed")
+# The same from writers that are not Python's: safetensors and tokenizers (Rust), torch.save.
+_RUST = re.compile(r"([^:]+) \(os error \d+\)")
+_TORCH = ("pytorchstreamwriter", "inline_container", "iostream error", "file write failed")
 
 
 class CantWrite(UserError):
@@ -37,7 +39,9 @@ def why_unwritten(error: BaseException) -> str | None:
     """The reason, in a few words, of an error that says that a file could not be written; None for any other error."""
     if isinstance(error, OSError):
         return error.strerror or str(error) if error.errno in _UNWRITABLE else None
-    if any(sign in str(error).lower() for sign in _UNWRITTEN):
+    if rust := _RUST.search(str(error)):
+        return rust[1].strip()
+    if any(sign in str(error).lower() for sign in _TORCH):
         return "the disk took a part of it only"
     return None
 

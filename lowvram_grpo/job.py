@@ -241,8 +241,11 @@ def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory) -> None:
                 trainer._save_checkpoint(trainer.model, trial=None)
         kept = step_of(directory.latest_checkpoint())
         if kept:
+            steps = f"{counted(kept, 'step')} {'is' if kept == 1 else 'are'}"
+            raise UserError(f"{error} ({steps} kept: mend it and go on with --resume {directory.path})") from error
+        if trainer.state.global_step:
             raise UserError(
-                f"{error} ({counted(kept, 'step')} are kept: mend it and go on with --resume {directory.path})"
+                f"{error} (no step is kept: mend it and begin anew with --resume {directory.path})"
             ) from error
         raise
 

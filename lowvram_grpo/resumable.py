@@ -75,8 +75,8 @@ class ResumableTrainer(Trainer):
         per_epoch = continuation.steps_an_epoch(now.data[0], now.prompts, now.repeats)
         epoch, within = divmod(step - self.shift, per_epoch)
         self.observer.notice(
-            f"a step had {counted(made.prompts, 'prompt')} of {made.data[0]}, and has {now.prompts} of {now.data[0]} now: "
-            f"going on with prompt {within // now.repeats * now.prompts + 1} of epoch {epoch + 1}."
+            f"a step had {counted(made.prompts, 'prompt')} of {made.data[0]}, and has {now.prompts} of {now.data[0]} "
+            f"now: going on with prompt {within // now.repeats * now.prompts + 1} of epoch {epoch + 1}."
         )
 
     def _made_with(self, optimizer) -> Made:
@@ -124,8 +124,8 @@ class ResumableTrainer(Trainer):
         moments = continuation.load_state(folder / "optimizer.pt")
         if moments is None:
             self.observer.notice(
-                f"{folder.name} holds no optimizer state (save_only_model): its moments begin anew, and the learning rate "
-                f"goes on at step {step} of its schedule."
+                f"{folder.name} holds no optimizer state (save_only_model): its moments begin anew, and the learning "
+                f"rate goes on at step {step} of its schedule."
             )
         else:
             continuation.load_moments(self.optimizer, moments, folder, self._made)
@@ -181,7 +181,7 @@ class ResumableTrainer(Trainer):
         shutil.rmtree(aside, ignore_errors=True)
 
     def _save_beside(self, folder: str) -> None:
-        """What a checkpoint has beside transformers' files; they come after, so that it is not taken for whole before."""
+        """What a checkpoint has beside transformers' files; they come after: it is not taken for whole before."""
         self._made_with(self.optimizer).save(folder)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ def changes(begun: Recipe, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     of GRPOConfig where they are not set."""
     from lowvram_grpo.config import GRPOConfig
 
-    default = {f.name: f.default for f in fields(GRPOConfig)}
+    default = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(GRPOConfig) if f.init}
     found = {f.name: (getattr(begun, f.name), getattr(recipe, f.name)) for f in fields(recipe) if f.name not in _APART}
     for key in {**begun.training, **recipe.training}:
         found[key] = tuple(side.training.get(key, default.get(key)) for side in (begun, recipe))
@@ -103,13 +103,13 @@ def check_changes(begun: Recipe, recipe: Recipe, directory: RunDirectory, checkp
     _check_same_policy(changed, directory)
     if recipe.output_dir and os.path.realpath(recipe.output_dir) != os.path.realpath(directory.path):
         raise UserError(
-            f"--output-dir {recipe.output_dir} has no effect beside --resume, which goes on in {directory.path}; drop it."
+            f"--output-dir {recipe.output_dir} has no effect beside --resume, which goes on in {directory.path}; drop "
+            "it."
         )
     for key, stronger in OUTVOTED.items():
         outvoted = recipe.training.get(stronger)
-        if key in changed and recipe.origin.get(key) == "flag" and stronger not in changed and outvoted is not None:
-            if stronger == "max_steps" and outvoted <= 0:
-                continue
+        counts = bool(outvoted) and (stronger != "max_steps" or outvoted > 0)
+        if key in changed and recipe.origin.get(key) == "flag" and stronger not in changed and counts:
             way = "with --max-steps -1 it counts" if stronger == "max_steps" else f"set {_flag(stronger)} instead"
             raise UserError(f"{_flag(key)} has no effect beside the run's {stronger} {outvoted}; {way}.")
     if checkpoint is not None:
@@ -138,26 +138,26 @@ def _check_begun(changed: dict[str, tuple[Any, Any]], directory: RunDirectory, c
         old = str(made.settings.get("optim", old)) if new else ""
     if old != new and moments and not any({old, new} <= set(names) for names in SAME_MOMENTS):
         raise UserError(
-            f"--optim can't change from {old} to {new} when a run is resumed: {checkpoint} holds the moments of {old}; drop "
-            f"the flag, or start a new run from its weights with --adapter {checkpoint}."
+            f"--optim can't change from {old} to {new} when a run is resumed: {checkpoint} holds the moments of {old}; "
+            f"drop the flag, or start a new run from its weights with --adapter {checkpoint}."
         )
     for key in COLD_START:
         if key in changed:
             raise UserError(
-                f"{_flag(key)} can't change when a run is resumed: the cold start of {directory.path} is over; drop the "
-                "flag, or start a new run without --resume."
+                f"{_flag(key)} can't change when a run is resumed: the cold start of {directory.path} is over; drop "
+                "the flag, or start a new run without --resume."
             )
     old, new = changed.get("beta", (0, 0))
     if not old and new and directory.cold_start_dir.exists() and not any(checkpoint.glob("reference.*")):
         raise UserError(
-            f"--beta can't become {new} when {directory.path} is resumed: its reference would be the model after the cold "
-            "start, which a run with beta 0 does not keep; drop the flag, or start a new run with --adapter "
+            f"--beta can't become {new} when {directory.path} is resumed: its reference would be the model after the "
+            "cold start, which a run with beta 0 does not keep; drop the flag, or start a new run with --adapter "
             f"{directory.cold_start_dir}."
         )
     if made is None and (batch := [key for key in BATCH if key in changed]):
         raise UserError(
-            f"{_flag(batch[0])} can't change when {checkpoint} is resumed, which an earlier version wrote: it does not say "
-            "where in the data the run stands; drop the flag."
+            f"{_flag(batch[0])} can't change when {checkpoint} is resumed, which an earlier version wrote: it does not "
+            "say where in the data the run stands; drop the flag."
         )
 
 
@@ -166,7 +166,7 @@ def _flag(key: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
+    return "none" if value is None else str(getattr(value, "value", value))
 
 
 def _moved_away(place: Any) -> bool:

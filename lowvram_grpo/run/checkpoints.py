@@ -32,8 +32,8 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, as a clause; None for a whole one. One without a manifest (of an earlier version,
-    or of a process that was killed a moment too early) is judged by the form of its files."""
+    """What is wrong with a checkpoint, as a clause; None for a whole one. One without a manifest (of an earlier
+    version, or of a process that was killed a moment too early) is judged by the form of its files."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if "global_step" not in state:

@@ -22,7 +22,8 @@ class CompletionsLog:
     """Appends one row a completion: step, prompt, completion, rewards (by function), advantage, extras."""
 
     def __init__(self, path: str | Path, *, held: bool = False):
-        self.rows = jsonl.Log(path, held=held)
+        self.path = Path(path)
+        self.rows = jsonl.Log(self.path, held=held)
 
     def write(
         self,

@@ -172,7 +172,7 @@ class RunDirectory:
         return jsonl.read(self.metrics_path)
 
     def latest_checkpoint(self, damaged: Callable[[Path, str], None] | None = None) -> Path | None:
-        """The whole checkpoint-N with the highest N; `damaged` hears of each one above it, and what is wrong with it."""
+        """The whole checkpoint-N with the highest N; `damaged` hears of each one above it, and what is wrong."""
         for _, checkpoint in sorted(self._checkpoints(), reverse=True):
             why = damage(checkpoint)
             if why is None:

@@ -1,7 +1,7 @@
 """One process a run directory: a lock that ends with the process that holds it.
 
-The operating system keeps it, so a killed process leaves nothing to clear away. Process ids, which repeat in containers,
-decide nothing: they stand in the file to be named.
+The operating system keeps it, so a killed process leaves nothing to clear away. Process ids, which repeat in
+containers, decide nothing: they stand in the file to be named.
 """
 
 from __future__ import annotations

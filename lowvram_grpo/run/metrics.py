@@ -25,7 +25,8 @@ class MetricsWriter(TrainerCallback):
     cold start (at step 0, under names that begin with `cold_start/`) and the summary at the end."""
 
     def __init__(self, path: str | Path, *, held: bool = False):
-        self.rows = jsonl.Log(path, held=held)
+        self.path = Path(path)
+        self.rows = jsonl.Log(self.path, held=held)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
