@@ -50,6 +50,7 @@ def hold(folder: Path) -> Iterator[None]:
             _held.discard(key)
             with contextlib.suppress(OSError):
                 file.truncate(0)
+                _unlock(file)
     finally:
         # The file stays: whoever removed it could remove one that the next process has locked just now.
         file.close()
@@ -86,6 +87,15 @@ def _lock(file: IO[bytes], folder: Path) -> None:
                 f"{folder} is in use by {_holder(file)}; wait until that one ends or stop it, or choose another "
                 "--output-dir for a new run."
             ) from error
+
+
+def _unlock(file: IO[bytes]) -> None:
+    """Windows lets go of a lock some time after its file was closed, if nobody does before."""
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(_LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
 
 
 def _holder(file: IO[bytes]) -> str:
