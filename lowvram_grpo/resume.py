@@ -8,6 +8,7 @@ over once a run has begun), refused because another setting outvotes it, without
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -114,6 +115,7 @@ def check_changes(begun: Recipe, recipe: Recipe, directory: RunDirectory, checkp
             raise UserError(f"{_flag(key)} has no effect beside the run's {stronger} {outvoted}; {way}.")
     if checkpoint is not None:
         _check_begun(changed, directory, checkpoint)
+        _check_shape(recipe, directory, checkpoint)
     idle = [f"{_flag(key)} has no effect on a run that has begun: {IDLE[key]}." for key in IDLE if key in changed]
     told = [f"{key} {_shown(old)} -> {_shown(new)}" for key, (old, new) in changed.items() if key not in IDLE]
     return ([f"changed since the run was begun: {', '.join(told)}."] if told else []) + idle
@@ -126,6 +128,20 @@ def _check_same_policy(changed: dict[str, tuple[Any, Any]], directory: RunDirect
             raise UserError(
                 f"{_flag(key)} can't change when a run is resumed: {directory.path} was begun with "
                 f"{_shown(old)}, not {_shown(new)}; drop the flag, or start a new run without --resume."
+            )
+
+
+def _check_shape(recipe: Recipe, directory: RunDirectory, checkpoint: Path) -> None:
+    """Whether a recipe that was edited by hand still has the adapter's numbers; weights fit any alpha."""
+    try:
+        config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # who loads it says so
+    for key, name in (("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("lora_dropout", "lora_dropout")):
+        if not recipe.adapter and config.get(name, getattr(recipe, key)) != getattr(recipe, key):
+            raise UserError(
+                f"{key} is {getattr(recipe, key)} in {directory.recipe_path}, but the adapter of {checkpoint} has "
+                f"{config[name]}; put that back."
             )
 
 

@@ -40,15 +40,15 @@ def damage(folder: Path) -> str | None:
             return CUT_OFF
     except (OSError, ValueError, TypeError):
         return CUT_OFF
-    if not (folder / MANIFEST).is_file():
-        return next((why for path in sorted(folder.iterdir()) if (why := _malformed(path))), None)
     try:
+        if not (folder / MANIFEST).is_file():
+            return next((why for path in sorted(folder.iterdir()) if (why := _malformed(path))), None)
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, (size, checksum) in files.items():
             if why := _differs(folder / name, size, checksum):
                 return why
     except (OSError, ValueError, TypeError, AttributeError):
-        return f"its {MANIFEST} can't be read"
+        return f"its {MANIFEST} or what it names can't be read"
     return None
 
 

@@ -28,7 +28,7 @@ from lowvram_grpo.run.checkpoints import damage, replace_text
 # The first line of a recipe that a run wrote.
 RECIPE_HEADER = "# The resolved recipe of a lowvram-grpo run."
 # What an attempt that died before its first step may have left beside its recipe.
-_ATTEMPTS = ("recipe.toml.tmp", "vllm_adapter")
+_ATTEMPTS = ("recipe.toml.tmp", "vllm_adapter", "runs")  # the last is TensorBoard's
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -72,9 +72,9 @@ class RunDirectory:
                 f"{self.path} already holds a run; continue it with --resume {self.path}, "
                 "or choose another --output-dir for a new one."
             )
-        own = {self.metrics_path.name, self.completions_path.name, lock.NAME, *_ATTEMPTS}
+        own = {self.metrics_path.name, self.completions_path.name, lock.NAME}
         if self._recipe_is_ours():
-            own.add(self.recipe_path.name)
+            own |= {self.recipe_path.name, *_ATTEMPTS}
         if strangers := sorted(entry.name for entry in self.path.iterdir() if entry.name not in own):
             raise UserError(
                 f"{self.path} is not empty and holds no run (it has {strangers[0]}); choose another --output-dir, "

@@ -195,6 +195,13 @@ def test_what_could_not_take_effect_is_refused(monkeypatch, capsys, run, flags, 
     assert contents(run) == before
 
 
+def test_an_adapter_of_other_numbers_in_a_recipe_that_was_edited(monkeypatch, capsys, run):
+    path = run / "recipe.toml"
+    path.write_text(path.read_text(encoding="utf-8").replace("lora_alpha = 32", "lora_alpha = 64"), encoding="utf-8")
+    text = sentence(train(monkeypatch, capsys, {}, resume=str(run), max_steps="4"))
+    assert "lora_alpha is 64" in text and "has 32" in text
+
+
 def test_a_run_that_would_have_to_go_back_is_refused(monkeypatch, capsys, run):
     shutil.rmtree(run / "adapter")
     assert "has done 2 steps" in sentence(train(monkeypatch, capsys, {}, resume=str(run), max_steps="1"))
