@@ -32,7 +32,6 @@ class ResumableTrainer(Trainer):
 
     Attributes:
         shift: optimizer steps that `state.global_step` is ahead of the place in the data (`continuation.shift_of`).
-        serves_on: whether the rest of a rollout that the checkpoint holds is used.
     """
 
     grpo_args: GRPOConfig
@@ -40,7 +39,6 @@ class ResumableTrainer(Trainer):
     observer: Observer
     rewards: RewardRunner
     shift = 0
-    serves_on = True
     _made: Made | None = None
 
     # Reading
@@ -52,7 +50,7 @@ class ResumableTrainer(Trainer):
             if latest is None:
                 raise UserError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
             resume_from_checkpoint = str(latest)
-        self.shift, self.serves_on, self._made = 0, True, None
+        self.shift, self._made = 0, None
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
             self._find_place(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -68,8 +66,8 @@ class ResumableTrainer(Trainer):
                 f"{checkpoint} is no whole checkpoint, as its {STATE} can't be read; resume from another."
             ) from error
         made, now = Made.load(checkpoint), self._made_with(None)
-        self._made, self.serves_on = made, continuation.serves_on(made, now)
-        self.shift = continuation.shift_of(made, step, now, serves=self.serves_on)
+        self._made = made
+        self.shift = continuation.shift_of(made, step, now, serves=continuation.serves_on(made, now))
         if made is None or (made.prompts, made.repeats, made.data[0]) == (now.prompts, now.repeats, now.data[0]):
             return
         per_epoch = continuation.steps_an_epoch(now.data[0], now.prompts, now.repeats)

@@ -424,8 +424,7 @@ class GRPOTrainer(ResumableTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.reference is not None:
             self.reference.restore(resume_from_checkpoint)
-        if self.serves_on:
-            self._updates = load_updates(resume_from_checkpoint, self.args.device) or self._updates
+        self._updates = load_updates(resume_from_checkpoint, self.args.device) or self._updates
 
 
 def _engine(args: GRPOConfig, model: nn.Module, sampling: Sampling) -> RolloutEngine | VLLMEngine:

@@ -235,11 +235,12 @@ def test_nothing_is_written_before_the_first_step_has_succeeded(monkeypatch, cap
     assert "oops" in text and "2 steps are kept" in text and contents(run) == before
     # Nor where the step fails later, after its completions were there to be written.
     rewards.write_text(whole, encoding="utf-8")
-    original = GRPOTrainer.compute_loss
-    monkeypatch.setattr(GRPOTrainer, "compute_loss", lambda *args, **kwargs: (_ for _ in ()).throw(UserError("no")))
-    assert "no (2 steps" in sentence(train(monkeypatch, capsys, {}, resume=str(run), max_steps="4"))
+    original = GRPOTrainer._gradients
+    monkeypatch.setattr(GRPOTrainer, "_gradients", lambda *args: (_ for _ in ()).throw(UserError("no")))
+    evaluated = {"eval_data": str(tmp_path / "data.jsonl"), "eval_on_start": "true"}
+    assert "no (2 steps" in sentence(train(monkeypatch, capsys, {}, resume=str(run), max_steps="4", **evaluated))
     assert contents(run) == before
-    monkeypatch.setattr(GRPOTrainer, "compute_loss", original)
+    monkeypatch.setattr(GRPOTrainer, "_gradients", original)
     code, _, err = train(monkeypatch, capsys, {}, resume=str(run), max_steps="4")
     assert code == 0 and steps(run) == [1, 2, 3, 4], err
     assert [row["step"] for row in jsonl.read(run / "completions.jsonl")] == [s for s in (1, 2, 3, 4) for _ in range(8)]

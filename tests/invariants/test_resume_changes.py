@@ -143,7 +143,7 @@ def test_without_optimizer_state_the_schedule_goes_on_and_it_is_said(tmp_path):
         # Step 3 has ended with the sixth prompt: one batch of 4, and two prompts of the next that come again.
         ({"prompts_per_step": 4}, {4: PROMPTS[4:8], 5: PROMPTS[8:], 6: PROMPTS[:4]}),
         ({"prompts_per_step": 1}, {4: [PROMPTS[6]], 5: [PROMPTS[7]], 6: [PROMPTS[8]]}),
-        ({"num_iterations": 3}, {4: PROMPTS[6:8]}),
+        ({"num_iterations": 2}, {4: PROMPTS[6:8], 6: PROMPTS[8:10]}),
         ({"prompts_per_step": None, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
          {4: PROMPTS[6:9], 5: PROMPTS[9:], 6: PROMPTS[:3]}),
         ({"num_generations": 2, "per_device_train_batch_size": 3},
@@ -154,6 +154,11 @@ def test_without_optimizer_state_the_schedule_goes_on_and_it_is_said(tmp_path):
 def test_another_batch_goes_on_where_the_data_stand(begun, tmp_path, settings, expected):
     made = resumed(tmp_path, begun, 3, **settings)
     assert made.sampled == expected and made.state.global_step == 6
+
+
+def test_max_steps_are_reached_over_more_epochs_than_the_steps_alone_would_take(begun, tmp_path):
+    made = resumed(tmp_path, begun, 5, prompts_per_step=1, max_steps=8)
+    assert made.state.global_step == 8 and in_order(made) == [*PROMPTS[10:], PROMPTS[0]]
 
 
 @pytest.mark.parametrize("prompts,steps", [(4, 5), (1, 9)])
