@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -12,6 +15,36 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+# Errors of the operating system that say that a file can't be written here, or not any more.
+_UNWRITABLE = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "ENOENT")
+    if hasattr(errno, name)
+}
+# The same from writers that are not Python's: safetensors and tokenizers (Rust), torch.save.
+_RUST = re.compile(r"([^:]+) \(os error \d+\)")
+_TORCH = ("pytorchstreamwriter", "inline_container", "iostream error", "file write failed")
+
+
+class CantWrite(UserError):
+    """A file of a run can't be written: the disk is full, or forbids it."""
+
+    def __init__(self, path: str | Path, error: BaseException):
+        why = why_unwritten(error) or one_line(error)
+        super().__init__(f"Can't write {path} ({why}); free some space there, or see to its permissions.")
+
+
+def why_unwritten(error: BaseException) -> str | None:
+    """The reason, in a few words, of an error that says that a file could not be written; None for any other error."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error) if error.errno in _UNWRITABLE else None
+    if rust := _RUST.search(str(error)):
+        return rust[1].strip()
+    if any(sign in str(error).lower() for sign in _TORCH):
+        return "the disk took a part of it only"
+    return None
 
 
 class Stopped(Exception):

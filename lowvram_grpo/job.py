@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram_grpo.errors import Stopped, UserError
+from lowvram_grpo.errors import CantWrite, Stopped, UserError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,11 +28,18 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
         UserError: anything a person can mend.
         Stopped: a signal asked for the end, and a checkpoint is there to go on from.
     """
+    with ExitStack() as held:
+        return _run(recipe, dry_run, held)
+
+
+def _run(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
+    """`held` gets the lock of the run directory."""
     from lowvram_grpo.data import load
     from lowvram_grpo.encoding import check_prompts
     from lowvram_grpo.implied import adopt_adapter, imply_evaluation
     from lowvram_grpo.loading import check_device, load_tokenizer_of, training_config
-    from lowvram_grpo.resume import check_unfinished, planned_steps
+    from lowvram_grpo.recipe import resolve
+    from lowvram_grpo.resume import check_changes, check_unfinished, newest_checkpoint, planned_steps
     from lowvram_grpo.rewards.registry import resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
     from lowvram_grpo.settings import check_before_loading
@@ -42,7 +50,14 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
         raise UserError("No model given; pass --model with a folder or a hub id.")
     if not recipe.data:
         raise UserError("No data given; pass --data with a folder, a json/jsonl/csv/parquet file or a hub id.")
-    directory = RunDirectory.open(recipe.resume) if recipe.resume else None
+    said: list[str] = []
+    directory = checkpoint = None
+    if recipe.resume:
+        directory = RunDirectory.open(recipe.resume)
+        if not dry_run:
+            held.enter_context(directory.lock())
+        checkpoint = newest_checkpoint(directory, said.append)
+        said += check_changes(resolve({}, directory.recipe_path), recipe, directory, checkpoint)
     if recipe.adapter:
         adopt_adapter(recipe)
     imply_evaluation(recipe)
@@ -51,10 +66,9 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     specs = reward_specs(recipe, raw.column_names)
     rewards = [resolve_reward(spec) for spec in specs]
     args = training_config(recipe, weights=[weight for _, weight in rewards])
-    said: list[str] = []
     train_data, eval_data = _data(recipe, raw, said)
     if directory:
-        check_unfinished(directory, directory.latest_checkpoint(), planned_steps(args, train_data))
+        check_unfinished(directory, checkpoint, planned_steps(args, train_data, checkpoint))
     # A chat template that is missing or does not fit is found here, before gigabytes are loaded.
     check_prompts(tokenizer, train_data, chat_template_kwargs=recipe.training.get("chat_template_kwargs"))
     _check_reward_columns(recipe, [f for f, _ in rewards], train_data, eval_data)
@@ -70,9 +84,11 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     if directory is None:
         name = f"{Path(str(recipe.model)).name}-{Path(str(recipe.data)).stem}"
         directory = RunDirectory.create(recipe.output_dir, name)
-        directory.recipe_path.write_text(recipe.to_toml(), encoding="utf-8")
+        held.enter_context(directory.lock())
+        directory.check_new()  # again, for another process may have been here until the lock was free
+        directory.write_recipe(recipe.to_toml())
     args.output_dir = str(directory.path)
-    _train(recipe, args, directory, [f for f, _ in rewards], tokenizer, train_data, eval_data, said)
+    _train(recipe, args, directory, checkpoint, [f for f, _ in rewards], tokenizer, train_data, eval_data, said)
     return directory.path
 
 
@@ -143,13 +159,13 @@ def _lora(recipe: Recipe):
     )
 
 
-def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data, said) -> None:
+def _train(recipe, args, directory, checkpoint, rewards, tokenizer, train_data, eval_data, said) -> None:
     from transformers.trainer_callback import PrinterCallback
 
     from lowvram_grpo.implied import IMPLIED
     from lowvram_grpo.loading import load_model_of
     from lowvram_grpo.memory.planner import ladder_of
-    from lowvram_grpo.resume import planned_steps, step_of
+    from lowvram_grpo.resume import AfterFirstStep, planned_steps, step_of
     from lowvram_grpo.run.completions import CompletionsLog
     from lowvram_grpo.run.console import Console
     from lowvram_grpo.run.interrupt import StopAfterStep
@@ -157,11 +173,17 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data, s
     from lowvram_grpo.task import guess_notice
     from lowvram_grpo.trainer import GRPOTrainer
 
-    checkpoint = directory.latest_checkpoint() if recipe.resume else None
+    # Until a resumed process has made a step the directory is the earlier one's. A new run's completions wait too: one
+    # that fails in its first step leaves nothing that stands in the way of the next.
+    metrics = MetricsWriter(directory.metrics_path, held=bool(recipe.resume))
+    completions = CompletionsLog(directory.completions_path, held=True)
 
     def take_over() -> None:
-        directory.recipe_path.write_text(recipe.to_toml(), encoding="utf-8")
-        directory.truncate_after(step_of(checkpoint) if checkpoint else -1)
+        if recipe.resume:
+            directory.write_recipe(recipe.to_toml())
+            directory.truncate_after(step_of(checkpoint) if checkpoint else -1)
+        metrics.rows.release()
+        completions.rows.release()
 
     subtitle = f"{recipe.model} on {recipe.data}"
     with Console("lowvram-grpo", subtitle, plain=recipe.plain or None, log_completions=args.log_completions) as console:
@@ -187,22 +209,22 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data, s
             train_data,
             eval_data,
             tokenizer,
-            callbacks=[interrupt],
+            callbacks=[interrupt, AfterFirstStep(take_over)],
             peft_config=_lora(recipe),
             observer=console,
             ladder=ladder_of(recipe.preset),
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(MetricsWriter(directory.metrics_path))
+        trainer.add_callback(metrics)
         trainer.add_callback(console)
-        trainer.completions_log = CompletionsLog(directory.completions_path)
-        if checkpoint and step_of(checkpoint) >= planned_steps(args, train_data):
+        trainer.completions_log = completions
+        if checkpoint and step_of(checkpoint) >= planned_steps(args, train_data, checkpoint):
             # An earlier process ended between the last checkpoint and the adapter.
             trainer._load_from_checkpoint(str(checkpoint))
             take_over()
         else:
             with interrupt.armed():
-                _fit(trainer, checkpoint, directory, take_over)
+                _fit(trainer, checkpoint, directory)
             if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
                 console.notice(f"stopped at step {trainer.state.global_step}; go on with --resume {directory.path}")
                 raise Stopped(interrupt.requested)
@@ -210,24 +232,23 @@ def _train(recipe, args, directory, rewards, tokenizer, train_data, eval_data, s
         console.notice(f"adapter: {directory.adapter_dir}")
 
 
-def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory, take_over: Callable[[], None]) -> None:
-    """Train; where a mistake in the data or a reward ends the run, keep the steps that were done. `take_over` is called
-    when nothing of the checkpoint can fail to load any more."""
-    from lowvram_grpo.resume import OnceLoaded, step_of
+def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory) -> None:
+    """Train; where a mistake in the data or a reward ends the run, keep the steps that were done."""
+    from lowvram_grpo.resume import step_of
 
-    if checkpoint:
-        trainer.add_callback(OnceLoaded(take_over))
-    else:
-        take_over()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except UserError as error:
-        done = trainer.state.global_step
-        if done > step_of(directory.latest_checkpoint()):
-            trainer._save_checkpoint(trainer.model, trial=None)
-        if done:
+        if trainer.state.global_step > step_of(directory.latest_checkpoint()) and not isinstance(error, CantWrite):
+            with suppress(CantWrite):  # the first error is the one to mend
+                trainer._save_checkpoint(trainer.model, trial=None)
+        kept = step_of(directory.latest_checkpoint())
+        if kept:
+            steps = f"{counted(kept, 'step')} {'is' if kept == 1 else 'are'}"
+            raise UserError(f"{error} ({steps} kept: mend it and go on with --resume {directory.path})") from error
+        if trainer.state.global_step:
             raise UserError(
-                f"{error} ({done} steps are kept: mend it and go on with --resume {directory.path})"
+                f"{error} (no step is kept: mend it and begin anew with --resume {directory.path})"
             ) from error
         raise
 
@@ -235,10 +256,13 @@ def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory, take_over: Ca
 def _leave_adapter(recipe: Recipe, trainer: GRPOTrainer, directory) -> None:
     from lowvram_grpo.run.model_card import model_card
 
-    trainer._save(str(directory.adapter_dir))
-    (directory.adapter_dir / "training_args.bin").unlink(missing_ok=True)
-    card = model_card(asdict(recipe), directory.metrics())
-    (directory.adapter_dir / "README.md").write_text(card, encoding="utf-8")
+    def write(folder: Path) -> None:
+        trainer._save(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        card = model_card(asdict(recipe), directory.metrics())
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    directory.write_adapter(write)
 
 
 def _print_plan(recipe: Recipe, args: GRPOConfig, specs: list[str], tokenizer, train_data, eval_data) -> None:

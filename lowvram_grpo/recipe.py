@@ -19,6 +19,7 @@ from lowvram_grpo import preset
 from lowvram_grpo.errors import UserError, did_you_mean
 from lowvram_grpo.ranges import LORA_RANGES, check_ranges
 from lowvram_grpo.rewards.registry import BUILTIN, parse_spec
+from lowvram_grpo.run.directory import RECIPE_HEADER
 from lowvram_grpo.tables import parse_arguments, read_table
 
 # Keys of TRL's and open-r1's recipes that have another name here.
@@ -84,7 +85,7 @@ class Recipe:
         import tomli_w
 
         table = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_WRITTEN}
-        lines = ["# The resolved recipe of a lowvram-grpo run."]
+        lines = [RECIPE_HEADER]
         for key, value in {**table, **self.training}.items():
             if value is None:
                 if key not in self.training:

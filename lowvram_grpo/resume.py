@@ -1,17 +1,26 @@
-"""What `--resume` asks before it touches a run: is it the same policy, and is anything left to do?"""
+"""What `--resume` asks before it touches a run: is it the same policy, does every setting that a flag changes take
+effect, and is anything left to do?
+
+A setting that has changed takes effect from the first step on, unless a rule below says otherwise: `resumable.py` and
+`continuation.py` see to it. The rules are of four kinds: refused (another policy, another optimizer's moments, what is
+over once a run has begun), refused because another setting outvotes it, without effect and said so, and all others.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from lowvram_grpo.batching import PromptSampler
+from lowvram_grpo.continuation import Made, made_with, serves_on, shift_of, steps_an_epoch
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.resumable import step_of
 
 if TYPE_CHECKING:
     from lowvram_grpo.config import GRPOConfig
@@ -19,7 +28,7 @@ if TYPE_CHECKING:
     from lowvram_grpo.run.directory import RunDirectory
 
 # A checkpoint holds the weights of an adapter of this shape, on this base.
-_POLICY = (
+POLICY = (
     "model",
     "model_revision",
     "quantization",
@@ -29,25 +38,151 @@ _POLICY = (
     "lora_dropout",
     "lora_target_modules",
 )
+# Names of optimizers that keep the same moments; all others go on from their own only. bitsandbytes follows the bits of
+# the moments that it finds, so those of 8 bits are not those of 32.
+SAME_MOMENTS = (
+    ("adamw_torch", "adamw_torch_fused"),
+    ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"),
+    ("ademamix", "paged_ademamix_32bit"),
+    ("ademamix_8bit", "paged_ademamix_8bit"),
+    ("lion_32bit", "paged_lion_32bit"),
+    ("lion_8bit", "paged_lion_8bit"),
+    ("rmsprop_bnb", "rmsprop_bnb_32bit"),
+)
+# The cold start is over when there is a checkpoint.
+COLD_START = ("cold_start", "cold_start_learning_rate", "cold_start_max_steps")
+# A setting -> the one that outvotes it where both are set.
+OUTVOTED = {
+    "num_train_epochs": "max_steps",
+    "warmup_ratio": "warmup_steps",
+    "gradient_accumulation_steps": "prompts_per_step",
+    "vllm_max_model_len": "vllm_max_model_length",
+    "vllm_importance_sampling_clip_max": "vllm_importance_sampling_cap",
+}
+# Without effect on a run that has begun, and why.
+IDLE = {
+    "preset": "the run keeps its own settings, and a preset only sets what they leave open",
+    "memory_plan": "the plan was made when the run was begun",
+    "self_test": "it is made before step 1",
+    "signal_check": "it is made before step 1",
+}
+# What decides how many prompts a step has, and so where in the data a step is.
+BATCH = (
+    "prompts_per_step",
+    "num_generations",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "generation_batch_size",
+    "steps_per_generation",
+    "num_iterations",
+)
+_APART = ("resume", "output_dir", "plain", "training", "origin")
 
 
-def check_same_policy(begun: Recipe, recipe: Recipe, directory: RunDirectory) -> None:
-    """Whether `recipe` still trains the policy of `begun`, the recipe in the run's directory.
+def changes(begun: Recipe, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Setting -> (value in the run's recipe, value now), for each that differs; those of the training under the default
+    of GRPOConfig where they are not set."""
+    from lowvram_grpo.config import GRPOConfig
+
+    default = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(GRPOConfig) if f.init}
+    found = {f.name: (getattr(begun, f.name), getattr(recipe, f.name)) for f in fields(recipe) if f.name not in _APART}
+    for key in {**begun.training, **recipe.training}:
+        found[key] = tuple(side.training.get(key, default.get(key)) for side in (begun, recipe))
+    return {key: (old, new) for key, (old, new) in found.items() if old != new}
+
+
+def check_changes(begun: Recipe, recipe: Recipe, directory: RunDirectory, checkpoint: Path | None) -> list[str]:
+    """Whether what differs between `begun`, the recipe in the run's directory, and `recipe` can take effect.
+
+    Returns:
+        sentences for people: what changes, and what has no effect.
 
     Raises:
-        UserError: a flag changes it.
+        UserError: a change that can't take effect, by its flag.
     """
-    for key in _POLICY:
-        old, new = getattr(begun, key), getattr(recipe, key)
-        if new != old and not _moved_away(old):
+    changed = changes(begun, recipe)
+    _check_same_policy(changed, directory)
+    if recipe.output_dir and os.path.realpath(recipe.output_dir) != os.path.realpath(directory.path):
+        raise UserError(
+            f"--output-dir {recipe.output_dir} has no effect beside --resume, which goes on in {directory.path}; drop "
+            "it."
+        )
+    for key, stronger in OUTVOTED.items():
+        outvoted = recipe.training.get(stronger)
+        counts = bool(outvoted) and (stronger != "max_steps" or outvoted > 0)
+        if key in changed and recipe.origin.get(key) == "flag" and stronger not in changed and counts:
+            way = "with --max-steps -1 it counts" if stronger == "max_steps" else f"set {_flag(stronger)} instead"
+            raise UserError(f"{_flag(key)} has no effect beside the run's {stronger} {outvoted}; {way}.")
+    if checkpoint is not None:
+        _check_begun(changed, directory, checkpoint)
+        _check_shape(recipe, directory, checkpoint)
+    idle = [f"{_flag(key)} has no effect on a run that has begun: {IDLE[key]}." for key in IDLE if key in changed]
+    told = [f"{key} {_shown(old)} -> {_shown(new)}" for key, (old, new) in changed.items() if key not in IDLE]
+    return ([f"changed since the run was begun: {', '.join(told)}."] if told else []) + idle
+
+
+def _check_same_policy(changed: dict[str, tuple[Any, Any]], directory: RunDirectory) -> None:
+    for key in POLICY:
+        old, new = changed.get(key, (None, None))
+        if old != new and not _moved_away(old):
             raise UserError(
-                f"--{key.replace('_', '-')} can't change when a run is resumed: {directory.path} was begun with "
+                f"{_flag(key)} can't change when a run is resumed: {directory.path} was begun with "
                 f"{_shown(old)}, not {_shown(new)}; drop the flag, or start a new run without --resume."
             )
 
 
+def _check_shape(recipe: Recipe, directory: RunDirectory, checkpoint: Path) -> None:
+    """Whether a recipe that was edited by hand still has the adapter's numbers; weights fit any alpha."""
+    try:
+        config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # who loads it says so
+    for key, name in (("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("lora_dropout", "lora_dropout")):
+        if not recipe.adapter and config.get(name, getattr(recipe, key)) != getattr(recipe, key):
+            raise UserError(
+                f"{key} is {getattr(recipe, key)} in {directory.recipe_path}, but the adapter of {checkpoint} has "
+                f"{config[name]}; put that back."
+            )
+
+
+def _check_begun(changed: dict[str, tuple[Any, Any]], directory: RunDirectory, checkpoint: Path) -> None:
+    """What can't change any more once there is a checkpoint."""
+    made = Made.load(checkpoint)
+    moments = (checkpoint / "optimizer.pt").is_file()
+    old, new = (str(value) for value in changed.get("optim", ("", "")))
+    if made is not None:
+        old = str(made.settings.get("optim", old)) if new else ""
+    if old != new and moments and not any({old, new} <= set(names) for names in SAME_MOMENTS):
+        raise UserError(
+            f"--optim can't change from {old} to {new} when a run is resumed: {checkpoint} holds the moments of {old}; "
+            f"drop the flag, or start a new run from its weights with --adapter {checkpoint}."
+        )
+    for key in COLD_START:
+        if key in changed:
+            raise UserError(
+                f"{_flag(key)} can't change when a run is resumed: the cold start of {directory.path} is over; drop "
+                "the flag, or start a new run without --resume."
+            )
+    old, new = changed.get("beta", (0, 0))
+    if not old and new and directory.cold_start_dir.exists() and not any(checkpoint.glob("reference.*")):
+        raise UserError(
+            f"--beta can't become {new} when {directory.path} is resumed: its reference would be the model after the "
+            "cold start, which a run with beta 0 does not keep; drop the flag, or start a new run with --adapter "
+            f"{directory.cold_start_dir}."
+        )
+    if made is None and (batch := [key for key in BATCH if key in changed]):
+        raise UserError(
+            f"{_flag(batch[0])} can't change when {checkpoint} is resumed, which an earlier version wrote: it does not "
+            "say where in the data the run stands; drop the flag."
+        )
+
+
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
 def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
+    return "none" if value is None else str(getattr(value, "value", value))
 
 
 def _moved_away(place: Any) -> bool:
@@ -55,47 +190,67 @@ def _moved_away(place: Any) -> bool:
     return isinstance(place, str) and os.path.isabs(place) and not os.path.exists(place)
 
 
+def newest_checkpoint(directory: RunDirectory, tell: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from; `tell` hears of damaged ones. None where the run has not come to its first.
+
+    Raises:
+        UserError: there were checkpoints, and none is whole.
+    """
+    from lowvram_grpo.run.checkpoints import CUT_OFF
+
+    damaged: list[tuple[Path, str]] = []
+    found = directory.latest_checkpoint(lambda path, why: damaged.append((path, why)))
+    lost = [f"{path.name}: {why}" for path, why in damaged if why != CUT_OFF]
+    if found is None and lost:
+        raise UserError(
+            f"No checkpoint of {directory.path} is whole ({'; '.join(lost)}); put the files back, or begin a new run."
+        )
+    for path, why in damaged:
+        tell(f"{path.name} is left out: {why}.")
+    return found
+
+
 def check_unfinished(directory: RunDirectory, checkpoint: Path | None, planned: int) -> None:
     """Whether there are steps to do, or at least an adapter to leave.
 
     Raises:
-        UserError: the run is finished.
+        UserError: the run is finished, or would have to go back.
     """
-    if not any(directory.adapter_dir.glob("adapter_model.*")):
-        return
-    if checkpoint is None:
+    done, finished = step_of(checkpoint), any(directory.adapter_dir.glob("adapter_model.*"))
+    if finished and checkpoint is None:
         raise UserError(
             f"{directory.path} is finished and kept no checkpoint to go on from; start a new run with "
             f"--adapter {directory.adapter_dir}."
         )
-    if step_of(checkpoint) >= planned:
+    if finished and done >= planned:
         raise UserError(
-            f"{directory.path} is finished ({step_of(checkpoint)} of {planned} steps); pass --max-steps M with M above "
-            f"{step_of(checkpoint)} to go on."
+            f"{directory.path} is finished ({done} of {planned} steps); pass --max-steps M with M above "
+            f"{done} to go on."
+        )
+    if done > planned:
+        raise UserError(
+            f"{directory.path} has done {done} steps, more than the {planned} asked for; ask for {done} or more."
         )
 
 
-def step_of(checkpoint: Path | None) -> int:
-    """The N of checkpoint-N; 0 without one."""
-    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
-
-
-def planned_steps(args: GRPOConfig, data: Sized) -> int:
-    """Optimizer steps of the whole run, counted as transformers.Trainer does."""
+def planned_steps(args: GRPOConfig, data: Sequence[dict], checkpoint: Path | None = None) -> int:
+    """Optimizer steps of the whole run, counted as the trainer does, which goes on from `checkpoint`."""
     if args.max_steps > 0:
         return args.max_steps
-    plan = args.batch_plan()
-    sampler = PromptSampler(
-        data, prompts=plan.prompts_per_rollout, repeats=plan.steps_per_rollout, shuffle=False, seed=0
-    )
-    return math.ceil(args.num_train_epochs * len(sampler))
+    made = Made.load(checkpoint) if checkpoint is not None else None
+    now = made_with(args, data, args.batch_plan(), made.data[2] if made is not None else [], 0, None)
+    shift = shift_of(made, step_of(checkpoint), now, serves=serves_on(made, now))
+    return shift + math.ceil(args.num_train_epochs * steps_an_epoch(now.data[0], now.prompts, now.repeats))
 
 
-class OnceLoaded(TrainerCallback):
-    """Calls `act` when training begins: model, adapter, optimizer and scheduler have come out of the checkpoint."""
+class AfterFirstStep(TrainerCallback):
+    """Calls `act` once, when the first optimizer step of this process has succeeded and nothing of it is logged yet."""
 
     def __init__(self, act: Callable[[], None]):
         self.act = act
+        self.done = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.act()
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.done:
+            self.done = True
+            self.act()

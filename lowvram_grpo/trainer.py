@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from lowvram_grpo.batching import PromptLoader, PromptSampler
 from lowvram_grpo.checks import unjudged_row
@@ -47,6 +47,7 @@ from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.variants import check_adapter
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
+from lowvram_grpo.resumable import ResumableTrainer
 from lowvram_grpo.rewards.runner import RewardRunner, check_columns
 from lowvram_grpo.rollout.collect import Collector, reward_columns
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-class GRPOTrainer(HubPushes, Trainer):
+class GRPOTrainer(HubPushes, ResumableTrainer):
     """Trains a causal language model with GRPO. Arguments mean what they mean in TRL.
 
     Args:
@@ -247,7 +248,7 @@ class GRPOTrainer(HubPushes, Trainer):
             self.reference.sync(args.ref_model_mixup_alpha)
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()  # schedule-free optimizers keep other weights for evaluation
-        offset = step % self.plan.steps_per_rollout
+        offset = (step - self.shift) % self.plan.steps_per_rollout
         tokens = 0
         if offset == 0 or self._updates is None:
             rollout = self.pending_rollout or self.collect(inputs, step)
@@ -439,12 +440,12 @@ class GRPOTrainer(HubPushes, Trainer):
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+    def _save_beside(self, folder: str) -> None:
+        super()._save_beside(folder)
         if self.reference is not None and (self.reference.moved or self.grpo_args.sync_ref_model):
-            self.reference.save(output_dir)
-        if self.state.global_step % self.plan.steps_per_rollout and self._updates:
-            save_updates(self._updates, output_dir)
+            self.reference.save(folder)
+        if (self.state.global_step - self.shift) % self.plan.steps_per_rollout and self._updates:
+            save_updates(self._updates, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +24,32 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     from lowvram_grpo.memory.architectures import named
     from lowvram_grpo.policy.hub import offline_where_unreachable
     from lowvram_grpo.recipe import resolve
-    from lowvram_grpo.resume import check_same_policy
     from lowvram_grpo.run.directory import RunDirectory
 
     flags = {key: value for key, value in options.items() if not (value is None or value is False or value == [])}
     flags |= parse_extra(extra)
+    if "output_dir" in flags:
+        flags["output_dir"] = str(flags["output_dir"])
+    held: AbstractContextManager = nullcontext()
     if resume:
         if config:
             raise UserError("--resume takes the recipe of its run; drop --config.")
         directory = RunDirectory.open(resume)
         config = directory.recipe_path
-    if "output_dir" in flags:
-        flags["output_dir"] = str(flags["output_dir"])
-    recipe = resolve(flags, config)
+        if not dry_run:
+            # Before the recipe is read: another process may be about to write it.
+            held = directory.lock()
     say = lambda sentence: print(f"[lowvram-grpo] {sentence}")
-    if recipe.model:
-        recipe.model = named(recipe.model, say)
-    offline_where_unreachable([recipe.model, recipe.adapter, recipe.data, recipe.eval_data], say)
-    if resume:
-        check_same_policy(resolve({}, config), recipe, directory)
-    recipe.resume = resume
     if notice:
         say(notice)
-    with boundary(given_settings(recipe)):
-        run(recipe, dry_run=dry_run)
+    with held:
+        recipe = resolve(flags, config)
+        recipe.resume = resume
+        if recipe.model:
+            recipe.model = named(recipe.model, say)
+        offline_where_unreachable([recipe.model, recipe.adapter, recipe.data, recipe.eval_data], say)
+        with boundary(given_settings(recipe)):
+            run(recipe, dry_run=dry_run)
 
 
 def prepare_cuda() -> str | None:

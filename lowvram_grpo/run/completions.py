@@ -21,8 +21,9 @@ def as_text(turns: str | Sequence[Mapping[str, Any]]) -> str:
 class CompletionsLog:
     """Appends one row a completion: step, prompt, completion, rewards (by function), advantage, extras."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, held: bool = False):
         self.path = Path(path)
+        self.rows = jsonl.Log(self.path, held=held)
 
     def write(
         self,
@@ -56,4 +57,4 @@ class CompletionsLog:
             if extras:
                 row["extras"] = {name: values[i] for name, values in extras.items()}
             rows.append(row)
-        jsonl.append(self.path, rows)
+        self.rows.append(rows)

@@ -6,20 +6,29 @@ completions.jsonl   one row a completion
 checkpoint-N/       written by transformers.Trainer
 cold_start/         the adapter after the cold start: GRPO's reference
 adapter/            the trained adapter, its tokenizer and model card
+run.lock            says which process the run belongs to now; empty otherwise
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
+import shutil
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowvram_grpo.errors import UserError
-from lowvram_grpo.run import jsonl
+from lowvram_grpo.errors import CantWrite, UserError, why_unwritten
+from lowvram_grpo.run import jsonl, lock
+from lowvram_grpo.run.checkpoints import damage, replace_text
 
+# The first line of a recipe that a run wrote.
+RECIPE_HEADER = "# The resolved recipe of a lowvram-grpo run."
+# What an attempt that died before its first step may have left beside its recipe.
+_ATTEMPTS = ("recipe.toml.tmp", "vllm_adapter", "runs")  # the last is TensorBoard's
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -38,7 +47,7 @@ class RunDirectory:
         Raises:
             UserError: it can't be written to, or holds a run or other files.
         """
-        run = cls(Path(output_dir)) if output_dir else cls(_fresh(Path("runs"), name))
+        run = cls(Path(output_dir) if output_dir else _fresh(Path("runs"), name))
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             probe = run.path / ".writable"
@@ -49,18 +58,36 @@ class RunDirectory:
                 f"Can't write to the output directory {run.path} ({error.strerror or error}); "
                 "choose another with --output-dir."
             ) from error
-        if run.started:
+        run.check_new()
+        return run
+
+    def check_new(self) -> None:
+        """Whether a new run may begin here.
+
+        Raises:
+            UserError: there is a run, or other files.
+        """
+        if self.started:
             raise UserError(
-                f"{run.path} already holds a run; continue it with --resume {run.path}, "
+                f"{self.path} already holds a run; continue it with --resume {self.path}, "
                 "or choose another --output-dir for a new one."
             )
-        own = {run.recipe_path.name, run.metrics_path.name, run.completions_path.name}
-        if strangers := sorted(entry.name for entry in run.path.iterdir() if entry.name not in own):
+        own = {self.metrics_path.name, self.completions_path.name, lock.NAME}
+        if self._recipe_is_ours():
+            own |= {self.recipe_path.name, *_ATTEMPTS}
+        if strangers := sorted(entry.name for entry in self.path.iterdir() if entry.name not in own):
             raise UserError(
-                f"{run.path} is not empty and holds no run (it has {strangers[0]}); choose another --output-dir, "
+                f"{self.path} is not empty and holds no run (it has {strangers[0]}); choose another --output-dir, "
                 "or give --resume a run's directory."
             )
-        return run
+
+    def _recipe_is_ours(self) -> bool:
+        """A recipe that a person wrote is no run's, and not to be overwritten."""
+        try:
+            text = self.recipe_path.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return False
+        return not text.strip() or text.startswith(RECIPE_HEADER)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -107,21 +134,51 @@ class RunDirectory:
             or bool(self._checkpoints())
         )
 
+    def lock(self) -> AbstractContextManager[None]:
+        """This process's for the length of the block; see `lock.hold`."""
+        return lock.hold(self.path)
+
+    def write_recipe(self, text: str) -> None:
+        """Replace recipe.toml in one step.
+
+        Raises:
+            CantWrite: the disk is full, or forbids it.
+        """
+        replace_text(self.recipe_path, text)
+
+    def write_adapter(self, write: Callable[[Path], None]) -> None:
+        """Have `write` fill a folder, and put it in the place of adapter/: the earlier one is there until then.
+
+        Raises:
+            CantWrite: the disk is full, or forbids it.
+        """
+        fresh, old = self.path / "adapter.new", self.path / "adapter.old"
+        for left in (fresh, old):
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            write(fresh)
+            if self.adapter_dir.exists():
+                self.adapter_dir.rename(old)
+            fresh.rename(self.adapter_dir)
+        except Exception as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if why_unwritten(error) is None:
+                raise
+            raise CantWrite(self.adapter_dir, error) from error
+        shutil.rmtree(old, ignore_errors=True)
+
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; [] before the first."""
         return jsonl.read(self.metrics_path)
 
-    def latest_checkpoint(self) -> Path | None:
-        """The whole checkpoint-N with the highest N. The trainer writes trainer_state.json last, so a checkpoint
-        without one that parses was cut off by the end of its process."""
+    def latest_checkpoint(self, damaged: Callable[[Path, str], None] | None = None) -> Path | None:
+        """The whole checkpoint-N with the highest N; `damaged` hears of each one above it, and what is wrong."""
         for _, checkpoint in sorted(self._checkpoints(), reverse=True):
-            try:
-                with open(checkpoint / "trainer_state.json", encoding="utf-8") as file:
-                    state = json.load(file)
-            except (OSError, ValueError):
-                continue
-            if isinstance(state, dict) and "global_step" in state:
+            why = damage(checkpoint)
+            if why is None:
                 return checkpoint
+            if damaged is not None:
+                damaged(checkpoint, why)
         return None
 
     def truncate_after(self, step: int) -> None:
@@ -140,10 +197,16 @@ class RunDirectory:
 
 
 def _fresh(parent: Path, name: str) -> Path:
-    """A path below `parent` that does not exist yet and that Windows accepts."""
+    """A new directory below `parent`, with a name that Windows accepts."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:48] or "run"
     stem = f"{safe}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, number = parent / stem, 2
-    while path.exists():
-        path, number = parent / f"{stem}-{number}", number + 1
+    with contextlib.suppress(OSError):  # where nothing can be made, whoever is given the path finds out why
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                path.mkdir()  # fails where it exists: two runs that begin at once get two directories
+                break
+            except FileExistsError:
+                path, number = parent / f"{stem}-{number}", number + 1
     return path

@@ -9,16 +9,47 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from lowvram_grpo.errors import CantWrite
+
+
+class Log:
+    """Rows for the end of a file; `held` ones wait in memory until `release` is called.
+
+    A resumed run holds its rows until its first step has succeeded: before that, the file is the earlier process's.
+    """
+
+    def __init__(self, path: str | Path, *, held: bool = False):
+        self.path = Path(path)
+        self._held: list[dict[str, Any]] | None = [] if held else None
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        if self._held is None:
+            append(self.path, rows)
+        else:
+            self._held.extend(rows)
+
+    def release(self) -> None:
+        """Write what was held, and from now on at once."""
+        rows, self._held = self._held, None
+        if rows:
+            append(self.path, rows)
+
 
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write `rows` at the end of `path`, one a line; they are out of this process's buffers when this returns.
 
     NaN and infinities become null (JSON has neither); tensor and NumPy scalars become numbers.
+
+    Raises:
+        CantWrite: the disk is full, or forbids it.
     """
     text = "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     # A lone surrogate has no UTF-8 form; backslashreplace writes it as the JSON escape that it is.
-    with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.write(text)
+    try:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(text)
+    except OSError as error:
+        raise CantWrite(path, error) from error
 
 
 def read(path: Path) -> list[dict[str, Any]]:

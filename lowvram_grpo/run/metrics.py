@@ -24,9 +24,10 @@ class MetricsWriter(TrainerCallback):
     """Appends `{"step": ..., **logs}` at every log of the trainer: training, evaluation, the
     cold start (at step 0, under names that begin with `cold_start/`) and the summary at the end."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, held: bool = False):
         self.path = Path(path)
+        self.rows = jsonl.Log(self.path, held=held)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            jsonl.append(self.path, [{"step": state.global_step, **(logs or {})}])
+            self.rows.append([{"step": state.global_step, **(logs or {})}])

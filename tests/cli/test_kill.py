@@ -1,10 +1,12 @@
-"""Signals to a real process. kill -9, then --resume: the same steps as a run that nobody killed. Ctrl-C and SIGTERM: a
-checkpoint of the step in progress."""
+"""Signals to a real process. kill -9, then --resume: the same steps as a run that nobody killed, or those of changed
+settings. Ctrl-C and SIGTERM: a checkpoint of the step in progress."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,9 @@ import time
 
 import pytest
 from conftest import make_model, make_tokenizer
+
+from lowvram_grpo import GRPOTrainer
+from lowvram_grpo.cli import app
 
 STEPS = 14
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -62,7 +67,7 @@ def started(job, run, steps, **kwargs):
     return process
 
 
-def test_resume_after_kill_9(job, tmp_path):
+def test_resume_after_kill_9(monkeypatch, capsys, job, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(*job, "-o", whole), check=True, env=ENVIRONMENT, capture_output=True, timeout=300)
 
@@ -71,6 +76,8 @@ def test_resume_after_kill_9(job, tmp_path):
     process.wait()
     before = rows(killed)
     assert 8 <= len(before) < STEPS
+
+    shutil.copytree(killed, tmp_path / "changed")
 
     resume = command("train", "--plain", "--resume", killed)
     out = subprocess.run(resume, check=True, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
@@ -82,6 +89,45 @@ def test_resume_after_kill_9(job, tmp_path):
             assert resumed[step].get(name) == row.get(name), (step, name)
     weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, killed)]
     assert weights[0] == weights[1]
+    changed_settings(monkeypatch, tmp_path, capsys)
+
+
+def changed_settings(monkeypatch, tmp_path, capsys):
+    """The killed run once more, with all at once that can change; and refused with what can't."""
+    run = tmp_path / "changed"
+    step = int(max(run.glob("checkpoint-*"), key=lambda path: int(path.name[11:])).name[11:])
+    before, completions = rows(run), (run / "completions.jsonl").read_bytes()
+    refused = ["lowvram-grpo", "train", "--plain", "--resume", str(run), "--optim", "adamw_bnb_8bit"]
+    monkeypatch.setattr(sys, "argv", refused)
+    with pytest.raises(SystemExit) as stop:
+        app.main()
+    assert stop.value.code == 2 and "--optim can't change" in capsys.readouterr().err
+    assert rows(run) == before and (run / "completions.jsonl").read_bytes() == completions
+
+    used = {}
+    original = GRPOTrainer.training_step
+
+    def watched(self, model, inputs, *args, **kwargs):
+        group = self.optimizer.param_groups[0]
+        used[self.state.global_step + 1] = (group["lr"], group["betas"], len(inputs), self.state.max_steps)
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "training_step", watched)
+    flags = {"learning_rate": 1e-4, "adam_beta1": 0.5, "max_steps": STEPS + 2, "prompts_per_step": 3}
+    changed = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    monkeypatch.setattr(sys, "argv", [*refused[:-2], *changed])
+    with pytest.raises(SystemExit) as stop:
+        app.main()
+    assert not stop.value.code, capsys.readouterr().err
+    after = rows(run)
+    assert list(after) == list(range(1, STEPS + 3)) and list(used) == list(range(step + 1, STEPS + 3))
+    for number, (rate, betas, prompts, horizon) in used.items():
+        assert rate == pytest.approx(1e-4 * 0.5 * (1 + math.cos(math.pi * (number - 1) / (STEPS + 2))))
+        assert (betas, prompts, horizon) == ((0.5, 0.999), 3, STEPS + 2)
+        assert after[number]["learning_rate"] == rate
+    assert {number: after[number] for number in range(1, step + 1)} == {n: before[n] for n in range(1, step + 1)}
+    recipe = [line.partition("  #")[0] for line in (run / "recipe.toml").read_text(encoding="utf-8").splitlines()]
+    assert {f"{name} = {value}" for name, value in flags.items()} <= set(recipe)
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -7,8 +7,10 @@ import re
 
 import pytest
 
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import CantWrite, UserError
+from lowvram_grpo.recipe import Recipe
 from lowvram_grpo.run import jsonl
+from lowvram_grpo.run.checkpoints import CUT_OFF
 from lowvram_grpo.run.directory import RunDirectory
 
 
@@ -55,6 +57,49 @@ def test_refuses_foreign_files(tmp_path):
         RunDirectory.create(tmp_path, "x")
 
 
+def test_a_recipe_that_a_person_wrote_is_not_overwritten(tmp_path):
+    """`train --config recipe.toml -o .`"""
+    (tmp_path / "recipe.toml").write_text('model = "a"\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"recipe\.toml.*--output-dir"):
+        RunDirectory.create(tmp_path, "x")
+    (tmp_path / "recipe.toml").write_text(Recipe(model="a").to_toml(), encoding="utf-8")  # an attempt's
+    RunDirectory.create(tmp_path, "x")
+
+
+def test_the_lock_of_an_attempt_is_no_stranger(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", "x")
+    with run.lock():
+        run.write_recipe(Recipe(model="a").to_toml())
+        run.check_new()
+    assert RunDirectory.create(run.path, "x") == run
+
+
+def test_two_that_begin_in_one_second_get_a_directory_each(tmp_path, monkeypatch):
+    """Each is made before anybody else can ask whether it exists."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: "20261127-120000")
+    made = [RunDirectory.create(None, "x").path.name for _ in range(3)]
+    assert made == ["x-20261127-120000", "x-20261127-120000-2", "x-20261127-120000-3"]
+
+
+def test_an_adapter_is_replaced_whole_or_not_at_all(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_adapter(lambda folder: (folder.mkdir(), (folder / "weights").write_text("1")))
+
+    def full(folder):
+        folder.mkdir()
+        (folder / "weights").write_text("2")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CantWrite, match=r"adapter \(No space left"):
+        run.write_adapter(full)
+    assert (run.adapter_dir / "weights").read_text() == "1" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(KeyError):
+        run.write_adapter(lambda folder: {}["oops"])
+    run.write_adapter(lambda folder: (folder.mkdir(), (folder / "weights").write_text("3")))
+    assert (run.adapter_dir / "weights").read_text() == "3" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_unwritable_directory(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"Can't write to the output directory .*--output-dir"):
@@ -76,8 +121,16 @@ def test_latest_checkpoint_is_the_highest_whole_one(tmp_path):
     checkpoint(run, 10, whole)
     checkpoint(run, 11, whole[:-3])
     checkpoint(run, 12, None)
+    checkpoint(run, 13, whole)
+    (tmp_path / "checkpoint-13" / "optimizer.pt").touch()
     (tmp_path / "checkpoint-99-copy").mkdir()
-    assert run.latest_checkpoint() == tmp_path / "checkpoint-10"
+    told = []
+    assert run.latest_checkpoint(lambda path, why: told.append((path.name, why))) == tmp_path / "checkpoint-10"
+    assert told == [
+        ("checkpoint-13", "its optimizer.pt is cut off"),
+        ("checkpoint-12", CUT_OFF),
+        ("checkpoint-11", CUT_OFF),
+    ]
 
 
 def test_truncate_after(tmp_path):

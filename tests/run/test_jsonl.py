@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
+from lowvram_grpo.errors import CantWrite
 from lowvram_grpo.run import jsonl
 
 
@@ -41,3 +43,20 @@ def test_missing_file_is_empty(tmp_path):
     assert jsonl.read(tmp_path / "none.jsonl") == []
     jsonl.keep(tmp_path / "none.jsonl", lambda row: True)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_held_rows_wait_until_they_are_released(tmp_path):
+    log = jsonl.Log(tmp_path / "rows.jsonl", held=True)
+    log.append([{"a": 1}])
+    log.append([{"a": 2}])
+    assert not log.path.exists()
+    log.release()
+    log.append([{"a": 3}])
+    assert jsonl.read(log.path) == [{"a": 1}, {"a": 2}, {"a": 3}]
+    log.release()
+    assert len(jsonl.read(log.path)) == 3
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    with pytest.raises(CantWrite, match=r"rows\.jsonl"):
+        jsonl.append(tmp_path / "none" / "rows.jsonl", [{"a": 1}])

@@ -1,0 +1,188 @@
+"""transformers.Trainer, with checkpoints that say what they were made with, and a resume that follows the settings of
+today: what has changed takes effect at its place, and what is unchanged goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import Trainer
+
+from lowvram_grpo import continuation
+from lowvram_grpo.continuation import Made
+from lowvram_grpo.errors import CantWrite, UserError, counted, why_unwritten
+from lowvram_grpo.run.checkpoints import STATE, seal
+from lowvram_grpo.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lowvram_grpo.config import BatchPlan, GRPOConfig
+    from lowvram_grpo.rewards.runner import RewardRunner
+    from lowvram_grpo.run.observer import Observer
+
+
+class ResumableTrainer(Trainer):
+    """Where checkpoints are written and read. GRPOTrainer brings `grpo_args`, `plan`, `observer` and `rewards`.
+
+    Attributes:
+        shift: optimizer steps that `state.global_step` is ahead of the place in the data (`continuation.shift_of`).
+    """
+
+    grpo_args: GRPOConfig
+    plan: BatchPlan
+    observer: Observer
+    rewards: RewardRunner
+    shift = 0
+    _made: Made | None = None
+
+    # Reading
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        if resume_from_checkpoint is True:
+            # transformers would take the highest number, whole or not.
+            latest = RunDirectory(Path(self.args.output_dir)).latest_checkpoint(self._tell_damage)
+            if latest is None:
+                raise UserError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
+            resume_from_checkpoint = str(latest)
+        self.shift, self._made = 0, None
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            self._find_place(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _tell_damage(self, checkpoint: Path, why: str) -> None:
+        self.observer.notice(f"{checkpoint.name} is left out: {why}.")
+
+    def _find_place(self, checkpoint: Path) -> None:
+        try:
+            step = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{checkpoint} is no whole checkpoint, as its {STATE} can't be read; resume from another."
+            ) from error
+        made, now = Made.load(checkpoint), self._made_with(None)
+        self._made = made
+        self.shift = continuation.shift_of(made, step, now, serves=continuation.serves_on(made, now))
+        if made is None or (made.prompts, made.repeats, made.data[0]) == (now.prompts, now.repeats, now.data[0]):
+            return
+        per_epoch = continuation.steps_an_epoch(now.data[0], now.prompts, now.repeats)
+        epoch, within = divmod(step - self.shift, per_epoch)
+        self.observer.notice(
+            f"a step had {counted(made.prompts, 'prompt')} of {made.data[0]}, and has {now.prompts} of {now.data[0]} "
+            f"now: going on with prompt {within // now.repeats * now.prompts + 1} of epoch {epoch + 1}."
+        )
+
+    def _made_with(self, optimizer) -> Made:
+        return continuation.made_with(
+            self.grpo_args, self.train_dataset, self.plan, list(self.rewards.names), self.shift, optimizer
+        )
+
+    def set_initial_training_values(self, args, dataloader):
+        """transformers' counts, for a run whose earlier steps had batches of another size."""
+        epochs, per_epoch, *counts, max_steps = super().set_initial_training_values(args, dataloader)
+        if args.max_steps > 0:
+            epochs = max(1, math.ceil((max_steps - self.shift) / per_epoch))
+        else:
+            max_steps += self.shift
+        return epochs, per_epoch, *counts, max_steps
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        trained, skipped = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None:
+            return trained, skipped
+        # transformers keeps the checkpoint's own logging_steps, eval_steps and save_steps.
+        self.state.train_batch_size = self._train_batch_size
+        self.state.compute_steps(self.args, max_steps)
+        if not self._same("metric_for_best_model", "greater_is_better"):
+            self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
+        trained, within = divmod(self.state.global_step - self.shift, num_update_steps_per_epoch)
+        return trained, 0 if self.args.ignore_data_skip else within
+
+    def _same(self, *names: str) -> bool:
+        """Whether these settings are those that the checkpoint was made with, as far as it says."""
+        if self._made is None:
+            return True
+        now = self._made_with(None).settings
+        return all(self._made.settings.get(name) == now.get(name) for name in names)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The checkpoint's moments under today's settings, and today's schedule at the place where the run stands."""
+        if checkpoint is None:
+            return
+        folder, step = Path(checkpoint), self.state.global_step
+        moments = continuation.load_state(folder / "optimizer.pt")
+        if moments is None:
+            self.observer.notice(
+                f"{folder.name} holds no optimizer state (save_only_model): its moments begin anew, and the learning "
+                f"rate goes on at step {step} of its schedule."
+            )
+        else:
+            continuation.load_moments(self.optimizer, moments, folder, self._made)
+        schedule = continuation.load_state(folder / "scheduler.pt")
+        same = self._same("lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate")
+        if not continuation.place_schedule(self.lr_scheduler, schedule, step, same=same):
+            self.observer.notice(
+                f"lr_scheduler_type {self.args.lr_scheduler_type} follows the metrics, and {folder.name} has none for "
+                f"these settings: it begins anew at learning rate {self._get_learning_rate():g}."
+            )
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if getattr(self.accelerator, "scaler", None) is None:
+            return  # the run went on from fp16 to another precision
+        if checkpoint is not None and (state := continuation.load_state(Path(checkpoint) / "scaler.pt")) is not None:
+            self.accelerator.scaler.load_state_dict(state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Of the global generators, which only dropout draws from."""
+        try:
+            super()._load_rng_state(checkpoint)
+        except (*continuation.UNLOADABLE, pickle.UnpicklingError):
+            self.observer.notice(
+                f"rng_state.pth of {checkpoint} can't be read: dropout draws other numbers than it would."
+            )
+
+    # Writing
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """A whole checkpoint, or none and one sentence: what can't be finished is taken away again.
+
+        Raises:
+            CantWrite: the disk is full, or forbids it.
+        """
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        # What is written over an earlier checkpoint would look whole at any moment.
+        aside = folder.with_name(f"old-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            if folder.exists():
+                folder.rename(aside)
+            folder.mkdir(parents=True)
+            self._save_beside(str(folder))
+            super()._save_checkpoint(model, trial)
+            seal(folder)
+        except Exception as error:
+            if isinstance(error, CantWrite) or why_unwritten(error) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                if aside.exists():
+                    aside.rename(folder)
+                raise CantWrite(folder, error.__cause__ if isinstance(error, CantWrite) else error) from error
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _save_beside(self, folder: str) -> None:
+        """What a checkpoint has beside transformers' files; they come after: it is not taken for whole before."""
+        self._made_with(self.optimizer).save(folder)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The N of checkpoint-N; 0 without one."""
+    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
