@@ -33,7 +33,9 @@ class CantWrite(UserError):
 
     def __init__(self, path: str | Path, error: BaseException):
         why = why_unwritten(error) or one_line(error)
-        super().__init__(f"Can't write {path} ({why}); free some space there, or see to its permissions.")
+        gone = isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR)
+        mend = "was the folder moved or deleted?" if gone else "free some space there, or see to its permissions."
+        super().__init__(f"Can't write {path} ({why}); {mend}")
 
 
 def why_unwritten(error: BaseException) -> str | None:

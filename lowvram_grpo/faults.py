@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.errors import UserError, one_line, why_unwritten
 
 if TYPE_CHECKING:
     from lowvram_grpo.recipe import Recipe
@@ -55,14 +55,6 @@ _DISK = {
     **({errno.EDQUOT: "the disk quota is used up"} if hasattr(errno, "EDQUOT") else {}),
 }
 _FREE_SPACE = "free some space, or choose another --output-dir"
-# torch, safetensors and tokenizers write through code of their own, and lose the errno on the way.
-_LOST_WRITE = re.compile(
-    r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs \d+|error while serializing", re.I
-)
-_SAID = re.compile(
-    r"No space left|disk quota|File too large|Read-only file system|\(os error (27|28|30|112|122)\)", re.I
-)
-
 # Pieces of messages, in lower case -> what they mean, and what helps.
 _MACHINE: tuple[tuple[tuple[str, ...], str], ...] = (
     (
@@ -209,9 +201,9 @@ def _of_the_disk(error: BaseException, while_: str) -> str | None:
         return f"Windows refuses a path{while_} ({error}); choose a short --output-dir, and HF_HOME, on a local disk"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"The system answers {error.strerror!r} for {error.filename}{while_}; was it moved, deleted or replaced?"
-    text = str(error)
-    if _SAID.search(text) or (isinstance(error, RuntimeError) and _LOST_WRITE.search(text)):
-        return f"A file can't be written{while_} ({one_line(error)}); is the disk full? If so, {_FREE_SPACE}"
+    # torch, safetensors and tokenizers write through code of their own, and lose the errno on the way.
+    if not isinstance(error, OSError) and (why := why_unwritten(error)):
+        return f"A file can't be written{while_} ({why}); is the disk full? If so, {_FREE_SPACE}"
     return None
 
 

@@ -49,6 +49,8 @@ LOAD = "lowvram_grpo.loading.load_model_of"
 STEP = "lowvram_grpo.trainer.GRPOTrainer.training_step"
 SAVE = "peft.PeftModel.save_pretrained"
 OPTIMIZER_FILE = "transformers.trainer.Trainer._save_optimizer_and_scheduler"
+LOG = "lowvram_grpo.run.jsonl.append"
+ADAPTER = "lowvram_grpo.run.model_card.model_card"
 EVALUATE = "lowvram_grpo.trainer.GRPOTrainer.prediction_step"
 FAULTS = [
     (LOAD, MemoryError(), "machine's own memory"),
@@ -66,14 +68,19 @@ FAULTS = [
     (STEP, RuntimeError("probability tensor contains either `inf`, `nan` or element < 0"), "NaN or infinite"),
     (STEP, RuntimeError("CUDA error: an illegal memory access was encountered"), "--fused-loss off"),
     (STEP, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "GPU memory ran out"),
-    (SAVE, OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
-    (SAVE, SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk full?"),
-    (SAVE, FileNotFoundError(errno.ENOENT, "No such file or directory", "/runs/a"), "/runs/a while updating; was it"),
-    (SAVE, NotADirectoryError(errno.ENOTDIR, "Not a directory", "/runs/a/b"), "'Not a directory' for /runs/a/b"),
-    (SAVE, Exception("File too large (os error 27)"), "disk full?"),
-    (SAVE, OSError(errno.EROFS, "Read-only file system", "/runs/a"), "read-only (/runs/a)"),
+    (SAVE, OSError(errno.ENOSPC, "No space left on device"), "checkpoint-1 (No space left on device); free some space"),
+    (SAVE, SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "free some"),
+    (SAVE, FileNotFoundError(errno.ENOENT, "No such file or directory", "/runs/a"), "was the folder moved or deleted?"),
+    (SAVE, NotADirectoryError(errno.ENOTDIR, "Not a directory", "/runs/a/b"), "was the folder moved or deleted?"),
+    (SAVE, Exception("File too large (os error 27)"), "checkpoint-1 (File too large); free some space"),
+    (SAVE, OSError(errno.EROFS, "Read-only file system", "/runs/a"), "(Read-only file system)"),
+    (SAVE, OSError(errno.EMFILE, "Too many open files"), "too many files are open"),
     (SAVE, OSError(errno.ENAMETOOLONG, "File name too long"), "path is too long"),
-    (OPTIMIZER_FILE, RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "disk full?"),
+    (OPTIMIZER_FILE, RuntimeError("[inline_container.cc:672] . unexpected pos 64 vs 0"), "a part of it"),
+    (LOG, OSError(errno.ENOSPC, "No space left on device", "/runs/a/metrics.jsonl"), "disk is full (/runs/a/me"),
+    (LOG, OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up"),
+    (ADAPTER, SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device"),
+    (ADAPTER, FileNotFoundError(errno.ENOENT, "No such file", "/runs/a"), "was the folder moved or deleted?"),
     (EVALUATE, MemoryError(), "machine's own memory"),
     (EVALUATE, ConnectionError("reset by peer"), "check the network"),
 ]  # fmt: skip
