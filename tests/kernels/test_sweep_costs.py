@@ -36,10 +36,10 @@ def test_rows_of_a_trained_model_cost_one_product():
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed on this platform")
 def test_diffuse_rows_cost_two_products_and_a_probe():
-    hidden, head, targets = problem(64, 32768, 64, spread=0.3)
+    hidden, head, targets = problem(16, 32768, 64, spread=0.3)  # in a workspace for two tiles, as 64 rows in 4 MiB
     params = DirectionParams(capacity=128)
-    cost, out = flops(hidden, head, targets, direction=params, workspace_mib=4, path="cublas")
-    assert len(out.diffuse) == 64
+    cost, out = flops(hidden, head, targets, direction=params, workspace_mib=1, path="cublas")
+    assert len(out.diffuse) == 16
     assert 4 <= cost < 4.5
 
 
