@@ -20,7 +20,7 @@ from transformers.utils.logging import get_log_levels_dict
 
 from lowvram_grpo.data import check_dataset
 from lowvram_grpo.errors import UserError, did_you_mean, one_line
-from lowvram_grpo.hub import check_hub
+from lowvram_grpo.pushing import check_hub
 
 if TYPE_CHECKING:
     from lowvram_grpo.config import GRPOConfig

@@ -24,7 +24,6 @@ from lowvram_grpo.data import check_dataset
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.experience import MicroBatch, Rollout, load_updates, save_updates, split, updates_of
 from lowvram_grpo.gradient_check import GradientCheck, could_teach
-from lowvram_grpo.hub import HubPushes
 from lowvram_grpo.learner import Learner
 from lowvram_grpo.loss import choose_kernels
 from lowvram_grpo.memory.architectures import named
@@ -47,6 +46,7 @@ from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.variants import check_adapter
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
+from lowvram_grpo.pushing import HubPushes
 from lowvram_grpo.resumable import ResumableTrainer
 from lowvram_grpo.rewards.runner import RewardRunner, check_columns
 from lowvram_grpo.rollout.collect import Collector, reward_columns

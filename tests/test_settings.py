@@ -9,7 +9,7 @@ from conftest import Quiet, digit_share
 from peft import LoraConfig
 
 from lowvram_grpo import GRPOConfig, GRPOTrainer, UserError
-from lowvram_grpo.hub import check_hub
+from lowvram_grpo.pushing import check_hub
 from lowvram_grpo.settings import check_best_metric
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
