@@ -90,3 +90,15 @@ def test_who_asks_is_told(cpu, config, tokenizer, dataset, dtype, settings, word
         assert len(said) == 1 and re.search(words, said[0]), said
     cpu(bf16=True, fp16=True)
     assert slow_dtype(trainer.model, trainer.grpo_args) is None
+
+
+def test_chat_and_evaluation_are_told_too(cpu, model_dir):
+    from lowvram_grpo.inference import load_policy, recipe_to_sample
+    from lowvram_grpo.loading import load_tokenizer_of, training_config
+
+    said = []
+    for dtype in ("auto", "bfloat16"):
+        cpu()
+        recipe = recipe_to_sample({"model": model_dir, "dtype": dtype, "use_cpu": True}, said.append)
+        load_policy(recipe, training_config(recipe, weights=[]), load_tokenizer_of(recipe), said.append)
+        assert sum("no instructions for" in text for text in said) == (dtype == "bfloat16"), said
