@@ -233,5 +233,7 @@ def unjudged_row(rollout: Rollout, rows: list[dict[str, Any]]) -> str | None:
 
 def shortened(value: Any) -> str:
     """Its repr, with the middle left out where it is long."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and "content" in value[-1]:
+        value = value[-1]["content"]  # of a conversation the last turn
     text = repr(value)
     return text if len(text) <= _SHORT else f"{text[: _SHORT // 2]}...{text[-_SHORT // 2 :]}"

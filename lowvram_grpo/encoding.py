@@ -32,13 +32,7 @@ def check_prompts(
     encode_prompts(tokenizer, prompts[:1], max_prompt_length=None, chat_template_kwargs=chat_template_kwargs)
     chats = [prompt for prompt in prompts if is_conversational(prompt)]
     texts = [_rendered(tokenizer, chat, chat_template_kwargs or {}) for chat in chats]
-    if chats:
-        other = [{**message, "content": f"{message['content']} and more"} for message in chats[0]]
-        if _rendered(tokenizer, other, chat_template_kwargs or {}) == texts[0]:
-            raise UserError(
-                "The chat template renders every conversation as the same text, without its messages; pass "
-                "--chat-template plain, or a .jinja file that prints messages."
-            )
+    _check_roles(tokenizer, chats, texts, chat_template_kwargs or {})
     for chat, text in zip(chats, texts):
         begun = next((t for t in tokenizer.all_special_tokens if text.startswith(t)), None)
         if begun and chat[-1]["role"] == "user" and str(chat[-1]["content"]).lstrip().startswith(begun):
@@ -46,6 +40,44 @@ def check_prompts(
                 f"A prompt begins with {begun!r} inside a user's turn, as the chat template does: it went through "
                 "a chat template already; take prompts that did not, or leave out template, system prompt and examples."
             )
+
+
+def _check_roles(tokenizer: PreTrainedTokenizerBase, chats: list, texts: list[str], kwargs: dict[str, Any]) -> None:
+    """Whether the chat template shows the messages of every role that there is: many leave out what they don't know.
+
+    Raises:
+        UserError: it does not.
+    """
+    if chats and _rendered(tokenizer, [_more(message) for message in chats[0]], kwargs) == texts[0]:
+        raise UserError(
+            "The chat template renders every conversation as the same text, without its messages; pass "
+            "--chat-template plain, or a .jinja file that prints messages."
+        )
+    seen: set[str] = set()
+    for chat, text in zip(chats, texts):
+        for role in {message["role"] for message in chat} - seen:
+            seen.add(role)
+            other = [_more(message) if message["role"] == role else message for message in chat]
+            if _rendered(tokenizer, other, kwargs) == text:
+                raise UserError(
+                    f"The chat template leaves out messages of role {role!r}, so the model would not see them; rename "
+                    "the role (system, user and assistant are the usual ones), drop such messages, or pass another "
+                    "--chat-template."
+                )
+
+
+def _more(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": f"{message['content']} and more"}
+
+
+def raw_text_notice(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> str | None:
+    """A sentence for people whose plain prompts go past the chat template of an instruct model; else None."""
+    if not tokenizer.chat_template or any(map(is_conversational, prompts)):
+        return None
+    return (
+        "the prompts are plain text and reach the model as they are, without its chat template; for an instruct model "
+        "pass --system-prompt or --template, which make them conversations."
+    )
 
 
 def encode_prompts(

@@ -139,7 +139,7 @@ def explain(error: Exception, *, settings: Mapping[str, Any]) -> UserError | Non
     for reason in (_of_the_disk, _of_the_machine):
         for link in chain:
             if sentence := reason(link, while_):
-                return UserError(f"{sentence}.")
+                return UserError(sentence if sentence.endswith("?") else f"{sentence}.")
     found = suspects(chain, settings)
     named = f" It comes from {', '.join(flag_of(key) for key in found[:3])}." if found else ""
     for reason in (_of_the_hub, _of_a_package):

@@ -6,9 +6,10 @@ import os
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.errors import CantWrite, Stopped, UserError, counted
+from lowvram_grpo.faults import explain, given_settings, note_phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +36,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
 def _run(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
     """`held` gets the lock of the run directory."""
     from lowvram_grpo.data import load
-    from lowvram_grpo.encoding import check_prompts
+    from lowvram_grpo.encoding import check_prompts, raw_text_notice
     from lowvram_grpo.implied import adopt_adapter, imply_evaluation
     from lowvram_grpo.loading import check_device, load_tokenizer_of, training_config
     from lowvram_grpo.recipe import resolve
@@ -71,6 +72,8 @@ def _run(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
         check_unfinished(directory, checkpoint, planned_steps(args, train_data, checkpoint))
     # A chat template that is missing or does not fit is found here, before gigabytes are loaded.
     check_prompts(tokenizer, train_data, chat_template_kwargs=recipe.training.get("chat_template_kwargs"))
+    if raw_text := raw_text_notice(tokenizer, train_data[:1]["prompt"]):
+        said.append(raw_text)
     _check_reward_columns(recipe, [f for f, _ in rewards], train_data, eval_data)
     check_before_loading(args, [f for f, _ in rewards], eval_data)
     if not recipe.resume:
@@ -224,7 +227,7 @@ def _train(recipe, args, directory, checkpoint, rewards, tokenizer, train_data, 
             take_over()
         else:
             with interrupt.armed():
-                _fit(trainer, checkpoint, directory)
+                _fit(trainer, checkpoint, directory, given_settings(recipe))
             if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
                 console.notice(f"stopped at step {trainer.state.global_step}; go on with --resume {directory.path}")
                 raise Stopped(interrupt.requested)
@@ -232,25 +235,33 @@ def _train(recipe, args, directory, checkpoint, rewards, tokenizer, train_data, 
         console.notice(f"adapter: {directory.adapter_dir}")
 
 
-def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory) -> None:
-    """Train; where a mistake in the data or a reward ends the run, keep the steps that were done."""
+def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory, settings: dict[str, Any]) -> None:
+    """Train; where a mistake in the data or a reward ends the run, keep the steps that were done. Behind a fault of the
+    machine nothing in memory is trusted: the last checkpoint is what is kept."""
     from lowvram_grpo.resume import step_of
 
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except UserError as error:
-        if trainer.state.global_step > step_of(directory.latest_checkpoint()) and not isinstance(error, CantWrite):
+    except Exception as fault:
+        note_phase(fault, trainer.observer.doing)
+        error = fault if isinstance(fault, UserError) else explain(fault, settings=settings)
+        if error is None:
+            raise
+        whole = error is fault and not isinstance(error, CantWrite)
+        if whole and trainer.state.global_step > step_of(directory.latest_checkpoint()):
             with suppress(CantWrite):  # the first error is the one to mend
                 trainer._save_checkpoint(trainer.model, trial=None)
         kept = step_of(directory.latest_checkpoint())
         if kept:
             steps = f"{counted(kept, 'step')} {'is' if kept == 1 else 'are'}"
-            raise UserError(f"{error} ({steps} kept: mend it and go on with --resume {directory.path})") from error
+            raise UserError(f"{error} ({steps} kept: mend it and go on with --resume {directory.path})") from fault
         if trainer.state.global_step:
             raise UserError(
                 f"{error} (no step is kept: mend it and begin anew with --resume {directory.path})"
-            ) from error
-        raise
+            ) from fault
+        if error is fault:
+            raise
+        raise error from fault
 
 
 def _leave_adapter(recipe: Recipe, trainer: GRPOTrainer, directory) -> None:

@@ -123,13 +123,21 @@ def _usable(prompt: Any, column: str, index: int) -> str | list[dict[str, str]]:
             return prompt
     elif not is_messages(prompt):
         raise UserError(
-            f"{where} is {'empty' if prompt is None else type(prompt).__name__}, but a prompt must be text or a list "
-            "of messages with role and content; drop such rows or name another --prompt-column."
+            f"{where} is {_shape(prompt)}, but a prompt must be text or a list of messages with role and content; drop "
+            "such rows or name another --prompt-column."
         )
     try:
         return as_messages(decoded(prompt) if isinstance(prompt, str) else prompt)
     except ValueError as error:
         raise UserError(f"{where} {error}.") from error
+
+
+def _shape(value: Any) -> str:
+    if not value and not isinstance(value, (int, float)):
+        return "empty"
+    if isinstance(value, list) and isinstance(value[0], dict):
+        return f"a list of {', '.join(map(repr, value[0]))}"
+    return type(value).__name__
 
 
 def prompt_and_last(value: Any, column: str, index: int, *, sft: bool) -> tuple[str | list[dict], str | None]:

@@ -125,4 +125,6 @@ def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None
                 raise UserError(f"{name} is {value!r}; it must be a number, {allowed}.") from error
             if not fits:
                 reason = f": {allowed.because}" if allowed.because else ""
+                if isinstance(number, float) and not math.isfinite(number):
+                    reason = ", and finite"
                 raise UserError(f"{name} is {value}; it must be {allowed}{reason}.")

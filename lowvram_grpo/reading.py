@@ -136,6 +136,8 @@ def _unreadable(path: str, place: Path, error: Exception) -> UserError:
 
     if cache := _cache_mistake(error):
         return UserError(cache)
+    if "corresponds to no data" in str(error):  # a header, or blank lines, and no row
+        return UserError(f"The dataset {path} is empty: it has no row; GRPO needs one prompt or more.")
     reason = one_line(error.__cause__ or error)
     hint = "; choose one with --data-config" if "config name" in reason.lower() else ""
     if place.exists():
@@ -183,7 +185,7 @@ def _writable(folder: str) -> bool:
 
 
 def _pick_split(splits: DatasetDict, split: str | None, path: str, prefer: Sequence[str]) -> Dataset:
-    from datasets import ReadInstruction, concatenate_datasets
+    from datasets import NamedSplit, ReadInstruction, concatenate_datasets
 
     names = list(splits)
     if split is None:
@@ -192,12 +194,16 @@ def _pick_split(splits: DatasetDict, split: str | None, path: str, prefer: Seque
             raise UserError(
                 f"The dataset {path} has no split {prefer[0]!r}; choose one of {', '.join(names)} with --split."
             )
-        return splits[usual or names[0]]
+        name = usual or names[0]
+        # With its name, which a saved dataset has forgotten.
+        return concatenate_datasets([splits[name]], split=splits[name].split or NamedSplit(name))
     asked = [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
     for name in asked:
         if name not in splits:
+            instead = f", as in {split.replace(name, names[0])!r}" if split != name else ""
             raise UserError(
-                f"The dataset {path} has no split {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}."
+                f"The dataset {path} has no split {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}"
+                f"{instead}."
             )
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({name: len(splits[name]) for name in names})

@@ -33,6 +33,7 @@ _CHOICES = {
     "save_strategy": SaveStrategy,
     "hub_strategy": HubStrategy,
 }
+_MOST_SHOWN = 12
 _UNSUPPORTED = {
     "deepspeed": "more than one process is not supported yet; drop it, memory is saved by --preset and the fields of "
     "docs/memory.md",
@@ -72,7 +73,15 @@ def check_choices(args: GRPOConfig) -> None:
     for name, known in {**named, "log_level": levels, "log_level_replica": levels}.items():
         value = getattr(getattr(args, name), "value", getattr(args, name))
         if value not in known:
-            raise UserError(f"{name} is {value!r}{did_you_mean(str(value), known)}; choose one of {', '.join(known)}.")
+            shown = ", ".join(known if len(known) <= _MOST_SHOWN else [*known[:_MOST_SHOWN], "..."])
+            raise UserError(f"{name} is {value!r}{did_you_mean(str(value), known)}; choose one of {shown}.")
+    if args.bf16 and args.fp16:
+        raise UserError("bf16 and fp16 are both set; leave one of them, or neither: the device decides then.")
+    if args.load_best_model_at_end and _value(args.eval_strategy) == "no":
+        raise UserError(
+            "load_best_model_at_end is set, but nothing is evaluated; pass --eval-data or --eval-split (in a script "
+            "eval_dataset and eval_strategy), or drop it."
+        )
     for name in _DICTIONARIES:
         value = getattr(args, name, None)
         if value is None or isinstance(value, dict):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.textfile import read_text
 
 
@@ -17,8 +17,7 @@ def read_table(path: str | Path) -> dict[str, Any]:
     try:
         table = _parse_yaml(text) if Path(path).suffix.lower() in (".yaml", ".yml") else parse_toml(text)
     except ValueError as error:
-        reason = str(error).strip().replace("\n", " ")
-        raise UserError(f"The recipe {str(path)!r} is not valid: {reason}") from error
+        raise UserError(f"The recipe {str(path)!r} is not valid: {error}.") from error
     if not isinstance(table, dict):
         raise UserError(f"The recipe {str(path)!r} must be a table of keys and values.")
     return table
@@ -50,8 +49,12 @@ def _parse_yaml(text: str) -> Any:
     )
     try:
         return yaml.load(text, Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ValueError(f"{error.problem or error.context}{at}") from error
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(one_line(error)) from error
 
 
 def parse_arguments(key: str, text: str) -> dict[str, Any]:

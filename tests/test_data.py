@@ -210,7 +210,7 @@ def test_examples_go_before_single_turns_only():
         (["a", None], "Row 1 of column 'prompt' is empty"),
         (["a", "  "], "Row 1 of column 'prompt' is blank"),
         ([1, 2], "Row 0 of column 'prompt' is int"),
-        ([[user("a")], []], "Row 1 of column 'prompt' is list"),
+        ([[user("a")], []], "Row 1 of column 'prompt' is empty"),
         ([[user("a")], [user(None)]], "Row 1 .* a message whose role or content is not text"),
     ],
 )

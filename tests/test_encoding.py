@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from lowvram_grpo.encoding import check_prompts, encode_prompts, prompt_length_report
+from lowvram_grpo.encoding import check_prompts, encode_prompts, prompt_length_report, raw_text_notice
 from lowvram_grpo.errors import UserError
 
 WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "system", "user", "assistant", *"abcdefgh"]
@@ -87,6 +87,32 @@ def test_a_prompt_that_would_go_through_the_template_twice_is_refused():
     with pytest.raises(UserError, match="begins with '<bos>' inside a user's turn"):
         check_prompts(tokenizer, data, chat_template_kwargs=None)
     check_prompts(tokenizer, data.select([0]), chat_template_kwargs=None)
+
+
+USUAL = (
+    "{% for m in messages %}{% if m.role in ('system', 'user', 'assistant') %}{{ m.role }} {{ m.content }} {% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("role", ["wizard", "human", "User", "developer"])
+def test_a_role_that_the_template_leaves_out_is_refused(role):
+    """Wherever it first stands; the model would never see what it says."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = USUAL
+    usual = [{"role": "system", "content": "a"}, user("b"), {"role": "assistant", "content": "c"}, user("d")]
+    check_prompts(tokenizer, Dataset.from_dict({"prompt": [usual]}), chat_template_kwargs=None)
+    odd = [{"role": role, "content": "a"}, user("b")]
+    with pytest.raises(UserError, match=f"leaves out messages of role '{role}'.*rename the role"):
+        check_prompts(tokenizer, Dataset.from_dict({"prompt": [usual, odd]}), chat_template_kwargs=None)
+
+
+def test_plain_text_past_a_chat_template_is_said():
+    tokenizer = make_tokenizer()
+    assert "without its chat template" in raw_text_notice(tokenizer, ["a b"])
+    assert raw_text_notice(tokenizer, [[user("a")]]) is None
+    tokenizer.chat_template = None  # a base model takes text as it is
+    assert raw_text_notice(tokenizer, ["a b"]) is None
 
 
 def test_text_parts_are_joined_and_images_refused():

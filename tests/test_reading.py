@@ -71,12 +71,27 @@ GBK = '{"prompt": "0加1等于多少？", "answer": "1"}\n'
         ("rows.jsonl", '{"prompt": "a"}\n"b"\n', "line 2 is no object"),
         ("rows.json", '[{"prompt": "a"},]', "it is no JSON"),
         ("rows.csv", "prompt,answer,answer\na,1,2\n", "2 columns called 'answer'"),
+        ("rows.csv", "prompt,answer\n", "is empty: it has no row"),
+        ("rows.jsonl", "\n\n", "is empty"),
         ("rows.csv", "prompt,answer\na, b?,x\n", "3 fields in line 2, but 2 columns.*holds a comma into double quotes"),
     ],
 )
 def test_what_would_be_read_wrongly_is_named(tmp_path, name, content, words):
     with pytest.raises(UserError, match=words):
         read(tmp_path, name, content)
+
+
+def test_a_slice_of_a_split_that_is_not_there_names_one_that_is(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(LINES, encoding="utf-8")
+    with pytest.raises(UserError, match=r"no split 'test'; it has train, as in 'train\[:4\]'\."):
+        load(str(tmp_path / "rows.jsonl"), split="test[:4]")
+
+
+def test_a_saved_split_keeps_its_name(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict({name: Dataset.from_dict({"prompt": ["a"]}) for name in ("train", "test")}).save_to_disk(tmp_path / "d")
+    assert str(load(str(tmp_path / "d"), prefer=("test", "train")).split) == "test"
 
 
 def test_text_files_in_folders_are_looked_through_too(tmp_path):

@@ -34,6 +34,14 @@ def yaml_file(tmp_path):
     return path
 
 
+def test_a_mistake_in_a_recipe_is_one_short_sentence(tmp_path):
+    (tmp_path / "r.yaml").write_text("learning_rate: 1e-6\n  beta: [0.1\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"r\.yaml' is not valid: mapping values are not allowed here \(line 2, column 7\)\.$"
+    ):
+        resolve({}, tmp_path / "r.yaml")
+
+
 def test_a_trl_recipe_is_understood(yaml_file):
     recipe = resolve({}, yaml_file)
     assert (recipe.model, recipe.data, recipe.split) == ("Qwen/Qwen2.5-0.5B", "trl-lib/tldr", "train")

@@ -60,7 +60,7 @@ def said_by(call, *arguments, **kwargs):
         ({"save_strategy": "best"}, ["save_strategy is best", "set eval_strategy"]),
         ({"hub_strategy": "always"}, ["hub_strategy is 'always'", "every_save"]),
         ({"accelerator_config": "none.json"}, ["none.json"]),
-        ({"fp16": True, "bf16": True}, ["fp16 and bf16"]),
+        ({"fp16": True, "bf16": True}, ["bf16 and fp16"]),
         ({"load_best_model_at_end": True, "save_strategy": "steps"}, ["load_best_model_at_end"]),
         ({"dataloader_prefetch_factor": 2}, ["dataloader_prefetch_factor"]),
         ({"torch_empty_cache_steps": 0}, ["torch_empty_cache_steps"]),

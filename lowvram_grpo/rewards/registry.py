@@ -119,7 +119,7 @@ def _load_file(path: str) -> ModuleType:
     sys.modules[name] = module
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f"the reward file {path!r} does not import: {type(error).__name__}: {error}.") from error
     return module
@@ -139,7 +139,7 @@ def _load_module(name: str, spec: str) -> ModuleType:
     _importable_from(Path.cwd())
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         hint = did_you_mean(name, BUILTIN) if isinstance(error, ModuleNotFoundError) else ""
         raise UserError(
             f"the reward {spec!r}: module {name!r} does not import: {type(error).__name__}: {error}{hint}."

@@ -144,10 +144,10 @@ class RewardRunner:
             return call()
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script's main() may call sys.exit
             raise self._failure(i, error) from error
 
-    def _failure(self, i: int, error: Exception) -> UserError:
+    def _failure(self, i: int, error: BaseException) -> UserError:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(frame.filename).name}, line {frame.lineno}"
         return UserError(f"the reward function {self.names[i]!r} raised {type(error).__name__}: {error} ({place}).")
@@ -188,7 +188,7 @@ class RewardRunner:
                 return await call()
             except UserError:
                 raise
-            except Exception as error:  # named here: asyncio hands some on without their traceback
+            except (Exception, SystemExit) as error:  # named here: asyncio hands some on without their traceback
                 raise self._failure(i, error) from error
 
         return asyncio.run_coroutine_threadsafe(work(), self._loop)

@@ -79,7 +79,7 @@ class Console(Observer, TrainerCallback):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # a cp1252 or cp936 console can't carry what a model may write
         self.plain = _must_be_plain() if plain is None else plain
-        self.log_completions = log_completions
+        self.log_completions, self.doing = log_completions, ""
         glyphs = Glyphs.for_encoding(getattr(sys.stdout, "encoding", None))
         self._view = View(title, subtitle, glyphs, total_steps=total_steps)
         self._lock = threading.RLock()
@@ -101,7 +101,7 @@ class Console(Observer, TrainerCallback):
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        note_phase(error, self._view.phase)
+        note_phase(error, self.doing)
         for handler, stream in self._logs_back:
             handler.setStream(stream)
         self._logs_back = []
@@ -122,6 +122,7 @@ class Console(Observer, TrainerCallback):
 
     def phase(self, text: str) -> None:
         """What is being done now, such as "sampling 16 completions"; shown by the live view only."""
+        self.doing = text
         with self._lock:
             self._view.phase = text
 

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM end a run at the end of its step, with a checkpoint; a second one ends it at once."""
+"""Ctrl-C and SIGTERM end a run at the end of its step, with a checkpoint; a second one, or one before the first step,
+ends it at once."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _SIGNALS = {
 
 
 class StopAfterStep(TrainerCallback):
-    """Turns the first SIGINT or SIGTERM into a stop with a checkpoint after the step in progress.
+    """Turns the first SIGINT or SIGTERM into a stop with a checkpoint after the step in progress. Before training
+    begins (checks, a cold start of many steps) there is nothing to keep, and it ends the process.
 
     Attributes:
         requested: the signal that came; None where none did.
@@ -25,6 +27,10 @@ class StopAfterStep(TrainerCallback):
     def __init__(self, tell: Callable[[str], None]):
         self.tell = tell
         self.requested: int | None = None
+        self._training = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._training = True
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.requested:
@@ -44,7 +50,9 @@ class StopAfterStep(TrainerCallback):
                 signal.signal(signum, handler)
 
     def _on_signal(self, signum: int, frame) -> None:
-        if self.requested:
+        if not self._training:
+            self.tell("stopped before the first step: there is nothing to keep.")
+        if self.requested or not self._training:
             raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
         self.requested = signum
         self.tell(_SIGNALS[signum])

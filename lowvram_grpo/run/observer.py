@@ -8,13 +8,15 @@ class Observer:
 
     def __init__(self, *, log_completions: bool = False):
         self.log_completions = log_completions
+        self.doing = ""
 
     def notice(self, text: str) -> None:
         """Something a person should know: shown once, kept on screen."""
         print(f"[lowvram-grpo] {text}", flush=True)
 
     def phase(self, text: str) -> None:
-        """What is going on right now."""
+        """What is going on right now; `doing` has it."""
+        self.doing = text
 
     def sample(self, prompt: str, completion: str, reward: float, step: int) -> None:
         """The best completion of the rollout that `step` learns from."""

@@ -110,6 +110,31 @@ def test_a_bug_is_one_sentence_too_and_its_traceback_a_file(monkeypatch, capsys,
     assert "transformers" in report.read_text(encoding="utf-8").splitlines()[1]
 
 
+def test_a_fault_in_the_middle_says_what_is_kept(monkeypatch, capsys, job, tmp_path):
+    """After a fault of the machine the last checkpoint counts, not what is in memory."""
+    from lowvram_grpo.trainer import GRPOTrainer
+
+    inner, arguments = GRPOTrainer.training_step, [part for pair in job.items() for part in pair]
+
+    def step(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "training_step", step)
+    code, err = run(monkeypatch, capsys, "train", *arguments, "--max-steps=5", "--save-steps=2")
+    assert code == 2 and "the GPU failed" in err and "2 steps are kept" in err and f"--resume {tmp_path / 'run'}" in err
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("body", ["def f(completions, **kwargs):\n    sys.exit(3)\n", "sys.exit(3)\n"])
+def test_a_reward_that_leaves_is_named(monkeypatch, capsys, job, tmp_path, body):
+    (tmp_path / "leaves.py").write_text(f"import sys\n{body}", encoding="utf-8")
+    arguments = [part for pair in {**job, "--reward": f"{tmp_path / 'leaves.py'}:f"}.items() for part in pair]
+    code, err = run(monkeypatch, capsys, "train", *arguments)
+    assert code == 2 and "SystemExit: 3" in err, err
+
+
 def test_debug_prints_the_traceback_wherever_it_stands(monkeypatch, capsys, tmp_path):
     missing = ["--data", str(tmp_path / "none.jsonl"), "--model", str(tmp_path)]
     for arguments in (["--debug", "train", *missing], ["train", *missing, "--debug"]):
