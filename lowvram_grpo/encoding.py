@@ -48,7 +48,8 @@ def _check_roles(tokenizer: PreTrainedTokenizerBase, chats: list, texts: list[st
     Raises:
         UserError: it does not.
     """
-    if chats and _rendered(tokenizer, [_more(message) for message in chats[0]], kwargs) == texts[0]:
+    asks = chats and any(message["role"] == "user" for message in chats[0])
+    if asks and _rendered(tokenizer, [_more(message) for message in chats[0]], kwargs) == texts[0]:
         raise UserError(
             "The chat template renders every conversation as the same text, without its messages; pass "
             "--chat-template plain, or a .jinja file that prints messages."

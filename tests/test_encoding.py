@@ -105,6 +105,8 @@ def test_a_role_that_the_template_leaves_out_is_refused(role):
     odd = [{"role": role, "content": "a"}, user("b")]
     with pytest.raises(UserError, match=f"leaves out messages of role '{role}'.*rename the role"):
         check_prompts(tokenizer, Dataset.from_dict({"prompt": [usual, odd]}), chat_template_kwargs=None)
+    with pytest.raises(UserError, match=f"leaves out messages of role '{role}'"):
+        check_prompts(tokenizer, Dataset.from_dict({"prompt": [odd[:1]]}), chat_template_kwargs=None)
 
 
 def test_plain_text_past_a_chat_template_is_said():
