@@ -29,10 +29,10 @@ def check_prompts(
     """
     check_tokenizer(tokenizer)
     prompts = dataset.select(range(min(len(dataset), _CHECKED)))["prompt"]
-    encode_prompts(tokenizer, prompts[:1], max_prompt_length=None, chat_template_kwargs=chat_template_kwargs)
     chats = [prompt for prompt in prompts if is_conversational(prompt)]
     texts = [_rendered(tokenizer, chat, chat_template_kwargs or {}) for chat in chats]
     _check_roles(tokenizer, chats, texts, chat_template_kwargs or {})
+    encode_prompts(tokenizer, prompts[:1], max_prompt_length=None, chat_template_kwargs=chat_template_kwargs)
     for chat, text in zip(chats, texts):
         begun = next((t for t in tokenizer.all_special_tokens if text.startswith(t)), None)
         if begun and chat[-1]["role"] == "user" and str(chat[-1]["content"]).lstrip().startswith(begun):
