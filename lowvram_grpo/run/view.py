@@ -94,9 +94,9 @@ def percent(value: float) -> str:
 # Metric, its label, its format, and whether its course says something.
 COLD_START = "cold_start/"
 ROWS = [
-    (COLD_START + "loss", "cold start loss", decimal, True),
+    (COLD_START + "loss", "cold loss", decimal, True),
     (COLD_START + "reward", "cold reward", decimal, True),
-    (COLD_START + "dead_groups", "cold dead groups", percent, True),
+    (COLD_START + "dead_groups", "cold dead", percent, True),
     ("reward", "reward", decimal, True),
     ("rewards", "", decimal, True),  # stands for every rewards/<name>/mean
     ("eval_reward", "eval reward", decimal, True),

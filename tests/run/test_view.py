@@ -102,7 +102,7 @@ def test_ascii_only_terminal():
 
 def test_cold_start_rows_give_way_to_grpo():
     view = View("t", "s", UTF8, history={"cold_start/loss": [3.0, 2.0]})
-    assert [row[1:] for row in view.rows()] == [("cold start loss", "2.00", "↓")]
+    assert [row[1:] for row in view.rows()] == [("cold loss", "2.00", "↓")]
     view.history["reward"] = [1.0]
     assert [row[0] for row in view.rows()] == ["reward"]
 
