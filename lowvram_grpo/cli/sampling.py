@@ -50,13 +50,7 @@ def chat(
         "chat_template": chat_template,
     }
     flags = {key: value for key, value in flags.items() if value is not None}
-    filters = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
+    filters = _filters(temperature, top_p, top_k, min_p, repetition_penalty)
     with boundary({**flags, **filters}):
         start(flags, context.args, prompt=prompt, max_new_tokens=max_new_tokens, filters=filters)
 
@@ -120,13 +114,7 @@ def evaluate(
         "max_completion_length": max_completion_length,
         "quantization": quantization,
     }
-    filters = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
+    filters = _filters(temperature, top_p, top_k, min_p, repetition_penalty)
     flags = {key: value for key, value in flags.items() if value is not None}
     with boundary({**flags, **filters}):
         start(
@@ -142,3 +130,8 @@ def evaluate(
             out=out,
             as_json=as_json,
         )
+
+
+def _filters(*values: float) -> dict[str, float]:
+    """Under the names of `Sampling`."""
+    return dict(zip(("temperature", "top_p", "top_k", "min_p", "repetition_penalty"), values))
