@@ -40,6 +40,19 @@ _FORMULA_END = re.compile(
 _LINKED = re.compile(r"(?:\$|\\\)|\d)\s*(?:,|and|or|和|或|、|,\s*and)\s*$")
 _WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z({])|[\u4e00-\u9fff]{2,}")
 _FORMULA = re.compile(r"\d|\\[A-Za-z]|[$π√∞]")
+# What a tokenizer of another family would have cut off, and GSM8K's marks for a calculator: `48+24=<<48+24=72>>72`.
+_MARKS = re.compile(r"</?s>|<\|[\w ]+\|>|<(?:eos|pad|end_of_turn)>|\[/?INST\]")
+_CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+# What is said to the reader behind the answer. "If you have 3 apples" is none.
+_COURTESY = re.compile(
+    r"\W*(?:(?:please |just )?(?:let me know|feel free|don't hesitate|do not hesitate)|(?:i |we )?hope (?:this|that|it|you|i)\b"
+    r"|(?:good luck|well done|great job|good job|happy to help|glad to help|thank you|thanks|you're welcome|enjoy)\b"
+    r"|(?:have a|keep) (?:great|nice|good|practi|up the)|would you like|is there anything|can i help|any (?:other|more|further) "
+    r"|(?:if|do|should) you\b.*\b(?:questions?|help|clarification|explanations?|doubts?|let me know|feel free|assist\w*)\b"
+    r"|希望(?:这|以上|上述|我|能|可以|对|本|你|您|大家)|(?:如果|如)?(?:你|您|大家)?(?:还)?有\S*(?:问题|疑问)|如果\S*(?:问题|疑问|帮助|告诉|不明白)"
+    r"|请随时|欢迎|祝(?:你|您|学习)|谢谢|感谢|加油|需要\S*(?:帮助|解释)|(?:你|您)还\S*吗)",
+    re.IGNORECASE | re.DOTALL,
+)
 # Characters. A longer text is no answer but a solution.
 _LONGEST = 600
 _TAIL = 3000
@@ -83,7 +96,7 @@ def _answer_of(reply: str) -> Answer | None:
         text = final
     elif "<answer>" in text:
         text = text[text.rindex("<answer>") :]
-    text = _TAGS.sub(" ", text).strip()
+    text = _CALCULATOR.sub("", _MARKS.sub("\n", _TAGS.sub(" ", text))).strip()
     if not text:
         return None
     if boxes := _boxes(text):
@@ -127,7 +140,7 @@ def closing_brace(text: str, start: int) -> int | None:
 
 
 def _within(text: str, *, tagged: bool) -> Answer | None:
-    text = text[-_TAIL:]
+    text = _without_courtesy(text[-_TAIL:])
     if (hashes := list(_HASHES.finditer(text))) and (
         not text[hashes[-1].end() :].strip() or not _WORDS.search(normalize(hashes[-1][1][:_LONGEST]))
     ):
@@ -168,14 +181,30 @@ def first_sentence(text: str) -> str:
     return text
 
 
-def _last_sentence(text: str) -> Answer | None:
-    """The last sentence with a digit or a formula in it, or else the last one."""
+def _sentence_ends(text: str) -> list[int]:
+    """Where sentences begin and end: 0, the ends, the length of the text."""
     ends = [0]
     for match in _SENTENCE_END.finditer(text):
         if not _ABBREVIATION.search(text[max(0, match.start() - 8) : match.start()]):
             ends.append(match.end())
-    ends.append(len(text))
-    sentences = [text[a:b].strip() for a, b in pairwise(ends)]
+    return [*ends, len(text)]
+
+
+def _without_courtesy(text: str) -> str:
+    """What stands before closing words to the reader, "I hope this helps!"; all of it if it is nothing else."""
+    end = len(text)
+    for start, stop in reversed(list(pairwise(_sentence_ends(text)))):
+        sentence = text[start:stop]
+        if re.search(r"\w", sentence):
+            if not _COURTESY.match(sentence) or "\\boxed" in sentence:
+                break
+            end = start
+    return text[:end].strip() or text
+
+
+def _last_sentence(text: str) -> Answer | None:
+    """The last sentence with a digit or a formula in it, or else the last one."""
+    sentences = [text[a:b].strip() for a, b in pairwise(_sentence_ends(text))]
     sentences = [s for s in sentences if s.strip(".!?。！？ \n")]
     if not sentences:
         return None

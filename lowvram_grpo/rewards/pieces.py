@@ -40,6 +40,8 @@ _NEGATION = re.compile(
     r"(?:\b(?:not|never|neither|nor)|n't|不是?)(?:\s+(?:equal to|exactly|about|just))?\s*$", re.IGNORECASE
 )
 _MEASURE_WORD = re.compile("^[个的只名条本张件位辆颗棵把支朵头匹]+(?=.)|(?:多|左右)$")
+_CALCULATED = re.compile(r"\d.*(?:[-+*/^]|\\(?:times|cdot|frac)(?![A-Za-z])).*(?<![<>!:])=\s*[^=]*\d", re.DOTALL)
+_RESULT = re.compile(r"(?<![<>!:])=\s*[^=]*\d[^=]*$")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])\s*")
 
 
@@ -54,6 +56,8 @@ class Piece(NamedTuple):
         linked: whether only units and separators stand between this piece and the one before.
         negated: whether "not" stands right before it.
         attached: a letter that stands behind the number without a space, which may be a unit or a variable.
+        computed: whether it is the result of a calculation: `48+24 = 72`, `20 seconds - 2 seconds = 18 seconds`.
+        lead: all text between the formula before and this one.
     """
 
     expr: str
@@ -63,6 +67,8 @@ class Piece(NamedTuple):
     linked: bool = True
     negated: bool = False
     attached: str = ""
+    computed: bool = False
+    lead: str = ""
 
 
 @lru_cache(maxsize=4096)
@@ -76,19 +82,23 @@ def pieces(text: str) -> tuple[Piece, ...]:
     after: list[str] = []
     clean = True  # nothing but separators since the last unit
     item = 0  # where the pieces since the last separator begin
+    gap: list[str] = []
+    lead = ""
 
     def close() -> None:
-        nonlocal run, after, before, clean
+        nonlocal run, after, before, clean, lead
         expr = "".join(run).strip()
         if expr:
             piece, links = _piece(expr, "".join(before), "".join(after))
             linked = clean and bool(found)
+            computed = bool(_CALCULATED.search(expr)) or (len(found) > item and bool(_RESULT.search(expr)))
             if len(found) > item and "=" in expr:
                 # The result of `20 seconds - 2 seconds = 18 seconds`.
                 linked = linked and all(part.linked for part in found[item:])
                 piece = piece._replace(expr=piece.expr.rsplit("=", 1)[-1].strip())
+                lead = found[item].lead
                 del found[item:]
-            found.append(piece._replace(linked=linked))
+            found.append(piece._replace(linked=linked, computed=computed, lead=lead))
             clean, before = links, []
         elif after:
             before += after
@@ -103,8 +113,13 @@ def pieces(text: str) -> tuple[Piece, ...]:
             elif after:
                 run += after
                 after = []
+            if not "".join(run).strip():
+                lead = "".join(gap)
+            gap = []
             run.append(token)
-        elif kind == "space":
+            continue
+        gap.append(token)
+        if kind == "space":
             (after if after or not run else run).append(token)
         elif kind == "separator":
             close()

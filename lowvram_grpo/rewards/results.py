@@ -1,0 +1,132 @@
+r"""Which of an answer's formulas is its result, where a reply writes its way to it: `48/2 = 24, 48+24 = 72`.
+
+Rather none than a wrong one: where words leave it open which number is meant, all of them stay, and equal no single one.
+"""
+
+from __future__ import annotations
+
+import re
+
+from lowvram_grpo.rewards.comparison import same_formula
+from lowvram_grpo.rewards.extraction import Kind
+from lowvram_grpo.rewards.figures import number
+from lowvram_grpo.rewards.pieces import Piece
+
+_ARROW = re.compile(r"\s*(?:=>|->|[⇒➜➔⟹]|\\(?:to|[rR]ightarrow|implies|Longrightarrow)(?![A-Za-z]))\s*")
+# `48/2=24 48+24=72`: a number behind a result begins the next equation.
+_NEXT = re.compile(r"(=\s*-?[\d.]+)\s+(?=[\d.]+\s*(?:[-+*/]|\\times|\\cdot)[^=]*=)")
+_REMARK = re.compile(r"\s*\(([^()]*)\)")
+_WORD = re.compile(r"(?<![\\A-Za-z])(?!sin|cos|tan|log|ln|mod|base|sqrt)[A-Za-z]{2,}|[\u4e00-\u9fff]")
+# Such a remark takes back or adds to what stands before it.
+_SECOND_THOUGHT = re.compile(
+    r"\s*(?:or|and|plus|no|wait|actually|but|maybe|or|about|approx\w*|rather|correct\w*|should|sometimes|up to|"
+    r"now|mod|base|per|more|less|at|through|to|或|和|应|不|大约)(?![A-Za-z])|\s*\\",
+    re.IGNORECASE,
+)
+_TOTAL = re.compile(r"\b(?:total|sum|altogether|in all|overall)\b(?!\s*[-+*/])[^\d,;.?]*$|(?:一共|总共|共|总计|合计)[^,;.]*$", re.IGNORECASE)
+_TOTAL_BEHIND = re.compile(r"^\s*[A-Za-z ]{0,30}?\b(?:altogether|in total|in all)\b", re.IGNORECASE)
+# What may stand between a result and a number that only says for what, when or how long it is.
+_ASIDE = re.compile(
+    r"\b(?:in|on|for|after|of|over|with|at|during|within|before|until|to (?!get\b|give\b|make\b|find\b|reach\b)[a-z]+)\b",
+    re.IGNORECASE,
+)
+_OPERAND = re.compile(r"\b(?:to|from|by|than|as|times|plus|minus)\s*$", re.IGNORECASE)
+_NEW_CLAUSE = re.compile(
+    r"[,;:.?!=]|\b(?:is|are|was|were|be|been|equals?|makes?|making|gives?|giving|leaves?|leaving|becomes?|gets?|got|getting|"
+    r"so|thus|therefore|then|hence|or|but|which|who|means?|meaning|has|have|had|total|altogether|sum|results?|"
+    r"instead|not|if|when|while|because|since|add\w*|subtract\w*|multipl\w*|divid\w*|plus|minus|times|more|less|fewer|"
+    r"another|others?|each|costs?|needs?|sold|bought|paid|pays?|earn\w*|receiv\w*|spen[dt]\w*)\b|[\u4e00-\u9fff]",
+    re.IGNORECASE,
+)
+_SAYS = re.compile(r"\s*(?:is|are|makes?|equals?|gives?)(?: equal to| about)?\s*", re.IGNORECASE)
+_OPERATED = re.compile(r"[\d.\s()]+(?:(?:[-+*/]|\\times|\\cdot)[\d.\s()]+)+")
+
+
+def conclusion(text: str, gold: str) -> str:
+    """A normalized answer without the steps and remarks that are none of its formulas; `gold` may have their like."""
+    if not _ARROW.search(gold):
+        depth, start = 0, 0
+        for arrow in _ARROW.finditer(text):
+            depth = text.count("{", 0, arrow.start()) - text.count("}", 0, arrow.start())
+            if depth == 0:
+                start = arrow.end()
+        text = text[start:] or text
+    text = _NEXT.sub(r"\1, ", text)
+    return text if "(" in gold or "(" not in text else _without_remarks(text)
+
+
+def _without_remarks(text: str) -> str:
+    """`72 clips (48 in April and 24 in May)` as `72 clips`."""
+
+    def dropped(match: re.Match[str]) -> str:
+        inner, before = match[1], text[: match.start()]
+        if not re.search(r"\d", before) or not re.search(r"[\w%}]$", before):
+            return match.group()
+        if _SECOND_THOUGHT.match(inner):
+            return match.group()
+        if not re.search(r"\d", inner):
+            # The unit between two equations: `48/2 = 24(个), 48+24 = 72(个)`.
+            return f" {inner} " if re.fullmatch(r"[\u4e00-\u9fff]{1,3}", inner) else match.group()
+        if _WORD.search(inner) or ("=" in inner and match.group()[0] == " "):
+            return " "
+        worded = re.search(r"[A-Za-z]{3,}$|[\u4e00-\u9fff]$", before) and not re.search(r"\\[A-Za-z]+$", before)
+        last = re.search(r"(?:^|\s)(-?[\d.]+)$", before)
+        same = last and match.group()[0] == " " and _OPERATED.fullmatch(inner) and same_formula(last[1], inner)
+        return " " if (worded and match.group()[0] == " ") or same else match.group()
+
+    return _REMARK.sub(dropped, text).strip()
+
+
+def result_of(found: tuple[Piece, ...], kind: Kind) -> tuple[Piece, ...]:
+    """What of an answer is compared with a reference of one formula: one where it is clear which one, or else several."""
+    # "8, not 7" is 8.
+    found = tuple(piece for piece in found if not piece.negated) or found
+    if len(found) < 2:
+        return found
+    open_choice = any(re.search(r"\bor\b|或", piece.lead) for piece in found[1:])
+    last = max((i for i, piece in enumerate(found) if piece.computed), default=None)
+    if last is not None and not open_choice:
+        group = found if kind != "announced" else found[: _first(found)]
+        chain = all(piece.computed for piece in group) and group[-1] is found[len(group) - 1]
+        if chain and len(group) > 1:
+            return group[-1:]
+        if kind != "announced" and (last == len(found) - 1 or _only_asides(found[last + 1 :])):
+            if kind == "prose" or all(piece.computed for piece in found[: last + 1]):
+                return (found[last],)
+    if not open_choice and (total := _total(found)):
+        return (total,)
+    *before, end = found
+    if kind == "whole" and _SAYS.fullmatch(end.lead) and number(end.expr):
+        if len(before) > 1 or _OPERATED.fullmatch(before[0].expr):
+            return (end,)
+    return group_of(found, kind)
+
+
+def group_of(found: tuple[Piece, ...], kind: Kind) -> tuple[Piece, ...]:
+    """The pieces that are the answer: all, or of a text the first or last ones that are linked to each other."""
+    found = tuple(piece for piece in found if not piece.negated) or found
+    if kind == "whole" or len(found) < 2:
+        return found
+    return found[: _first(found)] if kind == "announced" else found[_last(found) :]
+
+
+def _first(found: tuple[Piece, ...]) -> int:
+    return next((i for i in range(1, len(found)) if not found[i].linked), len(found))
+
+
+def _last(found: tuple[Piece, ...]) -> int:
+    return next((i for i in range(len(found) - 1, 0, -1) if not found[i].linked), 0)
+
+
+def _only_asides(behind: tuple[Piece, ...]) -> bool:
+    """Whether the numbers behind a result belong to it: `= 50 miles for 5 days`, not `= 12 from 50 leaves 38`."""
+    if not all(number(piece.expr) for piece in behind) or not _ASIDE.search(behind[0].lead):
+        return False
+    return not any(_NEW_CLAUSE.search(piece.lead) or _OPERAND.search(piece.lead) for piece in behind)
+
+
+def _total(found: tuple[Piece, ...]) -> Piece | None:
+    """The one piece that is called a total: `April: 48, May: 24, total: 72`."""
+    named = [i for i, piece in enumerate(found) if _TOTAL.search(piece.lead)]
+    named += [i - 1 for i in range(1, len(found)) if _TOTAL_BEHIND.search(found[i].lead)]
+    return found[named[0]] if len(set(named)) == 1 else None
