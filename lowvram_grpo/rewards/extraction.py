@@ -15,10 +15,10 @@ _TAGS = re.compile(r"</?(?:think|answer)>")
 _BRACE = re.compile(r"(?<!\\)[{}]")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)|\\boxed\s*(?=\d)")
 _ANNOUNCED = re.compile(
-    r"(?:\b[Aa]nswer|ANSWER|\b(?:correct|right|best)\s+(?:option|choice|statement))s?\b"
+    r"(?:\b[Aa]ns(?:wer)?|ANSWER|\b(?:correct|right|best)\s+(?:option|choice|statement))s?\b"
     r"(?:\s+(?:to|for|of|in)\b[^.:=\n]{0,80}?)?[*_\s)]*"
     r"(?:\b(?:is|are|was|would be|should be|must be|equals)\b\s*[:：]?|[:：=])(?!\s*=)[*_\s]*(?!\s*\n)"
-    r"|(?:答案|答)(?:应该|应当|应|就)?\s*(?:是|为|选)?\s*[:：]?\s*(?:是|为|选)?[:：]?\s*"
+    r"|(?:答案|答)(?:应该|应当|应|就)?\s*(?:是|为|选)?\s*[:：]?\s*(?:(?:是|为|选)[:：]?(?!\W*$))?\s*"
     r"|(?:故|所以|因此|应|正确选项(?:是|为)|正确的是)\s*选?择?\s*[:：]?\s*(?=[(（]?[A-J](?![A-Za-z]))"
 )
 # A heading "Answer" or "Final answer:" with the answer on a line of its own.
@@ -45,14 +45,20 @@ _MARKS = re.compile(r"</?s>|<\|[\w ]+\|>|<(?:eos|pad|end_of_turn)>|\[/?INST\]")
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 # What is said to the reader behind the answer. "If you have 3 apples" is none.
 _COURTESY = re.compile(
-    r"\W*(?:(?:please |just )?(?:let me know|feel free|don't hesitate|do not hesitate)|(?:i |we )?hope (?:this|that|it|you|i)\b"
-    r"|(?:good luck|well done|great job|good job|happy to help|glad to help|thank you|thanks|you're welcome|enjoy)\b"
-    r"|(?:have a|keep) (?:great|nice|good|practi|up the)|would you like|is there anything|can i help|any (?:other|more|further) "
-    r"|(?:if|do|should) you\b.*\b(?:questions?|help|clarification|explanations?|doubts?|let me know|feel free|assist\w*)\b"
-    r"|希望(?:这|以上|上述|我|能|可以|对|本|你|您|大家)|(?:如果|如)?(?:你|您|大家)?(?:还)?有\S*(?:问题|疑问)|如果\S*(?:问题|疑问|帮助|告诉|不明白)"
-    r"|请随时|欢迎|祝(?:你|您|学习)|谢谢|感谢|加油|需要\S*(?:帮助|解释)|(?:你|您)还\S*吗)",
+    r"\W*(?:(?:please |just )?(?:let me know|feel free|(?:don't|do not) hesitate)\b"
+    r"|(?:i |we )?hope (?:this|that|it|you|i|my)\b.*\b(?:help\w*|clear\w*|useful|understand|correct|right|enjoy|sense|well)\b"
+    r"|(?:good luck|happy to help|glad to help|thank you|thanks(?! to)|you're welcome|would you like|is there anything|can i help)\b"
+    r"|(?:well done|great job|good job|enjoy)\s*[!.,]|(?:have a|keep) (?:great|nice|good|practi|up the)"
+    r"|(?:do you have )?any (?:other |more |further )?questions?\b"
+    r"|(?:if|do|should) you (?:have|need|want|would|still|are|require)\b.*"
+    r"\b(?:questions?|doubts?|(?:more|any|further) (?:help|assistance)|clarification|let me know|feel free|ask)\b"
+    r"|希望.*(?:帮助|有用|清楚|理解|明白|满意|喜欢|进步|正确)|如果.*(?:告诉我|问我|提问|随时|帮助)"
+    r"|(?:你|您|大家)?还?有(?:任何|其他|其它|什么|更多|不懂|不明白|疑问)|请随时|欢迎(?:随时|提问|继续|你|您)"
+    r"|祝(?:你|您|大家|学习)|谢谢|感谢(?:你|您)|加油\W*$|需要(?:任何|其他|更多|我|进一步)|(?:你|您)还\S*吗)",
     re.IGNORECASE | re.DOTALL,
 )
+# "It's 72!" is no factorial, `72!` and `$n!$` are.
+_EXCLAIMED = re.compile(r"([^\\$]*(?:[A-Za-z]{2}|[A-Za-z]'[a-z]|[\u4e00-\u9fff])[^\\$]*\d)[!！]+", re.DOTALL)
 # Characters. A longer text is no answer but a solution.
 _LONGEST = 600
 _TAIL = 3000
@@ -149,6 +155,8 @@ def _within(text: str, *, tagged: bool) -> Answer | None:
     if announced := _announced(plain):
         return announced
     plain = _without_reason(plain)
+    if exclaimed := _EXCLAIMED.fullmatch(plain):
+        plain = exclaimed[1]
     if not tagged and (formula := _FORMULA_END.search(plain)) and not _LINKED.search(plain[: formula.start()]):
         return Answer(formula[1] or formula[2], "whole")
     if "\n" not in plain and len(plain) <= _LONGEST and len(_WORDS.findall(plain)) <= 3:

@@ -40,7 +40,7 @@ _NEGATION = re.compile(
     r"(?:\b(?:not|never|neither|nor)|n't|不是?)(?:\s+(?:equal to|exactly|about|just))?\s*$", re.IGNORECASE
 )
 _MEASURE_WORD = re.compile("^[个的只名条本张件位辆颗棵把支朵头匹]+(?=.)|(?:多|左右)$")
-_CALCULATED = re.compile(r"\d.*(?:[-+*/^]|\\(?:times|cdot|frac)(?![A-Za-z])).*(?<![<>!:])=\s*[^=]*\d", re.DOTALL)
+_CALCULATED = re.compile(r"(?:\d.*(?:[-+*/^]|\\(?:times|cdot)(?![A-Za-z]))|\\frac).*(?<![<>!:])=\s*[^=]*\d", re.DOTALL)
 _RESULT = re.compile(r"(?<![<>!:])=\s*[^=]*\d[^=]*$")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])\s*")
 

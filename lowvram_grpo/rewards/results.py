@@ -19,12 +19,15 @@ _REMARK = re.compile(r"\s*\(([^()]*)\)")
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!sin|cos|tan|log|ln|mod|base|sqrt)[A-Za-z]{2,}|[\u4e00-\u9fff]")
 # Such a remark takes back or adds to what stands before it.
 _SECOND_THOUGHT = re.compile(
-    r"\s*(?:or|and|plus|no|wait|actually|but|maybe|or|about|approx\w*|rather|correct\w*|should|sometimes|up to|"
-    r"now|mod|base|per|more|less|at|through|to|或|和|应|不|大约)(?![A-Za-z])|\s*\\",
+    r"\s*(?:or|and|plus|no|wait|actually|but|maybe|about|approx\w*|rather|correct\w*|should|sometimes|up to|"
+    r"now|mod|base|per|more|less|at|through|to|或|和|应|不|大约)(?![A-Za-z])"
+    r"|\s*\\|.*\b(?:should|wrong|instead|mistake|rather|or)\b",
     re.IGNORECASE,
 )
-_TOTAL = re.compile(r"\b(?:total|sum|altogether|in all|overall)\b(?!\s*[-+*/])[^\d,;.?]*$|(?:一共|总共|共|总计|合计)[^,;.]*$", re.IGNORECASE)
-_TOTAL_BEHIND = re.compile(r"^\s*[A-Za-z ]{0,30}?\b(?:altogether|in total|in all)\b", re.IGNORECASE)
+_NAMED_TOTAL = re.compile(r"\btotal(?: [a-z]+)? (?:is|was|=)\s*$|\btotal(?: [a-z]+)?: *$", re.IGNORECASE)
+_TOTAL = re.compile(
+    r"\b(?:total|sum|altogether|in all|overall)\b[^\d,;.?]*$|(?:一共|总共|共|总计|合计)[^,;.]*$", re.IGNORECASE
+)
 # What may stand between a result and a number that only says for what, when or how long it is.
 _ASIDE = re.compile(
     r"\b(?:in|on|for|after|of|over|with|at|during|within|before|until|to (?!get\b|give\b|make\b|find\b|reach\b)[a-z]+)\b",
@@ -35,20 +38,23 @@ _NEW_CLAUSE = re.compile(
     r"[,;:.?!=]|\b(?:is|are|was|were|be|been|equals?|makes?|making|gives?|giving|leaves?|leaving|becomes?|gets?|got|getting|"
     r"so|thus|therefore|then|hence|or|but|which|who|means?|meaning|has|have|had|total|altogether|sum|results?|"
     r"instead|not|if|when|while|because|since|add\w*|subtract\w*|multipl\w*|divid\w*|plus|minus|times|more|less|fewer|"
-    r"another|others?|each|costs?|needs?|sold|bought|paid|pays?|earn\w*|receiv\w*|spen[dt]\w*)\b|[\u4e00-\u9fff]",
+    r"another|others?|each|half|twice|average|costs?|needs?|sold|bought|paid|pays?|earn\w*|receiv\w*|spen[dt]\w*)\b|[\u4e00-\u9fff]",
     re.IGNORECASE,
 )
 _SAYS = re.compile(r"\s*(?:is|are|makes?|equals?|gives?)(?: equal to| about)?\s*", re.IGNORECASE)
+_SO = re.compile(r"[\s,;]*(?:so|thus|therefore|hence)\b", re.IGNORECASE)
+_SOLVED = re.compile(r"([A-Za-z])\s*=\s*-?(?:[\d.]+(?:\s*/\s*\d+)?|\\frac\{\d+\}\{\d+\})")
 _OPERATED = re.compile(r"[\d.\s()]+(?:(?:[-+*/]|\\times|\\cdot)[\d.\s()]+)+")
 
 
 def conclusion(text: str, gold: str) -> str:
     """A normalized answer without the steps and remarks that are none of its formulas; `gold` may have their like."""
     if not _ARROW.search(gold):
-        depth, start = 0, 0
+        start = 0
         for arrow in _ARROW.finditer(text):
-            depth = text.count("{", 0, arrow.start()) - text.count("}", 0, arrow.start())
-            if depth == 0:
+            before = text[: arrow.start()]
+            # Not the arrow of a limit.
+            if before.count("{") == before.count("}") and re.search(r"\d", before):
                 start = arrow.end()
         text = text[start:] or text
     text = _NEXT.sub(r"\1, ", text)
@@ -83,23 +89,45 @@ def result_of(found: tuple[Piece, ...], kind: Kind) -> tuple[Piece, ...]:
     found = tuple(piece for piece in found if not piece.negated) or found
     if len(found) < 2:
         return found
-    open_choice = any(re.search(r"\bor\b|或", piece.lead) for piece in found[1:])
-    last = max((i for i, piece in enumerate(found) if piece.computed), default=None)
-    if last is not None and not open_choice:
-        group = found if kind != "announced" else found[: _first(found)]
-        chain = all(piece.computed for piece in group) and group[-1] is found[len(group) - 1]
-        if chain and len(group) > 1:
-            return group[-1:]
-        if kind != "announced" and (last == len(found) - 1 or _only_asides(found[last + 1 :])):
-            if kind == "prose" or all(piece.computed for piece in found[: last + 1]):
-                return (found[last],)
-    if not open_choice and (total := _total(found)):
-        return (total,)
+    if any(re.search(r"\b(?:or|vs)\b|或", piece.lead) for piece in found[1:]):
+        return group_of(found, kind)
     *before, end = found
-    if kind == "whole" and _SAYS.fullmatch(end.lead) and number(end.expr):
-        if len(before) > 1 or _OPERATED.fullmatch(before[0].expr):
+    if kind == "prose":
+        last = max((i for i, piece in enumerate(found) if piece.computed), default=None)
+        if last is not None and _only_asides(found[last + 1 :]):
+            return (found[last],)
+        totals = [i for i, piece in enumerate(found) if _NAMED_TOTAL.search(piece.lead)]
+        if len(totals) == 1 and not any(_NEW_CLAUSE.search(piece.lead.strip(" ,:")) for piece in found[totals[0] + 1 :]):
+            return (found[totals[0]],)
+        return group_of(found, kind)
+    group = found[: _first(found)] if kind == "announced" else found
+    if len(group) > 1 and all(_is_step(piece) for piece in group):
+        return group[-1:]
+    if _TOTAL.search(end.lead):
+        return (end,)
+    if kind == "whole" and _solves(end, before):
+        return (end,)
+    if kind == "whole" and number(end.expr):
+        if _SO.match(end.lead) and all(piece.computed for piece in before):
             return (end,)
+        if _SAYS.fullmatch(end.lead) and (len(before) > 1 or _OPERATED.fullmatch(before[0].expr)):
+            return (end,)
+    if kind == "whole" and (steps := [piece for piece in found if _is_step(piece)]):
+        if found[: len(steps)] == tuple(steps) and _only_asides(found[len(steps) :]):
+            return (steps[-1],)
     return group_of(found, kind)
+
+
+def _is_step(piece: Piece) -> bool:
+    """Whether it is a calculation and its result. Of `x = 1+1 = 2, y = 3` both may be meant."""
+    return piece.computed and not re.match(r"\s*[A-Za-z]\s*=", piece.expr)
+
+
+def _solves(end: Piece, before: list[Piece]) -> bool:
+    """Whether `x = 5` stands behind equations that are about x: `2x = 10`, but no other value of it."""
+    solved = _SOLVED.fullmatch(end.expr)
+    unknown = re.compile(rf"\d\s*\*?\s*{solved[1]}(?![A-Za-z])|(?<![A-Za-z]){solved[1]}\s*[-+*/^]") if solved else None
+    return bool(solved) and all("=" in piece.expr and unknown.search(piece.expr) for piece in before)
 
 
 def group_of(found: tuple[Piece, ...], kind: Kind) -> tuple[Piece, ...]:
@@ -120,13 +148,10 @@ def _last(found: tuple[Piece, ...]) -> int:
 
 def _only_asides(behind: tuple[Piece, ...]) -> bool:
     """Whether the numbers behind a result belong to it: `= 50 miles for 5 days`, not `= 12 from 50 leaves 38`."""
+    if not behind:
+        return True
+    if any(re.search(r"\band\b", piece.lead) for piece in behind[:-1]):
+        return False
     if not all(number(piece.expr) for piece in behind) or not _ASIDE.search(behind[0].lead):
         return False
     return not any(_NEW_CLAUSE.search(piece.lead) or _OPERAND.search(piece.lead) for piece in behind)
-
-
-def _total(found: tuple[Piece, ...]) -> Piece | None:
-    """The one piece that is called a total: `April: 48, May: 24, total: 72`."""
-    named = [i for i, piece in enumerate(found) if _TOTAL.search(piece.lead)]
-    named += [i - 1 for i in range(1, len(found)) if _TOTAL_BEHIND.search(found[i].lead)]
-    return found[named[0]] if len(set(named)) == 1 else None
