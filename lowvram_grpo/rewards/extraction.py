@@ -33,6 +33,7 @@ _CLAUSE = re.compile(
     r"thus|hence|not|instead)\b|，?(?:因为|由于|所以|因此|而不是)"
 )
 _REASON = re.compile(r"(?<=\w)[,;]?\s*\b(?:because|since|given that|due to)\b|(?<=\w)[，,]?\s*(?:因为|由于)")
+_REASONED = re.compile(r"=\s*\$?(\d(?:[\d,.]*\d)?)\W*$")
 _DISPLAY = re.compile(r"\s*(\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\$(?:\\.|[^$\\\n])+\$)", re.DOTALL)
 _FORMULA_END = re.compile(
     r"(?:\\\((.+?)\\\)|(?<![\\$\d])\$(?![\s$])((?:\\.|[^$\\\n])+?)(?<!\s)\$)[\s.!。*]*$", re.DOTALL
@@ -221,7 +222,17 @@ def _last_sentence(text: str) -> Answer | None:
 
 
 def _without_reason(text: str) -> str:
-    """What stands before the last sentence's "because", if that is where the answer is."""
+    """What stands before the last sentence's "because", if that is where the answer is.
+
+    Of "55 more until he has 300, because 300 - 245 = 55" it is what the reason comes to.
+    """
     start = text.rfind("\n") + 1
     reason = _REASON.search(text, start)
-    return text[: reason.start()] if reason and _FORMULA.search(text[start : reason.start()]) else text
+    if not reason or not _FORMULA.search(text[start : reason.start()]):
+        return text
+    claim = text[: reason.start()]
+    if (result := _REASONED.search(text, reason.end())) and (
+        said := re.search(rf"(?<![\d.,]){re.escape(result[1])}(?!\d|[.,]\d)[^\d]*", claim[start:])
+    ):
+        return claim[: start + said.end()]
+    return claim

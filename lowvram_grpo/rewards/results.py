@@ -97,7 +97,9 @@ def result_of(found: tuple[Piece, ...], kind: Kind) -> tuple[Piece, ...]:
         if last is not None and _only_asides(found[last + 1 :]):
             return (found[last],)
         totals = [i for i, piece in enumerate(found) if _NAMED_TOTAL.search(piece.lead)]
-        if len(totals) == 1 and not any(_NEW_CLAUSE.search(piece.lead.strip(" ,:")) for piece in found[totals[0] + 1 :]):
+        if len(totals) == 1 and not any(
+            _NEW_CLAUSE.search(piece.lead.strip(" ,:")) for piece in found[totals[0] + 1 :]
+        ):
             return (found[totals[0]],)
         return group_of(found, kind)
     group = found[: _first(found)] if kind == "announced" else found

@@ -57,7 +57,11 @@ NUMBER_WORDS = {word: n for n, word in enumerate(_NUMBERS.split())} | {
 
 def letters(text: str) -> frozenset[str] | None:
     """The choices that a reference of letters alone names: `B`, `(B)`, `A, C`, `ACD`; None for any other text."""
-    text = re.sub(r"^(?:[Oo]ption|[Cc]hoice|(?:故|应|本题|因此|所以)?选[项择]?(?:是|为)?)\s*:?\s*(?=\W?[A-J])|(?<=[A-J])选?项$", "", text)
+    text = re.sub(
+        r"^(?:[Oo]ption|[Cc]hoice|(?:故|应|本题|因此|所以)?选[项择]?(?:是|为)?)\s*:?\s*(?=\W?[A-J])|(?<=[A-J])选?项$",
+        "",
+        text,
+    )
     if match := _LETTER.fullmatch(text):
         return frozenset(match[1])
     if _LETTERS.fullmatch(text):
