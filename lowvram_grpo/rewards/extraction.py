@@ -47,8 +47,10 @@ _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 # What is said to the reader behind the answer. "If you have 3 apples" is none.
 _COURTESY = re.compile(
     r"\W*(?:(?:please |just )?(?:let me know|feel free|(?:don't|do not) hesitate)\b"
-    r"|(?:i |we )?hope (?:this|that|it|you|i|my)\b.*\b(?:help\w*|clear\w*|useful|understand|correct|right|enjoy|sense|well)\b"
-    r"|(?:good luck|happy to help|glad to help|thank you|thanks(?! to)|you're welcome|would you like|is there anything|can i help)\b"
+    r"|(?:i |we )?hope (?:this|that|it|you|i|my)\b.*"
+    r"\b(?:help\w*|clear\w*|useful|understand|correct|right|enjoy|sense|well)\b"
+    r"|(?:good luck|happy to help|glad to help|thank you|thanks(?! to)|you're welcome)\b"
+    r"|(?:would you like|is there anything|can i help)\b"
     r"|(?:well done|great job|good job|enjoy)\s*[!.,]|(?:have a|keep) (?:great|nice|good|practi|up the)"
     r"|(?:do you have )?any (?:other |more |further )?questions?\b"
     r"|(?:if|do|should) you (?:have|need|want|would|still|are|require)\b.*"
@@ -59,7 +61,8 @@ _COURTESY = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 # "It's 72!" is no factorial, `72!` and `$n!$` are.
-_EXCLAIMED = re.compile(r"([^\\$]*(?:[A-Za-z]{2}|[A-Za-z]'[a-z]|[\u4e00-\u9fff])[^\\$]*\d)[!！]+", re.DOTALL)
+_EXCLAIMED = re.compile(r"(?<=\d)[!！]+$")
+_SPOKEN = re.compile(r"[A-Za-z]{2}|[A-Za-z]'[a-z]|[\u4e00-\u9fff]")
 # Characters. A longer text is no answer but a solution.
 _LONGEST = 600
 _TAIL = 3000
@@ -156,8 +159,8 @@ def _within(text: str, *, tagged: bool) -> Answer | None:
     if announced := _announced(plain):
         return announced
     plain = _without_reason(plain)
-    if exclaimed := _EXCLAIMED.fullmatch(plain):
-        plain = exclaimed[1]
+    if not re.search(r"[\\$]", plain) and _SPOKEN.search(plain):
+        plain = _EXCLAIMED.sub("", plain)
     if not tagged and (formula := _FORMULA_END.search(plain)) and not _LINKED.search(plain[: formula.start()]):
         return Answer(formula[1] or formula[2], "whole")
     if "\n" not in plain and len(plain) <= _LONGEST and len(_WORDS.findall(plain)) <= 3:

@@ -40,8 +40,7 @@ _NEGATION = re.compile(
     r"(?:\b(?:not|never|neither|nor)|n't|不是?)(?:\s+(?:equal to|exactly|about|just))?\s*$", re.IGNORECASE
 )
 _MEASURE_WORD = re.compile("^[个的只名条本张件位辆颗棵把支朵头匹]+(?=.)|(?:多|左右)$")
-_CALCULATED = re.compile(r"(?:\d.*(?:[-+*/^]|\\(?:times|cdot)(?![A-Za-z]))|\\frac).*(?<![<>!:])=\s*[^=]*\d", re.DOTALL)
-_RESULT = re.compile(r"(?<![<>!:])=\s*[^=]*\d[^=]*$")
+_OPERATOR = re.compile(r"[-+*/^]|\\(?:times|cdot)(?![A-Za-z])")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])\s*")
 
 
@@ -91,7 +90,7 @@ def pieces(text: str) -> tuple[Piece, ...]:
         if expr:
             piece, links = _piece(expr, "".join(before), "".join(after))
             linked = clean and bool(found)
-            computed = bool(_CALCULATED.search(expr)) or (len(found) > item and bool(_RESULT.search(expr)))
+            computed = _is_calculation(expr, continued=len(found) > item)
             if len(found) > item and "=" in expr:
                 # The result of `20 seconds - 2 seconds = 18 seconds`.
                 linked = linked and all(part.linked for part in found[item:])
@@ -229,6 +228,15 @@ def _piece(expr: str, before: str, after: str) -> tuple[Piece, bool]:
     label = _content(tuple(_WORDS.findall(before)))
     negated = bool(_NEGATION.search(before))
     return Piece(expr, unit, _content(rest), label, True, negated, attached[1] if attached else ""), not rest
+
+
+def _is_calculation(expr: str, *, continued: bool) -> bool:
+    """Whether numbers are put together on its left side, or before it (`continued`), and one is on its last side."""
+    left, equals, result = expr.rpartition("=")
+    if not equals or left.endswith(("<", ">", "!", ":")) or not re.search(r"\d", result):
+        return False
+    first = re.search(r"\d", left)
+    return continued or bool(first and (r"\frac" in left or _OPERATOR.search(left, first.end())))
 
 
 def _unit_sign(expr: str) -> tuple[str, str]:

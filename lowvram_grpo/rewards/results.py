@@ -1,6 +1,7 @@
 r"""Which of an answer's formulas is its result, where a reply writes its way to it: `48/2 = 24, 48+24 = 72`.
 
-Rather none than a wrong one: where words leave it open which number is meant, all of them stay, and equal no single one.
+Rather none than a wrong one: where words leave it open which number is meant, all of them stay, and several equal no
+single one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _TOTAL = re.compile(
 )
 # What may stand between a result and a number that only says for what, when or how long it is.
 _ASIDE = re.compile(
-    r"\b(?:in|on|for|after|of|over|with|at|during|within|before|until|to (?!get\b|give\b|make\b|find\b|reach\b)[a-z]+)\b",
+    r"\b(?:in|on|for|after|of|over|with|at|during|within|before|until|to (?!(?:get|give|make|find|reach)\b)[a-z]+)\b",
     re.IGNORECASE,
 )
 _OPERAND = re.compile(r"\b(?:to|from|by|than|as|times|plus|minus)\s*$", re.IGNORECASE)
@@ -84,7 +85,7 @@ def _without_remarks(text: str) -> str:
 
 
 def result_of(found: tuple[Piece, ...], kind: Kind) -> tuple[Piece, ...]:
-    """What of an answer is compared with a reference of one formula: one where it is clear which one, or else several."""
+    """What of an answer is compared with a reference of one formula: one piece if it is clear which, else several."""
     # "8, not 7" is 8.
     found = tuple(piece for piece in found if not piece.negated) or found
     if len(found) < 2:
@@ -107,16 +108,16 @@ def result_of(found: tuple[Piece, ...], kind: Kind) -> tuple[Piece, ...]:
         return group[-1:]
     if _TOTAL.search(end.lead):
         return (end,)
-    if kind == "whole" and _solves(end, before):
-        return (end,)
-    if kind == "whole" and number(end.expr):
-        if _SO.match(end.lead) and all(piece.computed for piece in before):
+    if kind == "whole":
+        if _solves(end, before):
             return (end,)
-        if _SAYS.fullmatch(end.lead) and (len(before) > 1 or _OPERATED.fullmatch(before[0].expr)):
+        if number(end.expr) and _SO.match(end.lead) and all(piece.computed for piece in before):
             return (end,)
-    if kind == "whole" and (steps := [piece for piece in found if _is_step(piece)]):
-        if found[: len(steps)] == tuple(steps) and _only_asides(found[len(steps) :]):
-            return (steps[-1],)
+        if number(end.expr) and _SAYS.fullmatch(end.lead) and (len(before) > 1 or _OPERATED.fullmatch(before[0].expr)):
+            return (end,)
+        steps = sum(_is_step(piece) for piece in found)
+        if steps and all(map(_is_step, found[:steps])) and _only_asides(found[steps:]):
+            return (found[steps - 1],)
     return group_of(found, kind)
 
 

@@ -140,8 +140,9 @@ NEIGHBOURS = [
     ("5!", "5", 0),
     ("$5!$", "120", 1),
 ]
-LEAD_INS = ["选B", "选：B", "故选B。", "本题选B", "选择B", "选项B", "B选项", "答案:B", "答案选B", "正确答案是B",
-            "Answer: B", "Answer: (B)", "ans: B", "The answer is B.", "The correct option is B", "Option B"]  # fmt: skip
+LEAD_INS = ["选B", "选：B", "故选B。", "本题选B", "选择B", "选项B", "B选项", "答案:B", "答案选B",
+            "正确答案是B", "Answer: B", "Answer: (B)", "ans: B",
+            "The answer is B.", "The correct option is B", "Option B"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ENDINGS)
