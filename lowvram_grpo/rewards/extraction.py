@@ -43,6 +43,8 @@ _WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z({])|[\u4e00-\u9fff]{
 _FORMULA = re.compile(r"\d|\\[A-Za-z]|[$π√∞]")
 # What a tokenizer of another family would have cut off, and GSM8K's marks for a calculator: `48+24=<<48+24=72>>72`.
 _MARKS = re.compile(r"</?s>|<\|[\w ]+\|>|<(?:eos|pad|end_of_turn)>|\[/?INST\]")
+# Not the arrows among them.
+_EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u2793\u2795-\u279b\u279d-\u27bf\ufe0f\u200d]+")
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 # What is said to the reader behind the answer. "If you have 3 apples" is none.
 _COURTESY = re.compile(
@@ -106,7 +108,7 @@ def _answer_of(reply: str) -> Answer | None:
         text = final
     elif "<answer>" in text:
         text = text[text.rindex("<answer>") :]
-    text = _CALCULATOR.sub("", _MARKS.sub("\n", _TAGS.sub(" ", text))).strip()
+    text = _CALCULATOR.sub("", _MARKS.sub("\n", _EMOJI.sub(" ", _TAGS.sub(" ", text)))).strip()
     if not text:
         return None
     if boxes := _boxes(text):

@@ -95,8 +95,9 @@ def pieces(text: str) -> tuple[Piece, ...]:
                 # The result of `20 seconds - 2 seconds = 18 seconds`.
                 linked = linked and all(part.linked for part in found[item:])
                 piece = piece._replace(expr=piece.expr.rsplit("=", 1)[-1].strip())
-                lead = found[item].lead
+                expr, lead = "", found[item].lead
                 del found[item:]
+            lead += ":" * expr.startswith(":")
             found.append(piece._replace(linked=linked, computed=computed, lead=lead))
             clean, before = links, []
         elif after:

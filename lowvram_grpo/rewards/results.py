@@ -11,12 +11,14 @@ import re
 from lowvram_grpo.rewards.comparison import same_formula
 from lowvram_grpo.rewards.extraction import Kind
 from lowvram_grpo.rewards.figures import number
+from lowvram_grpo.rewards.notation import DOLLAR
 from lowvram_grpo.rewards.pieces import Piece
 
 _ARROW = re.compile(r"\s*(?:=>|->|[⇒➜➔⟹]|\\(?:to|[rR]ightarrow|implies|Longrightarrow)(?![A-Za-z]))\s*")
 # `48/2=24 48+24=72`: a number behind a result begins the next equation.
 _NEXT = re.compile(r"(=\s*-?[\d.]+)\s+(?=[\d.]+\s*(?:[-+*/]|\\times|\\cdot)[^=]*=)")
-_REMARK = re.compile(r"\s*\(([^()]*)\)")
+# No factor: `he averages (60+72+42)/3`.
+_REMARK = re.compile(r"\s*\(([^()]*)\)(?!\s*[-+*/^=\\\d])")
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!sin|cos|tan|log|ln|mod|base|sqrt)[A-Za-z]{2,}|[\u4e00-\u9fff]")
 # Such a remark takes back or adds to what stands before it.
 _SECOND_THOUGHT = re.compile(
@@ -45,6 +47,7 @@ _NEW_CLAUSE = re.compile(
 _SAYS = re.compile(r"\s*(?:is|are|makes?|equals?|gives?)(?: equal to| about)?\s*", re.IGNORECASE)
 _SO = re.compile(r"[\s,;]*(?:so|thus|therefore|hence)\b", re.IGNORECASE)
 _SOLVED = re.compile(r"([A-Za-z])\s*=\s*-?(?:[\d.]+(?:\s*/\s*\d+)?|\\frac\{\d+\}\{\d+\})")
+_NAMELY = re.compile(r":\s*$|\b(?:i\.\s?e|that is|namely)\b[^\d]{0,3}$", re.IGNORECASE)
 _OPERATED = re.compile(r"[\d.\s()]+(?:(?:[-+*/]|\\times|\\cdot)[\d.\s()]+)+")
 
 
@@ -77,8 +80,9 @@ def _without_remarks(text: str) -> str:
         if _WORD.search(inner) or ("=" in inner and match.group()[0] == " "):
             return " "
         worded = re.search(r"[A-Za-z]{3,}$|[\u4e00-\u9fff]$", before) and not re.search(r"\\[A-Za-z]+$", before)
-        last = re.search(r"(?:^|\s)(-?[\d.]+)$", before)
-        same = last and match.group()[0] == " " and _OPERATED.fullmatch(inner) and same_formula(last[1], inner)
+        last = re.search(rf"(?:^|\s){DOLLAR}?(-?[\d.]+)$", before)
+        sum_ = inner.replace(DOLLAR, "")
+        same = last and match.group()[0] == " " and _OPERATED.fullmatch(sum_) and same_formula(last[1], sum_)
         return " " if (worded and match.group()[0] == " ") or same else match.group()
 
     return _REMARK.sub(dropped, text).strip()
@@ -93,6 +97,11 @@ def result_of(found: tuple[Piece, ...], kind: Kind) -> tuple[Piece, ...]:
     if any(re.search(r"\b(?:or|vs)\b|或", piece.lead) for piece in found[1:]):
         return group_of(found, kind)
     *before, end = found
+    if kind != "announced":
+        if _solves(end, before):
+            return (end,)
+        if (at := _broken_down(found)) is not None:
+            return (found[at],)
     if kind == "prose":
         last = max((i for i, piece in enumerate(found) if piece.computed), default=None)
         if last is not None and _only_asides(found[last + 1 :]):
@@ -109,8 +118,6 @@ def result_of(found: tuple[Piece, ...], kind: Kind) -> tuple[Piece, ...]:
     if _TOTAL.search(end.lead):
         return (end,)
     if kind == "whole":
-        if _solves(end, before):
-            return (end,)
         if number(end.expr) and _SO.match(end.lead) and all(piece.computed for piece in before):
             return (end,)
         if number(end.expr) and _SAYS.fullmatch(end.lead) and (len(before) > 1 or _OPERATED.fullmatch(before[0].expr)):
@@ -131,6 +138,16 @@ def _solves(end: Piece, before: list[Piece]) -> bool:
     solved = _SOLVED.fullmatch(end.expr)
     unknown = re.compile(rf"\d\s*\*?\s*{solved[1]}(?![A-Za-z])|(?<![A-Za-z]){solved[1]}\s*[-+*/^]") if solved else None
     return bool(solved) and all("=" in piece.expr and unknown.search(piece.expr) for piece in before)
+
+
+def _broken_down(found: tuple[Piece, ...]) -> int | None:
+    """Where the number stands whose parts follow it and sum up to it: `72 clips: 48 in April and 24 in May`."""
+    for i in range(len(found) - 2):
+        if _NAMELY.search(found[i + 1].lead):
+            values = [number(piece.expr) for piece in found[i:]]
+            same = all(values) and values[0].value == sum(value.value for value in values[1:])
+            return i if same else None
+    return None
 
 
 def group_of(found: tuple[Piece, ...], kind: Kind) -> tuple[Piece, ...]:

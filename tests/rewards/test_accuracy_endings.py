@@ -53,6 +53,8 @@ ENDINGS = {
         | Month | Clips |⏎|---|---|⏎| May | 24 |⏎| **Total** | **72** |
         April = 48, May = 24, Total = 72
         April: 48 clips, May: 24 clips, total: 72 clips
+        72 clips: 48 in April and 24 in May.
+        72 clips, i.e., 48 in April and 24 in May.
         The total is 72 clips, 48 in April and 24 in May.
         答：4月和5月一共卖了72个发夹。
     """,
@@ -62,6 +64,7 @@ ENDINGS = {
         She sold a total of 72 clips (48 + 24 = 72).
         72 clips (48 + 24)
         Answer: 72 (48 + 24)
+        Final Answer: $72 ($48 + $24)
         72 (rounded)
         72个（4月48个，5月24个）
         72 in total, since 48+24=72
@@ -82,6 +85,7 @@ ENDINGS = {
     "signs behind and before": """
         It's 72!
         72 🎉
+        Hence the total: 48+24 = 72 ✅
         72</s>
         The answer is 72<|im_end|>
         72<|endoftext|>
@@ -105,7 +109,19 @@ NEIGHBOURS = [
     ("x = 2+2 = 4, y = 3+3 = 6", "6", 0),
     ("48/2 = 24, 48+24 = 72", "24, 72", 1),
     ("2x = 10, so x = 5", "5", 1),
+    ("<answer>2x + 3 = 13\n2x = 10\nx = 5</answer>", "5", 1),
+    ("<answer>2x + 3 = 13\n2x = 10\nx = 6</answer>", "5", 0),
     ("x = 4, x = 6", "6", 0),
+    ("He had 72 clips, sold 48 and has 24 left", "72", 0),
+    ("He had 72 clips, sold 48 and has 24 left", "24", 1),
+    ("3 boxes: 48 clips, 24 pins", "3", 0),
+    ("3/4 - 1/4 = 1/2, 1/2 * 3 = 3/2", "1.5", 1),
+    ("3/4 - 1/4 = 1/2, 1/2 * 3 = 5/2", "1.5", 0),
+    ("80,000 + 50,000 = 130,000, 200,000 - 130,000 = $70,000", "70000", 1),
+    ("80,000 + 50,000 = 130,000, 200,000 - 130,000 = $60,000", "70000", 0),
+    ("5*4 = 20, 20/2 = 10 m", "10 cm", 0),
+    ("C (since 3*4=12)", "C", 1),
+    ("B (since 3*4=12, not C)", "C", 0),
     ("x → 0", "0", 0),
     ("72 clips (or 73)", "72", 0),
     ("72 (no, 73)", "72", 0),
@@ -115,6 +131,9 @@ NEIGHBOURS = [
     ("73 clips (72 with a discount)", "72", 0),
     ("50 (25 + 26)", "50", 0),
     ("2 (3 + 4)", "14", 1),
+    ("If he spends 1/3 at each of the 3 speeds, he averages (60+72+42)/3 = 58 mph.", "58", 1),
+    ("If 80% flower, there are (80/100)*35=28 plants with flowers.", "28", 1),
+    ("If 80% flower, there are (80/100)*35=29 plants with flowers.", "28", 0),
     ("101 (base 2)", "101_2", 1),
     ("So he walks 2*3 = 6 miles in 2 hours and 12 miles in 4 hours", "6", 0),
     ("So he walks 3*2 = 6 miles in 2 hours so 3 miles per hour", "3", 1),
