@@ -24,6 +24,7 @@ _COEFFICIENT = re.compile(r"-\s*[A-Za-z]|-?\s*(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d
 _UNKNOWN = re.compile(r"(?<![A-Za-z\\])[xyz](?![A-Za-z])")
 _SUBSCRIPT = re.compile(r"_\{?\w+\}?")
 _SYMBOL = re.compile(r"\s*(?:\\[A-Za-z]+|[A-Za-z])(?:_\{?\w+\}?)?(?:\s*\([\w\s,]*\))?\s*")
+_ARITHMETIC = re.compile(r"(?:[\d.\s()+*/^{}-]|\\(?:times|cdot|frac)(?![A-Za-z]))+")
 _OPENING, _CLOSING = "([{", ")]}"
 _TRIG_DEGREES = re.compile(
     r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{?\d+\}?)?)\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\\circ\s*[)}]?"
@@ -186,7 +187,9 @@ def _sides(gold: str, reply: str) -> tuple[str, str]:
         last = found[-1].strip()
         if (first := number(found[0])) and (value := number(last)) and not same_number(first, value):
             return gold, ""
-        if len(found) == 2 and number(gold) and _SYMBOL.fullmatch(last) and number(found[0]):
+        # `5 = x`, and `72 = 48 + 24`, which says 72 even where the sum is wrong.
+        stated = _SYMBOL.fullmatch(last) or (not number(last) and _ARITHMETIC.fullmatch(last))
+        if len(found) == 2 and number(gold) and stated and number(found[0]):
             last = found[0].strip()
         return gold, last
     if len(found) == 1 and len(wanted) > 1:

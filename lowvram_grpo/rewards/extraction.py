@@ -15,10 +15,10 @@ _TAGS = re.compile(r"</?(?:think|answer)>")
 _BRACE = re.compile(r"(?<!\\)[{}]")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)|\\boxed\s*(?=\d)")
 _ANNOUNCED = re.compile(
-    r"(?:\b[Aa]nswer|ANSWER|\b(?:correct|right|best)\s+(?:option|choice|statement))s?\b"
+    r"(?:\b[Aa]ns(?:wer)?|ANSWER|\b(?:correct|right|best)\s+(?:option|choice|statement))s?\b"
     r"(?:\s+(?:to|for|of|in)\b[^.:=\n]{0,80}?)?[*_\s)]*"
     r"(?:\b(?:is|are|was|would be|should be|must be|equals)\b\s*[:：]?|[:：=])(?!\s*=)[*_\s]*(?!\s*\n)"
-    r"|(?:答案|答)(?:应该|应当|应|就)?\s*(?:是|为|选)?\s*[:：]?\s*(?:是|为|选)?[:：]?\s*"
+    r"|(?:答案|答)(?:应该|应当|应|就)?\s*(?:是|为|选)?\s*[:：]?\s*(?:(?:是|为|选)[:：]?(?!\W*$))?\s*"
     r"|(?:故|所以|因此|应|正确选项(?:是|为)|正确的是)\s*选?择?\s*[:：]?\s*(?=[(（]?[A-J](?![A-Za-z]))"
 )
 # A heading "Answer" or "Final answer:" with the answer on a line of its own.
@@ -33,6 +33,7 @@ _CLAUSE = re.compile(
     r"thus|hence|not|instead)\b|，?(?:因为|由于|所以|因此|而不是)"
 )
 _REASON = re.compile(r"(?<=\w)[,;]?\s*\b(?:because|since|given that|due to)\b|(?<=\w)[，,]?\s*(?:因为|由于)")
+_REASONED = re.compile(r"=\s*\$?(\d(?:[\d,.]*\d)?)\W*$")
 _DISPLAY = re.compile(r"\s*(\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\$(?:\\.|[^$\\\n])+\$)", re.DOTALL)
 _FORMULA_END = re.compile(
     r"(?:\\\((.+?)\\\)|(?<![\\$\d])\$(?![\s$])((?:\\.|[^$\\\n])+?)(?<!\s)\$)[\s.!。*]*$", re.DOTALL
@@ -40,6 +41,30 @@ _FORMULA_END = re.compile(
 _LINKED = re.compile(r"(?:\$|\\\)|\d)\s*(?:,|and|or|和|或|、|,\s*and)\s*$")
 _WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z({])|[\u4e00-\u9fff]{2,}")
 _FORMULA = re.compile(r"\d|\\[A-Za-z]|[$π√∞]")
+# What a tokenizer of another family would have cut off, and GSM8K's marks for a calculator: `48+24=<<48+24=72>>72`.
+_MARKS = re.compile(r"</?s>|<\|[\w ]+\|>|<(?:eos|pad|end_of_turn)>|\[/?INST\]")
+# Not the arrows among them.
+_EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u2793\u2795-\u279b\u279d-\u27bf\ufe0f\u200d]+")
+_CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+# What is said to the reader behind the answer. "If you have 3 apples" is none.
+_COURTESY = re.compile(
+    r"\W*(?:(?:please |just )?(?:let me know|feel free|(?:don't|do not) hesitate)\b"
+    r"|(?:i |we )?hope (?:this|that|it|you|i|my)\b.*"
+    r"\b(?:help\w*|clear\w*|useful|understand|correct|right|enjoy|sense|well)\b"
+    r"|(?:good luck|happy to help|glad to help|thank you|thanks(?! to)|you're welcome)\b"
+    r"|(?:would you like|is there anything|can i help)\b"
+    r"|(?:well done|great job|good job|enjoy)\s*[!.,]|(?:have a|keep) (?:great|nice|good|practi|up the)"
+    r"|(?:do you have )?any (?:other |more |further )?questions?\b"
+    r"|(?:if|do|should) you (?:have|need|want|would|still|are|require)\b.*"
+    r"\b(?:questions?|doubts?|(?:more|any|further) (?:help|assistance)|clarification|let me know|feel free|ask)\b"
+    r"|希望.*(?:帮助|有用|清楚|理解|明白|满意|喜欢|进步|正确)|如果.*(?:告诉我|问我|提问|随时|帮助)"
+    r"|(?:你|您|大家)?还?有(?:任何|其他|其它|什么|更多|不懂|不明白|疑问)|请随时|欢迎(?:随时|提问|继续|你|您)"
+    r"|祝(?:你|您|大家|学习)|谢谢|感谢(?:你|您)|加油\W*$|需要(?:任何|其他|更多|我|进一步)|(?:你|您)还\S*吗)",
+    re.IGNORECASE | re.DOTALL,
+)
+# "It's 72!" is no factorial, `72!` and `$n!$` are.
+_EXCLAIMED = re.compile(r"(?<=\d)[!！]+$")
+_SPOKEN = re.compile(r"[A-Za-z]{2}|[A-Za-z]'[a-z]|[\u4e00-\u9fff]")
 # Characters. A longer text is no answer but a solution.
 _LONGEST = 600
 _TAIL = 3000
@@ -83,7 +108,7 @@ def _answer_of(reply: str) -> Answer | None:
         text = final
     elif "<answer>" in text:
         text = text[text.rindex("<answer>") :]
-    text = _TAGS.sub(" ", text).strip()
+    text = _CALCULATOR.sub("", _MARKS.sub("\n", _EMOJI.sub(" ", _TAGS.sub(" ", text)))).strip()
     if not text:
         return None
     if boxes := _boxes(text):
@@ -127,7 +152,7 @@ def closing_brace(text: str, start: int) -> int | None:
 
 
 def _within(text: str, *, tagged: bool) -> Answer | None:
-    text = text[-_TAIL:]
+    text = _without_courtesy(text[-_TAIL:])
     if (hashes := list(_HASHES.finditer(text))) and (
         not text[hashes[-1].end() :].strip() or not _WORDS.search(normalize(hashes[-1][1][:_LONGEST]))
     ):
@@ -136,6 +161,8 @@ def _within(text: str, *, tagged: bool) -> Answer | None:
     if announced := _announced(plain):
         return announced
     plain = _without_reason(plain)
+    if not re.search(r"[\\$]", plain) and _SPOKEN.search(plain):
+        plain = _EXCLAIMED.sub("", plain)
     if not tagged and (formula := _FORMULA_END.search(plain)) and not _LINKED.search(plain[: formula.start()]):
         return Answer(formula[1] or formula[2], "whole")
     if "\n" not in plain and len(plain) <= _LONGEST and len(_WORDS.findall(plain)) <= 3:
@@ -168,14 +195,30 @@ def first_sentence(text: str) -> str:
     return text
 
 
-def _last_sentence(text: str) -> Answer | None:
-    """The last sentence with a digit or a formula in it, or else the last one."""
+def _sentence_ends(text: str) -> list[int]:
+    """Where sentences begin and end: 0, the ends, the length of the text."""
     ends = [0]
     for match in _SENTENCE_END.finditer(text):
         if not _ABBREVIATION.search(text[max(0, match.start() - 8) : match.start()]):
             ends.append(match.end())
-    ends.append(len(text))
-    sentences = [text[a:b].strip() for a, b in pairwise(ends)]
+    return [*ends, len(text)]
+
+
+def _without_courtesy(text: str) -> str:
+    """What stands before closing words to the reader, "I hope this helps!"; all of it if it is nothing else."""
+    end = len(text)
+    for start, stop in reversed(list(pairwise(_sentence_ends(text)))):
+        sentence = text[start:stop]
+        if re.search(r"\w", sentence):
+            if not _COURTESY.match(sentence) or "\\boxed" in sentence:
+                break
+            end = start
+    return text[:end].strip() or text
+
+
+def _last_sentence(text: str) -> Answer | None:
+    """The last sentence with a digit or a formula in it, or else the last one."""
+    sentences = [text[a:b].strip() for a, b in pairwise(_sentence_ends(text))]
     sentences = [s for s in sentences if s.strip(".!?。！？ \n")]
     if not sentences:
         return None
@@ -184,7 +227,17 @@ def _last_sentence(text: str) -> Answer | None:
 
 
 def _without_reason(text: str) -> str:
-    """What stands before the last sentence's "because", if that is where the answer is."""
+    """What stands before the last sentence's "because", if that is where the answer is.
+
+    Of "55 more until he has 300, because 300 - 245 = 55" it is what the reason comes to.
+    """
     start = text.rfind("\n") + 1
     reason = _REASON.search(text, start)
-    return text[: reason.start()] if reason and _FORMULA.search(text[start : reason.start()]) else text
+    if not reason or not _FORMULA.search(text[start : reason.start()]):
+        return text
+    claim = text[: reason.start()]
+    if (result := _REASONED.search(text, reason.end())) and (
+        said := re.search(rf"(?<![\d.,]){re.escape(result[1])}(?!\d|[.,]\d)[^\d]*", claim[start:])
+    ):
+        return claim[: start + said.end()]
+    return claim

@@ -18,6 +18,7 @@ from lowvram_grpo.rewards.extraction import Answer, answer_of
 from lowvram_grpo.rewards.figures import clock, date, moments, number
 from lowvram_grpo.rewards.notation import normalize, same_text
 from lowvram_grpo.rewards.pieces import Piece, pieces
+from lowvram_grpo.rewards.results import conclusion, group_of, result_of
 from lowvram_grpo.rewards.tags import completion_text
 from lowvram_grpo.rewards.words import NUMBER_WORDS, chosen, letters, option, says, word
 
@@ -99,7 +100,7 @@ def _read(reference: str) -> _Gold | None:
         choice, text = frozenset(lettered[0]), lettered[1] or text
     single = word(found.text) if choice is None else None
     formulas = single is None and (choice is None or bool(lettered and lettered[1]))
-    parts = _group(pieces(text), found.kind) if formulas else ()
+    parts = group_of(pieces(text), found.kind) if formulas else ()
     day, time = date(text), clock(text)
     if not (choice or single or parts or day):
         return None
@@ -136,26 +137,18 @@ def _right(gold: _Gold, answer: Answer) -> bool | None:
             return True
     if len(gold.pieces) == 1 and _COMMA_DECIMAL.fullmatch(text) and number(gold.pieces[0].expr):
         text = text.replace(",", ".")
-    found = pieces(text)
+    single = len(gold.pieces) == 1
+    found = pieces(conclusion(text, gold.text) if single else text)
     if not found:
         # Only to learn whether the reference can be read; a reply without mathematics is wrong then.
         return False
     if answer.kind == "whole" and set(_BOUND.findall(text)) - set(_BOUND.findall(gold.text)):
         return False
-    group = (
-        found[-len(gold.pieces) :] if answer.kind == "prose" and len(gold.pieces) > 1 else _group(found, answer.kind)
-    )
+    if single:
+        group = result_of(found, answer.kind)
+    else:
+        group = found[-len(gold.pieces) :] if answer.kind == "prose" else group_of(found, answer.kind)
     return same_pieces(gold.pieces, group, strict=answer.kind == "whole")
-
-
-def _group(found: tuple[Piece, ...], kind: str) -> tuple[Piece, ...]:
-    """The pieces that are the answer: all, or of a text the first or last ones that are linked to each other."""
-    # "8, not 7" is 8.
-    found = tuple(piece for piece in found if not piece.negated) or found
-    if kind == "whole" or len(found) < 2:
-        return found
-    starts = [0] + [i for i in range(1, len(found)) if not found[i].linked] + [len(found)]
-    return found[: starts[1]] if kind == "announced" else found[starts[-2] :]
 
 
 def _digits(text: str) -> str:

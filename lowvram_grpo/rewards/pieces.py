@@ -40,6 +40,7 @@ _NEGATION = re.compile(
     r"(?:\b(?:not|never|neither|nor)|n't|不是?)(?:\s+(?:equal to|exactly|about|just))?\s*$", re.IGNORECASE
 )
 _MEASURE_WORD = re.compile("^[个的只名条本张件位辆颗棵把支朵头匹]+(?=.)|(?:多|左右)$")
+_OPERATOR = re.compile(r"[-+*/^]|\\(?:times|cdot)(?![A-Za-z])")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])\s*")
 
 
@@ -54,6 +55,8 @@ class Piece(NamedTuple):
         linked: whether only units and separators stand between this piece and the one before.
         negated: whether "not" stands right before it.
         attached: a letter that stands behind the number without a space, which may be a unit or a variable.
+        computed: whether it is the result of a calculation: `48+24 = 72`, `20 seconds - 2 seconds = 18 seconds`.
+        lead: all text between the formula before and this one.
     """
 
     expr: str
@@ -63,6 +66,8 @@ class Piece(NamedTuple):
     linked: bool = True
     negated: bool = False
     attached: str = ""
+    computed: bool = False
+    lead: str = ""
 
 
 @lru_cache(maxsize=4096)
@@ -76,19 +81,24 @@ def pieces(text: str) -> tuple[Piece, ...]:
     after: list[str] = []
     clean = True  # nothing but separators since the last unit
     item = 0  # where the pieces since the last separator begin
+    gap: list[str] = []
+    lead = ""
 
     def close() -> None:
-        nonlocal run, after, before, clean
+        nonlocal run, after, before, clean, lead
         expr = "".join(run).strip()
         if expr:
             piece, links = _piece(expr, "".join(before), "".join(after))
             linked = clean and bool(found)
+            computed = _is_calculation(expr, continued=len(found) > item)
             if len(found) > item and "=" in expr:
                 # The result of `20 seconds - 2 seconds = 18 seconds`.
                 linked = linked and all(part.linked for part in found[item:])
                 piece = piece._replace(expr=piece.expr.rsplit("=", 1)[-1].strip())
+                expr, lead = "", found[item].lead
                 del found[item:]
-            found.append(piece._replace(linked=linked))
+            lead += ":" * expr.startswith(":")
+            found.append(piece._replace(linked=linked, computed=computed, lead=lead))
             clean, before = links, []
         elif after:
             before += after
@@ -103,8 +113,13 @@ def pieces(text: str) -> tuple[Piece, ...]:
             elif after:
                 run += after
                 after = []
+            if not "".join(run).strip():
+                lead = "".join(gap)
+            gap = []
             run.append(token)
-        elif kind == "space":
+            continue
+        gap.append(token)
+        if kind == "space":
             (after if after or not run else run).append(token)
         elif kind == "separator":
             close()
@@ -214,6 +229,15 @@ def _piece(expr: str, before: str, after: str) -> tuple[Piece, bool]:
     label = _content(tuple(_WORDS.findall(before)))
     negated = bool(_NEGATION.search(before))
     return Piece(expr, unit, _content(rest), label, True, negated, attached[1] if attached else ""), not rest
+
+
+def _is_calculation(expr: str, *, continued: bool) -> bool:
+    """Whether numbers are put together on its left side, or before it (`continued`), and one is on its last side."""
+    left, equals, result = expr.rpartition("=")
+    if not equals or left.endswith(("<", ">", "!", ":")) or not re.search(r"\d", result):
+        return False
+    first = re.search(r"\d", left)
+    return continued or bool(first and (r"\frac" in left or _OPERATOR.search(left, first.end())))
 
 
 def _unit_sign(expr: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ _OPTION = re.compile(
     r"(?:[(\[]\s*([A-J])\s*[)\]][.:]?|([A-J])(?:\s*[).:,]|\s+-))\s*(\S.*)?",
     re.IGNORECASE | re.DOTALL,
 )
+_REASONED = re.compile(r"[(\[]?([A-J])[)\].]?\s*\((?:since\b|because\b|as\b|因为)[^()]*\)", re.IGNORECASE)
 _NAMED = re.compile(r"(?i:option|choice|answer|选项?|选择)\s*(?:is\s+)?[(\[]?([A-J])(?![A-Za-z])|[(\[]([A-J])[)\]]")
 # "A" and "I" are words of a sentence, too.
 _LONE = re.compile(r"(?<![A-Za-z'])(A(?!\s+(?!(?:and|or|is)\b)[a-z])|[B-HJ])(?![A-Za-z'])")
@@ -57,7 +58,11 @@ NUMBER_WORDS = {word: n for n, word in enumerate(_NUMBERS.split())} | {
 
 def letters(text: str) -> frozenset[str] | None:
     """The choices that a reference of letters alone names: `B`, `(B)`, `A, C`, `ACD`; None for any other text."""
-    text = re.sub(r"^(?:[Oo]ption|[Cc]hoice|选项)\s*(?=\W?[A-J])", "", text)
+    text = re.sub(
+        r"^(?:[Oo]ption|[Cc]hoice|(?:故|应|本题|因此|所以)?选[项择]?(?:是|为)?)\s*:?\s*(?=\W?[A-J])|(?<=[A-J])选?项$",
+        "",
+        text,
+    )
     if match := _LETTER.fullmatch(text):
         return frozenset(match[1])
     if _LETTERS.fullmatch(text):
@@ -84,6 +89,8 @@ def chosen(answer: Answer, count: int) -> frozenset[str] | None:
         return named
     if re.fullmatch(r"[(\[]?[a-j][)\].]?", text):
         return frozenset(text.strip("()[]. ").upper())
+    if found := _REASONED.fullmatch(text):
+        return frozenset(found[1].upper())
     if found := option(text):
         more = letters(found[1]) if found[1] else None
         return frozenset(found[0]) | (more or frozenset())
