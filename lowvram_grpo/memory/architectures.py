@@ -114,6 +114,7 @@ def resolve_config(model: str, **hub: Any) -> tuple[PretrainedConfig, str]:
     """
     from transformers import AutoConfig
 
+    from lowvram_grpo.policy.hub import way_to_the_hub
     from lowvram_grpo.policy.load import model_config
     from lowvram_grpo.policy.refusals import check_kind, explained, not_a_model
 
@@ -143,8 +144,8 @@ def resolve_config(model: str, **hub: Any) -> tuple[PretrainedConfig, str]:
             raise explained(model, error) from error
         near = did_you_mean(_tail(model), map(str.lower, names()))
         raise UserError(
-            f"{model!r} is no folder with a config.json, not in the table of architectures{near}, and could not be "
-            f"fetched from the hub ({one_line(error)}); name a local folder, or one of {', '.join(names())}."
+            f"{model!r} is no folder with a config.json, not in the table of architectures{near}, and not to be had "
+            f"from the hub; name a local folder, {way_to_the_hub()}, or take one of {', '.join(names())}."
         ) from error
     check_kind(model, config)
     return config, f"the hub ({model})"

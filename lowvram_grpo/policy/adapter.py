@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from lowvram_grpo.errors import UserError, one_line, some
 from lowvram_grpo.policy.head import head_of
+from lowvram_grpo.policy.hub import way_to_the_hub
 from lowvram_grpo.policy.variants import check_adapter
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def adapter_config(adapter: str) -> PeftConfig:
             ) from error
         raise UserError(
             f"Adapter {adapter!r} is neither a local folder nor reachable on the hub; check the name, pass a local "
-            "folder such as RUN/adapter, or set HF_ENDPOINT to a mirror."
+            f"folder such as RUN/adapter, or {way_to_the_hub()}."
         ) from error
     try:
         # Whether there is a reference is known later.

@@ -11,6 +11,8 @@ from urllib.request import getproxies
 
 # Seconds; a name that is not resolved fails at once, and a firewall that drops packets should not take much longer.
 _PATIENCE = 3.0
+# Whether it was we who went offline, and not a person's variable.
+_cut_off = False
 
 
 def cached(model: str) -> str | None:
@@ -21,6 +23,15 @@ def cached(model: str) -> str | None:
         return snapshot_download(model, local_files_only=True)
     except (OSError, ValueError):
         return None
+
+
+def way_to_the_hub() -> str:
+    """What would let a model be fetched that was not found, for the end of a sentence."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE and not _cut_off:
+        return "unset HF_HUB_OFFLINE, with which only the cache is looked at"
+    return "set HF_ENDPOINT to a mirror"
 
 
 def offline_where_unreachable(places: list[str | None], tell: Callable[[str], None]) -> None:
@@ -36,6 +47,8 @@ def offline_where_unreachable(places: list[str | None], tell: Callable[[str], No
         return
     if _answers(constants.ENDPOINT):
         return
+    global _cut_off
+    _cut_off = True
     os.environ["HF_HUB_OFFLINE"] = "1"
     constants.HF_HUB_OFFLINE = True
     if "datasets" in sys.modules:

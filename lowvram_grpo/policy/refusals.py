@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.errors import UserError, did_you_mean, one_line, some
 from lowvram_grpo.memory.architectures import names, repositories
-from lowvram_grpo.policy.hub import cached
+from lowvram_grpo.policy.hub import cached, way_to_the_hub
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -71,7 +71,7 @@ def _not_on_the_hub(model: str, error: Exception, wanted: str) -> UserError:
     hint = f" (by name there are {', '.join(known)})" if known else "" if "/" in model else did_you_mean(model, names())
     return UserError(
         f"Model {model!r} is neither a local folder nor reachable on the hub, nor in this machine's cache of it{hint}; "
-        "check the name, pass a local folder, or set HF_ENDPOINT to a mirror."
+        f"check the name, pass a local folder, or {way_to_the_hub()}."
     )
 
 

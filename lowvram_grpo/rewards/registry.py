@@ -134,6 +134,8 @@ class _Source(importlib.machinery.SourceFileLoader):
 
 
 def _load_module(name: str, spec: str) -> ModuleType:
+    if file := re.match(r"(.+\.py:\w+)$", name):  # behind the function only a weight can stand
+        raise UserError(f"the weight of the reward {spec!r} is not a number; write e.g. {file[1]}:0.5.")
     if not re.fullmatch(r"\w+(\.\w+)*", name):
         raise UserError(f"the reward {spec!r} is none of NAME, path/file.py:function, package.module:function, MODEL.")
     _importable_from(Path.cwd())

@@ -292,3 +292,15 @@ def test_the_cache_alone_where_the_hub_does_not_answer(monkeypatch, tmp_path):
     assert len(said) == 1 and "only this machine's cache" in said[0] and constants.HF_HUB_OFFLINE
     hub.offline_where_unreachable(["Qwen/Qwen2.5-0.5B"], said.append)
     assert len(said) == 1
+
+
+def test_the_way_to_the_hub_is_the_one_that_is_barred(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "_cut_off", False)
+    with pytest.raises(UserError, match=r"or unset HF_HUB_OFFLINE, with which only the cache is looked at\.$"):
+        load_tokenizer("nobody/nothing")
+    monkeypatch.setattr(hub, "_cut_off", True)  # by us, for the hub did not answer
+    with pytest.raises(UserError, match=r"or set HF_ENDPOINT to a mirror\.$"):
+        load_tokenizer("nobody/nothing")

@@ -94,6 +94,7 @@ def test_models(tmp_path):
     ("spec", "message"),
     [
         ("acuracy", r"unknown reward 'acuracy' \(did you mean 'accuracy'\?\); built-in: label, label_strict"),
+        ("my.py:f:heavy", r"the weight of the reward 'my.py:f:heavy' is not a number; write e.g. my.py:f:0.5"),
         ("label:0,5", r"weight '0,5' of the reward 'label' is not a number"),
         ("nowhere.py:f", r"'nowhere.py' does not exist \(looked for .*nowhere.py\)"),
         ("no_such_module_here:f", r"module 'no_such_module_here' does not import: ModuleNotFoundError"),
