@@ -159,7 +159,8 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any], checkp
         UserError: they are another optimizer's, or another model's.
     """
     kind, before = kind_of(optimizer), made.optimizer if made is not None else _guess(saved)
-    same = kind == before if made is not None else before is None or kind.startswith(before)
+    family = lambda name: name.startswith("bitsandbytes")
+    same = kind == before if made is not None else before is None or family(kind) == family(before)
     if not same:
         raise UserError(
             f"{checkpoint} holds the moments of {before}, which {kind} can't go on with; keep optim as it was, or "

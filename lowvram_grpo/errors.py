@@ -24,7 +24,8 @@ _UNWRITABLE = {
     if hasattr(errno, name)
 }
 # The same from writers that are not Python's: safetensors and tokenizers (Rust), torch.save.
-_RUST = re.compile(r"([^:]+) \(os error \d+\)")
+# EPERM, EIO, EACCES, EFBIG, ENOSPC, EROFS, EDQUOT, and Windows' full disk: a file that is missing is one that was read.
+_RUST = re.compile(r"([^:]+) \(os error (?:1|5|13|27|28|30|112|122)\)")
 _TORCH = ("pytorchstreamwriter", "inline_container", "iostream error", "file write failed")
 
 
@@ -56,6 +57,11 @@ class Stopped(Exception):
     def __init__(self, signum: int):
         super().__init__(signum)
         self.code = 128 + signum
+
+
+class Terminated(SystemExit):
+    """A signal that ends the process now. A SystemExit, so that it leaves the live view and runs what is to run at the
+    end; a class of its own, since code of other people's may raise the other one."""
 
 
 def counted(number: int, noun: str) -> str:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -106,11 +108,29 @@ def boundary(settings: Mapping[str, Any] | None = None) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except BrokenPipeError as error:
+        if _nobody_reads():
+            raise SystemExit(141) from error  # `| head`: as a shell names what SIGPIPE ended
+        raise UserError(
+            f"A program that this one writes to (a logger, a helper of a reward) has ended ({one_line(error)}); see "
+            "what ended it, or do without it."
+        ) from error
     except Exception as error:
         known = explain(error, settings=settings or {})
         if known is None:
             raise
         raise known from error
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is the pipe that broke."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer would raise again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def note_phase(error: BaseException | None, phase: str) -> None:
@@ -178,6 +198,10 @@ def _mentioned(value: Any, text: str) -> bool:
     return any(re.search(rf"(?<![a-z0-9]){re.escape(word)}", text) for word in words)
 
 
+# Python's own words for a mistake in a program.
+_MISTAKES = (NameError, AttributeError, TypeError, KeyError, IndexError, AssertionError)
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """The error, and what it was raised from or during."""
     seen: set[int] = set()
@@ -185,7 +209,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while link is not None and id(link) not in seen:
         seen.add(id(link))
         yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+        # What a mistake of ours happened to be raised in the handling of is not its reason.
+        alone = link.__suppress_context__ or isinstance(link, _MISTAKES)
+        link = link.__cause__ or (None if alone else link.__context__)
 
 
 def _of_the_disk(error: BaseException, while_: str) -> str | None:
@@ -226,8 +252,6 @@ def _of_the_machine(error: BaseException, while_: str) -> str | None:
 
 def _of_the_hub(error: BaseException, while_: str) -> str | None:
     """huggingface_hub has raised errors of requests and of httpx over the years: known by module and name."""
-    if isinstance(error, BrokenPipeError):  # a ConnectionError too, and no more than `| head`
-        return None
     origin = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
     refused = {"huggingface_hub.GatedRepoError", "huggingface_hub.RepositoryNotFoundError"}
     away = {
@@ -241,11 +265,18 @@ def _of_the_hub(error: BaseException, while_: str) -> str | None:
             f"The hub refuses{while_} ({one_line(error)}); check the name, ask for access, or log in: `hf auth login`"
         )
     if origin & away:
+        if not any(kind.startswith("huggingface_hub") for kind in origin) and not _passed(error, "huggingface_hub"):
+            return f"A server can't be reached{while_} ({one_line(error)}); check the network, and its address"
         return (
             f"The hub can't be used{while_} ({one_line(error)}); check the network, log in with `hf auth login`, set "
             "HF_ENDPOINT to a mirror, or drop what asks for it"
         )
     return None
+
+
+def _passed(error: BaseException, package: str) -> bool:
+    """Whether an error went through code of `package`."""
+    return any(package in frame.filename for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _of_a_package(error: BaseException, while_: str) -> str | None:
@@ -275,7 +306,6 @@ def _library(error: BaseException) -> str:
 def report_of(error: BaseException, packages: tuple[str, ...] = ("torch", "transformers", "peft")) -> str:
     """What a bug report needs: versions and the traceback."""
     import platform
-    import sys
 
     loaded: list[ModuleType] = [sys.modules[name] for name in packages if name in sys.modules]
     versions = ", ".join(f"{module.__name__} {getattr(module, '__version__', '?')}" for module in loaded)

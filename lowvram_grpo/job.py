@@ -242,6 +242,8 @@ def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory, settings: dic
 
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except BrokenPipeError:  # nobody reads the screen any more, or a helper has ended: the boundary tells
+        raise
     except Exception as fault:
         note_phase(fault, trainer.observer.doing)
         error = fault if isinstance(fault, UserError) else explain(fault, settings=settings)

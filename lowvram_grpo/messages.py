@@ -32,7 +32,7 @@ def is_messages(value: Any) -> bool:
 
 def written_out(text: str) -> bool:
     """Whether a text looks like a list of messages, as JSON or as Python shows one."""
-    return _WRITTEN_OUT.match(text) is not None
+    return _WRITTEN_OUT.match(text) is not None and text.rstrip().endswith("]")
 
 
 def decoded(text: str) -> list[dict[str, Any]]:

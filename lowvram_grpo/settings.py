@@ -34,6 +34,8 @@ _CHOICES = {
     "hub_strategy": HubStrategy,
 }
 _MOST_SHOWN = 12
+# Of a run whose length is not known yet.
+_STEPS = 1000
 _UNSUPPORTED = {
     "deepspeed": "more than one process is not supported yet; drop it, memory is saved by --preset and the fields of "
     "docs/memory.md",
@@ -180,7 +182,9 @@ def _check_schedule(args: GRPOConfig) -> None:
     weight = nn.Parameter(torch.zeros(1))
     try:
         optimizer = torch.optim.SGD([weight], lr=args.learning_rate)
-        schedule = get_scheduler(name, optimizer, args.get_warmup_steps(10), 10, dict(args.lr_scheduler_kwargs or {}))
+        warmup = args.get_warmup_steps(_STEPS)
+        horizon = args.max_steps if args.max_steps > 0 else warmup + _STEPS
+        schedule = get_scheduler(name, optimizer, warmup, horizon, dict(args.lr_scheduler_kwargs or {}))
         for _ in range(0 if name in _FOLLOW_A_METRIC else 10):
             optimizer.step()
             schedule.step()

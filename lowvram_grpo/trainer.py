@@ -48,7 +48,7 @@ from lowvram_grpo.policy.variants import check_adapter
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.pushing import HubPushes
 from lowvram_grpo.resumable import ResumableTrainer
-from lowvram_grpo.rewards.runner import RewardRunner, check_columns
+from lowvram_grpo.rewards.runner import RewardRunner, check_columns, log_by_name
 from lowvram_grpo.rollout.collect import Collector, reward_columns
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
 from lowvram_grpo.rollout.sampler import Sampling, sampling_of
@@ -328,7 +328,8 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
             rollout, logged = self.collector.collect(rows, group, seed=seed, trainer_state=self.state)
         if mode == "train" and not self._rewards_called:
             self._rewards_called = True
-            check_best_metric(self.grpo_args, self.rewards.names, self.eval_dataset, logged, final=True)
+            final = not log_by_name(self.rewards.funcs)
+            check_best_metric(self.grpo_args, self.rewards.names, self.eval_dataset, logged, final=final)
         if not self._unjudged_said and (warning := unjudged_row(rollout, rows)):
             self._unjudged_said = True
             self.observer.notice(warning)

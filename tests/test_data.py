@@ -258,6 +258,13 @@ def test_text_that_only_mentions_json_stays_text():
     assert prepared(rows).to_list() == rows
 
 
+@pytest.mark.parametrize("row", [0, 1])
+def test_records_before_a_question_are_no_messages(row):
+    texts = ["plain", '[{"content": "a", "id": 3}] Summarize this JSON.']
+    data = prepared([{"prompt": text} for text in (texts if row else texts[::-1])])
+    assert data[row]["prompt"] == texts[1]
+
+
 def test_written_out_messages_that_cannot_be_decoded_are_named():
     numpy = "[{'role': 'user', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]"
     with pytest.raises(UserError, match="Row 0 of column 'prompt' looks like a list of messages, but is neither JSON"):

@@ -119,6 +119,28 @@ def test_the_best_model_is_the_one_with_the_highest_reward(config, settings, met
     assert (args.metric_for_best_model, args.greater_is_better) == (metric, greater)
 
 
+@pytest.mark.parametrize("warmup", [5, 10, 1000, 2000])
+def test_a_schedule_is_tried_over_the_steps_of_the_run(config, warmup):
+    """A decay of no length is a division by zero, where it is the run's."""
+    for steps in (warmup + 10, -1):
+        config(lr_scheduler_type="polynomial", warmup_steps=warmup, max_steps=steps)
+
+
+def test_a_metric_that_a_reward_asks_to_log_may_come_later(config, dataset, tokenizer, model):
+    def late(completions, log_metric, **kwargs):
+        calls.append(1)
+        if len(calls) > 2:
+            log_metric("hard", 1.0)
+        return [len(set(completion)) / 8 for completion in completions]
+
+    calls = []
+    args = config(metric_for_best_model="hard", load_best_model_at_end=True, eval_strategy="steps", eval_steps=2,
+                  save_strategy="steps", save_steps=2, num_generations_eval=2)  # fmt: skip
+    trainer = trainer_for(model, args, dataset, tokenizer, dataset.select(range(2)), late)
+    trainer.train()
+    assert trainer.state.best_metric == 1.0
+
+
 def test_a_plateau_knows_which_way_is_up(config):
     plateau = {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_type": "reduce_lr_on_plateau"}
     assert config(**plateau).lr_scheduler_kwargs == {"mode": "max"}

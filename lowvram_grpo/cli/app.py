@@ -3,7 +3,6 @@ transformers."""
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from lowvram_grpo import __version__
 from lowvram_grpo.cli import bench
 from lowvram_grpo.cli.report import report
 from lowvram_grpo.cli.sampling import chat, evaluate
-from lowvram_grpo.errors import Stopped, UserError, one_line
+from lowvram_grpo.errors import Stopped, Terminated, UserError, one_line
 from lowvram_grpo.faults import boundary, report_of
 
 app = typer.Typer(
@@ -195,9 +194,6 @@ def main() -> None:
         code = stop.code
     except (typer.Abort, KeyboardInterrupt):
         code = 130
-    except BrokenPipeError:  # `lowvram-grpo presets | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     except Exception as error:
         if debug:
             traceback.print_exception(type(error), error, error.__traceback__)
@@ -207,7 +203,7 @@ def main() -> None:
 
 def _on_terminate(signum, frame) -> None:
     # An exception, unlike the default, leaves the live view: the terminal gets its cursor back.
-    raise SystemExit(128 + signum)
+    raise Terminated(128 + signum)
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -41,8 +41,11 @@ def training_mode(model: nn.Module) -> None:
     for module in model.modules():
         module.training = _must_know(module)
     model.training = True
-    for dropout in _adapter_dropouts(model):
-        dropout.training = True
+    for layer in model.modules():
+        if dropouts := _dropouts_of(layer):
+            layer.training = True  # DoRA looks at the layer's own, which is not the base layer's
+            for dropout in dropouts:
+                dropout.training = True
 
 
 def _must_know(module: nn.Module) -> bool:
@@ -53,9 +56,13 @@ def _must_know(module: nn.Module) -> bool:
 
 
 def _adapter_dropouts(model: nn.Module) -> list[_DropoutNd]:
-    holders = (module._modules.get(_ADAPTER_DROPOUT) for module in model.modules())
-    found = (dropout for holder in holders if isinstance(holder, nn.ModuleDict) for dropout in holder.values())
-    return [dropout for dropout in found if isinstance(dropout, _DropoutNd)]
+    return [dropout for module in model.modules() for dropout in _dropouts_of(module)]
+
+
+def _dropouts_of(layer: nn.Module) -> list[_DropoutNd]:
+    """Of the adapters on this very layer."""
+    holder = layer._modules.get(_ADAPTER_DROPOUT)
+    return [d for d in holder.values() if isinstance(d, _DropoutNd)] if isinstance(holder, nn.ModuleDict) else []
 
 
 def steady_layers(model: nn.Module) -> None:

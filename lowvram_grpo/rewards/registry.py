@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.errors import Terminated, UserError, did_you_mean
 from lowvram_grpo.rewards.language import language_consistency
 from lowvram_grpo.rewards.maths import accuracy
 from lowvram_grpo.rewards.tags import content, format, label, label_strict
@@ -119,6 +119,8 @@ def _load_file(path: str) -> ModuleType:
     sys.modules[name] = module
     try:
         module_spec.loader.exec_module(module)
+    except Terminated:
+        raise
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f"the reward file {path!r} does not import: {type(error).__name__}: {error}.") from error
@@ -141,6 +143,8 @@ def _load_module(name: str, spec: str) -> ModuleType:
     _importable_from(Path.cwd())
     try:
         return importlib.import_module(name)
+    except Terminated:
+        raise
     except (Exception, SystemExit) as error:
         hint = did_you_mean(name, BUILTIN) if isinstance(error, ModuleNotFoundError) else ""
         raise UserError(

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import Terminated, UserError
 from lowvram_grpo.rewards.model import RewardModel, model_name
 from lowvram_grpo.rewards.registry import BUILTIN
 
@@ -142,7 +142,7 @@ class RewardRunner:
     def _guarded(self, i: int, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except UserError:
+        except (UserError, Terminated):
             raise
         except (Exception, SystemExit) as error:  # a script's main() may call sys.exit
             raise self._failure(i, error) from error
@@ -186,7 +186,7 @@ class RewardRunner:
         async def work() -> Any:
             try:
                 return await call()
-            except UserError:
+            except (UserError, Terminated):
                 raise
             except (Exception, SystemExit) as error:  # named here: asyncio hands some on without their traceback
                 raise self._failure(i, error) from error
@@ -262,6 +262,11 @@ def names_before_loading(funcs: Sequence[Any]) -> tuple[list[str], bool]:
             parameters = ()
         logs = logs or any(p.name == "log_metric" or p.kind is p.VAR_KEYWORD for p in parameters)
     return _distinct(names), logs
+
+
+def log_by_name(funcs: Sequence[Callable]) -> bool:
+    """Whether a function asks for `log_metric` by its name: what it will log need not be there at its first call."""
+    return any("log_metric" in inspect.signature(func).parameters for func in funcs if inspect.isfunction(func))
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from transformers import TrainerCallback
 
+from lowvram_grpo.errors import Terminated
+
 _SIGNALS = {
     signal.SIGINT: "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once.",
     signal.SIGTERM: "asked to terminate: stopping after this step, with a checkpoint; a second SIGTERM stops at once.",
@@ -53,6 +55,6 @@ class StopAfterStep(TrainerCallback):
         if not self._training:
             self.tell("stopped before the first step: there is nothing to keep.")
         if self.requested or not self._training:
-            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+            raise KeyboardInterrupt if signum == signal.SIGINT else Terminated(128 + signum)
         self.requested = signum
         self.tell(_SIGNALS[signum])

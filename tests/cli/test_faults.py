@@ -135,6 +135,41 @@ def test_a_reward_that_leaves_is_named(monkeypatch, capsys, job, tmp_path, body)
     assert code == 2 and "SystemExit: 3" in err, err
 
 
+def test_a_signal_inside_a_reward_is_not_the_rewards(monkeypatch, capsys, job, tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import signal\ndef f(completions, **kwargs):\n    signal.raise_signal(signal.SIGTERM)\n", encoding="utf-8"
+    )
+    arguments = [part for pair in {**job, "--reward": f"{tmp_path / 'slow.py'}:f"}.items() for part in pair]
+    code, err = run(monkeypatch, capsys, "train", *arguments)
+    assert code == 143 and "reward function" not in err, err
+
+
+def test_a_broken_pipe_that_is_not_standard_output_is_no_silence(monkeypatch, capsys, job):
+    monkeypatch.setattr(STEP, raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    code, err = run(monkeypatch, capsys, "train", *[part for pair in job.items() for part in pair])
+    assert code == 2 and "A program that this one writes to" in err
+
+
+def test_a_mistake_is_not_hidden_by_what_it_was_made_in(tmp_path):
+    def wrong():
+        try:
+            (tmp_path / "none").read_bytes()
+        except FileNotFoundError:
+            return undefined  # noqa: F821
+
+    assert explain(caught(wrong), settings={}) is None
+
+
+def test_a_server_that_is_not_the_hub_is_not_called_the_hub():
+    assert "hub" not in str(explain(ConnectionRefusedError(111, "Connection refused"), settings={}))
+
+
+def test_a_file_that_could_not_be_read_is_not_called_unwritten(tmp_path):
+    from tokenizers import Tokenizer
+
+    assert "disk" not in str(explain(caught(lambda: Tokenizer.from_file(str(tmp_path / "none"))), settings={}))
+
+
 def test_debug_prints_the_traceback_wherever_it_stands(monkeypatch, capsys, tmp_path):
     missing = ["--data", str(tmp_path / "none.jsonl"), "--model", str(tmp_path)]
     for arguments in (["--debug", "train", *missing], ["train", *missing, "--debug"]):

@@ -92,3 +92,14 @@ def test_an_adapters_dropout_is_said(config, dataset, tokenizer, model):
                               dataset, processing_class=tokenizer, peft_config=lora, observer=Quiet())  # fmt: skip
         trainer.train()
         assert any("adapter's dropout of 0.1" in text for text in trainer.observer.said) is not off
+
+
+def test_doras_own_dropout_is_on_in_a_training_pass_too():
+    """It looks at the layer's `training`, not at its dropout's."""
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5, use_dora=True, init_lora_weights=False)
+    model = get_peft_model(make_model(), config)
+    ids = torch.arange(3, 15)[None]
+    training_mode(model)
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    model.eval()
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
