@@ -123,14 +123,20 @@ def boundary(settings: Mapping[str, Any] | None = None) -> Iterator[None]:
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output is the pipe that broke."""
+    """Whether standard output is the pipe that broke. Asked of the system: what could not be written is gone from the
+    buffer, and another flush would succeed."""
+    import select
+
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # What is left in the buffer would raise again when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        poll, out = select.poll(), sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # Windows; no file behind it
+        return False
+    poll.register(out, 0)
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+        return False
+    # What is left in the buffer would raise again when the interpreter ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return True
 
 
 def note_phase(error: BaseException | None, phase: str) -> None:

@@ -4,6 +4,9 @@ sentence and an exit code, never in a traceback."""
 from __future__ import annotations
 
 import errno
+import os
+import select
+import subprocess
 import sys
 
 import pytest
@@ -245,3 +248,17 @@ def test_a_script_catches_it_as_a_value_error(config):
 
 def needs(completions, topic):
     return [0.0] * len(completions)
+
+
+@pytest.mark.skipif(not hasattr(select, "poll"), reason="Windows has no poll, and no SIGPIPE to be named after")
+def test_a_reader_that_is_gone_is_told_from_a_helper_that_is(monkeypatch):
+    """`train | head`: what could not be written is no longer in the buffer when the question is asked."""
+    code = "import sys\nfrom lowvram_grpo.faults import boundary\nwith boundary():\n    print('x', flush=True)\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, env=environment, timeout=60
+    )
+    os.close(writer)
+    assert done.returncode == 141 and not done.stderr
