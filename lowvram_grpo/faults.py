@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from lowvram_grpo.recipe import Recipe
 
 _OURS = str(Path(__file__).parent)
-_KERNELS = str(Path(__file__).parent.parent / "kernels")
 
 # A function of another library in whose frames an error arises -> the settings that it reads.
 _READ_BY: dict[str, tuple[str, ...]] = {
@@ -145,6 +144,12 @@ def note_phase(error: BaseException | None, phase: str) -> None:
         error._phase = phase
 
 
+def while_doing(error: BaseException) -> str:
+    """` while ...` for what `note_phase` remembered of `error`; empty where it remembered nothing."""
+    phase = getattr(error, "_phase", "")
+    return f" while {phase}" if phase else ""
+
+
 def given_settings(recipe: Recipe) -> dict[str, Any]:
     """What a person set, by flag or file, as setting -> value."""
     values = {**vars(recipe), **recipe.training}
@@ -160,7 +165,7 @@ def explain(error: Exception, *, settings: Mapping[str, Any]) -> UserError | Non
     Returns:
         None where it looks like a bug of this program.
     """
-    while_ = f" while {error._phase}" if getattr(error, "_phase", "") else ""
+    while_ = while_doing(error)
     chain = list(_chain(error))
     for reason in (_of_the_disk, _of_the_machine):
         for link in chain:
@@ -302,7 +307,7 @@ def _innermost(error: BaseException) -> str:
 
 def _raised_by_a_library(error: BaseException) -> bool:
     file = _innermost(error)
-    return "site-packages" in file and not file.startswith((_OURS, _KERNELS))
+    return "site-packages" in file and not file.startswith(_OURS)
 
 
 def _library(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from lowvram_grpo.experience import MicroBatch, Rollout
 # One step could be chance: log-probs so close to 0 that they round to it.
 _STEPS = 2
 # Such optimizers step while the backward pass runs, and leave no gradient behind.
-_STEP_IN_BACKWARD = ("layerwise", "lomo")
+STEP_IN_BACKWARD = ("layerwise", "lomo")
 
 
 def could_teach(rollout: Rollout) -> bool:
@@ -30,7 +30,7 @@ class GradientCheck:
     """Looks at the first steps, until a gradient was seen."""
 
     def __init__(self, optim: str):
-        self._done = any(name in optim for name in _STEP_IN_BACKWARD)
+        self._done = any(name in optim for name in STEP_IN_BACKWARD)
         self._zeros = 0
 
     def look(self, model: nn.Module, update: list[MicroBatch], *, live: bool, clipped: float) -> None:

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from lowvram_grpo.continuation import Made, made_with, serves_on, shift_of, steps_an_epoch
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.faults import flag_of
 from lowvram_grpo.resumable import step_of
 
 if TYPE_CHECKING:
@@ -111,12 +112,12 @@ def check_changes(begun: Recipe, recipe: Recipe, directory: RunDirectory, checkp
         outvoted = recipe.training.get(stronger)
         counts = bool(outvoted) and (stronger != "max_steps" or outvoted > 0)
         if key in changed and recipe.origin.get(key) == "flag" and stronger not in changed and counts:
-            way = "with --max-steps -1 it counts" if stronger == "max_steps" else f"set {_flag(stronger)} instead"
-            raise UserError(f"{_flag(key)} has no effect beside the run's {stronger} {outvoted}; {way}.")
+            way = "with --max-steps -1 it counts" if stronger == "max_steps" else f"set {flag_of(stronger)} instead"
+            raise UserError(f"{flag_of(key)} has no effect beside the run's {stronger} {outvoted}; {way}.")
     if checkpoint is not None:
         _check_begun(changed, directory, checkpoint)
         _check_shape(recipe, directory, checkpoint)
-    idle = [f"{_flag(key)} has no effect on a run that has begun: {IDLE[key]}." for key in IDLE if key in changed]
+    idle = [f"{flag_of(key)} has no effect on a run that has begun: {IDLE[key]}." for key in IDLE if key in changed]
     told = [f"{key} {_shown(old)} -> {_shown(new)}" for key, (old, new) in changed.items() if key not in IDLE]
     return ([f"changed since the run was begun: {', '.join(told)}."] if told else []) + idle
 
@@ -126,7 +127,7 @@ def _check_same_policy(changed: dict[str, tuple[Any, Any]], directory: RunDirect
         old, new = changed.get(key, (None, None))
         if old != new and not _moved_away(old):
             raise UserError(
-                f"{_flag(key)} can't change when a run is resumed: {directory.path} was begun with "
+                f"{flag_of(key)} can't change when a run is resumed: {directory.path} was begun with "
                 f"{_shown(old)}, not {_shown(new)}; drop the flag, or start a new run without --resume."
             )
 
@@ -160,7 +161,7 @@ def _check_begun(changed: dict[str, tuple[Any, Any]], directory: RunDirectory, c
     for key in COLD_START:
         if key in changed:
             raise UserError(
-                f"{_flag(key)} can't change when a run is resumed: the cold start of {directory.path} is over; drop "
+                f"{flag_of(key)} can't change when a run is resumed: the cold start of {directory.path} is over; drop "
                 "the flag, or start a new run without --resume."
             )
     old, new = changed.get("beta", (0, 0))
@@ -172,13 +173,9 @@ def _check_begun(changed: dict[str, tuple[Any, Any]], directory: RunDirectory, c
         )
     if made is None and (batch := [key for key in BATCH if key in changed]):
         raise UserError(
-            f"{_flag(batch[0])} can't change when {checkpoint} is resumed, which an earlier version wrote: it does not "
-            "say where in the data the run stands; drop the flag."
+            f"{flag_of(batch[0])} can't change when {checkpoint} is resumed, which an earlier version wrote: it does "
+            "not say where in the data the run stands; drop the flag."
         )
-
-
-def _flag(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
 
 
 def _shown(value: Any) -> str:

@@ -20,6 +20,7 @@ from transformers.utils.logging import get_log_levels_dict
 
 from lowvram_grpo.data import check_dataset
 from lowvram_grpo.errors import UserError, did_you_mean, one_line
+from lowvram_grpo.gradient_check import STEP_IN_BACKWARD
 from lowvram_grpo.pushing import check_hub
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ _UNSUPPORTED = {
 }
 _DICTIONARIES = ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs", "lr_scheduler_kwargs",
                  "gradient_checkpointing_kwargs")  # fmt: skip
-# They update weights while the backward pass runs, and a step here is several micro-batches.
-_STEP_IN_BACKWARD = ("layerwise", "lomo")
 _PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 # What a schedule cannot do without, or is most often meant to have.
 _SCHEDULE_EXAMPLES = {
@@ -142,7 +141,7 @@ def check_built(args: GRPOConfig) -> None:
 
 def _check_optimizer(args: GRPOConfig) -> None:
     optim = _value(args.optim)
-    if any(part in optim for part in _STEP_IN_BACKWARD):
+    if any(part in optim for part in STEP_IN_BACKWARD):
         raise UserError(
             f"optim {optim} steps while the backward pass runs, and a step here is made of several of them; take "
             "adamw_8bit, or adamw_torch with optimizer_offload."

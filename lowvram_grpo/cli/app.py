@@ -17,7 +17,7 @@ from lowvram_grpo.cli import bench
 from lowvram_grpo.cli.report import report
 from lowvram_grpo.cli.sampling import chat, evaluate
 from lowvram_grpo.errors import Stopped, Terminated, UserError, one_line
-from lowvram_grpo.faults import boundary, report_of
+from lowvram_grpo.faults import boundary, report_of, while_doing
 
 app = typer.Typer(
     name="lowvram-grpo",
@@ -221,9 +221,9 @@ def _fail(error: Exception) -> NoReturn:
 
 def _bug(error: Exception) -> str:
     """A sentence for an error that nobody foresaw, and its report in a file."""
-    phase = f" while {error._phase}" if getattr(error, "_phase", "") else ""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    said = f"{type(error).__name__}{phase}: {one_line(error)} ({Path(last.filename).name}, line {last.lineno})"
+    place = f"{Path(last.filename).name}, line {last.lineno}"
+    said = f"{type(error).__name__}{while_doing(error)}: {one_line(error)} ({place})"
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="lowvram-grpo-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
