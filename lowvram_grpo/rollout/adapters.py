@@ -15,7 +15,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -23,29 +22,10 @@ from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ledger import counted_as
-from lowvram_grpo.policy.wrapper import unwrap
+from lowvram_grpo.policy.plain_lora import PlainLora, has_plain_base, plain_groups
 
 MODES = ("auto", "fused", "merged", "off")
 
-# By name, so that bitsandbytes need not be there. Exact types: a subclass may compute something else.
-_LORA_LAYERS = {
-    ("peft.tuners.lora.layer", "Linear"),
-    ("peft.tuners.lora.bnb", "Linear4bit"),
-    ("peft.tuners.lora.bnb", "Linear8bitLt"),
-}
-_BASE_LAYERS = {
-    ("torch.nn.modules.linear", "Linear"),
-    ("bitsandbytes.nn.modules", "Linear4bit"),
-    ("bitsandbytes.nn.modules", "Linear8bitLt"),
-}
-# Children of one module that are likely to be given the very same tensor; whether they are is seen at each call.
-_SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)
 _TILE = 2**22  # entries of a weight that are merged at once: 16 MiB in float32
 _CHUNK = 2**25  # bytes; the allocator of pinned memory rounds each request up to a power of two
 
@@ -82,69 +62,11 @@ def fast_adapters(model: nn.Module, mode: str = "auto") -> Iterator[None]:
     with ExitStack() as undo:
         if mode != "off":
             with torch.no_grad(), counted_as("adapter"):
-                groups = _groups(model)
+                groups = plain_groups(model)
                 if mode == "merged":
                     groups = _merge_all(model, groups, undo)
                 _fuse_all(model, groups, undo)
         yield
-
-
-def _kind(module: nn.Module) -> tuple[str, str]:
-    return type(module).__module__, type(module).__name__
-
-
-@dataclass(frozen=True, eq=False)
-class _Lora:
-    """A LoRA layer and the one adapter that acts in it: a (r, I), b (O, r)."""
-
-    layer: nn.Module
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-
-def _plain(layer: nn.Module) -> _Lora | None:
-    """None where one adapter's s B A is not all that is added to the base layer."""
-    if _kind(layer) not in _LORA_LAYERS or _kind(layer.base_layer) not in _BASE_LAYERS:
-        return None
-    if layer.disable_adapters or layer.merged or "forward" in vars(layer):  # accelerate's hooks replace forward
-        return None
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(names) != 1:
-        return None
-    name = names[0]
-    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None:
-        return None
-    if name in getattr(layer, "lora_variant", ()) or getattr(layer, "use_dora", {}).get(name):
-        return None
-    if not isinstance(dropout, nn.Identity) and dropout.training:
-        return None
-    return _Lora(layer, a.weight, b.weight, layer.scaling[name])
-
-
-def _groups(model: nn.Module) -> list[list[_Lora]]:
-    """Plain LoRA layers, those that may share an input together."""
-    parents = [dict(module.named_children()) for module in model.modules()]
-    places = Counter(id(child) for children in parents for child in children.values())
-    inner = unwrap(model)
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    groups: list[list[_Lora]] = []
-    for children in parents:
-        found: dict[str, _Lora] = {}
-        for name, child in children.items():
-            if hasattr(child, "lora_A") and child is not head and places[id(child)] == 1 and (lora := _plain(child)):
-                found[name] = lora
-        for names in _SIBLINGS:
-            alike: dict[tuple, list[_Lora]] = {}
-            for name in names:
-                if name in found:
-                    lora = found.pop(name)
-                    kind = lora.a.shape[1], lora.a.device, _kind(lora.layer.base_layer)
-                    alike.setdefault(kind, []).append(lora)
-            groups.extend(alike.values())
-        groups.extend([lora] for lora in found.values())
-    return groups
 
 
 def _replace_forward(layer: nn.Module, forward: Callable[..., Tensor], undo: ExitStack) -> None:
@@ -210,7 +132,7 @@ def _rows_product(x: Tensor, at: Tensor) -> Tensor:
     return torch.mm(x.reshape(-1, x.shape[-1]).to(at.dtype), at)
 
 
-def _fuse_all(model: nn.Module, groups: list[list[_Lora]], undo: ExitStack) -> None:
+def _fuse_all(model: nn.Module, groups: list[list[PlainLora]], undo: ExitStack) -> None:
     # What a model with a quantized base computes in.
     floats = (p.dtype for name, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in name)
     model_dtype = next(floats, torch.float32)
@@ -220,7 +142,7 @@ def _fuse_all(model: nn.Module, groups: list[list[_Lora]], undo: ExitStack) -> N
         weight = loras[0].layer.base_layer.weight
         kind = weight.device.type
         if kind == "meta":  # where autocast does not count: it is what a GPU's would be
-            dtype = weight.dtype if _has_plain_base(loras[0].layer) else model_dtype
+            dtype = weight.dtype if has_plain_base(loras[0].layer) else model_dtype
         else:  # what training computes the adapter in
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else loras[0].a.dtype
         group = _Group([lora.a for lora in loras], dtype)
@@ -282,7 +204,7 @@ def _restore(pieces: list[tuple[Tensor, Tensor]]) -> None:
         place.copy_(kept, non_blocking=True)
 
 
-def _merge_all(model: nn.Module, groups: list[list[_Lora]], undo: ExitStack) -> list[list[_Lora]]:
+def _merge_all(model: nn.Module, groups: list[list[PlainLora]], undo: ExitStack) -> list[list[PlainLora]]:
     """Merge what can be; the other layers, in groups."""
     tensors = (t for m in model.modules() for t in [*m._parameters.values(), *m._buffers.values()] if t is not None)
     readers = Counter(t.untyped_storage()._cdata for t in tensors)
@@ -290,7 +212,7 @@ def _merge_all(model: nn.Module, groups: list[list[_Lora]], undo: ExitStack) -> 
     def can(layer: nn.Module) -> bool:
         weight = layer.base_layer.weight
         alone = readers[weight.untyped_storage()._cdata] == 1
-        return _has_plain_base(layer) and alone and weight.is_floating_point() and weight.is_contiguous()
+        return has_plain_base(layer) and alone and weight.is_floating_point() and weight.is_contiguous()
 
     chosen = {lora for loras in groups for lora in loras if can(lora.layer)}
     host = _HostBytes(sum(lora.layer.base_layer.weight.nbytes for lora in chosen))
@@ -300,10 +222,6 @@ def _merge_all(model: nn.Module, groups: list[list[_Lora]], undo: ExitStack) -> 
         _merge(weight, lora.a, lora.b, lora.scaling)
         _replace_forward(lora.layer, _merged_forward(lora.layer.base_layer), undo)
     return [rest for loras in groups if (rest := [lora for lora in loras if lora not in chosen])]
-
-
-def _has_plain_base(layer: nn.Module) -> bool:
-    return type(layer.base_layer) is nn.Linear
 
 
 def _merged_forward(base: nn.Module) -> Callable[..., Tensor]:

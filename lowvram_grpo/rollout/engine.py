@@ -18,12 +18,13 @@ from torch import nn
 
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 from lowvram_grpo.policy.attention import attention_set
+from lowvram_grpo.policy.small_ops import fast_modules
+from lowvram_grpo.policy.trials import usable
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.rollout.adapters import fast_adapters
 from lowvram_grpo.rollout.batch import RolloutBatch
 from lowvram_grpo.rollout.decode import Decoder, DecodeSettings, run
 from lowvram_grpo.rollout.fallback import generate_in_waves, rehearse_waves
-from lowvram_grpo.rollout.modules import fast_modules, usable
 from lowvram_grpo.rollout.sampler import Sampling
 from lowvram_grpo.rollout.schedule import Schedule, rows_within
 from lowvram_grpo.rollout.support import why_not

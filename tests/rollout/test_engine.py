@@ -8,7 +8,7 @@ from conftest import make_model
 from lowvram_grpo.kernels import logits
 from transformers import GenerationConfig
 
-from lowvram_grpo.rollout import modules
+from lowvram_grpo.policy import trials
 from lowvram_grpo.rollout.batch import pad_left
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids
 from lowvram_grpo.rollout.sampler import Sampling
@@ -161,6 +161,6 @@ def test_the_kernel_of_an_int8_head_is_a_fused_op_among_others(model, monkeypatc
     cases = [("on", (), True), ("auto", (), False), ("off", ("int8_head",), False), ("auto", ("int8_head",), True)]
     for mode, measured, expected in cases:
         asked.clear()
-        monkeypatch.setattr(modules, "MEASURED_FASTER", measured)
+        monkeypatch.setattr(trials, "MEASURED_FASTER", measured)
         RolloutEngine(model, sampling(), fused_ops=mode).generate(PROMPTS, 1, seed=0)
         assert bool(asked) == expected

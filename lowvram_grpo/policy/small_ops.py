@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -21,16 +21,9 @@ from torch import Tensor, nn
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.kernels import decode_ops
 from lowvram_grpo.kernels.decode_ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
-from lowvram_grpo.kernels.logits import linear_logits
-from lowvram_grpo.kernels.quantized import Int8Weight
-from lowvram_grpo.kernels.sample import block_masses, block_masses_ref
-from lowvram_grpo.policy.head import Head
+from lowvram_grpo.policy.trials import MODES, random_numbers, runs, wanted
 
-MODES = ("auto", "on", "off")
 KINDS = ("rms_norm", "swiglu", "rope")
-# What `auto` takes: kinds that benchmarks/bench_decode_ops.py has measured faster than eager code on a card. None yet.
-MEASURED_FASTER: tuple[str, ...] = ()
-
 # (offset, early) of decode_ops.rms_norm: Llama's, Gemma's, Olmo 2's.
 _NORMS = ((0.0, True), (1.0, False), (0.0, False))
 # Layers of a gated MLP, and what it calls its activation: all there is in it.
@@ -49,7 +42,7 @@ def fast_modules(model: nn.Module, enabled: str = "auto") -> Iterator[dict[str, 
 
     Args:
         model: with or without a PeftModel around it; its quantized layers and adapters are called as ever.
-        enabled: `on`; `off`; `auto`, which on CUDA takes the kinds in MEASURED_FASTER and elsewhere none.
+        enabled: `on`; `off`; `auto`, which on CUDA takes the kinds in `trials.MEASURED_FASTER` and elsewhere none.
 
     Raises:
         UserError: no such mode.
@@ -64,17 +57,6 @@ def fast_modules(model: nn.Module, enabled: str = "auto") -> Iterator[dict[str, 
         yield counts
 
 
-def wanted(kind: str, enabled: str) -> bool:
-    """Whether a kind of kernel (one of KINDS, `sample` or `int8_head`) is asked for, or has been measured faster."""
-    return enabled == "on" or (enabled == "auto" and kind in MEASURED_FASTER)
-
-
-def usable(kind: str, device: torch.device, enabled: str) -> bool:
-    """Whether a kernel that replaces no module (`sample`, `int8_head`) is wanted, and runs on this device."""
-    dtype = torch.float32 if kind == "sample" else torch.float16
-    return wanted(kind, enabled) and _runs(kind, device, dtype)
-
-
 def _kinds(model: nn.Module, enabled: str) -> list[str]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if enabled == "off" or (enabled == "auto" and device.type != "cuda"):
@@ -83,41 +65,7 @@ def _kinds(model: nn.Module, enabled: str) -> list[str]:
     if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         dtypes.add(torch.get_autocast_dtype("cuda"))
     asked = [kind for kind in KINDS if wanted(kind, enabled)]
-    return [kind for kind in asked if all(_runs(kind, device, dtype) for dtype in dtypes)]
-
-
-@lru_cache
-def _runs(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel compiles here and is right: asked once a process, since Triton needs more than a GPU, and
-    bfloat16 more than an old one. Without the kernel there is nothing to gain on CUDA."""
-    if device.type != "cuda":
-        return True
-    x = _random(3, 4, 5, 64).to(device, dtype)
-    if not decode_ops.uses_triton(x):
-        return False
-    try:
-        if kind == "rms_norm":
-            found, expected = (f(x, x[0, 0, 0], 1e-6) for f in (rms_norm, rms_norm_ref))
-        elif kind == "sample":
-            found, expected = (f(x[0, 0].float())[0] for f in (block_masses, block_masses_ref))
-        elif kind == "int8_head":
-            head = Head(Int8Weight.quantize(x[1, 0]))
-            found, expected = (linear_logits(x[0, 0], head, fused=fused) for fused in (True, False))
-        elif kind == "swiglu":
-            found, expected = (f(x, x + 1) for f in (swiglu, swiglu_ref))
-        else:
-            found, expected = (torch.cat(f(x, x[:, :1], x[:, 0], x[:, 1]), 1) for f in (rope, rope_ref))
-        near = 1e-4 if dtype == torch.float32 else 0.02
-        return torch.allclose(found.float(), expected.float(), rtol=near, atol=near)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # a compiler that is missing, a driver too old: eager code still runs
-        return False
-
-
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    """float32 on the CPU; the global generator stays where it is."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return [kind for kind in asked if all(runs(kind, device, dtype) for dtype in dtypes)]
 
 
 def _agree(original: Callable[[], Any], ours: Callable[[], Any]) -> bool:
@@ -174,11 +122,10 @@ def _eps(norm: nn.Module) -> float | None:
 
 def _variant(norm: nn.Module) -> tuple[float, bool] | None:
     """(offset, early), found with random weights: ones or zeros, as new models have, would not tell."""
-    weight, eps = _random(24).to(norm.weight.dtype), _eps(norm)
+    weight, eps = random_numbers(24).to(norm.weight.dtype), _eps(norm)
     # Rows so small that eps matters, too.
-    xs = [
-        (_random(8, 24, seed=1) * 10.0 ** -_random(8, 1, seed=2).abs()).to(d) for d in (torch.float32, torch.bfloat16)
-    ]
+    sizes = 10.0 ** -random_numbers(8, 1, seed=2).abs()
+    xs = [(random_numbers(8, 24, seed=1) * sizes).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
     run = partial(torch.func.functional_call, norm, {"weight": weight})
     for offset, early in _NORMS:
         ours = partial(rms_norm_ref, weight=weight, eps=eps, offset=offset, early=early)
@@ -231,7 +178,7 @@ def _mlp_forward(mlp: nn.Module) -> Callable[..., Tensor] | None:
             continue
         made = _gated if "gate_proj" in layers else _gated_at_once
         for act in decode_ops.ACTIVATIONS:
-            small, x = _in_small(mlp, layers), _random(2, 3, 8)
+            small, x = _in_small(mlp, layers), random_numbers(2, 3, 8)
             if _agree(partial(type(mlp).forward, small, x), partial(made(small, act, swiglu_ref), x)):
                 return made(mlp, act)
     return None
@@ -248,7 +195,7 @@ def _in_small(mlp: nn.Module, layers: set[str]) -> nn.Module:
             setattr(small, name, child)  # the activation
     shapes = {"gate_proj": (8, 12), "up_proj": (8, 12), "gate_up_proj": (8, 24), "down_proj": (12, 8)}
     for i, name in enumerate(sorted(layers)):
-        setattr(small, name, _Times(_random(*shapes[name], seed=3 + i)))
+        setattr(small, name, _Times(random_numbers(*shapes[name], seed=3 + i)))
     return small.eval()
 
 
@@ -299,8 +246,8 @@ def _put_back(place: dict[str, Any], ours: Callable) -> None:
 def _agree_on_rope(original: Callable, d: int) -> bool:
     """Whether `original` is `rope` on heads of 8, of which d entries are turned. Random tables, whose halves differ."""
     for q_dtype, dtype in product((torch.float32, torch.bfloat16), repeat=2):
-        q, k = _random(2, 4, 3, 8, seed=6).to(q_dtype), _random(2, 2, 3, 8, seed=7).to(q_dtype)
-        cos, sin = _random(2, 3, d, seed=8).to(dtype), _random(2, 3, d, seed=9).to(dtype)
+        q, k = random_numbers(2, 4, 3, 8, seed=6).to(q_dtype), random_numbers(2, 2, 3, 8, seed=7).to(q_dtype)
+        cos, sin = random_numbers(2, 3, d, seed=8).to(dtype), random_numbers(2, 3, d, seed=9).to(dtype)
         if not _agree(partial(original, q, k, cos, sin), partial(rope_ref, q, k, cos, sin)):
             return False
     return True

@@ -16,11 +16,11 @@ from models import LISTED, build, with_lora
 from torch import nn
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.policy import small_ops, trials
 from lowvram_grpo.policy.checkpointing import tile_mlps
-from lowvram_grpo.rollout import modules
+from lowvram_grpo.policy.small_ops import fast_modules
 from lowvram_grpo.rollout.adapters import fast_adapters
 from lowvram_grpo.rollout.engine import RolloutEngine
-from lowvram_grpo.rollout.modules import fast_modules
 from lowvram_grpo.rollout.sampler import Sampling
 
 IDS = torch.randint(3, 41, (2, 11), generator=torch.Generator().manual_seed(5))
@@ -61,7 +61,7 @@ def functions(model):
 def kernels(monkeypatch):
     """Triton kernels, by the interpreter; counts their launches."""
     monkeypatch.setattr(decode_ops, "uses_triton", lambda *tensors: True)
-    calls = dict.fromkeys(modules.KINDS, 0)
+    calls = dict.fromkeys(small_ops.KINDS, 0)
     for kind in calls:
         launch = getattr(decode_ops, f"{kind}_triton")
 
@@ -154,7 +154,7 @@ def test_an_interrupt_on_entry_leaves_the_model_as_it_was(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(modules._REPLACE, "rope", interrupted)
+    monkeypatch.setitem(small_ops._REPLACE, "rope", interrupted)
     with pytest.raises(KeyboardInterrupt), fast_modules(model, "on"):
         pass
     assert traces(model) == ([], [False])
@@ -185,12 +185,12 @@ def test_gradients_go_the_models_own_way(monkeypatch):
 
 def test_auto_takes_what_has_been_measured_and_that_is_nothing_yet(monkeypatch):
     model = build("Llama")
-    assert modules.MEASURED_FASTER == ()
+    assert trials.MEASURED_FASTER == ()
     for mode in ("auto", "off"):
         with fast_modules(model, mode) as counts:
             assert not any(counts.values()) and traces(model) == ([], [False])
-    monkeypatch.setattr(modules, "MEASURED_FASTER", ("swiglu",))
-    assert modules._kinds(model, "auto") == []  # on a CPU
+    monkeypatch.setattr(trials, "MEASURED_FASTER", ("swiglu",))
+    assert small_ops._kinds(model, "auto") == []  # on a CPU
     with pytest.raises(UserError, match="fused_ops"), fast_modules(model, "yes"):
         pass
 
@@ -202,7 +202,7 @@ def test_a_kernel_that_does_not_run_on_the_card_is_not_used(monkeypatch):
         asked.append(dtype)
         return kind != "rms_norm" or dtype != torch.bfloat16
 
-    monkeypatch.setattr(modules, "_runs", runs)
+    monkeypatch.setattr(small_ops, "runs", runs)
     model = build("Llama").bfloat16()
     with fast_modules(model, "on") as counts:
         assert counts == {"rms_norm": 0, "swiglu": 2, "rope": 1}
@@ -212,15 +212,15 @@ def test_a_kernel_that_does_not_run_on_the_card_is_not_used(monkeypatch):
 @in_triton
 def test_the_question_whether_a_kernel_runs_has_right_and_wrong_answers(monkeypatch, kernels):
     card = torch.device("cuda", 0)
-    monkeypatch.setattr(modules, "_random", lambda *shape: _OnCard(torch.randn(shape)))
-    modules._runs.cache_clear()
-    assert all(modules._runs(kind, card, torch.float32) for kind in modules.KINDS) and all(kernels.values())
-    modules._runs.cache_clear()
+    monkeypatch.setattr(trials, "random_numbers", lambda *shape: _OnCard(torch.randn(shape)))
+    trials.runs.cache_clear()
+    assert all(trials.runs(kind, card, torch.float32) for kind in small_ops.KINDS) and all(kernels.values())
+    trials.runs.cache_clear()
     monkeypatch.setattr(decode_ops, "rms_norm_triton", lambda x, *args, **kwargs: x)
     monkeypatch.setattr(decode_ops, "swiglu_triton", None)
     monkeypatch.setattr(decode_ops, "rope_triton", lambda q, k, *args: (q, k))
-    assert not any(modules._runs(kind, card, torch.float32) for kind in modules.KINDS)
-    modules._runs.cache_clear()
+    assert not any(trials.runs(kind, card, torch.float32) for kind in small_ops.KINDS)
+    trials.runs.cache_clear()
 
 
 class _OnCard:
