@@ -16,7 +16,7 @@ Memory: 8 R V / 128 bytes; half of that where all ids are known. No atomics: equ
 from __future__ import annotations
 
 import torch
-from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, jit, require_triton, tl
+from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, device_guard, jit, require_triton, tl
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,10 +62,11 @@ def block_masses_triton(logits: Tensor, temperature: float = 1.0, known: int | N
     some = known is not None and known < vocab
     whole = torch.empty_like(mass) if some else mass
     if rows:
-        _block_masses_kernel[(rows, -(-blocks // _BLOCKS))](
-            logits, mass, whole, vocab, known if some else vocab, blocks, logits.stride(0), temperature, SOME=some,
-            BLOCKS=_BLOCKS, BLOCK=BLOCK, num_warps=_WARPS,
-        )  # fmt: skip
+        with device_guard(logits):
+            _block_masses_kernel[(rows, -(-blocks // _BLOCKS))](
+                logits, mass, whole, vocab, known if some else vocab, blocks, logits.stride(0), temperature, SOME=some,
+                BLOCKS=_BLOCKS, BLOCK=BLOCK, num_warps=_WARPS,
+            )  # fmt: skip
     return mass, whole
 
 
