@@ -43,6 +43,7 @@ MOST_ROWS = 64  # that share one reading of the weights
 MOST_SIBLINGS = 3
 WIDEST_RANK = 256  # of an adapter: more of it would outweigh the layer
 _RANKS = 32  # of an adapter, that a program takes at a time
+DEVICES = ("cuda", "meta")
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _PACKED = BLOCK // 2  # bytes of a block of codes
 
@@ -81,6 +82,15 @@ class FourBit(NamedTuple):
         return found._replace(
             nested=inner.absmax, nested_code=inner.code, offset=state.offset.float(), nested_block=inner.blocksize
         )
+
+    def dense(self) -> Tensor:
+        """float32 (O, I)."""
+        scales = self.absmax
+        if self.nested is not None:
+            place = torch.arange(scales.numel(), device=scales.device) // self.nested_block
+            scales = self.nested_code[scales.flatten().int()] * self.nested[place] + self.offset
+        codes = torch.stack([self.packed >> 4, self.packed & 15], -1).view(-1, BLOCK)
+        return (self.code[codes.int()] * scales.view(-1, 1)).view(self.shape)
 
 
 class Sibling(NamedTuple):
@@ -121,12 +131,19 @@ def tiles_of(cc: int, rows: int, outputs: int, multiprocessors: int) -> ProductT
     return ProductTiles(32 if few else 64, n, 2, 4 if few else 8, 3)
 
 
+def all_tiles(cc: int) -> list[ProductTiles]:
+    """Everything that `tiles_of` can choose."""
+    return list(dict.fromkeys(tiles_of(cc, rows, outputs, 1) for rows in (16, 32, 64) for outputs in (1, 64)))
+
+
 def covers(x: Tensor, siblings: Sequence[Sibling], z: Tensor | None = None) -> bool:
     """Whether `small_product` takes these: a few rows in 16 bits on CUDA (or meta) beside weights of one kind."""
-    if not (HAS_TRITON and x.device.type in ("cuda", "meta") and x.dtype in _DTYPES and x.ndim == 2):
+    if not (HAS_TRITON and x.device.type in DEVICES and x.dtype in _DTYPES and x.ndim == 2):
         return False
     known = x.dtype == torch.float16 or card(x.device)[0] >= 80  # Turing has no bfloat16
-    return known and 0 < len(x) <= MOST_ROWS and fits(x.dtype, x.shape[1], siblings) and (z is None or z.dtype == x.dtype)
+    return (
+        known and 0 < len(x) <= MOST_ROWS and fits(x.dtype, x.shape[1], siblings) and (z is None or z.dtype == x.dtype)
+    )
 
 
 def fits(dtype: torch.dtype, width: int, siblings: Sequence[Sibling]) -> bool:
@@ -159,7 +176,9 @@ def _is_plain(s: Sibling, dtype: torch.dtype, width: int) -> bool:
     return fine and (s.up is None or len(s.up) <= WIDEST_RANK)
 
 
-def small_product(x: Tensor, siblings: Sequence[Sibling], z: Tensor | None = None) -> list[Tensor]:
+def small_product(
+    x: Tensor, siblings: Sequence[Sibling], z: Tensor | None = None, tiles: ProductTiles | None = None
+) -> list[Tensor]:
     """(N, O_i) of the dtype of x for each sibling, for rows x (N, I) of float16 or bfloat16.
 
     Views of one tensor, each contiguous. On meta tensors only that. Any N, but every 64 rows (32 on Turing) read the
@@ -167,6 +186,7 @@ def small_product(x: Tensor, siblings: Sequence[Sibling], z: Tensor | None = Non
 
     Args:
         z: (N, sum of ranks), x times the siblings' stacked A^T, in the dtype of x; None without adapters.
+        tiles: those of `tiles_of` where None; a trial takes each.
 
     Raises:
         ValueError: siblings that `fits` refuses.
@@ -178,16 +198,30 @@ def small_product(x: Tensor, siblings: Sequence[Sibling], z: Tensor | None = Non
     out = torch.empty(n * sum(sizes), dtype=x.dtype, device=x.device)
     if n and not out.is_meta:
         require_triton("small_product", x, "the layers themselves")
-        _launch(x, siblings, z, sizes, out)
+        _launch(x, siblings, z, sizes, out, tiles or tiles_of(card(x.device)[0], n, sum(sizes), card(x.device)[1]))
     return [part.view(n, size) for part, size in zip(out.split([n * size for size in sizes]), sizes)]
 
 
-def _launch(x: Tensor, siblings: Sequence[Sibling], z: Tensor | None, sizes: list[int], out: Tensor) -> None:
+def small_product_ref(x: Tensor, siblings: Sequence[Sibling], z: Tensor | None = None) -> list[Tensor]:
+    """The same by PyTorch's operators, with each weight in float32."""
+    outs, first = [], 0
+    for s in siblings:
+        w = s.weight.dense().to(x.dtype) if isinstance(s.weight, FourBit) else s.weight
+        out = x.float() @ w.float().T + (0.0 if s.bias is None else s.bias.float())
+        if s.up is not None:
+            part = z[:, first : first + len(s.up)]
+            out = out.to(x.dtype).float() + part.float() @ s.up.float()
+            first += len(s.up)
+        outs.append(out.to(x.dtype))
+    return outs
+
+
+def _launch(
+    x: Tensor, siblings: Sequence[Sibling], z: Tensor | None, sizes: list[int], out: Tensor, tiles: ProductTiles
+) -> None:
     x = x if x.stride(1) == 1 else x.contiguous()
     if z is not None and z.stride(1) != 1:
         z = z.contiguous()
-    cc, processors = card(x.device)
-    tiles = tiles_of(cc, len(x), sum(sizes), processors)
     ranks = [0 if s.up is None else len(s.up) for s in siblings]
     missing = MOST_SIBLINGS - len(siblings)
     # Absent siblings have no outputs; their pointers are never looked at.
@@ -263,7 +297,9 @@ def _small_product_kernel(
             at = far[:, None] * ROW_BLOCKS + (first + b)[None, :]
             if nested_a is not None:
                 small = tl.load(absmax_ptr + at, mask=some, other=0).to(tl.int32)
-                scale = tl.load(nested_code_ptr + small) * tl.load(nested_ptr + at // NESTED_BLOCK, mask=some, other=0.0)
+                scale = tl.load(nested_code_ptr + small) * tl.load(
+                    nested_ptr + at // NESTED_BLOCK, mask=some, other=0.0
+                )
                 scale += offset
             else:
                 scale = tl.load(absmax_ptr + at, mask=some, other=0.0)
@@ -319,12 +355,12 @@ def compile_cases(cc: int) -> list[CompileCase]:
     """What `small_product` launches on compute capability `cc`: every tile, 4-bit weights with double quantization and
     without, 16-bit ones, widths that steps fill and one that they do not, a single row."""
     kind = "fp16" if cc < 80 else "bf16"
-    tiles = dict.fromkeys(tiles_of(cc, rows, outputs, 46) for rows in (16, 32, 64) for outputs in (1152, 9728))
+    tiles = all_tiles(cc)
     cases = []
     for tile in tiles:
         cases.append(_case(tile, kind, 896, four_bit=True, nested=True, bias=True, rank=16))
         cases.append(_case(tile, kind, 896, four_bit=False, nested=False, bias=True, rank=16))
-    tile = next(iter(tiles))
+    tile = tiles[0]
     cases.append(_case(tile, "fp16", 960, four_bit=True, nested=False, bias=False, rank=0))
     cases.append(_case(tile, kind, 100, four_bit=False, nested=False, bias=False, rank=WIDEST_RANK))
     cases.append(_case(tile, kind, 4864, four_bit=True, nested=True, bias=False, rank=64, n=1))
@@ -334,12 +370,17 @@ def compile_cases(cc: int) -> list[CompileCase]:
 def _case(
     tiles: ProductTiles, kind: str, width: int, *, four_bit: bool, nested: bool, bias: bool, rank: int, **ones: int
 ) -> CompileCase:
-    types: dict[str, str | None] = {"x_ptr": f"*{kind}:16", "z_ptr": f"*{kind}:16" if rank else None, "out_ptr": f"*{kind}:16"}
+    types: dict[str, str | None] = {
+        "x_ptr": f"*{kind}:16",
+        "z_ptr": f"*{kind}:16" if rank else None,
+        "out_ptr": f"*{kind}:16",
+    }
     each = {
         "w": "*u8:16" if four_bit else f"*{kind}:16", "code": "*fp32:16" if four_bit else None,
         "absmax": ("*u8:16" if nested else "*fp32:16") if four_bit else None, "nested": "*fp32:16" if nested else None,
         "nested_code": "*fp32:16" if nested else None, "offset": "*fp32:16" if nested else None,
-        "bias": f"*{kind}:16" if bias else None, "up": f"*{kind}:16" if rank else None, "size": "i32:16", "rank": "i32:16",
+        "bias": f"*{kind}:16" if bias else None, "up": f"*{kind}:16" if rank else None,
+        "size": "i32:16", "rank": "i32:16",
     }  # fmt: skip
     types |= {f"{name}_{which}": type_ for name, type_ in each.items() for which in "abc"}
     types |= {"n": "i32", "x_stride": "i32" if width % 16 else "i32:16", "z_stride": "i32:16"}
@@ -348,5 +389,7 @@ def _case(
         "WIDTH": width, **_rank_constants(rank), "FOUR_BIT": four_bit, "BLOCK": BLOCK, "NESTED_BLOCK": 256,
         "INTERPRET": False,
     }  # fmt: skip
-    name = f"small_product {tuple(tiles)} I={width} {kind} 4-bit={four_bit} nested={nested} r={rank} {ones or ''}".rstrip()
+    name = (
+        f"small_product {tuple(tiles)} I={width} {kind} 4-bit={four_bit} nested={nested} r={rank} {ones or ''}".rstrip()
+    )
     return compile_case(name, _small_product_kernel, types, sizes, tiles.warps, tiles.stages)

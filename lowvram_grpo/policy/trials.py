@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.kernels import decode_ops
+from lowvram_grpo.kernels.decode_launch import card
 from lowvram_grpo.kernels.decode_ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
 from lowvram_grpo.kernels.logits import linear_logits
-from lowvram_grpo.kernels.quantized import Int8Weight
+from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
 from lowvram_grpo.kernels.runtime import is_out_of_memory, trial
 from lowvram_grpo.kernels.sample import block_masses, block_masses_ref
+from lowvram_grpo.kernels.small_product import FourBit, Sibling, all_tiles, small_product, small_product_ref
 from lowvram_grpo.policy.head import Head
 
 MODES = ("auto", "on", "off")
@@ -77,6 +79,21 @@ def _int8_head(x: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(linear_logits(x[0, 0], head, fused=fused) for fused in (True, False))
 
 
+def _small_product(x: Tensor, *, four_bit: bool) -> tuple[Tensor, Tensor]:
+    """By every tile that this card's launches can choose: one that does not compile must be found here."""
+    rows, weight = x[0].flatten(0, 1), x[1].flatten(0, 1)
+    up, bias, z = weight[:, :3].T.contiguous(), weight[:, 4].contiguous(), rows[:, :3]
+    if four_bit:
+        packed = NF4Weight.quantize(weight)
+        weight = FourBit(
+            packed.packed.view(-1), packed.shape, packed.code, packed.absmax.view(-1), *packed.nested,
+            torch.full((1,), packed.offset, device=x.device), packed.nested_block,
+        )  # fmt: skip
+    layer = [Sibling(weight, bias, up)]
+    found = [small_product(rows, layer, z, tiles)[0] for tiles in all_tiles(card(x.device)[0])]
+    return torch.cat(found), torch.cat(small_product_ref(rows, layer, z) * len(found))
+
+
 def _ropes(function: Callable, *given: Tensor) -> Tensor:
     return torch.cat(function(*given), 1)
 
@@ -89,4 +106,6 @@ TRIALS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "rope": _both(partial(_ropes, rope), partial(_ropes, rope_ref), lambda x: (x, x[:, :1], x[:, 0], x[:, 1])),
     "sample": lambda x: tuple(f(x[0, 0].float())[0] for f in (block_masses, block_masses_ref)),
     "int8_head": _int8_head,
+    "nf4_product": partial(_small_product, four_bit=True),
+    "dense_product": partial(_small_product, four_bit=False),
 }

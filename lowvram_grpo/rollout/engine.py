@@ -160,7 +160,7 @@ class RolloutEngine:
         try:
             with (
                 attention_set(decoder.decoder),
-                fast_adapters(self.model, self.adapters),
+                fast_adapters(self.model, self.adapters, self.fused_ops),
                 fast_modules(self.model, self.fused_ops),
             ):
                 yield decoder

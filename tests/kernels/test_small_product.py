@@ -6,7 +6,15 @@ import pytest
 import torch
 from lowvram_grpo.kernels import small_product as module
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
-from lowvram_grpo.kernels.small_product import FourBit, Sibling, covers, fits, small_product, tiles_of
+from lowvram_grpo.kernels.small_product import (
+    FourBit,
+    Sibling,
+    covers,
+    fits,
+    small_product,
+    small_product_ref,
+    tiles_of,
+)
 
 from lowvram_grpo.memory.ledger import Ledger
 
@@ -80,6 +88,7 @@ def test_against_float64(sizes, width, rows, rank, four_bit, nested, bias, dtype
     siblings = [sibling for sibling, _ in layers]
     assert fits(dtype, width, siblings)
     check(x, layers, z, small_product(x, siblings, z))
+    check(x, layers, z, small_product_ref(x, siblings, z))
 
 
 @pytest.mark.parametrize("four_bit", [True, False])
