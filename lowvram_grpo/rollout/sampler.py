@@ -6,6 +6,7 @@ unless greedy, temperature, top-k, top-p, min-p. Random numbers are those of `no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -143,11 +144,17 @@ class Sampler:
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
 
-    def admit(self, row: int, prompt_ids: list[int]) -> None:
-        """A row begins a completion of this prompt."""
+    @property
+    def remembers(self) -> bool:
+        """Whether it must know what each row has said, its prompt included."""
+        return self.seen is not None
+
+    def admit(self, rows: Sequence[int], at: Tensor, ids: Tensor) -> None:
+        """These rows begin completions; `ids` (K,) are those of their prompts, all in one, and `at` (K,) their rows."""
         if self.seen is not None:
-            self.seen[row] = False
-            self.seen[row, torch.tensor(prompt_ids, device=self.seen.device)] = True
+            for row in rows:
+                self.seen[row] = False
+            self.seen[at, ids] = True
 
     def move(self, source: int, target: int) -> None:
         """A row goes on in the place of another."""
