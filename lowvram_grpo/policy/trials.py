@@ -81,8 +81,9 @@ def _int8_head(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _small_product(x: Tensor, *, four_bit: bool) -> tuple[Tensor, Tensor]:
     """By every tile that this card's launches can choose: one that does not compile must be found here."""
-    rows, weight = x[0].flatten(0, 1), x[1].flatten(0, 1)
-    up, bias, z = weight[:, :3].T.contiguous(), weight[:, 4].contiguous(), rows[:, :3]
+    # Sums around 1: a tipped rounding of the base product must stay far below the tolerance, a wrong term far above.
+    rows, weight = x[0].flatten(0, 1) / 32, x[1].flatten(0, 1)
+    up, bias, z = weight[:, :3].T.contiguous(), weight[:, 4] / 8, 8 * rows[:, :3]
     if four_bit:
         packed = NF4Weight.quantize(weight)
         weight = FourBit(
