@@ -13,9 +13,10 @@ from lowvram_grpo.kernels import decode_ops
 from lowvram_grpo.kernels.decode_launch import card
 from lowvram_grpo.kernels.decode_ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
 from lowvram_grpo.kernels.logits import linear_logits
+from lowvram_grpo.kernels.noise import GOLDEN, signed
 from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
 from lowvram_grpo.kernels.runtime import is_out_of_memory, trial
-from lowvram_grpo.kernels.sample import block_masses, block_masses_ref
+from lowvram_grpo.kernels.sample import block_masses, block_masses_ref, draw_by_masses, draw_by_masses_ref
 from lowvram_grpo.kernels.small_product import FourBit, Sibling, all_tiles, small_product, small_product_ref
 from lowvram_grpo.policy.head import Head
 
@@ -79,6 +80,17 @@ def _int8_head(x: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(linear_logits(x[0, 0], head, fused=fused) for fused in (True, False))
 
 
+def _sample(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(masses, ids, log-probs): rows of 320 ids, of which 300 can be drawn."""
+    logits, found = x[0].flatten(1).float(), []
+    keys = torch.arange(1, len(logits) + 1, device=x.device) * signed(GOLDEN)
+    for masses, drawn in ((block_masses, draw_by_masses), (block_masses_ref, draw_by_masses_ref)):
+        mass, whole = masses(logits, 0.7, 300)
+        ids, logps = drawn(logits, mass, whole, keys, keys % 7, 0.7, 300)
+        found.append(torch.cat([mass.flatten(), ids.float(), logps]))
+    return found[0], found[1]
+
+
 def _small_product(x: Tensor, *, four_bit: bool) -> tuple[Tensor, Tensor]:
     """By every tile that this card's launches can choose: one that does not compile must be found here."""
     # Sums around 1: a tipped rounding of the base product must stay far below the tolerance, a wrong term far above.
@@ -105,7 +117,7 @@ TRIALS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "rms_norm": _both(rms_norm, rms_norm_ref, lambda x: (x, x[0, 0, 0], 1e-6)),
     "swiglu": _both(swiglu, swiglu_ref, lambda x: (x, x + 1)),
     "rope": _both(partial(_ropes, rope), partial(_ropes, rope_ref), lambda x: (x, x[:, :1], x[:, 0], x[:, 1])),
-    "sample": lambda x: tuple(f(x[0, 0].float())[0] for f in (block_masses, block_masses_ref)),
+    "sample": _sample,
     "int8_head": _int8_head,
     "nf4_product": partial(_small_product, four_bit=True),
     "dense_product": partial(_small_product, four_bit=False),
