@@ -169,6 +169,11 @@ def _gumbel(key, step, index):
 
 
 @jit
+def _largest(x):
+    return tl.argmax(tl.where(x == x, x, float("-inf")), 0)
+
+
+@jit
 def _draw_kernel(
     logits_ptr, mass_ptr, whole_ptr, keys_ptr, steps_ptr, tokens_ptr, logps_ptr, vocab, known, blocks, stride,
     keys_stride, steps_stride, temperature, WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -179,8 +184,8 @@ def _draw_kernel(
     step = 2 * tl.load(steps_ptr + row * steps_stride).to(tl.uint64, bitcast=True) + 1
     b = tl.arange(0, WIDE)
     mass = tl.load(mass_ptr + row * blocks + b, mask=b < blocks, other=float("-inf")).to(tl.float64)
-    # Of a NaN nothing is the largest; the id must be one all the same.
-    block = tl.minimum(tl.argmax(mass + _gumbel(key, step, b.to(tl.uint64)), 0), blocks - 1)
+    # Where nothing can be drawn, for NaNs or infinities, the id must be one all the same.
+    block = tl.minimum(_largest(mass + _gumbel(key, step, b.to(tl.uint64))), blocks - 1)
     whole = tl.load(whole_ptr + row * blocks + b, mask=b < blocks, other=float("-inf"))
     top = tl.max(whole, 0)
     top = tl.where(tl.abs(top) == float("inf"), 0.0, top)
@@ -189,7 +194,7 @@ def _draw_kernel(
     v = block * BLOCK + i
     inside = tl.load(logits_ptr + row * stride + v, mask=v < vocab, other=float("-inf")) / temperature
     noisy = tl.where(v < known, inside, float("-inf")).to(tl.float64) + _gumbel(key, step + 1, i.to(tl.uint64))
-    at = tl.minimum(tl.argmax(noisy, 0), vocab - 1 - block * BLOCK)
+    at = tl.minimum(_largest(noisy), vocab - 1 - block * BLOCK)
     tl.store(tokens_ptr + row, (block * BLOCK + at).to(tl.int64))
     tl.store(logps_ptr + row, tl.sum(tl.where(i == at, inside, 0.0), 0) - whole)
 
