@@ -22,13 +22,14 @@ the other arXiv:2211.10438 (SmoothQuant).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from lowvram_grpo.kernels.decode_attention_triton import decode_attention_triton
 from lowvram_grpo.kernels.decode_launch import decode_path
+from lowvram_grpo.kernels.runtime import HAS_TRITON, is_out_of_memory, trial
 from torch import Tensor
 
 _LARGEST = 127.0
@@ -199,23 +200,36 @@ def usable_path(query: Tensor, key: Tensor, value: Tensor, path: str | None = No
     return found
 
 
-@lru_cache
+def settle(device: torch.device, dtypes: Iterable[torch.dtype]) -> None:
+    """Find out now whether Triton works on `device` for queries of these dtypes: a step that is being captured, or
+    watched for operations that wait, is no place to compile and try a kernel."""
+    if device.type == "cuda" and HAS_TRITON:
+        for dtype in dtypes:
+            _works(device, dtype)
+
+
+@trial
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether Triton compiles the kernels here, which takes more than an import: a C compiler, a ptxas that knows the
-    card. Asked once a process."""
+    card."""
     make = lambda *shape: torch.zeros(*shape, dtype=dtype, device=device)
-    at = lambda *values: torch.tensor(values, device=device)
+    # Made on the device: a copy of a Python number would wait.
+    at = lambda value: torch.full((1,), value, dtype=torch.long, device=device)
     rows = Rows(at(0), at(0), at(1), at(0)[None], at(0), 1, 1)
     try:
         decode_attention(
             make(1, 1, 64), make(1, 1, 64), make(1, 1, 64), KV(make(1, 1, 1, 64), make(1, 1, 1, 64)),
             KV(make(1, 1, 1, 64), make(1, 1, 1, 64)), rows, scale=1.0, path="triton",
         )  # fmt: skip
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # of Triton, its compiler or its driver
-        warnings.warn(f"Triton does not work here ({str(error).strip().splitlines()[0]}), so rollouts decode by "
-                      "PyTorch's operators, without CUDA graphs, which is slower.", stacklevel=2)  # fmt: skip
+        if is_out_of_memory(error):
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(
+            f"Triton does not work here ({said}), so rollouts decode by PyTorch's operators, without CUDA graphs, "
+            "which is slower.",
+            stacklevel=2,
+        )
         return False
     return True
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lowvram_grpo.kernels.decode_launch import Splits, Tiles, card, power_of_2, ranges, tiles_of
 from lowvram_grpo.kernels.fold import LOWEST, transform_logit
-from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, interpreted, jit, tl
+from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, device_guard, interpreted, jit, tl
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -319,19 +319,20 @@ def decode_attention_triton(
         "REP": rep, "WIDTH": width, "WIDE": wide, "SOFTCAP": softcap is not None, "WINDOW": window is not None,
         "INTERPRET": interpreted(),
     }  # fmt: skip
-    if splits.prefix:
-        _prefix_kernel[(slots * blocks, kv_heads, splits.prefix)](
-            query, *prompts, rows.age, rows.prefix, rows.members, parts, lse, *query.stride()[:2],
-            *_strides(prompts), sum(splits), members, *numbers, **tiles.constants(), **fixed,
+    with device_guard(query):
+        if splits.prefix:
+            _prefix_kernel[(slots * blocks, kv_heads, splits.prefix)](
+                query, *prompts, rows.age, rows.prefix, rows.members, parts, lse, *query.stride()[:2],
+                *_strides(prompts), sum(splits), members, *numbers, **tiles.constants(), **fixed,
+            )  # fmt: skip
+        _own_kernel[(r, kv_heads, splits.own)](
+            query, key, value, *own, rows.age, rows.rank, parts, lse, *query.stride()[:2], *key.stride()[:2],
+            *value.stride()[:2], *_strides(own), sum(splits), *numbers, **own_tiles.constants(), **fixed,
         )  # fmt: skip
-    _own_kernel[(r, kv_heads, splits.own)](
-        query, key, value, *own, rows.age, rows.rank, parts, lse, *query.stride()[:2], *key.stride()[:2],
-        *value.stride()[:2], *_strides(own), sum(splits), *numbers, **own_tiles.constants(), **fixed,
-    )  # fmt: skip
-    _merge_kernel[(r, heads)](
-        parts, lse, rows.rank, out, splits.prefix, sum(splits), BLOCK=_MERGED, WIDTH=width,
-        WIDE=wide, num_warps=2,
-    )  # fmt: skip
+        _merge_kernel[(r, heads)](
+            parts, lse, rows.rank, out, splits.prefix, sum(splits), BLOCK=_MERGED, WIDTH=width,
+            WIDE=wide, num_warps=2,
+        )  # fmt: skip
     return out
 
 

@@ -18,7 +18,7 @@ from itertools import product
 
 import torch
 from lowvram_grpo.kernels.decode_launch import power_of_2
-from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, jit, require_triton, tl
+from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, device_guard, jit, require_triton, tl
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -85,10 +85,11 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.
     n, width = flat.shape
     rows, block, warps = _norm_tile(width)
     if n:
-        _rms_norm_kernel[(-(-n // rows),)](
-            flat, weight.contiguous(), out, n, width, flat.stride(0), eps, OFFSET=float(offset), EARLY=early,
-            ROWS=rows, BLOCK=block, num_warps=warps,
-        )  # fmt: skip
+        with device_guard(x):
+            _rms_norm_kernel[(-(-n // rows),)](
+                flat, weight.contiguous(), out, n, width, flat.stride(0), eps, OFFSET=float(offset), EARLY=early,
+                ROWS=rows, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
     return out
 
 
@@ -131,10 +132,11 @@ def swiglu_triton(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
     flat, others = _rows(gate), _rows(up)
     n, width = flat.shape
     if out.numel():
-        _swiglu_kernel[(n, -(-width // _COLUMNS))](
-            flat, others, out, width, flat.stride(0), others.stride(0), GELU=act == "gelu_tanh", BLOCK=_COLUMNS,
-            num_warps=4,
-        )  # fmt: skip
+        with device_guard(gate):
+            _swiglu_kernel[(n, -(-width // _COLUMNS))](
+                flat, others, out, width, flat.stride(0), others.stride(0), GELU=act == "gelu_tanh", BLOCK=_COLUMNS,
+                num_warps=4,
+            )  # fmt: skip
     return out
 
 
@@ -202,11 +204,12 @@ def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
     tables = [(x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)) for x in (cos, sin)]
     strides = [x.stride()[:3] for x in (q, k, *outs)]
     if batch * tokens:
-        _rope_kernel[(batch * tokens, -(-q_heads // _HEADS) - (-k_heads // _HEADS))](
-            q, k, cos, sin, *outs, tokens, q_heads, k_heads, d // 2, width - d,
-            *strides[0], *strides[1], *tables[0], *tables[1], *strides[2], *strides[3],
-            HEADS=_HEADS, BLOCK=power_of_2(d // 2), REST=power_of_2(width - d) if width > d else 0, num_warps=1,
-        )  # fmt: skip
+        with device_guard(q):
+            _rope_kernel[(batch * tokens, -(-q_heads // _HEADS) - (-k_heads // _HEADS))](
+                q, k, cos, sin, *outs, tokens, q_heads, k_heads, d // 2, width - d,
+                *strides[0], *strides[1], *tables[0], *tables[1], *strides[2], *strides[3],
+                HEADS=_HEADS, BLOCK=power_of_2(d // 2), REST=power_of_2(width - d) if width > d else 0, num_warps=1,
+            )  # fmt: skip
     return outs
 
 

@@ -20,7 +20,16 @@ from typing import Any, NamedTuple
 import torch
 from lowvram_grpo.kernels.decode_launch import card, power_of_2
 from lowvram_grpo.kernels.quantized import BLOCK, Int8Weight, NF4Weight
-from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, interpreted, jit, require_triton, tl
+from lowvram_grpo.kernels.runtime import (
+    HAS_TRITON,
+    CompileCase,
+    compile_case,
+    device_guard,
+    interpreted,
+    jit,
+    require_triton,
+    tl,
+)
 from torch import Tensor
 
 MOST_ROWS = 64  # that share one reading of the codes: above, a product by cuBLAS is worth the bytes
@@ -87,10 +96,11 @@ def int8_logits(hidden: Tensor, weight: Int8Weight, bias: Tensor | None = None) 
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     tiles = tiles_of(card(hidden.device)[0], n)
     if out.numel():
-        _int8_logits_kernel[(-(-vocab // tiles.vocab), -(-n // tiles.rows))](
-            hidden, weight.codes, weight.scales, bias, out, n, vocab, hidden.stride(0),
-            WIDTH=width, BLOCK=BLOCK, INTERPRET=interpreted(), **tiles.constants(),
-        )  # fmt: skip
+        with device_guard(hidden):
+            _int8_logits_kernel[(-(-vocab // tiles.vocab), -(-n // tiles.rows))](
+                hidden, weight.codes, weight.scales, bias, out, n, vocab, hidden.stride(0),
+                WIDTH=width, BLOCK=BLOCK, INTERPRET=interpreted(), **tiles.constants(),
+            )  # fmt: skip
     return out
 
 

@@ -10,10 +10,14 @@ on compute capability `cc`. The compile gate of the tests builds them all, for G
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache, wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -25,6 +29,12 @@ except ImportError:
 HAS_TRITON = triton is not None
 # Triton decides when a kernel is decorated; a variable that changes afterwards changes nothing.
 _INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
+# What CUDA, its libraries and Triton say in a RuntimeError when an allocation of their own fails. cuBLAS says that it
+# is not initialized where there was no memory for its handle.
+_OUT_OF_MEMORY = (
+    "out of memory", "cublas_status_alloc_failed", "cublas_status_not_initialized", "cudnn_status_alloc_failed",
+)  # fmt: skip
+_HERE = nullcontext()
 
 
 def jit(function: Callable) -> Any:
@@ -35,6 +45,58 @@ def jit(function: Callable) -> Any:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before the first import), on any device."""
     return _INTERPRETED
+
+
+def device_guard(tensor: Tensor) -> AbstractContextManager:
+    """To be entered around every launch that writes beside `tensor`: Triton launches on the current device, whatever
+    its arguments lie on. Nothing is done where that is the tensor's own."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
+
+
+@contextmanager
+def sync_debug(mode: str) -> Iterator[None]:
+    """PyTorch's sync debug mode ("default", "error") for the length of the block, without its warning that the mode is
+    a prototype, which is no business of who reads a run's output. Nothing is done without CUDA."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        _set_sync_debug(mode)
+        yield
+    finally:
+        _set_sync_debug(before)
+
+
+def _set_sync_debug(mode: str | int) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def trial(question: Callable[..., bool]) -> Callable[..., bool]:
+    """A question that a device answers by running something, asked once a process for the same arguments.
+
+    It may wait for the device whatever sync debug mode it is asked in; the answer inside of a capture must be known
+    before. Memory that runs out is no answer: `question` must raise it, and is asked again the next time.
+    """
+
+    @lru_cache
+    @wraps(question)
+    def ask(*args: Any) -> bool:
+        with sync_debug("default"):
+            return question(*args)
+
+    return ask
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device, not the program, is at fault."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
 
 
 def require_triton(what: str, tensor: Tensor, instead: str) -> None:

@@ -39,6 +39,7 @@ from lowvram_grpo.kernels.fold import (
 from lowvram_grpo.kernels.fused_fold import fused_fold
 from lowvram_grpo.kernels.launch import LaunchConfig
 from lowvram_grpo.kernels.lists import entries_of
+from lowvram_grpo.kernels.runtime import is_out_of_memory
 from torch import Tensor
 
 from lowvram_grpo.policy.head import Head
@@ -137,7 +138,9 @@ def _accumulates(device: torch.device) -> bool:
     half, total = torch.zeros(8, 8, dtype=torch.float16, device=device), torch.zeros(8, 8, device=device)
     try:
         torch.ops.aten.addmm.dtype_out(total, half, half, torch.float32, out=total)
-    except RuntimeError:
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         return False
     return True
 

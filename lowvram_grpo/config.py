@@ -220,7 +220,7 @@ class GRPOConfig(TrainingArguments):
     )
     fused_ops: str = _help(
         "(ours) Kernels for norms, rotary positions, MLP gates, int8 heads and drawing in rollouts: on, off, or auto, "
-        "which takes those that have been measured faster.",
+        "which takes those that must be faster by count and pass a trial on this card.",
         "auto",
     )
     embedding_offload: bool = _help("(ours) Keep an untied input embedding in pinned host memory.", False)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.kernels.runtime import is_out_of_memory
 from lowvram_grpo.memory.budget import budget
 from lowvram_grpo.memory.devices import detect
 from lowvram_grpo.memory.ladder import Rung, next_rung
@@ -24,22 +25,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What CUDA, its libraries and Triton say in a RuntimeError when an allocation of their own fails.
-_SIGNS = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
-
 
 class Event(NamedTuple):
     """Memory ran out in `phase`, and `rung` was taken."""
 
     phase: str
     rung: Rung
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device, not the program, is at fault."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
 
 
 def release() -> None:

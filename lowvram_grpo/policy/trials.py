@@ -1,37 +1,49 @@
-"""Which of the kernels for small operations are taken here: asked for or measured faster, and proven on this device."""
+"""Which of the kernels for small operations are taken here: asked for or expected to be faster, and proven on this
+device."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lowvram_grpo.kernels import decode_ops
+from lowvram_grpo.kernels.decode_launch import card
 from lowvram_grpo.kernels.decode_ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
 from lowvram_grpo.kernels.logits import linear_logits
-from lowvram_grpo.kernels.quantized import Int8Weight
-from lowvram_grpo.kernels.sample import block_masses, block_masses_ref
+from lowvram_grpo.kernels.noise import GOLDEN, signed
+from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
+from lowvram_grpo.kernels.runtime import is_out_of_memory, trial
+from lowvram_grpo.kernels.sample import block_masses, block_masses_ref, draw_by_masses, draw_by_masses_ref
+from lowvram_grpo.kernels.small_product import FourBit, Sibling, all_tiles, small_product, small_product_ref
 from lowvram_grpo.policy.head import Head
 
 MODES = ("auto", "on", "off")
-# What `auto` takes: kinds that benchmarks/bench_decode_ops.py has measured faster than eager code on a card. None yet.
-MEASURED_FASTER: tuple[str, ...] = ()
+# What `auto` takes on CUDA, where a trial on that very card is passed. Modelled, not measured: these follow from counts
+# that no card can overturn. int8_head moves 1 byte a weight where the product by tiles moves 5; rms_norm is one launch
+# for 7, swiglu one for 2, rope one for 10, and sample reads the logits once where operators read them some eight times.
+# Whether a product of ours is faster than bitsandbytes' or cuBLAS' own does not follow from counting, so those wait for
+# a card: benchmarks/calibrate.py proposes changes to this list from measured rows.
+EXPECTED_FASTER: tuple[str, ...] = ("int8_head", "rms_norm", "swiglu", "rope", "sample")
 
 
 def wanted(kind: str, enabled: str) -> bool:
-    """Whether a kind of kernel (one of small_ops.KINDS, `sample` or `int8_head`) is asked for, or has been measured
-    faster."""
-    return enabled == "on" or (enabled == "auto" and kind in MEASURED_FASTER)
+    """Whether a kind of kernel (one of TRIALS) is asked for, or expected to be faster."""
+    return enabled == "on" or (enabled == "auto" and kind in EXPECTED_FASTER)
 
 
 def usable(kind: str, device: torch.device, enabled: str) -> bool:
-    """Whether a kernel that replaces no module (`sample`, `int8_head`) is wanted, and runs on this device."""
+    """Whether a kernel that replaces no module (`sample`, `int8_head`) is wanted, and runs on this device. A memory
+    plan on meta tensors counts it only where it is asked for: what `auto` falls back to needs more."""
+    if device.type == "meta" and enabled == "auto":
+        return False
     dtype = torch.float32 if kind == "sample" else torch.float16
     return wanted(kind, enabled) and runs(kind, device, dtype)
 
 
-@lru_cache
+@trial
 def runs(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel compiles here and is right: asked once a process, since Triton needs more than a GPU, and
     bfloat16 more than an old one. Without the kernel there is nothing to gain on CUDA."""
@@ -41,25 +53,72 @@ def runs(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
     if not decode_ops.uses_triton(x):
         return False
     try:
-        if kind == "rms_norm":
-            found, expected = (f(x, x[0, 0, 0], 1e-6) for f in (rms_norm, rms_norm_ref))
-        elif kind == "sample":
-            found, expected = (f(x[0, 0].float())[0] for f in (block_masses, block_masses_ref))
-        elif kind == "int8_head":
-            head = Head(Int8Weight.quantize(x[1, 0]))
-            found, expected = (linear_logits(x[0, 0], head, fused=fused) for fused in (True, False))
-        elif kind == "swiglu":
-            found, expected = (f(x, x + 1) for f in (swiglu, swiglu_ref))
-        else:
-            found, expected = (torch.cat(f(x, x[:, :1], x[:, 0], x[:, 1]), 1) for f in (rope, rope_ref))
+        found, expected = TRIALS[kind](x)
         near = 1e-4 if dtype == torch.float32 else 0.02
         return torch.allclose(found.float(), expected.float(), rtol=near, atol=near)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # a compiler that is missing, a driver too old: eager code still runs
+    except Exception as error:  # a compiler that is missing, a driver too old: eager code still runs
+        if is_out_of_memory(error):
+            raise
         return False
 
 
 def random_numbers(*shape: int, seed: int = 0) -> Tensor:
     """float32 on the CPU; the global generator stays where it is."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+
+
+def _both(kernel: Callable, reference: Callable, arguments: Callable[[Tensor], tuple]) -> Callable:
+    def ask(x: Tensor) -> tuple[Tensor, Tensor]:
+        given = arguments(x)
+        return kernel(*given), reference(*given)
+
+    return ask
+
+
+def _int8_head(x: Tensor) -> tuple[Tensor, Tensor]:
+    head = Head(Int8Weight.quantize(x[1, 0]))
+    return tuple(linear_logits(x[0, 0], head, fused=fused) for fused in (True, False))
+
+
+def _sample(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(masses, ids, log-probs): rows of 320 ids, of which 300 can be drawn."""
+    logits, found = x[0].flatten(1).float(), []
+    keys = torch.arange(1, len(logits) + 1, device=x.device) * signed(GOLDEN)
+    for masses, drawn in ((block_masses, draw_by_masses), (block_masses_ref, draw_by_masses_ref)):
+        mass, whole = masses(logits, 0.7, 300)
+        ids, logps = drawn(logits, mass, whole, keys, keys % 7, 0.7, 300)
+        found.append(torch.cat([mass.flatten(), ids.float(), logps]))
+    return found[0], found[1]
+
+
+def _small_product(x: Tensor, *, four_bit: bool) -> tuple[Tensor, Tensor]:
+    """By every tile that this card's launches can choose: one that does not compile must be found here."""
+    # Sums around 1: a tipped rounding of the base product must stay far below the tolerance, a wrong term far above.
+    rows, weight = x[0].flatten(0, 1) / 32, x[1].flatten(0, 1)
+    up, bias, z = weight[:, :3].T.contiguous(), weight[:, 4] / 8, 8 * rows[:, :3]
+    if four_bit:
+        packed = NF4Weight.quantize(weight)
+        weight = FourBit(
+            packed.packed.view(-1), packed.shape, packed.code, packed.absmax.view(-1), *packed.nested,
+            torch.full((1,), packed.offset, device=x.device), packed.nested_block,
+        )  # fmt: skip
+    layer = [Sibling(weight, bias, up)]
+    found = [small_product(rows, layer, z, tiles)[0] for tiles in all_tiles(card(x.device)[0])]
+    return torch.cat(found), torch.cat(small_product_ref(rows, layer, z) * len(found))
+
+
+def _ropes(function: Callable, *given: Tensor) -> Tensor:
+    return torch.cat(function(*given), 1)
+
+
+# Of each kind, from random numbers (3, 4, 5, 64) of the device and dtype in question: what the kernel finds, and what
+# eager code does.
+TRIALS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "rms_norm": _both(rms_norm, rms_norm_ref, lambda x: (x, x[0, 0, 0], 1e-6)),
+    "swiglu": _both(swiglu, swiglu_ref, lambda x: (x, x + 1)),
+    "rope": _both(partial(_ropes, rope), partial(_ropes, rope_ref), lambda x: (x, x[:, :1], x[:, 0], x[:, 1])),
+    "sample": _sample,
+    "int8_head": _int8_head,
+    "nf4_product": partial(_small_product, four_bit=True),
+    "dense_product": partial(_small_product, four_bit=False),
+}

@@ -5,17 +5,16 @@ layer takes up to six operators beside the base layer's product: casts, two prod
 Here, for the length of a rollout:
 
 * **fused**: `y = base(x)`, then `y += (x A^T) (s B)^T` in place by one product that adds. A and s B are cast once.
-  Layers that read the same tensor (q, k and v; gate and up) share one product with their stacked A.
+  Layers that read the same tensor (q, k and v; gate and up) share one product with their stacked A, and with
+  `fused_ops` one kernel for all the rest.
 * **merged**: `W += s B A` in an unquantized base weight, whose old bits wait in host memory and come back as they were.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ledger import counted_as
 from lowvram_grpo.policy.plain_lora import PlainLora, has_plain_base, plain_groups
+from lowvram_grpo.rollout.siblings import Downs, LastShared, Products, products_of
 
 MODES = ("auto", "fused", "merged", "off")
 
@@ -31,7 +31,7 @@ _CHUNK = 2**25  # bytes; the allocator of pinned memory rounds each request up t
 
 
 @contextmanager
-def fast_adapters(model: nn.Module, mode: str = "auto") -> Iterator[None]:
+def fast_adapters(model: nn.Module, mode: str = "auto", fused_ops: str = "off") -> Iterator[None]:
     """Inside the block the model's LoRA layers do the same with less work; afterwards they are as before.
 
     To be entered under torch.no_grad() with the model in eval mode, inside of autocast if there is one. The active
@@ -47,6 +47,9 @@ def fast_adapters(model: nn.Module, mode: str = "auto") -> Iterator[None]:
         model: with or without a PeftModel around it.
         mode: `fused`; `merged` (layers whose base is quantized, or whose weight something else reads too, are fused);
             `off`; `auto`, which is `fused`.
+        fused_ops: kernels of `trials` (`auto`, `on`, `off`); with `nf4_product` or `dense_product` among them the base
+            layers' products, biases and adapters are one launch for all layers that share an input, and one for x A^T,
+            for up to 64 rows in 16 bits.
 
     `auto` never merges. A step of 8 rows on a CPU takes 0.89 to 0.96 of peft's time fused and 0.65 to 0.89 merged
     (SmolLM2-135M and MiniMind2-small, r = 16), but in 16 bits W + s B A is rounded to the dtype of W, and an adapter
@@ -65,7 +68,7 @@ def fast_adapters(model: nn.Module, mode: str = "auto") -> Iterator[None]:
                 groups = plain_groups(model)
                 if mode == "merged":
                     groups = _merge_all(model, groups, undo)
-                _fuse_all(model, groups, undo)
+                _fuse_all(model, groups, fused_ops, undo)
         yield
 
 
@@ -77,67 +80,12 @@ def _replace_forward(layer: nn.Module, forward: Callable[..., Tensor], undo: Exi
 # Fused
 
 
-class _Group:
-    """A^T of layers that may share their input, side by side.
-
-    Args:
-        weights: A (r_i, H) of each, any dtype.
-    """
-
-    def __init__(self, weights: list[Tensor], dtype: torch.dtype):
-        self.stacked = torch.cat([a.T.to(dtype) for a in weights], 1)
-        ends = [0]
-        for a in weights:
-            ends.append(ends[-1] + len(a))
-        self.columns = [slice(first, last) for first, last in pairwise(ends)]
-
-
-class _LastProduct:
-    """x A^T of the group that was asked last, until each of its layers has had its part or x is gone.
-
-    There is one for the model, whose layers run one after another, so that at most one product is ever held.
-    """
-
-    def __init__(self):
-        self._group: _Group | None = None
-        self._x: weakref.ref | None = None
-        self._product: Tensor | None = None
-        self._waiting: set[int] = set()
-
-    def _forget(self, gone: weakref.ref | None = None) -> None:
-        if gone is None or gone is self._x:  # the end of an older x is not that of a newer one's product
-            self._group = self._x = self._product = None
-
-    def part(self, group: _Group, i: int, x: Tensor) -> Tensor:
-        """(N, r_i): x (..., H) times the group's i-th A^T."""
-        columns = group.columns[i]
-        if len(group.columns) == 1:
-            return _rows_product(x, group.stacked)
-        if self._group is group and i in self._waiting:
-            if self._x() is not x:  # not the sibling's input: whoever else waits may still ask for that
-                return _rows_product(x, group.stacked[:, columns])
-            product = self._product
-            self._waiting.discard(i)
-            if not self._waiting:
-                self._forget()
-            return product[:, columns]
-        self._forget()
-        product = _rows_product(x, group.stacked)
-        self._group, self._x, self._product = group, weakref.ref(x, self._forget), product
-        self._waiting = set(range(len(group.columns))) - {i}
-        return product[:, columns]
-
-
-def _rows_product(x: Tensor, at: Tensor) -> Tensor:
-    return torch.mm(x.reshape(-1, x.shape[-1]).to(at.dtype), at)
-
-
-def _fuse_all(model: nn.Module, groups: list[list[PlainLora]], undo: ExitStack) -> None:
+def _fuse_all(model: nn.Module, groups: list[list[PlainLora]], fused_ops: str, undo: ExitStack) -> None:
     # What a model with a quantized base computes in.
     floats = (p.dtype for name, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in name)
     model_dtype = next(floats, torch.float32)
-    last = _LastProduct()
-    undo.callback(last._forget)
+    last = LastShared()
+    undo.callback(last.forget)
     for loras in groups:
         weight = loras[0].layer.base_layer.weight
         kind = weight.device.type
@@ -145,21 +93,26 @@ def _fuse_all(model: nn.Module, groups: list[list[PlainLora]], undo: ExitStack) 
             dtype = weight.dtype if has_plain_base(loras[0].layer) else model_dtype
         else:  # what training computes the adapter in
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else loras[0].a.dtype
-        group = _Group([lora.a for lora in loras], dtype)
-        for i, lora in enumerate(loras):
-            # Laid out by rows: for a few rows of input that is the faster of the two on a CPU.
-            bt = (lora.b * lora.scaling).T.to(dtype).contiguous()
-            _replace_forward(lora.layer, _fused_forward(lora.layer, last, group, i, bt), undo)
+        downs = Downs([lora.a for lora in loras], dtype)
+        # Laid out by rows: for a few rows of input that is the faster of the two on a CPU.
+        ups = [(lora.b * lora.scaling).T.to(dtype).contiguous() for lora in loras]
+        products = products_of(loras, downs, ups, fused_ops)
+        for i, (lora, bt) in enumerate(zip(loras, ups)):
+            _replace_forward(lora.layer, _fused_forward(lora.layer, last, downs, products, i, bt), undo)
 
 
-def _fused_forward(layer: nn.Module, last: _LastProduct, group: _Group, i: int, bt: Tensor) -> Callable[..., Tensor]:
+def _fused_forward(
+    layer: nn.Module, last: LastShared, downs: Downs, products: Products | None, i: int, bt: Tensor
+) -> Callable[..., Tensor]:
     """`bt`: (r, O), scaled."""
     base, slow = layer.base_layer, type(layer).forward
 
     def forward(x: Tensor, *args, **kwargs) -> Tensor:
         if args or kwargs or torch.is_grad_enabled():
             return slow(layer, x, *args, **kwargs)
-        z = last.part(group, i, x)
+        if products is not None and products.take(x):
+            return last.part(products, i, x)
+        z = last.part(downs, i, x)
         y = base(x)
         if y.dtype == z.dtype == bt.dtype and y.is_contiguous():
             y.view(-1, bt.shape[1]).addmm_(z, bt)

@@ -7,7 +7,7 @@ any age go through one and the same code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from lowvram_grpo.kernels.decode_attention import Rows
 from lowvram_grpo.policy.attention import laid_out
 from lowvram_grpo.policy.embeddings import HostEmbedding
 from lowvram_grpo.policy.head import head_of
+from lowvram_grpo.policy.upload import upload
 from lowvram_grpo.rollout.attention import DecodeLayout, PrefillLayout
 from lowvram_grpo.rollout.cache import GroupCache
 from lowvram_grpo.rollout.graphs import StepGraphs
@@ -127,16 +128,12 @@ class Decoder:
             self.cache.move_slot(source, target)
         self._ages = (self._ages + [0] * len(changes.admitted))[: len(self.schedule.seats)]
         packs = self._packs(changes.prefills)
-        for pack in packs[:1] if self.device.type == "meta" else packs:  # the first stands for all: none is larger
-            self.prefill(pack)
-        if changes.admitted:
-            prompts = [self.prompts[self.schedule.seats[row].prompt] for row in changes.admitted]
-            where = torch.tensor(changes.admitted, device=self.device)
-            self.tokens[where] = torch.tensor([prompt[-1] for prompt in prompts], device=self.device)
-            for row, prompt in zip(changes.admitted, prompts):
-                self.sampler.admit(row, prompt)
-                self._ages[row] = 0
-        self._upload()
+        if self.device.type == "meta":
+            packs = packs[:1]  # the first stands for all: none is larger
+        for row in changes.admitted:
+            self._ages[row] = 0
+        for pack, ids in zip(packs, self._upload(changes.admitted, packs)):
+            self.prefill(pack, ids)
 
     def _packs(self, prefills: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """(slot, prompt) pairs that go through the decoder together."""
@@ -158,15 +155,15 @@ class Decoder:
         ids = self.prompts[prompt]
         return ids[:-1] or (ids if self.settings.kv_dtype == "int8" else [])
 
-    def prefill(self, pack: list[tuple[int, int]]) -> None:
-        """Write all but the last token of these prompts to the cache."""
+    def prefill(self, pack: list[tuple[int, int]], ids: Tensor) -> None:
+        """Write all but the last token of these prompts, `ids` (1, L) one after another, to the cache."""
         prompts = [self._prefilled(prompt) for _, prompt in pack]
         layout = PrefillLayout(self.cache, [len(p) for p in prompts], [slot for slot, _ in pack])
-        ids = torch.tensor([[i for p in prompts for i in p]], device=self.device)
         laid_out(self.decoder, layout, layout.positions(self.device), input_ids=ids)
 
-    def _upload(self) -> None:
-        """Tell the device who sits where."""
+    def _upload(self, admitted: Sequence[int] = (), packs: Sequence[list[tuple[int, int]]] = ()) -> list[Tensor]:
+        """Tell the device who sits where, what the rows feed that have just sat down, and what is to be prefilled: the
+        ids (1, L) of each pack. One copy that nobody waits for."""
         seats, members = self.schedule.seats, self.schedule.members()
         rows = self._table.shape[1]
         table = [[0, -1, 0, len(self.ids) - 1, 0]] * rows  # what nobody waits for, where no seat is
@@ -175,15 +172,25 @@ class Decoder:
                 prompt, g = seats[row]
                 out = prompt * self.group + g
                 table[row] = [slot, rank, self._ages[row], out, stream_key(self.seed, prompt, g)]
-        self._table.copy_(torch.tensor(table).T)
         slots, width = self._members.shape
         idle = slots - len(members)
-        self._prefix.copy_(torch.tensor([len(self.prompts[p]) - 1 for p in self.schedule.held] + [0] * idle))
-        self._members.copy_(torch.tensor([m + [-1] * (width - len(m)) for m in members] + [[-1] * width] * idle))
+        before = [len(self.prompts[p]) - 1 for p in self.schedule.held] + [0] * idle
+        ranked = [m + [-1] * (width - len(m)) for m in members] + [[-1] * width] * idle
+        begins = {row: self.prompts[seats[row].prompt] for row in admitted}
+        fed = [begins[row][-1] if row in begins else -1 for row in range(rows)]
+        ids = [[i for _, prompt in pack for i in self._prefilled(prompt)] for pack in packs]
+        said = [(row, i) for row, prompt in begins.items() for i in prompt] if self.sampler.remembers else []
+        parts = [list(zip(*table)), before, ranked, fed, [row for row, _ in said], [i for _, i in said], *ids]
+        parts = upload([torch.tensor(part, dtype=torch.long, device="cpu") for part in parts], self.device)
+        for kept, part in zip((self._table, self._prefix, self._members), parts):
+            kept.copy_(part)
+        self.tokens.copy_(torch.where(parts[3] >= 0, parts[3], self.tokens))
+        self.sampler.admit(admitted, *parts[4:6])
         self.ended.zero_()
         self._most_members = max(map(len, members), default=0)
         in_order = [row for group in members for row in group]
         self._regular = in_order == list(range(len(members) * self._most_members))
+        return [part[None] for part in parts[6:]]
 
     # A step: the device alone
 
@@ -194,7 +201,7 @@ class Decoder:
 
     def step(self) -> None:
         """Feed the last token of each row and draw the next."""
-        width = self._graphs.width(len(self.schedule.seats))
+        width = self._graphs.width(len(self.schedule.seats), self.sampling.max_new_tokens - min(self._ages))
         if self._host_embedding is not None:
             embedded = self._host_embedding(self.tokens[:width, None])
             if self._inputs is None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lowvram_grpo.kernels.decode_attention import settle
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 from lowvram_grpo.policy.attention import attention_set
 from lowvram_grpo.policy.small_ops import fast_modules
@@ -148,6 +149,8 @@ class RolloutEngine:
     ) -> Iterator[Decoder]:
         """A decoder for these prompts, the model set up for it."""
         causal_lm = unwrap(self.model)
+        if self.device.type == "cuda":
+            settle(self.device, self._dtypes())
         graphs = self.graphs and self.device.type == "cuda" and HAS_TRITON
         settings = DecodeSettings(
             self.workspace_mib, self.kv_dtype, graphs, self.attention_path,
@@ -160,13 +163,20 @@ class RolloutEngine:
         try:
             with (
                 attention_set(decoder.decoder),
-                fast_adapters(self.model, self.adapters),
+                fast_adapters(self.model, self.adapters, self.fused_ops),
                 fast_modules(self.model, self.fused_ops),
             ):
                 yield decoder
         finally:
             self.graphs &= decoder.captures or not graphs  # what cannot be captured once is not tried again
             decoder.close()
+
+    def _dtypes(self) -> set[torch.dtype]:
+        """What queries can be of."""
+        found = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        if torch.is_autocast_enabled(self.device.type):
+            found.add(torch.get_autocast_dtype(self.device.type))
+        return found
 
     def _decodes(self, sampling: Sampling) -> bool:
         """Whether our engine samples; says why where it does not."""

@@ -1,9 +1,14 @@
 """A decode step as one CUDA graph: one launch where PyTorch makes hundreds.
 
-A step is captured for each number of rows it runs with, rounded up to a bucket, at its second use. The first runs as it
-is, so that libraries choose their algorithms, kernels are compiled, and an operation that waits for the device is found
-before a capture: one that fails leaves PyTorch's allocator in no state to go on with. Everything a step reads or writes
-must stay where it is, so graphs live no longer than the KV cache. They share one memory pool: only one runs at a time.
+A step is captured for a number of rows, rounded up to a bucket, at its second use. The first runs as it is, so that
+libraries choose their algorithms, kernels are compiled, and an operation that waits for the device is found before a
+capture: one that fails leaves PyTorch's allocator in no state to go on with. Everything a step reads or writes must
+stay where it is, so graphs live no longer than the KV cache and the adapters' buffers, which are given back before a
+training pass. They share one memory pool: only one runs at a time.
+
+Rows die out at the end of a rollout. A graph that is wider than the live rows gives them the same tokens, and rows that
+nobody waits for cost little (they attend to their own new token only), so it goes on until half of its rows are gone
+and enough steps may follow to pay for another.
 """
 
 from __future__ import annotations
@@ -15,9 +20,14 @@ from contextlib import nullcontext
 import torch
 
 from lowvram_grpo.errors import one_line
+from lowvram_grpo.kernels.runtime import sync_debug
 
 # What PyTorch says of an operation that waits, under torch.cuda.set_sync_debug_mode("error").
 _SYNCHRONIZES = "synchronizing"
+# Steps that must be possible for a narrower graph to be worth it. Estimated, not measured: another width costs a step
+# launched one by one and a capture with its instantiation, some 1,300 launches each, 40 to 60 ms of the host; half the
+# rows save logits, sampling and attention of the other half, 0.2 to 0.5 ms of a step.
+_WORTH = 128
 
 
 def bucket(rows: int, most: int) -> int:
@@ -41,9 +51,16 @@ class StepGraphs:
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         self._pool = None
 
-    def width(self, rows: int) -> int:
-        """Rows that a step for `rows` live ones runs with."""
-        return bucket(rows, self.most) if self.enabled else rows
+    def width(self, rows: int, left: int = 0) -> int:
+        """Rows that a step for `rows` live ones runs with, where at most `left` steps follow: those of the narrowest
+        graph there is, or of a new one where none is wide enough or all have twice as many rows and steps are left."""
+        if not self.enabled:
+            return rows
+        own = bucket(rows, self.most)
+        known = min((width for width in self._graphs if width >= rows), default=None)
+        if known is None or (2 * own <= known and left >= _WORTH):
+            return own
+        return known
 
     def __call__(self, rows: int) -> None:
         if not self.enabled:
@@ -58,10 +75,9 @@ class StepGraphs:
 
     def _first(self, rows: int) -> None:
         """Run a step that raises where it would wait for the device; it may be run again from its beginning."""
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
         try:
-            self.step(rows)
+            with sync_debug("error"):
+                self.step(rows)
             return
         except RuntimeError as error:
             if _SYNCHRONIZES not in str(error):
@@ -72,8 +88,6 @@ class StepGraphs:
                 "and rollouts launch every operation on its own, which is slower.",
                 stacklevel=2,
             )
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
         self.step(rows)
 
     def _capture(self, rows: int) -> None:

@@ -1,19 +1,20 @@
 """What happens between a step's logits and the sampled tokens, on the device and without the host's help.
 
 The filters have the meaning and the order of transformers' own: unknown ids, repetition penalty, minimum length, then,
-unless greedy, temperature, top-k, top-p, min-p. Random numbers are those of `noise.py`.
+unless greedy, temperature, top-k, top-p, min-p. Random numbers are those of `kernels/noise.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lowvram_grpo.kernels.sample import BLOCK, block_masses, has_kernel
-from lowvram_grpo.rollout.noise import draw, draw_block, draw_inside
+from lowvram_grpo.kernels.noise import draw
+from lowvram_grpo.kernels.sample import block_masses, draw_by_masses, has_kernel
 
 if TYPE_CHECKING:
     from lowvram_grpo.config import GRPOConfig
@@ -143,11 +144,17 @@ class Sampler:
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
 
-    def admit(self, row: int, prompt_ids: list[int]) -> None:
-        """A row begins a completion of this prompt."""
+    @property
+    def remembers(self) -> bool:
+        """Whether it must know what each row has said, its prompt included."""
+        return self.seen is not None
+
+    def admit(self, rows: Sequence[int], at: Tensor, ids: Tensor) -> None:
+        """These rows begin completions; `ids` (K,) are those of their prompts, all in one, and `at` (K,) their rows."""
         if self.seen is not None:
-            self.seen[row] = False
-            self.seen[row, torch.tensor(prompt_ids, device=self.seen.device)] = True
+            for row in rows:
+                self.seen[row] = False
+            self.seen[at, ids] = True
 
     def move(self, source: int, target: int) -> None:
         """A row goes on in the place of another."""
@@ -177,14 +184,8 @@ class Sampler:
 
     def _by_blocks(self, logits: Tensor, keys: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """The same without filters, the logits read once."""
-        temperature, known, vocab = self.sampling.temperature, self.sampling.known_ids, logits.shape[1]
-        mass, whole = block_masses(logits, temperature, known)
-        block = draw_block(mass, keys, steps)
-        ids = block[:, None] * BLOCK + torch.arange(BLOCK, device=logits.device)
-        inside = logits.gather(1, ids.clamp(max=vocab - 1)) / temperature
-        out = ids >= (vocab if known is None else min(known, vocab))
-        tokens = draw_inside(inside.masked_fill(out, -torch.inf), block, keys, steps)
-        return tokens, inside.gather(1, (tokens - block * BLOCK)[:, None])[:, 0] - whole.logsumexp(1)
+        temperature, known = self.sampling.temperature, self.sampling.known_ids
+        return draw_by_masses(logits, *block_masses(logits, temperature, known), keys, steps, temperature, known)
 
     def _filtered(self, logits: Tensor, steps: Tensor) -> Tensor:
         """The penalty commutes with the temperature, so it may come after it."""

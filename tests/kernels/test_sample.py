@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
-from lowvram_grpo.kernels.sample import block_masses, block_masses_ref, block_masses_triton
+from lowvram_grpo.kernels.sample import (
+    block_masses,
+    block_masses_ref,
+    block_masses_triton,
+    draw_by_masses,
+    draw_by_masses_ref,
+    draw_by_masses_triton,
+)
 
 from lowvram_grpo.rollout import sampler as sampler_module
 from lowvram_grpo.rollout.noise import stream_key
@@ -75,6 +82,7 @@ def both(settings, x, keys, steps, monkeypatch):
     # The interpreter takes a millisecond a program: each row's masses are computed once.
     once = lambda _, *rest: tuple(many(m) for m in block_masses_triton(x, *rest))
     monkeypatch.setattr(sampler_module, "block_masses", once)
+    monkeypatch.setattr(sampler_module, "draw_by_masses", draw_by_masses_ref)
     found = []
     for kernel in (False, True):
         monkeypatch.setattr(sampler_module, "has_kernel", lambda logits, kernel=kernel: kernel)
@@ -102,6 +110,31 @@ def test_the_same_tokens_are_drawn_with_the_same_log_probs(settings, monkeypatch
         counts, expected = (torch.cat([v[often], v[~often].sum()[None]]) for v in (counts, expected))
         chi2, free = float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1
         assert free > 10 and abs(chi2 - free) < 4 * math.sqrt(2 * free)
+
+
+@pytest.mark.parametrize("vocab,known", [(1, None), (130, 129), (2_500, 2_301), (1_025, None), (300, 100)])
+def test_the_kernel_draws_what_operators_draw(vocab, known):
+    rows = 60
+    x = logits(rows, vocab + 7, 2.0)[:, :vocab]
+    keys = torch.tensor([stream_key(1, 0, i) for i in range(rows)], device=DEVICE)
+    keys, steps = (torch.stack([t, t + 1], 1)[:, 0] for t in (keys, torch.arange(rows, device=DEVICE) % 9))
+    given = (x, *block_masses_ref(x, 0.8, known), keys, steps, 0.8, known)
+    (ids, logps), (expected, their_logps) = draw_by_masses_triton(*given), draw_by_masses_ref(*given)
+    assert ids.dtype == torch.long and torch.equal(ids, expected) and ids.max() < (known or vocab)
+    torch.testing.assert_close(logps, their_logps, rtol=1e-6, atol=2e-6)
+    exact = (x.double() / 0.8).log_softmax(1).gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(logps.double(), exact, rtol=0, atol=1e-5)
+    assert vocab < 100 or len(set(ids.tolist())) > 20
+    if DEVICE.type == "cpu":
+        assert all(map(torch.equal, draw_by_masses(*given), (expected, their_logps)))
+
+
+def test_a_nan_is_drawn_as_some_id_with_a_log_prob_that_says_so():
+    x = logits(3, 140)
+    x[0], x[1, 139], x[2] = torch.nan, torch.nan, -torch.inf
+    keys = torch.arange(3, device=DEVICE)
+    ids, logps = draw_by_masses_triton(x, *block_masses_triton(x), keys, keys, 1.0, None)
+    assert (ids >= 0).all() and (ids < 140).all() and logps.isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from conftest import make_model
-from lowvram_grpo.kernels import decode_ops
+from lowvram_grpo.kernels import decode_ops, small_product
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from models import LISTED, build, with_lora
 from torch import nn
@@ -183,14 +183,23 @@ def test_gradients_go_the_models_own_way(monkeypatch):
     assert all(map(torch.equal, found, expected))
 
 
-def test_auto_takes_what_has_been_measured_and_that_is_nothing_yet(monkeypatch):
+def test_auto_takes_what_counts_say_where_a_trial_is_passed_and_on_a_cpu_nothing(monkeypatch):
     model = build("Llama")
-    assert trials.MEASURED_FASTER == ()
+    assert set(small_ops.KINDS) < set(trials.EXPECTED_FASTER) < set(trials.TRIALS)
+    # Whether a product of ours beats a library's own is for a card to say.
+    assert not {"nf4_product", "dense_product"} & set(trials.EXPECTED_FASTER)
     for mode in ("auto", "off"):
         with fast_modules(model, mode) as counts:
             assert not any(counts.values()) and traces(model) == ([], [False])
-    monkeypatch.setattr(trials, "MEASURED_FASTER", ("swiglu",))
-    assert small_ops._kinds(model, "auto") == []  # on a CPU
+    card, passed = torch.device("cuda", 0), []
+    monkeypatch.setattr(trials, "runs", lambda kind, device, dtype: passed.append((kind, device.type)) or True)
+    assert trials.usable("int8_head", card, "auto") and passed == [("int8_head", "cuda")]
+    assert not trials.usable("nf4_product", card, "auto") and trials.usable("nf4_product", card, "on")
+    # A plan counts what `auto` may fall back to.
+    meta = torch.device("meta")
+    assert not trials.usable("int8_head", meta, "auto") and trials.usable("int8_head", meta, "on")
+    monkeypatch.setattr(trials, "runs", lambda *_: False)
+    assert not trials.usable("int8_head", card, "auto") and not trials.usable("int8_head", card, "on")
     with pytest.raises(UserError, match="fused_ops"), fast_modules(model, "yes"):
         pass
 
@@ -215,11 +224,40 @@ def test_the_question_whether_a_kernel_runs_has_right_and_wrong_answers(monkeypa
     monkeypatch.setattr(trials, "random_numbers", lambda *shape: _OnCard(torch.randn(shape)))
     trials.runs.cache_clear()
     assert all(trials.runs(kind, card, torch.float32) for kind in small_ops.KINDS) and all(kernels.values())
+    products = ("nf4_product", "dense_product")
+    assert all(trials.runs(kind, card, torch.float16) for kind in products)
     trials.runs.cache_clear()
+    launch = small_product._launch
+    wrong = lambda x, siblings, z, *rest: launch(x, siblings, 2 * z, *rest)  # twice the adapter
+    monkeypatch.setattr(small_product, "_launch", wrong)
+    assert not any(trials.runs(kind, card, torch.float16) for kind in products)
     monkeypatch.setattr(decode_ops, "rms_norm_triton", lambda x, *args, **kwargs: x)
     monkeypatch.setattr(decode_ops, "swiglu_triton", None)
     monkeypatch.setattr(decode_ops, "rope_triton", lambda q, k, *args: (q, k))
     assert not any(trials.runs(kind, card, torch.float32) for kind in small_ops.KINDS)
+    trials.runs.cache_clear()
+
+
+@in_triton
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no room"), RuntimeError("Triton Error [CUDA]: out of memory"),
+     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")],
+)  # fmt: skip
+def test_memory_that_runs_out_is_no_answer(monkeypatch, kernels, error):
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(trials, "random_numbers", lambda *shape: _OnCard(torch.randn(shape)))
+    trials.runs.cache_clear()
+    swiglu_triton = decode_ops.swiglu_triton
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(decode_ops, "swiglu_triton", full)
+    with pytest.raises(type(error)):
+        trials.runs("swiglu", card, torch.float32)
+    monkeypatch.setattr(decode_ops, "swiglu_triton", swiglu_triton)
+    assert trials.runs("swiglu", card, torch.float32)
     trials.runs.cache_clear()
 
 

@@ -10,6 +10,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from lowvram_grpo.kernels import small_product
+from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +24,8 @@ from lowvram_grpo.policy.reference import REFERENCE, Reference
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.rollout import adapters
 from lowvram_grpo.rollout.adapters import fast_adapters
+from lowvram_grpo.rollout.engine import RolloutEngine
+from lowvram_grpo.rollout.sampler import Sampling
 
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
 SIZES = {
@@ -418,3 +422,92 @@ def test_the_benchmark_runs(model_dir, capsys):
 
     main([model_dir, "--device", "cpu", "--rounds", "1", "--steps", "1", "--context", "9"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["off", "fused", "merged"]
+
+
+class Launches:
+    """Counts launches of the kernel for sibling layers, which runs in Triton's interpreter."""
+
+    def __init__(self, monkeypatch):
+        self.sizes = []
+        monkeypatch.setattr(small_product, "DEVICES", ("cpu", "cuda", "meta"))
+        launch = small_product._launch
+        monkeypatch.setattr(
+            small_product,
+            "_launch",
+            lambda x, siblings, *rest: self.sizes.append(len(siblings)) or launch(x, siblings, *rest),
+        )
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    if not (HAS_TRITON and interpreted()):
+        pytest.skip("needs Triton's interpreter")
+    return Launches(monkeypatch)
+
+
+def half_with_lora(tmp_path, quantization=None, **settings):
+    make_model(hidden_size=64, intermediate_size=128, attention_bias=True).save_pretrained(tmp_path)
+    config = bitsandbytes_config(quantization, torch.float16) if quantization else None
+    where = {"device": torch.device("cpu"), "dtype": torch.float16, "quantization_config": config}
+    model = with_lora(load_causal_lm(str(tmp_path), **where), **settings)
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.half()
+    return model
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_siblings_share_one_launch_with_bias_and_adapter(tmp_path, launches, quantization):
+    model = half_with_lora(tmp_path, quantization, rank_pattern={"k_proj": 2, "up_proj": 3})
+    expected = inside(model, "fused")
+    with torch.no_grad(), fast_adapters(model, "fused", "on"), Products() as products:
+        found = two_steps(model)
+    assert launches.sizes == [3, 1, 2, 1] * 2 * 2  # layers, passes
+    assert_close(found, expected, 0.01)
+    narrow = [shape for shape in products.shapes("mm") if shape[1][1] in (2, 3, 4, 7, 10)]
+    assert len(narrow) == 2 * 2 * 4 and not products.shapes("addmm_") and forwards(model) == []
+    launches.sizes.clear()
+    for mode in ("auto", "off"):  # auto waits for a card's word
+        with torch.no_grad(), fast_adapters(model, "fused", mode):
+            two_steps(model)
+    assert not launches.sizes
+
+
+def test_long_passes_and_other_dtypes_go_the_layers_own_way(tmp_path, launches):
+    model = half_with_lora(tmp_path, "nf4")
+    layer = unwrap(model).model.layers[0].self_attn.q_proj
+    with torch.no_grad(), fast_adapters(model, "fused", "on"):
+        for x in (torch.randn(1, 65, 64).half(), torch.randn(2, 64)):
+            assert_close([layer(x)], [type(layer).forward(layer, x)], 0.01)
+        assert not launches.sizes
+        assert_close([layer(x.half())], [type(layer).forward(layer, x.half())], 0.01)
+        assert launches.sizes == [3]
+    for p in model.parameters():  # an adapter in float32, as training without autocast has it
+        p.data = p.data.float() if p.requires_grad else p.data
+    launches.sizes.clear()
+    with torch.no_grad(), fast_adapters(model, "fused", "on"):
+        layer(x.half())
+    assert not launches.sizes
+
+
+def test_an_input_of_its_own_gets_a_launch_of_its_own(tmp_path, launches):
+    model = half_with_lora(tmp_path, "nf4")
+    attention = unwrap(model).model.layers[0].self_attn
+    q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+    x, other = torch.randn(2, 3, 64).half(), torch.randn(2, 3, 64).half()
+    calls = [(q, x), (k, other), (v, x), (v, other), (k, x), (q, other), (q, x), (q, x), (k, x.clone()), (v, x)]
+    with torch.no_grad():
+        expected = [layer(value) for layer, value in calls]
+        with fast_adapters(model, "fused", "on"):
+            assert_close([layer(value) for layer, value in calls], expected, 0.01)
+
+
+def test_an_engine_samples_the_same_with_sibling_launches(tmp_path, launches):
+    model = half_with_lora(tmp_path, "nf4")
+    sample = lambda mode: RolloutEngine(model, Sampling(4, (1,), 0), fused_ops=mode).generate(
+        [[5, 6, 7], [9, 10]], 2, seed=3
+    )
+    expected, found = sample("off"), sample("on")
+    assert found.completion_ids == expected.completion_ids and launches.sizes
+    for a, b in zip(found.sampling_per_token_logps, expected.sampling_per_token_logps):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.02)

@@ -6,22 +6,26 @@ import gc
 import warnings
 import weakref
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_model
 from lowvram_grpo.kernels.runtime import interpreted
 from models import LISTED, build, with_lora
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.rollout import engine as engine_module
+from lowvram_grpo.rollout.attention import DecodeLayout
 from lowvram_grpo.rollout.batch import pad_left
 from lowvram_grpo.rollout.cache import GroupCache
 from lowvram_grpo.rollout.decode import DecodeSettings
 from lowvram_grpo.rollout.engine import RolloutEngine
-from lowvram_grpo.rollout.graphs import StepGraphs
+from lowvram_grpo.rollout.graphs import StepGraphs, bucket
 from lowvram_grpo.rollout.sampler import Sampling
 from lowvram_grpo.scoring import score
 
@@ -129,7 +133,7 @@ def test_prompts_are_prefilled_in_packs(monkeypatch):
     whole = RolloutEngine(model, sampling()).generate(LONG, 2, seed=0)
     sizes, prefill = [], engine_module.Decoder.prefill
     monkeypatch.setattr(
-        engine_module.Decoder, "prefill", lambda self, pack: sizes.append(len(pack)) or prefill(self, pack)
+        engine_module.Decoder, "prefill", lambda self, pack, ids: sizes.append(len(pack)) or prefill(self, pack, ids)
     )
     monkeypatch.setattr("lowvram_grpo.rollout.decode.PREFILL_TOKENS", 10)
     assert RolloutEngine(model, sampling()).generate(LONG, 2, seed=0).completion_ids == whole.completion_ids
@@ -324,9 +328,96 @@ def test_graphs_come_in_a_few_widths(rows, width):
     assert StepGraphs(lambda rows: None, 20, enabled=False).width(rows) == rows
 
 
+def dying_out(model, monkeypatch, lengths, most, look_every=8):
+    """Widths of the steps of a rollout whose rows end at `lengths`, and how many were eager and how many captures."""
+    widths, eager, captured = [], [], []
+
+    def first(graphs, rows):
+        eager.append(rows)
+        graphs.step(rows)
+
+    def capture(graphs, rows):
+        captured.append(rows)
+        graphs._graphs[rows] = SimpleNamespace(replay=lambda: graphs.step(rows))
+
+    def look(decoder):
+        return [row for row, seat in enumerate(decoder.schedule.seats)
+                if decoder._ages[row] >= lengths[seat.completion]]  # fmt: skip
+
+    work, run = engine_module.Decoder._work, engine_module.run
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "DecodeSettings", lambda *_: DecodeSettings(graphs=True))
+        patch.setattr(DecodeLayout, "fixed", property(lambda _: True, lambda *_: None), raising=False)
+        patch.setattr(engine_module.Decoder, "_work", lambda self, width: widths.append(width) or work(self, width))
+        patch.setattr(engine_module.Decoder, "look", look)
+        patch.setattr(engine_module, "run", lambda decoder: run(decoder, look_every))
+        patch.setattr(StepGraphs, "_first", first)
+        patch.setattr(StepGraphs, "_capture", capture)
+        batch = RolloutEngine(model, sampling(max_new_tokens=most, eos_ids=())).generate([[5, 6]], len(lengths), seed=0)
+    return batch, widths, eager, captured
+
+
+def test_rows_that_die_out_keep_the_graph_they_have(model, monkeypatch):
+    """32 rows: by the rule of before, ten widths, each a step launched one by one and a capture."""
+    lengths = [8 * (g + 1) for g in range(32)]
+    batch, widths, eager, captured = dying_out(model, monkeypatch, lengths, 8 * 32)
+    before = {bucket(sum(length > t for length in lengths), 32) for t in range(0, 8 * 32, 8)}
+    assert len(before) == 10 and eager == captured == [32, 16]
+    # Half of the rows are gone after 128 steps, and as many may follow; of the next half 64 steps may.
+    assert widths.count(32) == widths.count(16) == 128
+    # Rows that nobody waits for disturb nobody: the same tokens as with steps of live rows alone.
+    monkeypatch.setattr(StepGraphs, "width", lambda self, rows, left=0: rows)
+    alone, _, _, _ = dying_out(model, monkeypatch, lengths, 8 * 32)
+    for found, expected, length in zip(batch.completion_ids, alone.completion_ids, lengths):
+        assert found[:length] == expected[:length]
+
+
+def test_a_graph_is_left_only_for_one_that_pays():
+    graphs = StepGraphs(lambda rows: None, 32, enabled=True)
+    graphs._graphs = {32: None}
+    assert graphs.width(17, 500) == graphs.width(16, 127) == graphs.width(1, 127) == 32
+    assert graphs.width(16, 128) == 16 and graphs.width(5, 128) == 6
+    graphs._graphs[8] = None  # another that is there costs nothing
+    assert graphs.width(7, 0) == graphs.width(8, 0) == graphs.width(5, 500) == 8 and graphs.width(9, 0) == 32
+    assert graphs.width(4, 127) == 8 and graphs.width(4, 128) == 4
+    assert StepGraphs(lambda rows: None, 40, enabled=True).width(33, 0) == 40
+
+
+class Uploads(TorchDispatchMode):
+    """Meta tensors made from the host's numbers: on a GPU each would be a copy, and its host would wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_) and any(
+            x.device.type == "cpu" for x in given
+        ):
+            self.sizes.append(found.numel())
+        return found
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_a_turn_is_one_upload_beside_the_positions_of_its_prefill(penalty):
+    with torch.device("meta"):
+        model = build("Llama")
+    engine = RolloutEngine(model, sampling(repetition_penalty=penalty))
+    assert engine._decodes(engine.sampling)
+    prompts = [[5, 6, 7], [8, 9, 10, 11], [12]]
+    with torch.no_grad(), engine._decoding(prompts, 2, engine.sampling, 0, 4) as decoder:
+        for ended in ((), (0, 1)):
+            with Uploads() as uploads:
+                decoder.turn(ended)
+            assert len([size for size in uploads.sizes if size]) <= 2, uploads.sizes
+
+
 def test_a_step_that_waits_is_run_again_and_never_captured(monkeypatch):
     """The bookkeeping without a GPU: the first run of a width raises, as PyTorch does in sync debug mode."""
     modes, runs = ["default"], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
 

@@ -32,8 +32,8 @@ def keys(n, seed=0):
 
 def sampler_for(at, ids=IDS, vocab=100):
     sampler = Sampler(at, len(ids), vocab, torch.device("cpu"))
-    for row, prompt in enumerate(ids.tolist()):
-        sampler.admit(row, prompt)
+    rows = list(range(len(ids)))
+    sampler.admit(rows, torch.tensor(rows).repeat_interleave(ids.shape[1]), ids.flatten())
     return sampler
 
 
