@@ -42,13 +42,13 @@ def placed(like: Tensor, flat: Tensor, start: int) -> Tensor:
     return flat[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
-def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of the host on `device`, contiguous. To a GPU they go in one copy that nobody waits for, into one piece
-    of memory that lives as long as any of them."""
-    if device.type != "cuda":
+def upload(tensors: Sequence[Tensor], device: torch.device, *, pack: bool | None = None) -> list[Tensor]:
+    """Tensors of the host on `device`. If they are packed (for a GPU, unless something else is said) they are
+    contiguous and go in one copy that nobody waits for, into one piece of memory that lives as long as any of them."""
+    if not (device.type == "cuda" if pack is None else pack):
         return [t.to(device) for t in tensors]
     starts, size = spans(tensors)
-    staging = host_buffer(size, pinned=True)
+    staging = host_buffer(size, pinned=device.type == "cuda")
     for tensor, start in zip(tensors, starts):
         placed(tensor, staging, start).copy_(tensor)
     flat = staging.to(device, non_blocking=True)
