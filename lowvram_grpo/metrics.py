@@ -81,7 +81,7 @@ class UpdateSums:
     nobody waits for it.
 
     Attributes:
-        gaps: `sampler_metrics` of the micro-batches, numbers once `take` has been called.
+        gaps: of the micro-batches that had one; numbers once `take` has been called.
     """
 
     def __init__(self):
@@ -90,7 +90,8 @@ class UpdateSums:
         self._extremes: list[dict[str, Tensor]] = []
         self._rows = self._diffuse = 0
 
-    def add(self, sums: LossSums, scores: Scores) -> None:
+    def add(self, sums: LossSums, scores: Scores, gap: dict[str, Tensor] | None = None) -> None:
+        """A micro-batch's; `gap` is its `sampler_metrics`, where it is the first update on these tokens."""
         values = {
             "tokens": sums.tokens,
             "entropy": sums.entropy,
@@ -112,6 +113,8 @@ class UpdateSums:
             if scores.bound is not None:
                 extremes["sweep/direction_bound_max"] = scores.bound
         self._extremes.append(extremes)
+        if gap is not None:
+            self.gaps.append(gap)
 
     def take(self) -> dict[str, float]:
         """The update's metrics: the one moment at which the host waits for its forward and backward passes."""

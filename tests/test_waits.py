@@ -99,8 +99,7 @@ def test_an_updates_metrics_are_read_at_once():
     scored, sampled, mask = torch.randn(2, 3), torch.randn(2, 3), torch.ones(2, 3)
     with Waits() as waits:
         for scale in (1, 2):
-            update.add(sums(scale), scores)
-            update.gaps.append(sampler_metrics(scored, sampled, mask))
+            update.add(sums(scale), scores, sampler_metrics(scored, sampled, mask))
     assert waits.where == []
     with Waits() as waits:
         found = update.take()
