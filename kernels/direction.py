@@ -96,7 +96,8 @@ def _launch(w: Tensor, entries: Entries, c: Tensor, e: Tensor | None, mean: Tens
 
 def _torch(w: Tensor, entries: Entries, c: Tensor, e: Tensor | None, mean: Tensor, factor: float, out: Tensor):
     """As `_launch` with `direct`, for w (k, H) of any dtype."""
-    owner = torch.repeat_interleave(torch.arange(len(out), device=out.device), entries.offsets.diff())
+    rows = torch.arange(len(out), device=out.device)
+    owner = torch.repeat_interleave(rows, entries.offsets.diff(), output_size=len(entries.ids))
     weight = -c[owner] * entries.coef
     tail = -c * entries.tail
     if e is not None:
@@ -129,8 +130,10 @@ def sparse_direction(
     *,
     use_triton: bool,
     workspace_mib: int = 64,
+    ends: list[int] | None = None,
 ) -> Tensor:
-    """dL/dh (N, H) of `dtype` for rows with lists; rows whose list and tail are empty get 0."""
+    """dL/dh (N, H) of `dtype` for rows with lists; rows whose list and tail are empty get 0. `ends`: the entries'
+    offsets, where the host knows them; otherwise it may have to wait for them."""
     n, width = len(c), head.shape[1]
     out = torch.empty(n, width, dtype=dtype, device=c.device)
     if out.is_meta:
@@ -140,7 +143,7 @@ def sparse_direction(
         return out
     # Entries whose rows fit the workspace, together with float32 copies of them and of their owners' results.
     budget = max(1, workspace_mib * 2**20 // (12 * width))
-    ends = entries.offsets.tolist()
+    ends = entries.offsets.tolist() if ends is None else ends
     r0 = 0
     while r0 < n:
         r1 = r0 + 1

@@ -92,14 +92,15 @@ def _backward(
     head: Head,
     dtype: torch.dtype,
     at: _Settings,
+    ends: list[int] | None,
 ) -> Tensor:
-    """dL/d hidden (N, H) of `dtype` from c = dL/d logp and e = dL/d KL, both (N,)."""
+    """dL/d hidden (N, H) of `dtype` from c = dL/d logp and e = dL/d KL, both (N,). `ends` as in `sparse_direction`."""
     path = launch_config(c.device, at.dtype, head.shape[1], path=at.path).path
     factor = head.logit_scale / at.temperature
     with torch.cuda.device_of(c):
         d_hidden = sparse_direction(
             head, entries, c.float().contiguous(), None if e is None else e.float().contiguous(), mean, factor, dtype,
-            use_triton=path != "torch", workspace_mib=at.workspace_mib,
+            use_triton=path != "torch", workspace_mib=at.workspace_mib, ends=ends,
         )  # fmt: skip
     step = max(1, 2**20 // head.shape[1])
     for k0 in range(0, len(diffuse), step):
@@ -118,7 +119,7 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx, hidden, ref_hidden, head, targets, wanted, mean, at):
         swept = _forward(hidden, ref_hidden, head, targets, wanted, at)
         ctx.save_for_backward(*swept.entries, swept.diffuse, swept.g, swept.g_kl, mean)
-        ctx.head, ctx.dtype, ctx.at = head, hidden.dtype, at
+        ctx.head, ctx.dtype, ctx.at, ctx.ends = head, hidden.dtype, at, swept.ends
         plain = swept.entropy, swept.ref_logps, swept.entries.tail, swept.kl_spread, swept.diffuse
         ctx.mark_non_differentiable(*plain)
         ctx.set_materialize_grads(False)
@@ -128,17 +129,17 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, c, _entropy, _ref, e, *_):
         *entries, diffuse, g, g_kl, mean = ctx.saved_tensors
-        d_hidden = _gradient(c, e, Entries(*entries), diffuse, g, g_kl, mean, ctx.head, ctx.dtype, ctx.at)
+        d_hidden = _gradient(c, e, Entries(*entries), diffuse, g, g_kl, mean, ctx.head, ctx.dtype, ctx.at, ctx.ends)
         return d_hidden, None, None, None, None, None, None
 
 
-def _gradient(c, e, entries, diffuse, g, g_kl, mean, head, dtype, at):
+def _gradient(c, e, entries, diffuse, g, g_kl, mean, head, dtype, at, ends=None):
     """`_backward` for gradients that may be absent."""
     if c is None and e is None:
         return None
     e = e if at.want_kl_grad else None
     c = torch.zeros_like(e) if c is None else c
-    return _backward(c, e, entries, diffuse, g, g_kl, mean, head, dtype, at)
+    return _backward(c, e, entries, diffuse, g, g_kl, mean, head, dtype, at, ends)
 
 
 @torch.library.custom_op("lowvram_grpo::sweep", mutates_args=())

@@ -4,35 +4,90 @@ The lists hold everything above a running threshold; now the log-sum-exp is fina
 lse + log(epsilon) is dropped. So the outcome does not depend on how the vocabulary was cut, and sums over a row are
 made in the order of the vocabulary: the same bits every time.
 
+The host waits for the device once: it must know how many entries each row keeps, for they become tensors of that
+length. So which rows are diffuse is decided before, from sums of whole numbers, which are the same in whatever order
+the fused kernel has filled the lists.
+
 Memory: a byte a place of the lists while they are read, then about 40 bytes an entry that stays.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from lowvram_grpo.kernels.direction import Entries
 from lowvram_grpo.kernels.fold import D0, TARGET, D, E, M, RowState, S, Transform
 from torch import Tensor
 
+# Of a probability. A row's sum stays below 2^31 and is off by 2^-21 at most.
+_UNIT = 2.0**30
+_PLACE_BYTES = 16
 
-def _pick(state: RowState, threshold: Tensor, wanted: Tensor | None, scratch: int) -> tuple[Tensor, Tensor]:
-    """(rows, places) of the entries above their row's threshold, row after row, rows that overflowed left out; a few
-    rows at a time where there are more entries than `scratch` bytes can index."""
-    readable = ~state.overflowed if wanted is None else wanted & ~state.overflowed
+
+class Told(NamedTuple):
+    """What the host knows of R rows, without asking the device for more.
+
+    Attributes:
+        ends: (R + 1,) where each row's entries begin; as `Entries.offsets`.
+        diffuse: how many rows are.
+        overflowed: how many rows are because their list was too short.
+        wanted: how many rows shall have a gradient.
+    """
+
+    ends: list[int]
+    diffuse: int
+    overflowed: int
+    wanted: int
+
+
+def _blocks(rows: int, size: int) -> Iterator[slice]:
+    return (slice(r0, r0 + size) for r0 in range(0, rows, size))
+
+
+def _judged(
+    state: RowState, lse: Tensor, epsilon: float, max_tail: float, wanted: Tensor | None, scratch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """keep (R, capacity) bool: places above their row's threshold, none where a row overflowed or is not wanted; how
+    many (R,); and which rows are diffuse (R,)."""
+    overflowed = state.overflowed
+    diffuse = overflowed if wanted is None else overflowed & wanted
+    readable = ~overflowed if wanted is None else wanted & ~overflowed
     counted = torch.where(readable, state.count, 0)
-    parts = max(1, math.ceil(int(counted.sum()) * 32 / scratch))
-    step = max(1, -(-len(counted) // parts))
-    places = torch.arange(state.capacity, device=counted.device)
+    places = torch.arange(state.capacity, device=lse.device)
+    keep = torch.empty(len(lse), state.capacity, dtype=torch.bool, device=lse.device)
+    mass = torch.empty(len(lse), dtype=torch.long, device=lse.device)
+    for block in _blocks(len(lse), max(1, scratch // (_PLACE_BYTES * state.capacity))):
+        torch.lt(places, counted[block, None], out=keep[block])
+        keep[block] &= state.logits[block] > (lse[block, None] + math.log(epsilon))
+        share = (state.logits[block] - lse[block, None]).exp_().mul_(_UNIT)
+        # What lies beyond a list was never written.
+        mass[block] = share.masked_fill_(~keep[block], 0.0).round_().long().sum(1)
+    diffuse = diffuse | (readable & (mass < math.ceil((1 - max_tail) * _UNIT)))
+    return keep, keep.sum(1), diffuse
+
+
+def _told(lengths: Tensor, alive: Tensor, diffuse: Tensor, overflowed: Tensor) -> Told:
+    """By one copy, which waits."""
+    codes = torch.where(alive, lengths, torch.where(diffuse, torch.where(overflowed, -3, -2), -1)).tolist()
+    # The target is an entry too.
+    ends = list(accumulate((code + 1 if code >= 0 else 0 for code in codes), initial=0))
+    return Told(ends, sum(code < -1 for code in codes), codes.count(-3), len(codes) - codes.count(-1))
+
+
+def _places(keep: Tensor, ends: list[int], scratch: int) -> tuple[Tensor, Tensor]:
+    """(rows, places) that are kept, row after row; a few rows at a time where there are more than `scratch` bytes can
+    index."""
+    step = max(1, -(-len(keep) // max(1, math.ceil(ends[-1] * 32 / scratch))))
     picked = []
-    for r0 in range(0, len(counted), step):
-        block = slice(r0, r0 + step)
-        keep = (places < counted[block, None]) & (state.logits[block] > threshold[block, None])
-        rows, place = keep.nonzero().unbind(1)
-        picked.append((rows + r0, place))
-    if not picked:
-        return places[:0], places[:0]
+    for block in _blocks(len(keep), step):
+        own = ends[block.start : block.stop + 1]
+        count = own[-1] - own[0] - sum(a < b for a, b in pairwise(own))
+        rows, place = keep[block].nonzero_static(size=count).unbind(1)
+        picked.append((rows + block.start, place))
     return picked[0] if len(picked) == 1 else tuple(map(torch.cat, zip(*picked)))
 
 
@@ -47,28 +102,29 @@ def entries_of(
     shuffled: bool,
     vocab: int,
     scratch: int,
-) -> tuple[Entries, Tensor, Tensor]:
-    """Entries of R rows; which rows are diffuse (R,) bool; and the bound of the KL's missing sum (R,), empty without.
+) -> tuple[Entries, Tensor, Tensor, Told]:
+    """Entries of R rows; (Rd,) int64 rows that are diffuse; the bound of the KL's missing sum (R,), empty without; and
+    what the host was told.
 
     Rows that are diffuse or not wanted have no entries and no tail. `shuffled`: lists are not in vocabulary order.
     """
     stats = state.stats
     lse = stats[M] + stats[S].log()
-    rows, place = _pick(state, lse + math.log(epsilon), wanted, scratch)
+    keep, lengths, diffuse = _judged(state, lse, epsilon, max_tail, wanted, scratch)
+    alive = ~diffuse if wanted is None else wanted & ~diffuse
+    told = _told(lengths, alive, diffuse, state.overflowed)
+    lengths = torch.where(alive, lengths, 0)
+    keep &= alive[:, None]
+    rows, place = _places(keep, told.ends, scratch)
     ids = state.ids[rows, place]
     if shuffled:
         order = (rows * vocab + ids).argsort()
         rows, place, ids = rows[order], place[order], ids[order]
     logits = state.logits[rows, place]
     coef = (logits - lse[rows]).exp()
-    lengths = torch.bincount(rows, minlength=len(lse))
-    total = lambda values: torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0)
-    tail = (1 - total(coef)).clamp(min=0)
-    diffuse = state.overflowed | (tail > max_tail)
-    if wanted is not None:
-        diffuse &= wanted
-    alive = ~diffuse if wanted is None else wanted & ~diffuse
-    tail = torch.where(alive, tail, 0.0)
+    # `unsafe`: not asked whether the lengths fit, which would be a wait.
+    total = lambda values: torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)
+    tail = torch.where(alive, (1 - total(coef)).clamp(min=0), 0.0)
     kl_coef, kl_tail, spread = (tail.new_empty(0) for _ in range(3))
     if keep_kl:
         mean = stats[D] / stats[S]
@@ -81,12 +137,9 @@ def entries_of(
     if slope is not None:
         coef = coef * slope
         kl_coef = kl_coef * slope if keep_kl else kl_coef
-    stays = alive[rows].nonzero()[:, 0]
-    rows, ids, coef = rows[stays], ids[stays], coef[stays]
-    kl_coef = kl_coef[stays] if keep_kl else kl_coef
     # The target is one more entry, of coefficient -1, first in its row; the others move up by the targets so far.
     offsets = torch.nn.functional.pad((torch.where(alive, lengths + 1, 0)).cumsum(0), (1, 0))
-    owners = alive.nonzero()[:, 0]
+    owners = alive.nonzero_static(size=told.wanted - told.diffuse)[:, 0]
     moved = torch.arange(len(rows), device=rows.device) + alive.cumsum(0)[rows]
 
     def join(first: Tensor, rest: Tensor) -> Tensor:
@@ -103,4 +156,4 @@ def entries_of(
         tail,
         kl_tail,
     )
-    return entries, diffuse, spread
+    return entries, diffuse.nonzero_static(size=told.diffuse)[:, 0], spread, told

@@ -12,6 +12,7 @@ listed row and H floats for a diffuse one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, starmap
@@ -91,6 +92,7 @@ class Swept(NamedTuple):
         g, g_kl: (Nd, H) float32, d logp / d hidden and d KL / d hidden of those rows.
         kl_spread: (N,) float32, bound of the listed KL's missing sum |p (d - E[d])|.
         lse: (N,) float32 log-sum-exp of the logits.
+        ends: (N + 1,) the offsets of the entries, as the host knows them.
     """
 
     logps: Tensor
@@ -103,6 +105,7 @@ class Swept(NamedTuple):
     g_kl: Tensor
     kl_spread: Tensor
     lse: Tensor
+    ends: list[int]
 
 
 def plan_tiles(
@@ -238,17 +241,16 @@ class Sweeper:
         return w
 
     def listed(
-        self, h: Tensor, ref_h: Tensor | None, targets: Tensor, wanted: Tensor | None, lists: bool
-    ) -> RowState | None:
-        """The state after one pass; None if the lists of most rows that are wanted overflow on the first tile already
-        and `auto` may give up."""
+        self, h: Tensor, ref_h: Tensor | None, targets: Tensor, lists: bool,
+        hopeless: Callable[[Tensor], bool] | None = None,
+    ) -> RowState | None:  # fmt: skip
+        """The state after one pass; None if `hopeless` says so after the first tile, asked with the rows whose lists
+        have overflowed already."""
         state = self.start(h, ref_h, targets, lists)
         for i, (v0, v1) in enumerate(pairwise(self.edges())):
             self.fold(state, h, ref_h, v0, v1)
-            if i == 0 and lists and self.params.mode == "auto" and v1 < self.vocab:
-                wanted = torch.ones_like(state.overflowed) if wanted is None else wanted
-                if bool(2 * (state.overflowed & wanted).sum() > wanted.sum()):
-                    return None
+            if i == 0 and hopeless is not None and v1 < self.vocab and hopeless(state.overflowed):
+                return None
         return state
 
     def dense(
@@ -344,13 +346,17 @@ def sweep(
     g, g_kl = _Rows(width, device), _Rows(width, device)
     lists: list[Entries] = []
     diffuse: list[Tensor] = []
+    ends = [0]
     all_dense = want_grad and not sweeper.lists
+    wanted = None if device.type == "meta" else wanted
+    needed = _Needed(wanted, sweeper.plan.rows)
+    may_give_up = sweeper.lists and params.mode == "auto"
     for r0 in range(0, n, sweeper.plan.rows):
         r1 = min(r0 + sweeper.plan.rows, n)
         block = slice(r0, r1)
         h = hidden[block].to(dtype).contiguous()
         ref_h = ref_hidden[block].to(dtype).contiguous() if has_ref else None
-        t, need = targets[block], None if wanted is None or device.type == "meta" else wanted[block]
+        t, need = targets[block], None if wanted is None else wanted[block]
         select = lambda x, rows: None if x is None else x[rows]
 
         def dense(rows: Tensor | slice, count: int, reserve: int, centre: Tensor | None = None) -> Tensor:
@@ -360,34 +366,42 @@ def sweep(
             return sweeper.dense(h[rows], select(ref_h, rows), t[rows], *pieces, centre).stats  # noqa: B023
 
         entries = None
-        state = None if all_dense else sweeper.listed(h, ref_h, t, need, sweeper.lists)
+        # Only the first block is asked early; how it ended says what to expect of the others.
+        hopeless = needed.most_overflow if may_give_up and r0 == 0 else None
+        state = None if all_dense else sweeper.listed(h, ref_h, t, sweeper.lists, hopeless)
         if state is None:
             all_dense = True
-            some = None if need is None else need.nonzero()[:, 0]
-            if some is None or len(some) == r1 - r0:  # without copies
+            count = r1 - r0 if need is None else needed.count(r0 // sweeper.plan.rows)
+            if count == r1 - r0:  # without copies
                 stats = dense(slice(None), r1 - r0, n - r0)
             else:
-                others = (~need).nonzero()[:, 0]
+                some, others = (
+                    need.nonzero_static(size=count)[:, 0],
+                    (~need).nonzero_static(size=r1 - r0 - count)[:, 0],
+                )
                 stats = torch.empty(10 if has_ref else 4, r1 - r0, device=device)
                 if len(some):
                     stats[:, some] = dense(some, len(some), len(some))
                 if len(others):
-                    plain = sweeper.listed(h[others], select(ref_h, others), t[others], None, False)
-                    stats[:, others] = plain.stats
+                    stats[:, others] = sweeper.listed(h[others], select(ref_h, others), t[others], False).stats
         else:
             stats = state.stats
         if state is not None and want_grad:
-            entries, is_diffuse, block_spread = entries_of(
+            entries, rows, block_spread, told = entries_of(
                 state, transform, epsilon=params.epsilon, max_tail=params.max_tail, wanted=need, keep_kl=want_kl_grad,
                 shuffled=launch.path == "fused", vocab=sweeper.vocab, scratch=workspace_mib * 2**17,
             )  # fmt: skip
-            rows = is_diffuse.nonzero()[:, 0]
+            all_dense = may_give_up and 2 * told.overflowed > told.wanted
+            ends += [ends[-1] + end for end in told.ends[1:]]
             if want_kl_grad:
                 spread[block] = block_spread
             if len(rows):
                 centre = (stats[D0] + stats[D] / stats[S])[rows] if has_ref else None
                 dense(rows, len(rows), len(rows), centre)
-        lists.append(entries or _no_entries(r1 - r0, device, want_kl_grad))
+        if entries is None:
+            entries = _no_entries(r1 - r0, device, want_kl_grad)
+            ends += [ends[-1]] * (r1 - r0)
+        lists.append(entries)
         log_s = stats[S].log()
         lse[block] = stats[M] + log_s
         logps[block] = stats[TARGET] - lse[block]
@@ -399,8 +413,34 @@ def sweep(
     return Swept(
         logps, entropy, ref_logps, kl, _join(lists, device, want_kl_grad),
         torch.cat(diffuse) if diffuse else torch.empty(0, dtype=torch.long, device=device), g.all(), g_kl.all(), spread,
-        lse,
+        lse, ends,
     )  # fmt: skip
+
+
+class _Needed:
+    """How many rows of each block need a gradient: asked once at most, together with what else is asked then."""
+
+    def __init__(self, wanted: Tensor | None, rows: int):
+        self._wanted, self._rows = wanted, rows
+        self._counts: list[int] | None = None
+
+    def _ask(self, *questions: Tensor) -> list[int]:
+        sums = [] if self._wanted is None else [part.sum() for part in self._wanted.split(self._rows)]
+        (*answers,) = torch.stack([*questions, *sums]).tolist()
+        self._counts = answers[len(questions) :]
+        return answers[: len(questions)]
+
+    def count(self, block: int) -> int:
+        if self._counts is None:
+            self._ask()
+        return self._counts[block]
+
+    def most_overflow(self, overflowed: Tensor) -> bool:
+        """Of the first block: most of its rows that need a gradient."""
+        if self._wanted is not None:
+            overflowed = overflowed & self._wanted[: self._rows]
+        (count,) = self._ask(overflowed.sum())
+        return 2 * count > (len(overflowed) if self._wanted is None else self._counts[0])
 
 
 def _no_entries(rows: int, device: torch.device, kl: bool) -> Entries:

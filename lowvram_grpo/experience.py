@@ -7,12 +7,14 @@ fixed for the whole update before it is cut, so that how it is cut cannot change
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import groupby, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowvram_grpo.memory.host import upload
 from lowvram_grpo.objective import Advantages, token_weights
 from lowvram_grpo.rollout.batch import RolloutBatch, pad_left
 
@@ -82,10 +84,6 @@ class MicroBatch:
         """What `scoring.score` need not count."""
         return {"prompt_lengths": self.prompt_lengths, "completion_lengths": self.completion_lengths}
 
-    def to(self, device: torch.device) -> MicroBatch:
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return MicroBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()})
-
 
 def split(micro: MicroBatch, rows: int) -> list[MicroBatch]:
     """The same completions in micro-batches of at most `rows`, trimmed to their own longest prompt and completion."""
@@ -96,7 +94,7 @@ def split(micro: MicroBatch, rows: int) -> list[MicroBatch]:
 def _part(micro: MicroBatch, rows: slice) -> MicroBatch:
     part = {f.name: getattr(micro, f.name) for f in fields(micro) if f.name != "group_sizes"}
     part = {name: None if value is None else value[rows] for name, value in part.items()}
-    longest = {side: int(part[f"{side}_mask"].sum(1).max()) for side in ("prompt", "completion")}
+    longest = {side: max(_lengths(part, side)) for side in ("prompt", "completion")}
     for name, value in part.items():
         if isinstance(value, Tensor) and value.dim() == 2:
             prompt = name.startswith("prompt_")
@@ -105,6 +103,11 @@ def _part(micro: MicroBatch, rows: slice) -> MicroBatch:
         group_of = [i for i, size in enumerate(micro.group_sizes) for _ in range(size)]
         part["group_sizes"] = [len(list(run)) for _, run in groupby(group_of[rows])]
     return MicroBatch(**part)
+
+
+def _lengths(part: dict[str, Any], side: str) -> list[int]:
+    known = part[f"{side}_lengths"]
+    return part[f"{side}_mask"].sum(1).tolist() if known is None else known
 
 
 def pad_right(rows: list[Tensor], width: int, value: float) -> Tensor:
@@ -148,7 +151,7 @@ def updates_of(
         micro = []
         for first in range(update.start, update.stop, micro_batch_size):
             rows = slice(first, min(first + micro_batch_size, update.stop))
-            t = int(completion_mask[rows].sum(1).max())
+            t = max(map(len, ids[rows]))
             prompt_ids, prompt_mask = pad_left(batch.prompt_ids[rows], pad_id, torch.device("cpu"))
             micro.append(
                 MicroBatch(
@@ -163,15 +166,27 @@ def updates_of(
                     prompt_lengths=[len(prompt) for prompt in batch.prompt_ids[rows]],
                     completion_lengths=[len(row) for row in ids[rows]],
                     group_sizes=[len(list(run)) for _, run in groupby(batch.prompt_ids[rows])],
-                ).to(device)
+                )
             )
         cut.append(micro)
+    return _moved(cut, device)
+
+
+def _moved(cut: list[list[MicroBatch]], device: torch.device) -> list[list[MicroBatch]]:
+    """All of a rollout goes to the device at once."""
+    parts = [(micro, f.name) for update in cut for micro in update for f in fields(micro)]
+    parts = [(micro, name) for micro, name in parts if isinstance(getattr(micro, name), Tensor)]
+    for (micro, name), moved in zip(parts, upload([getattr(micro, name) for micro, name in parts], device)):
+        setattr(micro, name, moved)
     return cut
 
 
 def save_updates(updates: list[list[MicroBatch]], folder: str) -> None:
     """Into a checkpoint: the micro-batches of a rollout that has steps left to serve."""
-    torch.save([[asdict(micro) for micro in update] for update in updates], os.path.join(folder, _FILE))
+    # Tensors of their own: those of a rollout share one piece of memory, which torch.save would write as a whole.
+    own = lambda value: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
+    saved = [[{f.name: own(getattr(micro, f.name)) for f in fields(micro)} for micro in update] for update in updates]
+    torch.save(saved, os.path.join(folder, _FILE))
 
 
 def load_updates(folder: str, device: torch.device) -> list[list[MicroBatch]] | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.experience import MicroBatch, Rollout
@@ -46,9 +48,9 @@ class GradientCheck:
         """
         if self._done:
             return
-        if any(p.grad is not None and bool(p.grad.any()) for p in model.parameters() if p.requires_grad):
+        if _any(p.grad for p in model.parameters() if p.requires_grad and p.grad is not None):
             self._done = True
-        elif live and not clipped and any(bool((m.advantages[:, None] * m.weights).any()) for m in update):
+        elif live and not clipped and _any(m.advantages[:, None] * m.weights for m in update):
             self._zeros += 1
             if self._zeros == _STEPS:
                 raise UserError(
@@ -56,3 +58,9 @@ class GradientCheck:
                     "weights that are trained have no part in the model's log-probs, and nothing would be learned; "
                     "train a LoRA adapter on layers that the model uses (target_modules 'all-linear')."
                 )
+
+
+def _any(tensors: Iterable[Tensor]) -> bool:
+    """Whether anything in them is not zero, asked once for all of them."""
+    found = [tensor.any() for tensor in tensors]
+    return bool(found) and bool(torch.stack(found).any())

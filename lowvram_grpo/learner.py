@@ -100,7 +100,7 @@ class Learner:
     def learning(self, update: list[MicroBatch]) -> list[bool]:
         """Which micro-batches need a gradient. One at least: the optimizer must see gradients of zero, not none, as
         its momentum moves the weights all the same."""
-        learns = [bool(wanted_rows(micro, self.objective).any()) for micro in update]
+        learns = torch.stack([wanted_rows(micro, self.objective).any() for micro in update]).tolist()
         if not any(learns):
             learns[0] = True
         return learns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +11,13 @@ from torch import Tensor
 from lowvram_grpo.correction import Correction, quotients
 from lowvram_grpo.loss import LossSums
 from lowvram_grpo.scoring import Scores
+
+
+def read(groups: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
+    """Scalars on one device as numbers, by one copy that waits for the device once."""
+    values = [value for group in groups for value in group.values()]
+    numbers = iter(torch.stack([value.detach().float() for value in values]).tolist() if values else ())
+    return [{name: next(numbers) for name in group} for group in groups]
 
 
 class MetricBook:
@@ -69,16 +77,21 @@ def reward_metrics(rewards: Tensor, per_func: Tensor, names: list[str], dead: Te
 
 
 class UpdateSums:
-    """Sums over the micro-batches of one update, divided once at its end."""
+    """Sums over the micro-batches of one update, divided once at its end; until then they stay on the device, and
+    nobody waits for it.
+
+    Attributes:
+        gaps: of the micro-batches that had one; numbers once `take` has been called.
+    """
 
     def __init__(self):
+        self.gaps: list[dict[str, Tensor]] | list[dict[str, float]] = []
         self._sums: dict[str, Tensor] = {}
-        self._clipped: list[tuple[Tensor, Tensor]] = []
-        self._ratios: list[tuple[Tensor, Tensor]] = []
+        self._extremes: list[dict[str, Tensor]] = []
         self._rows = self._diffuse = 0
-        self._bounds: list[Tensor] = []
 
-    def add(self, sums: LossSums, scores: Scores) -> None:
+    def add(self, sums: LossSums, scores: Scores, gap: dict[str, Tensor] | None = None) -> None:
+        """A micro-batch's; `gap` is its `sampler_metrics`, where it is the first update on these tokens."""
         values = {
             "tokens": sums.tokens,
             "entropy": sums.entropy,
@@ -92,60 +105,67 @@ class UpdateSums:
             total = total.detach()
             self._sums[name] = total if name not in self._sums else self._sums[name] + total
         tokens = sums.tokens.clamp(min=1)
-        self._clipped.append((sums.low_clipped / tokens, sums.high_clipped / tokens))
-        self._ratios.append((sums.ratio_min, sums.ratio_max))
+        extremes = {"clip_ratio/low_min": sums.low_clipped / tokens, "clip_ratio/high_max": sums.high_clipped / tokens}
+        extremes |= {"ratio/min": sums.ratio_min, "ratio/max": sums.ratio_max}
         if scores.diffuse is not None:
             self._rows += scores.rows
             self._diffuse += scores.diffuse
-            self._bounds += [] if scores.bound is None else [scores.bound]
+            if scores.bound is not None:
+                extremes["sweep/direction_bound_max"] = scores.bound
+        self._extremes.append(extremes)
+        if gap is not None:
+            self.gaps.append(gap)
 
     def take(self) -> dict[str, float]:
+        """The update's metrics: the one moment at which the host waits for its forward and backward passes."""
         tokens = self._sums.pop("tokens").clamp(min=1)
-        found = {name: float(total / tokens) for name, total in self._sums.items()}
-        found["clip_ratio/low_min"] = min(float(low) for low, _ in self._clipped)
-        found["clip_ratio/high_max"] = max(float(high) for _, high in self._clipped)
-        lowest, highest = (fold(map(float, x)) for fold, x in zip((min, max), zip(*self._ratios)))
-        if lowest <= highest:
-            found |= {"ratio/min": lowest, "ratio/max": highest}
+        means = {name: total / tokens for name, total in self._sums.items()}
+        found, *rest = read([means, *self._extremes, *self.gaps])
+        extremes, self.gaps = rest[: len(self._extremes)], rest[len(self._extremes) :]
+        for name in dict.fromkeys(name for micro in extremes for name in micro):
+            values = [micro[name] for micro in extremes if name in micro]
+            found[name] = (min if name.endswith("min") else max)(values)
+        if not found["ratio/min"] <= found["ratio/max"]:  # no token counted
+            del found["ratio/min"], found["ratio/max"]
         if self._rows:
             found["sweep/diffuse_ratio"] = self._diffuse / self._rows
-        if self._bounds:
-            found["sweep/direction_bound_max"] = max(map(float, self._bounds))
         return found
 
 
 def sampler_metrics(
     scored: Tensor, sampled: Tensor, mask: Tensor, correction: Correction | None = None
-) -> dict[str, float]:
-    """How far the trainer's log-probs (b, T) are from the sampler's, before the first update on them.
+) -> dict[str, Tensor]:
+    """How far the trainer's log-probs (b, T) are from the sampler's, before the first update on them: scalars on their
+    device, NaN where no token was sampled.
 
     With a correction the ratios under TRL's name are those that were applied, as there, and the quotients themselves
     stand beside them."""
     mask = mask.bool()
-    if not bool(mask.any()):
-        return {}
-    difference = (scored - sampled)[mask].abs()
-    found = {
-        "sampling/sampling_logp_difference/mean": float(difference.mean()),
-        "sampling/sampling_logp_difference/max": float(difference.max()),
-    }
+    _, mean, highest = _spread((scored - sampled).abs(), mask)
+    found = {"sampling/sampling_logp_difference/mean": mean, "sampling/sampling_logp_difference/max": highest}
     raw = quotients(scored, sampled, mask)
     if correction is None:
-        return found | _spread("sampling/importance_sampling_ratio", raw[mask])
-    # A completion without a token has no weight.
+        return found | _named("sampling/importance_sampling_ratio", raw, mask)
     applied = correction.weights(scored, sampled, mask)
     if correction.per_sequence:
-        raw = quotients(scored, sampled, mask, per_sequence=True)
-        applied, raw = applied[mask.any(1), 0], raw[mask.any(1), 0]
-    else:
-        applied, raw = applied[mask], raw[mask]
-    found |= _spread("sampling/importance_sampling_ratio", applied)
-    found |= _spread("sampling/raw_importance_sampling_ratio", raw)
-    return found | {"sampling/corrected_share": float((applied != raw).float().mean())}
+        # A completion without a token has no weight.
+        raw = quotients(scored, sampled, mask, per_sequence=True)[:, 0]
+        applied, mask = applied[:, 0], mask.any(1)
+    found |= _named("sampling/importance_sampling_ratio", applied, mask)
+    found |= _named("sampling/raw_importance_sampling_ratio", raw, mask)
+    return found | {"sampling/corrected_share": _spread((applied != raw).float(), mask)[1]}
 
 
-def _spread(name: str, values: Tensor) -> dict[str, float]:
-    return {f"{name}/{kind}": float(getattr(values, kind)()) for kind in ("min", "mean", "max")}
+def _spread(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(min, mean, max) of what the mask marks, without asking how much that is."""
+    count, nothing = mask.sum(), torch.nan
+    lowest, highest = torch.where(mask, values, torch.inf).amin(), torch.where(mask, values, -torch.inf).amax()
+    mean = torch.where(mask, values, 0.0).sum() / count
+    return torch.where(count > 0, lowest, nothing), mean, torch.where(count > 0, highest, nothing)
+
+
+def _named(name: str, values: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    return {f"{name}/{kind}": value for kind, value in zip(("min", "mean", "max"), _spread(values, mask))}
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

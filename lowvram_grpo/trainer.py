@@ -35,6 +35,7 @@ from lowvram_grpo.metrics import (
     UpdateSums,
     length_metrics,
     peak_memory_gib,
+    read,
     reward_metrics,
     sampler_metrics,
 )
@@ -261,8 +262,8 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         loss = self.guard.run("forward", lambda: self._gradients(update), self._redo_from_here())
         if self.args.torch_empty_cache_steps and step % self.args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
-        seconds = time.perf_counter() - started
-        sums = self._sums.take()
+        sums = self._taken()
+        seconds = time.perf_counter() - started  # now that the device has done it all
         self.metrics["train"].add({**sums, "step_time": seconds})
         if self.learner.correction is None:  # which may have taken every weight away
             self._gradient_check.look(self.model, update, live=self._live, clipped=sums["clip_ratio/region_mean"])
@@ -285,6 +286,13 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
             del share  # and with it what its graph holds, before the next forward pass
         return loss
 
+    def _taken(self) -> dict[str, float]:
+        """The update's metrics; those of its micro-batches go to the book."""
+        sums = self._sums.take()
+        for gap in self._sums.gaps:
+            self.metrics["train"].add(gap)
+        return sums
+
     def _redo_from_here(self) -> Callable[[], None]:
         """Brings back the random numbers (of dropout) as they are now."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
@@ -301,9 +309,8 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
     def compute_loss(self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, **kwargs) -> Tensor:
         """This micro-batch's share of the update's loss."""
         sums, scores = self.learner.loss(inputs)
-        if inputs.old_per_token_logps is None and self.model.training:
-            self._add_sampler_gap(inputs, scores.logps.detach())
-        self._sums.add(sums, scores)
+        first = inputs.old_per_token_logps is None and self.model.training
+        self._sums.add(sums, scores, self._sampler_gap(inputs, scores.logps.detach()) if first else None)
         return (sums.loss, scores) if return_outputs else sums.loss
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
@@ -314,9 +321,8 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         self.guard.guard_step(optimizer)
         return optimizer
 
-    def _add_sampler_gap(self, micro: MicroBatch, logps: Tensor) -> None:
-        gap = sampler_metrics(logps, micro.sampling_per_token_logps, micro.completion_mask, self.learner.correction)
-        self.metrics["train"].add(gap)
+    def _sampler_gap(self, micro: MicroBatch, logps: Tensor) -> dict[str, Tensor]:
+        return sampler_metrics(logps, micro.sampling_per_token_logps, micro.completion_mask, self.learner.correction)
 
     def collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
         """Sample and score the rollout of `step`; its random numbers depend on (seed, step) alone."""
@@ -378,9 +384,9 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         for micro in (micro for update in updates for micro in update):
             self.learner.prepare(micro)
             if micro.old_per_token_logps is not None:
-                gaps.append((micro, micro.old_per_token_logps))
-        for gap in gaps:
-            self._add_sampler_gap(*gap)
+                gaps.append(self._sampler_gap(micro, micro.old_per_token_logps))
+        for gap in read(gaps):
+            self.metrics["train"].add(gap)
         return updates
 
     # Evaluation and logging
@@ -398,7 +404,7 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         self.model.eval()
         loss = self.guard.run("score", lambda: self._evaluated(rollout))
         self.model.train(was_training)
-        self.metrics["eval"].add(self._sums.take())
+        self.metrics["eval"].add(self._taken())
         return loss, None, None
 
     @torch.no_grad()

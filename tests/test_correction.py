@@ -92,7 +92,8 @@ def test_metrics_count_what_was_applied_and_keep_the_raw_ratio():
     assert whole["sampling/corrected_share"] == pytest.approx(0.5)
     plain = sampler_metrics(scored, sampled, mask)
     assert plain["sampling/importance_sampling_ratio/max"] == pytest.approx(8.0) and len(plain) == 5
-    assert sampler_metrics(scored, sampled, mask * 0, Correction()) == {}
+    nothing = sampler_metrics(scored, sampled, mask * 0, Correction())
+    assert len(nothing) == 9 and all(value.isnan() for value in nothing.values())
 
 
 def test_a_configuration_switches_it_on(config):

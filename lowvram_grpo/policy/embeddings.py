@@ -12,6 +12,7 @@ A model with a quantized table computes what the plain model would compute with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
+from lowvram_grpo.memory.host import host_buffer
 from lowvram_grpo.policy.head import Head
 
 KINDS = {"int8": Int8Weight, "nf4": NF4Weight}
@@ -133,20 +135,18 @@ class QuantizedEmbedding(_Scaled):
 
 
 class HostEmbedding(_Scaled):
-    """Input embedding (V, H) in host memory, pinned where there is CUDA; only the rows of the batch are copied.
+    """Input embedding (V, H) in host memory; only the rows of the batch are copied.
 
-    The host must see the ids for that, so every forward pass waits for the device. The table is neither parameter nor
-    buffer: nothing moves it, and nothing takes its device for the model's. On meta there is no table at all.
+    The host must see the ids for that, so every forward pass waits for the device, once. It gathers the rows into
+    page-locked memory, so the table itself needs none. The table is neither parameter nor buffer: nothing moves it, and
+    nothing takes its device for the model's. On meta there is no table at all.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, scale: Tensor | float | None = None, *, pin: bool = False):
+    def __init__(self, weight: Tensor, dtype: torch.dtype, scale: Tensor | float | None = None):
         super().__init__(scale)
         self.num_embeddings, self.embedding_dim = weight.shape
         self.dtype = dtype
-        self.table: Tensor | None = None
-        if not weight.is_meta:
-            table = weight.detach().to("cpu", dtype)
-            self.table = _pinned(table) if pin else table
+        self.table: Tensor | None = None if weight.is_meta else weight.detach().to("cpu", dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """int (...) -> (..., H) on the device of `ids`."""
@@ -157,20 +157,11 @@ class HostEmbedding(_Scaled):
         else:
             # A fresh piece of pinned memory each time: the caching allocator gives it out again only once the copy out
             # of it is done, so the host may run ahead.
-            staging = torch.empty(
-                ids.numel(), self.embedding_dim, dtype=self.dtype, pin_memory=ids.device.type == "cuda"
-            )
-            torch.index_select(self.table, 0, ids.reshape(-1).cpu(), out=staging)
-            rows = staging.to(ids.device, non_blocking=True).view(*ids.shape, self.embedding_dim)
+            shape = *ids.shape, self.embedding_dim
+            staging = host_buffer(math.prod(shape) * self.dtype.itemsize, pinned=ids.is_cuda).view(self.dtype)
+            torch.index_select(self.table, 0, ids.reshape(-1).cpu(), out=staging.view(-1, self.embedding_dim))
+            rows = staging.view(shape).to(ids.device, non_blocking=True)
         return self.scaled(rows)
-
-
-def _pinned(table: Tensor) -> Tensor:
-    """A page-locked copy, or the table itself where the system grants none (Windows limits them)."""
-    try:
-        return table.pin_memory()
-    except RuntimeError:
-        return table
 
 
 def stays_on_host(causal_lm: nn.Module, head_dtype: str, embedding_offload: bool) -> tuple[str, ...]:
@@ -229,7 +220,7 @@ def place_embeddings(
         said.append(_quantize_head(causal_lm, head_dtype, tied, scale, device, dtype, workspace_mib))
     if offload:
         weight = embedding.weight
-        causal_lm.set_input_embeddings(HostEmbedding(weight, dtype, scale, pin=device.type == "cuda"))
+        causal_lm.set_input_embeddings(HostEmbedding(weight, dtype, scale))
         said.append(f"the input embedding ({_mib(weight.numel() * dtype.itemsize)} MiB) stays in host memory.")
     for layer in (causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()):
         if layer is not None and any(p.device.type == "cpu" for p in layer.parameters()):

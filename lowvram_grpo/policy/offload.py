@@ -23,6 +23,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from lowvram_grpo.memory.host import host_buffer
+
 #: Tensors below this stay where they are: the copy would cost more than the memory is worth.
 MIN_BYTES = 2**18
 _IN_FLIGHT = 2
@@ -47,11 +49,7 @@ class _Lane:
             # In its place, so that there are never more buffers than were in use at once.
             self._free.pop(min(range(len(self._free)), key=lambda i: self._free[i].numel()))
         room = 2**20 * math.ceil(size / 2**20) if self.stream else size
-        try:
-            return torch.empty(room, dtype=torch.uint8, pin_memory=self.stream is not None)
-        except RuntimeError:
-            # No page-locked memory is left (Windows limits it): any other memory does, with copies that wait.
-            return torch.empty(room, dtype=torch.uint8)
+        return host_buffer(room, pinned=self.stream is not None)
 
     def give_back(self, buffer: Tensor | None) -> None:
         if buffer is not None:

@@ -51,7 +51,7 @@ class RewardRunner:
             receives the arguments it names.
         weights: one a function; all 1 when None.
         processing_classes: tokenizers of the models, one a function; None entries are loaded with the model.
-        device: where models run and results lie.
+        device: where models run; results lie on the host.
         timeout: seconds a function may take on one batch; None waits forever.
         model_init_kwargs: for `from_pretrained` of models given as strings.
 
@@ -81,9 +81,7 @@ class RewardRunner:
         classes = processing_classes if processing_classes is not None else [None] * len(reward_funcs)
         self.funcs = [_as_function(f, c, device, model_init_kwargs) for f, c in zip(reward_funcs, classes)]
         self.names = _distinct([_name(f) for f in self.funcs])
-        self.weights = torch.tensor(
-            [1.0] * len(self.funcs) if weights is None else weights, dtype=torch.float32, device=device
-        )
+        self.weights = torch.tensor([1.0] * len(self.funcs) if weights is None else weights, dtype=torch.float32)
         self.timeout = timeout
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -117,9 +115,9 @@ class RewardRunner:
             for func, name, log in zip(self.funcs, self.names, logs)
         ]
         outputs = self._run(calls)
-        n, device = len(completions), self.weights.device
+        n = len(completions)
         rows = [_floats(output, n, name) for output, name in zip(outputs, self.names)]
-        per_func = torch.tensor(rows, dtype=torch.float32, device=device).T.contiguous()
+        per_func = torch.tensor(rows, dtype=torch.float32).T.contiguous()
         total = (per_func * self.weights).nansum(dim=1)
         total[per_func.isnan().all(dim=1)] = torch.nan
         return RewardResult(per_func, total, self._extras(logs, n), _mean_metrics(logs))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.memory.host import HostBytes
 from lowvram_grpo.memory.ledger import counted_as
 from lowvram_grpo.policy.plain_lora import PlainLora, has_plain_base, plain_groups
 from lowvram_grpo.rollout.siblings import Downs, LastShared, Products, products_of
@@ -27,7 +28,6 @@ from lowvram_grpo.rollout.siblings import Downs, LastShared, Products, products_
 MODES = ("auto", "fused", "merged", "off")
 
 _TILE = 2**22  # entries of a weight that are merged at once: 16 MiB in float32
-_CHUNK = 2**25  # bytes; the allocator of pinned memory rounds each request up to a power of two
 
 
 @contextmanager
@@ -126,37 +126,6 @@ def _fused_forward(
 # Merged
 
 
-class _HostBytes:
-    """Copies of weights in host memory, pinned where they come from a GPU, packed into chunks.
-
-    Args:
-        size: bytes that will be kept in all.
-    """
-
-    def __init__(self, size: int):
-        self._left, self._chunk, self._used = size, torch.empty(0, dtype=torch.uint8), 0
-
-    def keep(self, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(place in the weight, its bytes): copying each back restores the weight bit for bit. None on meta."""
-        pieces = []
-        rest = weight.detach().view(-1).view(torch.uint8)
-        while len(rest) and not weight.is_meta:
-            if self._used == len(self._chunk):
-                room = min(_CHUNK, self._left)
-                self._chunk, self._used = torch.empty(room, dtype=torch.uint8, pin_memory=weight.is_cuda), 0
-            kept = self._chunk[self._used : self._used + len(rest)]
-            place, rest = rest[: len(kept)], rest[len(kept) :]
-            kept.copy_(place, non_blocking=True)
-            self._used, self._left = self._used + len(kept), self._left - len(kept)
-            pieces.append((place, kept))
-        return pieces
-
-
-def _restore(pieces: list[tuple[Tensor, Tensor]]) -> None:
-    for place, kept in pieces:
-        place.copy_(kept, non_blocking=True)
-
-
 def _merge_all(model: nn.Module, groups: list[list[PlainLora]], undo: ExitStack) -> list[list[PlainLora]]:
     """Merge what can be; the other layers, in groups."""
     tensors = (t for m in model.modules() for t in [*m._parameters.values(), *m._buffers.values()] if t is not None)
@@ -168,10 +137,12 @@ def _merge_all(model: nn.Module, groups: list[list[PlainLora]], undo: ExitStack)
         return has_plain_base(layer) and alone and weight.is_floating_point() and weight.is_contiguous()
 
     chosen = {lora for loras in groups for lora in loras if can(lora.layer)}
-    host = _HostBytes(sum(lora.layer.base_layer.weight.nbytes for lora in chosen))
-    for lora in (lora for loras in groups for lora in loras if lora in chosen):
+    merged = [lora for loras in groups for lora in loras if lora in chosen]
+    host = HostBytes()
+    kept = host.keep([lora.layer.base_layer.weight for lora in merged])
+    for lora, place in zip(merged, kept):
         weight = lora.layer.base_layer.weight
-        undo.callback(_restore, host.keep(weight))
+        undo.callback(host.put_back, weight, place)
         _merge(weight, lora.a, lora.b, lora.scaling)
         _replace_forward(lora.layer, _merged_forward(lora.layer.base_layer), undo)
     return [rest for loras in groups if (rest := [lora for lora in loras if lora not in chosen])]

@@ -155,6 +155,17 @@ def test_a_host_embedding_is_the_plain_one_and_nothing_moves_it():
     assert rows.is_meta and rows.shape == (2, 3, 64)
 
 
+def test_only_gathered_rows_are_page_locked(monkeypatch):
+    """A pinned copy of the table would be as large as the next power of two, and nothing is copied from it."""
+    model, pinned = make_model(tie_word_embeddings=False, **WIDE).requires_grad_(False), []
+    weight = model.get_input_embeddings().weight
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor.clone())
+    monkeypatch.setattr(nn.Module, "to", lambda module, *_: module)  # there is no GPU to move the rest to
+    place(model, offload=True, device=torch.device("cuda"))
+    assert pinned == []
+    assert model.get_input_embeddings().table.data_ptr() == weight.data_ptr()
+
+
 def test_a_tied_embedding_is_not_offloaded_and_says_so():
     model = make_model(**WIDE).requires_grad_(False)
     (said,) = place(model, offload=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 import torch
 from passes import COMPLETIONS, GROUPS, PROMPTS, adapted, assert_same, micro_batch, tiny, training_pass
@@ -11,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import FalconConfig, FalconForCausalLM
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.experience import MicroBatch
+from lowvram_grpo.experience import MicroBatch, load_updates, save_updates
 from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.policy.attention import NAME
 from lowvram_grpo.policy.checkpointing import checkpoint_activations
@@ -197,6 +195,6 @@ def test_the_ledger_on_meta_tensors_counts_what_is_held_on_a_cpu():
 def test_lengths_and_groups_survive_saving_and_moving(tmp_path):
     zeros = torch.zeros(2, 1)
     micro = MicroBatch(*[zeros] * 8, prompt_lengths=[1, 1], completion_lengths=[1, 1], group_sizes=[2])
-    torch.save(asdict(micro.to(torch.device("cpu"))), tmp_path / "micro.pt")
-    again = MicroBatch(**torch.load(tmp_path / "micro.pt", weights_only=True))
+    save_updates([[micro]], str(tmp_path))
+    ((again,),) = load_updates(str(tmp_path), torch.device("cpu"))
     assert again.lengths() == {"prompt_lengths": [1, 1], "completion_lengths": [1, 1]} and again.group_sizes == [2]
