@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -25,6 +27,7 @@ except ImportError:
 HAS_TRITON = triton is not None
 # Triton decides when a kernel is decorated; a variable that changes afterwards changes nothing.
 _INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
+_HERE = nullcontext()
 
 
 def jit(function: Callable) -> Any:
@@ -35,6 +38,14 @@ def jit(function: Callable) -> Any:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before the first import), on any device."""
     return _INTERPRETED
+
+
+def device_guard(tensor: Tensor) -> AbstractContextManager:
+    """To be entered around every launch that writes beside `tensor`: Triton launches on the current device, whatever
+    its arguments lie on. Nothing is done where that is the tensor's own."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
 
 
 def require_triton(what: str, tensor: Tensor, instead: str) -> None:
