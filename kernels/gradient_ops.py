@@ -219,9 +219,9 @@ def rope_back(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k
     if dq.is_meta:
         return q_out, k_out
     dq, dk = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk))
-    if decode_ops.uses_triton(dq, dk, cos, sin, q_out) and decode_ops._rotates(dq, dk, cos, sin):
-        if q_out.stride(-1) == k_out.stride(-1) == 1:
-            return rope_back_triton(dq, dk, cos, sin, q_out, k_out)
+    dense = q_out.stride(-1) == k_out.stride(-1) == 1 and decode_ops._rotates(dq, dk, cos, sin)
+    if dense and decode_ops.uses_triton(dq, dk, cos, sin, q_out):
+        return rope_back_triton(dq, dk, cos, sin, q_out, k_out)
     return tuple(out.copy_(x) for out, x in zip((q_out, k_out), rope_back_ref(dq, dk, cos, sin)))
 
 

@@ -20,8 +20,9 @@ def in_triton(monkeypatch):
     monkeypatch.setattr(decode_ops, "uses_triton", lambda *tensors: True)
     calls = dict.fromkeys(BACK.values(), 0)
     for name in calls:
+        launch = getattr(gradient_ops, f"{name}_triton")
 
-        def counted(*args, name=name, launch=getattr(gradient_ops, f"{name}_triton")):
+        def counted(*args, name=name, launch=launch):
             calls[name] += 1
             return launch(*args)
 

@@ -1,0 +1,329 @@
+"""Plain LoRA layers in few launches, with a gradient: what training, scoring and evaluation run.
+
+peft takes eight launches beside the base's product of each layer (casts of A, B and x, two products, a scaling, a copy,
+a sum), and some twenty back. Here siblings (q, k and v; gate and up) are one autograd function:
+
+    z = s x A^T    all siblings' A stacked, one product
+    y = x W^T + z B^T    the second product adds in place
+    dz = s dy B,   dA = dz^T x (one product),   dB = dy^T z,   dx = dy W + dz A (added up in place)
+
+The first sibling that is asked computes for all of them, and the others find their answers waiting. 16-bit copies of A
+and B are made once a pass through the decoder, not at every layer and every recomputation of it; gradients of float32
+factors are accumulated and given back in float32. x and z are kept for the backward pass, z being (tokens, rank).
+
+A layer goes peft's own way where its adapter is not all that acts: another adapter beside it, a variant such as DoRA,
+dropout in force, a base that is trained or of a kind that is not known (LLM.int8).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lowvram_grpo.memory.ledger import counted_as
+from lowvram_grpo.policy.frozen_base import add_product, knows, product, product_back
+from lowvram_grpo.policy.own_forward import give_forward, stands_in
+from lowvram_grpo.policy.plain_lora import PlainLora, acting, plain_groups
+from lowvram_grpo.policy.wrapper import unwrap
+
+_PLACE = "_fused_lora_place"  # of a layer: its group, and which of the siblings it is
+
+
+def fuse_lora(model: nn.Module, *, nf4_kernel: bool) -> int:
+    """Have the plain LoRA layers of `model` compute in this way from now on; how many they are.
+
+    Which adapter acts, whether it is switched off, and what it weighs is seen at each call: adapters may be trained,
+    loaded, mixed, switched and merged as ever.
+
+    Args:
+        nf4_kernel: `kernels/nf4_dense.py` runs on the model's device.
+    """
+    groups = [known for loras in plain_groups(model) if (known := [x for x in loras if knows(x.layer.base_layer)])]
+    decoder = _decoder(model)
+    shared = _Shared()
+    for loras in groups:
+        group = _Group([lora.layer for lora in loras], shared, nf4_kernel)
+        shared.groups.append(group)
+        for i, layer in enumerate(group.layers):
+            vars(layer)[_PLACE] = group, i
+            give_forward(layer, _forward)
+    if groups:
+        for key, hook in list(decoder._forward_pre_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), _Shared):  # of an earlier call
+                del decoder._forward_pre_hooks[key]
+        decoder.register_forward_pre_hook(shared.pass_begins)
+    return sum(map(len, groups))
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    inner = unwrap(model)
+    return getattr(inner, getattr(inner, "base_model_prefix", ""), inner)
+
+
+def forget_copies(model: nn.Module) -> None:
+    """Let go of the 16-bit copies, for a phase that has no use for them; the next pass makes them again."""
+    for hook in _decoder(model)._forward_pre_hooks.values():
+        if isinstance(shared := getattr(hook, "__self__", None), _Shared):
+            shared.forget()
+
+
+@stands_in
+def _forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    group, i = vars(self)[_PLACE]
+    answer = None if args or kwargs else group.answer(i, x)
+    return type(self).forward(self, x, *args, **kwargs) if answer is None else answer
+
+
+class _Factors(NamedTuple):
+    """One adapter of a group, in the dtype that it is computed in: a (R, I), all siblings' one below the other, and
+    of each b (O, r), which rows of a are its own, and s."""
+
+    a: Tensor
+    b: list[Tensor]
+    rows: list[slice]
+    scaling: list[float]
+
+
+class _Job(NamedTuple):
+    bases: list[nn.Module]
+    factors: _Factors
+    kernel: bool
+
+
+class _Shared:
+    """What the layers of one model have in common: the copies of the adapter that acts, and the answers that siblings
+    wait for, of one group at a time."""
+
+    def __init__(self):
+        self.groups: list[_Group] = []
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle: no copies, no answers."""
+        return {"groups": self.groups}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.groups = state["groups"]
+        self.forget()
+
+    def forget(self) -> None:
+        self._made: dict[_Group, tuple[_Factors, int]] = {}
+        self._key, self._stale = None, True
+        self.drop_answers()
+
+    def pass_begins(self, *_: Any) -> None:
+        """A hook of the decoder. Weights may have changed, and an optimizer's kernel leaves no version behind."""
+        self._stale = True
+        self.drop_answers()
+
+    # Answers
+
+    def drop_answers(self, gone: weakref.ref | None = None) -> None:
+        if gone is None or gone is self._x:  # the end of an older x is not that of a newer one's answers
+            self._group = self._x = None
+            self._answers: dict[int, Tensor] = {}
+
+    def keep_answers(self, group: _Group, x: Tensor, answers: dict[int, Tensor]) -> None:
+        self._group, self._x, self._answers = group, weakref.ref(x, self.drop_answers), answers
+
+    def take(self, group: _Group, i: int, x: Tensor) -> Tensor | None:
+        if self._group is not group or i not in self._answers or self._x() is not x:
+            return None
+        answer = self._answers.pop(i)
+        if not self._answers:
+            self.drop_answers()
+        return answer
+
+    def waits(self, group: _Group, i: int) -> bool:
+        """Whether an answer of `i` waits, to another input than it has come with."""
+        return self._group is group and i in self._answers
+
+    # Copies
+
+    def factors(self, group: _Group, loras: list[PlainLora], dtype: torch.dtype) -> _Factors:
+        key = loras[0].name, dtype
+        if key != self._key:
+            self.forget()
+            self._key = key
+        if self._stale:
+            self._refresh()
+        made, version = self._made.get(group, (None, 0))
+        if made is None or version != _version(loras):
+            made, _ = self._made[group] = self._copy([(group, loras)])[0]
+        return made
+
+    def _refresh(self) -> None:
+        """All groups' in a few launches."""
+        every = [(group, loras) for group in self.groups if (loras := group.acting()) and loras[0].name == self._key[0]]
+        self._made = dict(zip((group for group, _ in every), self._copy(every)))
+        self._stale = False
+
+    def _copy(self, every: list[tuple[_Group, list[PlainLora]]]) -> list[tuple[_Factors, int]]:
+        dtype, made, to, source = self._key[1], [], [], []
+        with torch.no_grad(), counted_as("adapter"):
+            for group, loras in every:
+                old = self._made.get(group)
+                factors = _room(loras, dtype, old and old[0])
+                for lora, b, rows in zip(loras, factors.b, factors.rows):
+                    to += [factors.a[rows], b]
+                    source += [lora.a.detach(), lora.b.detach()]
+                made.append((factors, _version(loras)))
+            pairs = [(t, s) for t, s in zip(to, source) if t.data_ptr() != s.data_ptr() or t.is_meta]
+            if pairs:
+                torch._foreach_copy_(*map(list, zip(*pairs)))
+        return made
+
+
+def _room(loras: list[PlainLora], dtype: torch.dtype, old: _Factors | None) -> _Factors:
+    """Tensors for the factors; the parameters themselves where they need no copy, `old` ones where they fit."""
+    ends = list(accumulate((len(lora.a) for lora in loras), initial=0))
+    rows, scaling = [slice(*pair) for pair in pairwise(ends)], [lora.scaling for lora in loras]
+    shape, device = (ends[-1], loras[0].a.shape[1]), loras[0].a.device
+    fits = lambda x, shape: x is not None and x.shape == shape and x.dtype == dtype and x.device == device
+    if len(loras) == 1 and loras[0].a.dtype == dtype:
+        a = loras[0].a.detach()
+    else:
+        a = old.a if old and fits(old.a, shape) else torch.empty(shape, dtype=dtype, device=device)
+    b = []
+    for i, lora in enumerate(loras):
+        if lora.b.dtype == dtype:
+            b.append(lora.b.detach())
+        else:
+            before = old.b[i] if old else None
+            b.append(before if fits(before, lora.b.shape) else torch.empty_like(lora.b, dtype=dtype).detach())
+    return _Factors(a, b, rows, scaling)
+
+
+def _version(loras: list[PlainLora]) -> int:
+    """Grows whenever one of the factors is changed by an operator."""
+    return sum(lora.a._version + lora.b._version for lora in loras)
+
+
+class _Group:
+    """LoRA layers that are likely to be given the same tensor."""
+
+    def __init__(self, layers: list[nn.Module], shared: _Shared, kernel: bool):
+        self.layers, self.shared, self.kernel = layers, shared, kernel
+        self._together = len(layers) > 1
+
+    def acting(self) -> list[PlainLora] | None:
+        """The adapter that acts in all of these layers; None where it is not one and the same, and plain."""
+        loras = [acting(layer) for layer in self.layers]
+        return None if None in loras or len({lora.name for lora in loras}) > 1 else loras
+
+    def answer(self, i: int, x: Tensor) -> Tensor | None:
+        """The i-th layer's output; None where peft must give it."""
+        layer, shared = self.layers[i], self.shared
+        if (answer := shared.take(self, i, x)) is not None:
+            return answer
+        graph = torch.is_grad_enabled()
+        if layer.disable_adapters:
+            if layer.merged or (graph and x.requires_grad):
+                return None
+            return product(layer.base_layer, x, self.kernel)
+        if shared.waits(self, i) and not graph:
+            # These siblings read different tensors. While a graph is made it stays undecided: what a checkpointed
+            # layer saves must be the same the second time.
+            self._together = False
+        loras = self.acting()
+        if loras is None or not x.numel():
+            return None
+        factors = shared.factors(self, loras, _dtype(x, loras[0]))
+        alone = not self._together or shared.waits(self, i)
+        members = [i] if alone else list(range(len(self.layers)))
+        job = self._job(factors, members)
+        weights = [weight for m in members for weight in (loras[m].a, loras[m].b)]
+        if graph and (x.requires_grad or any(weight.requires_grad for weight in weights)):
+            answers = dict(zip(members, _Products.apply(job, x, *weights)))
+        else:
+            answers = dict(zip(members, _products(job, x)[0]))
+        answer = answers.pop(i)
+        if answers:
+            shared.keep_answers(self, x, answers)
+        return answer
+
+    def _job(self, factors: _Factors, members: Sequence[int]) -> _Job:
+        bases = [self.layers[m].base_layer for m in members]
+        if len(members) < len(self.layers):
+            (m,) = members
+            a = factors.a[factors.rows[m]]
+            factors = _Factors(a, [factors.b[m]], [slice(0, len(a))], [factors.scaling[m]])
+        return _Job(bases, factors, self.kernel)
+
+
+def _dtype(x: Tensor, lora: PlainLora) -> torch.dtype:
+    """What peft computes the adapter in."""
+    kind = x.device.type
+    if kind == "meta":  # where autocast does not count, and weights are in its dtype
+        return x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lora.a.dtype
+
+
+def _products(job: _Job, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Of each layer y (..., O), and z (N, R), scaled."""
+    a, bs, rows, scaling = job.factors
+    low = x.reshape(-1, x.shape[-1]).to(a.dtype)
+    z = low.new_empty(len(low), len(a))
+    if len(set(scaling)) == 1:
+        z.addmm_(low, a.T, beta=0, alpha=scaling[0])
+    else:
+        for part, s in zip(rows, scaling):
+            z[:, part].addmm_(low, a[part].T, beta=0, alpha=s)
+    answers = []
+    for base, b, part in zip(job.bases, bs, rows):
+        y = product(base, x, job.kernel).contiguous()
+        add_product(y.view(-1, len(b)), z[:, part], b.T)
+        answers.append(y)
+    return answers, z
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, job: _Job, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        answers, z = _products(job, x)
+        ctx.save_for_backward(x, z)
+        ctx.job, ctx.dtypes = job, [weight.dtype for weight in weights]
+        ctx.autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+        ctx.set_materialize_grads(False)
+        return tuple(answers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple:
+        (x, z), (a, bs, rows, scaling) = ctx.saved_tensors, ctx.job.factors
+        low, dx = x.reshape(-1, x.shape[-1]).to(a.dtype), None
+        dz, dbs = torch.empty_like(z), []
+        wanted = ctx.needs_input_grad[2:]
+        for i, (base, b, part, s, dy) in enumerate(zip(ctx.job.bases, bs, rows, scaling, dys)):
+            if dy is None:
+                dz[:, part].zero_()
+                dbs.append(None)
+                continue
+            dy = dy.reshape(-1, len(b))
+            if ctx.needs_input_grad[1]:
+                at = a.dtype if ctx.autocast else base.weight.dtype
+                at = (base.compute_dtype or x.dtype) if hasattr(base, "compute_dtype") else at
+                dx = product_back(base, dy.to(at), ctx.job.kernel, dx)
+            dy = dy.to(a.dtype)
+            dz[:, part].addmm_(dy, b, beta=0, alpha=s)
+            dbs.append(_product_in(dy.T, z[:, part], ctx.dtypes[2 * i + 1]) if wanted[2 * i + 1] else None)
+        if dx is not None:
+            dx = add_product(dx, dz, a).to(x.dtype).view(x.shape)
+        da = _product_in(dz.T, low, ctx.dtypes[0]) if any(wanted[::2]) else None
+        das = [da[part] if want else None for part, want in zip(rows, wanted[::2])]
+        return None, dx, *(grad for pair in zip(das, dbs) for grad in pair)
+
+
+def _product_in(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in `dtype`, accumulated in float32 and, on CUDA, never rounded to fewer bits on the way."""
+    if a.dtype == dtype:
+        return torch.mm(a, b)
+    if a.is_cuda and dtype == torch.float32:
+        return torch.ops.aten.mm.dtype(a, b, dtype)
+    return torch.mm(a, b).to(dtype)
