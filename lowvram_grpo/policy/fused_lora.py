@@ -80,14 +80,26 @@ def _forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return type(self).forward(self, x, *args, **kwargs) if answer is None else answer
 
 
-class _Factors(NamedTuple):
-    """One adapter of a group, in the dtype that it is computed in: a (R, I), all siblings' one below the other, and
-    of each b (O, r), which rows of a are its own, and s."""
+class _Block(NamedTuple):
+    """A factor of one layer, or of siblings one below the other: a (r, I); which columns of z are its own; and s."""
 
     a: Tensor
+    columns: slice
+    scaling: float
+
+
+class _Factors(NamedTuple):
+    """One adapter of a group, in the dtype that it is computed in.
+
+    Attributes:
+        blocks: from x to z.
+        b: of each layer (O, r).
+        columns: of z, of each layer.
+    """
+
+    blocks: list[_Block]
     b: list[Tensor]
-    rows: list[slice]
-    scaling: list[float]
+    columns: list[slice]
 
 
 class _Job(NamedTuple):
@@ -114,6 +126,7 @@ class _Shared:
 
     def forget(self) -> None:
         self._made: dict[_Group, tuple[_Factors, int]] = {}
+        self._rooms: dict[tuple[_Group, int], Tensor] = {}
         self._key, self._stale = None, True
         self.drop_answers()
 
@@ -168,36 +181,36 @@ class _Shared:
         dtype, made, to, source = self._key[1], [], [], []
         with torch.no_grad(), counted_as("adapter"):
             for group, loras in every:
-                old = self._made.get(group)
-                factors = _room(loras, dtype, old and old[0])
-                for lora, b, rows in zip(loras, factors.b, factors.rows):
-                    to += [factors.a[rows], b]
-                    source += [lora.a.detach(), lora.b.detach()]
-                made.append((factors, _version(loras)))
-            pairs = [(t, s) for t, s in zip(to, source) if t.data_ptr() != s.data_ptr() or t.is_meta]
-            if pairs:
-                torch._foreach_copy_(*map(list, zip(*pairs)))
+                ends = list(accumulate((len(lora.a) for lora in loras), initial=0))
+                columns = [slice(*pair) for pair in pairwise(ends)]
+                if all(lora.a.dtype == dtype for lora in loras):
+                    blocks = [_Block(x.a.detach(), part, x.scaling) for x, part in zip(loras, columns)]
+                else:
+                    a = self._room(group, -1, (ends[-1], loras[0].a.shape[1]), loras[0].a.device)
+                    to += [a[part] for part in columns]
+                    source += [lora.a.detach() for lora in loras]
+                    alike = len({lora.scaling for lora in loras}) == 1
+                    parts = [slice(0, ends[-1])] if alike else columns
+                    blocks = [_Block(a[part], part, lora.scaling) for part, lora in zip(parts, loras)]
+                b = []
+                for i, lora in enumerate(loras):
+                    if lora.b.dtype == dtype:
+                        b.append(lora.b.detach())
+                    else:
+                        b.append(self._room(group, i, lora.b.shape, lora.b.device))
+                        to.append(b[-1])
+                        source.append(lora.b.detach())
+                made.append((_Factors(blocks, b, columns), _version(loras)))
+            if to:
+                torch._foreach_copy_(to, source)
         return made
 
-
-def _room(loras: list[PlainLora], dtype: torch.dtype, old: _Factors | None) -> _Factors:
-    """Tensors for the factors; the parameters themselves where they need no copy, `old` ones where they fit."""
-    ends = list(accumulate((len(lora.a) for lora in loras), initial=0))
-    rows, scaling = [slice(*pair) for pair in pairwise(ends)], [lora.scaling for lora in loras]
-    shape, device = (ends[-1], loras[0].a.shape[1]), loras[0].a.device
-    fits = lambda x, shape: x is not None and x.shape == shape and x.dtype == dtype and x.device == device
-    if len(loras) == 1 and loras[0].a.dtype == dtype:
-        a = loras[0].a.detach()
-    else:
-        a = old.a if old and fits(old.a, shape) else torch.empty(shape, dtype=dtype, device=device)
-    b = []
-    for i, lora in enumerate(loras):
-        if lora.b.dtype == dtype:
-            b.append(lora.b.detach())
-        else:
-            before = old.b[i] if old else None
-            b.append(before if fits(before, lora.b.shape) else torch.empty_like(lora.b, dtype=dtype).detach())
-    return _Factors(a, b, rows, scaling)
+    def _room(self, group: _Group, i: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """The same memory as the last time."""
+        old = self._rooms.get((group, i))
+        if old is None or old.shape != shape or old.device != device:
+            self._rooms[group, i] = old = torch.empty(shape, dtype=self._key[1], device=device)
+        return old
 
 
 def _version(loras: list[PlainLora]) -> int:
@@ -252,8 +265,11 @@ class _Group:
         bases = [self.layers[m].base_layer for m in members]
         if len(members) < len(self.layers):
             (m,) = members
-            a = factors.a[factors.rows[m]]
-            factors = _Factors(a, [factors.b[m]], [slice(0, len(a))], [factors.scaling[m]])
+            own, width = factors.columns[m], len(factors.b[m].T)
+            block = next(x for x in factors.blocks if x.columns.start <= own.start < x.columns.stop)
+            first = own.start - block.columns.start
+            block = _Block(block.a[first : first + width], slice(0, width), block.scaling)
+            factors = _Factors([block], [factors.b[m]], [slice(0, width)])
         return _Job(bases, factors, self.kernel)
 
 
@@ -267,16 +283,13 @@ def _dtype(x: Tensor, lora: PlainLora) -> torch.dtype:
 
 def _products(job: _Job, x: Tensor) -> tuple[list[Tensor], Tensor]:
     """Of each layer y (..., O), and z (N, R), scaled."""
-    a, bs, rows, scaling = job.factors
-    low = x.reshape(-1, x.shape[-1]).to(a.dtype)
-    z = low.new_empty(len(low), len(a))
-    if len(set(scaling)) == 1:
-        z.addmm_(low, a.T, beta=0, alpha=scaling[0])
-    else:
-        for part, s in zip(rows, scaling):
-            z[:, part].addmm_(low, a[part].T, beta=0, alpha=s)
+    blocks, bs, columns = job.factors
+    low = x.reshape(-1, x.shape[-1]).to(bs[0].dtype)
+    z = low.new_empty(len(low), columns[-1].stop)
+    for a, part, s in blocks:
+        z[:, part].addmm_(low, a.T, beta=0, alpha=s)
     answers = []
-    for base, b, part in zip(job.bases, bs, rows):
+    for base, b, part in zip(job.bases, bs, columns):
         y = product(base, x, job.kernel).contiguous()
         add_product(y.view(-1, len(b)), z[:, part], b.T)
         answers.append(y)
@@ -296,27 +309,34 @@ class _Products(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple:
-        (x, z), (a, bs, rows, scaling) = ctx.saved_tensors, ctx.job.factors
-        low, dx = x.reshape(-1, x.shape[-1]).to(a.dtype), None
-        dz, dbs = torch.empty_like(z), []
-        wanted = ctx.needs_input_grad[2:]
-        for i, (base, b, part, s, dy) in enumerate(zip(ctx.job.bases, bs, rows, scaling, dys)):
+        (x, z), (blocks, bs, columns) = ctx.saved_tensors, ctx.job.factors
+        dtype, dx, dz = bs[0].dtype, None, torch.empty_like(z)
+        want_x, wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
+        das, dbs = [None] * len(bs), [None] * len(bs)
+        scaling = {column: s for _, part, s in blocks for column in range(part.start, part.stop)}
+        for i, (base, b, part, dy) in enumerate(zip(ctx.job.bases, bs, columns, dys)):
             if dy is None:
                 dz[:, part].zero_()
-                dbs.append(None)
                 continue
             dy = dy.reshape(-1, len(b))
-            if ctx.needs_input_grad[1]:
-                at = a.dtype if ctx.autocast else base.weight.dtype
+            if want_x:
+                at = dtype if ctx.autocast else base.weight.dtype
                 at = (base.compute_dtype or x.dtype) if hasattr(base, "compute_dtype") else at
                 dx = product_back(base, dy.to(at), ctx.job.kernel, dx)
-            dy = dy.to(a.dtype)
-            dz[:, part].addmm_(dy, b, beta=0, alpha=s)
-            dbs.append(_product_in(dy.T, z[:, part], ctx.dtypes[2 * i + 1]) if wanted[2 * i + 1] else None)
-        if dx is not None:
-            dx = add_product(dx, dz, a).to(x.dtype).view(x.shape)
-        da = _product_in(dz.T, low, ctx.dtypes[0]) if any(wanted[::2]) else None
-        das = [da[part] if want else None for part, want in zip(rows, wanted[::2])]
+            dy = dy.to(dtype)
+            dz[:, part].addmm_(dy, b, beta=0, alpha=scaling[part.start])
+            if wanted[2 * i + 1]:
+                dbs[i] = _product_in(dy.T, z[:, part], ctx.dtypes[2 * i + 1])
+        low = x.reshape(-1, x.shape[-1]).to(dtype)
+        for a, part, _ in blocks:
+            if dx is not None:
+                add_product(dx, dz[:, part], a)
+            inside = [i for i, own in enumerate(columns) if part.start <= own.start < part.stop and wanted[2 * i]]
+            if inside:
+                da = _product_in(dz[:, part].T, low, ctx.dtypes[0])
+                for i in inside:
+                    das[i] = da[columns[i].start - part.start : columns[i].stop - part.start]
+        dx = None if dx is None else dx.to(x.dtype).view(x.shape)
         return None, dx, *(grad for pair in zip(das, dbs) for grad in pair)
 
 
