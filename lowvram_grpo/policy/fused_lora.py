@@ -8,8 +8,8 @@ a sum), and some twenty back. Here siblings (q, k and v; gate and up) are one au
     dz = s dy B,   dA = dz^T x (one product),   dB = dy^T z,   dx = dy W + dz A (added up in place)
 
 The first sibling that is asked computes for all of them, and the others find their answers waiting. 16-bit copies of A
-and B are made once a pass through the decoder, not at every layer and every recomputation of it; gradients of float32
-factors are accumulated and given back in float32. x and z are kept for the backward pass, z being (tokens, rank).
+and B are made at once for a pass through the decoder, and of a layer at once where it is computed again; gradients of
+float32 factors are accumulated and given back in float32. x and z (tokens, rank) are kept for the backward pass.
 
 A layer goes peft's own way where its adapter is not all that acts: another adapter beside it, a variant such as DoRA,
 dropout in force, a base that is trained or of a kind that is not known (LLM.int8).
@@ -18,7 +18,6 @@ dropout in force, a base that is trained or of a kind that is not known (LLM.int
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -103,9 +102,28 @@ class _Factors(NamedTuple):
 
 
 class _Job(NamedTuple):
-    bases: list[nn.Module]
-    factors: _Factors
-    kernel: bool
+    """Layers of a group that are computed together, by their places in it, and the adapter that acts in them."""
+
+    group: _Group
+    members: list[int]
+    loras: list[PlainLora]
+    dtype: torch.dtype
+
+    @property
+    def bases(self) -> list[nn.Module]:
+        return [self.group.layers[m].base_layer for m in self.members]
+
+    def factors(self) -> _Factors:
+        """Of these layers alone."""
+        found = self.group.shared.factors(self.group, self.loras, self.dtype)
+        if len(self.members) == len(self.group.layers):
+            return found
+        (m,) = self.members
+        own, width = found.columns[m], found.b[m].shape[1]
+        block = next(x for x in found.blocks if x.columns.start <= own.start < x.columns.stop)
+        first = own.start - block.columns.start
+        block = _Block(block.a[first : first + width], slice(0, width), block.scaling)
+        return _Factors([block], [found.b[m]], [slice(0, width)])
 
 
 class _Shared:
@@ -127,7 +145,7 @@ class _Shared:
     def forget(self) -> None:
         self._made: dict[_Group, tuple[_Factors, int]] = {}
         self._rooms: dict[tuple[_Group, int], Tensor] = {}
-        self._key, self._stale = None, True
+        self._key, self._stale, self._backward = None, True, False
         self.drop_answers()
 
     def pass_begins(self, *_: Any) -> None:
@@ -160,16 +178,23 @@ class _Shared:
     # Copies
 
     def factors(self, group: _Group, loras: list[PlainLora], dtype: torch.dtype) -> _Factors:
-        key = loras[0].name, dtype
-        if key != self._key:
+        """In a forward pass all groups' copies are made at once, which is what autocast's cache would hold; in a
+        backward pass a group's are made when its layer is computed again, and held until its gradients are there."""
+        key, backward = (loras[0].name, dtype), torch._C._current_graph_task_id() != -1
+        if key != self._key or (backward and not self._backward):
             self.forget()
-            self._key = key
-        if self._stale:
+            self._key, self._backward = key, backward
+        if self._stale and not backward:
             self._refresh()
         made, version = self._made.get(group, (None, 0))
         if made is None or version != _version(loras):
             made, _ = self._made[group] = self._copy([(group, loras)])[0]
         return made
+
+    def spend(self, group: _Group) -> None:
+        """The group's gradients are there."""
+        if self._backward and self._made.pop(group, None):
+            self._rooms = {key: room for key, room in self._rooms.items() if key[0] is not group}
 
     def _refresh(self) -> None:
         """All groups' in a few launches."""
@@ -247,10 +272,9 @@ class _Group:
         loras = self.acting()
         if loras is None or not x.numel():
             return None
-        factors = shared.factors(self, loras, _dtype(x, loras[0]))
         alone = not self._together or shared.waits(self, i)
         members = [i] if alone else list(range(len(self.layers)))
-        job = self._job(factors, members)
+        job = _Job(self, members, loras, _dtype(x, loras[0]))
         weights = [weight for m in members for weight in (loras[m].a, loras[m].b)]
         if graph and (x.requires_grad or any(weight.requires_grad for weight in weights)):
             answers = dict(zip(members, _Products.apply(job, x, *weights)))
@@ -260,17 +284,6 @@ class _Group:
         if answers:
             shared.keep_answers(self, x, answers)
         return answer
-
-    def _job(self, factors: _Factors, members: Sequence[int]) -> _Job:
-        bases = [self.layers[m].base_layer for m in members]
-        if len(members) < len(self.layers):
-            (m,) = members
-            own, width = factors.columns[m], len(factors.b[m].T)
-            block = next(x for x in factors.blocks if x.columns.start <= own.start < x.columns.stop)
-            first = own.start - block.columns.start
-            block = _Block(block.a[first : first + width], slice(0, width), block.scaling)
-            factors = _Factors([block], [factors.b[m]], [slice(0, width)])
-        return _Job(bases, factors, self.kernel)
 
 
 def _dtype(x: Tensor, lora: PlainLora) -> torch.dtype:
@@ -283,14 +296,14 @@ def _dtype(x: Tensor, lora: PlainLora) -> torch.dtype:
 
 def _products(job: _Job, x: Tensor) -> tuple[list[Tensor], Tensor]:
     """Of each layer y (..., O), and z (N, R), scaled."""
-    blocks, bs, columns = job.factors
-    low = x.reshape(-1, x.shape[-1]).to(bs[0].dtype)
+    blocks, bs, columns = job.factors()
+    low = x.reshape(-1, x.shape[-1]).to(job.dtype)
     z = low.new_empty(len(low), columns[-1].stop)
     for a, part, s in blocks:
         z[:, part].addmm_(low, a.T, beta=0, alpha=s)
     answers = []
     for base, b, part in zip(job.bases, bs, columns):
-        y = product(base, x, job.kernel).contiguous()
+        y = product(base, x, job.group.kernel).contiguous()
         add_product(y.view(-1, len(b)), z[:, part], b.T)
         answers.append(y)
     return answers, z
@@ -309,12 +322,13 @@ class _Products(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple:
-        (x, z), (blocks, bs, columns) = ctx.saved_tensors, ctx.job.factors
-        dtype, dx, dz = bs[0].dtype, None, torch.empty_like(z)
+        x, z = ctx.saved_tensors  # which computes a checkpointed layer again
+        job, dtype = ctx.job, ctx.job.dtype
+        (blocks, bs, columns), dx, dz = job.factors(), None, torch.empty_like(z)
         want_x, wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
         das, dbs = [None] * len(bs), [None] * len(bs)
         scaling = {column: s for _, part, s in blocks for column in range(part.start, part.stop)}
-        for i, (base, b, part, dy) in enumerate(zip(ctx.job.bases, bs, columns, dys)):
+        for i, (base, b, part, dy) in enumerate(zip(job.bases, bs, columns, dys)):
             if dy is None:
                 dz[:, part].zero_()
                 continue
@@ -322,7 +336,7 @@ class _Products(torch.autograd.Function):
             if want_x:
                 at = dtype if ctx.autocast else base.weight.dtype
                 at = (base.compute_dtype or x.dtype) if hasattr(base, "compute_dtype") else at
-                dx = product_back(base, dy.to(at), ctx.job.kernel, dx)
+                dx = product_back(base, dy.to(at), job.group.kernel, dx)
             dy = dy.to(dtype)
             dz[:, part].addmm_(dy, b, beta=0, alpha=scaling[part.start])
             if wanted[2 * i + 1]:
@@ -337,6 +351,7 @@ class _Products(torch.autograd.Function):
                 for i in inside:
                     das[i] = da[columns[i].start - part.start : columns[i].stop - part.start]
         dx = None if dx is None else dx.to(x.dtype).view(x.shape)
+        job.group.shared.spend(job.group)
         return None, dx, *(grad for pair in zip(das, dbs) for grad in pair)
 
 

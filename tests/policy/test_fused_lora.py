@@ -9,13 +9,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from lowvram_grpo.kernels.nf4_dense import dense_nf4
+from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from passes import GROUPS, adapted, assert_same, micro_batch, tiny, training_pass
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram_grpo.memory.ledger import Ledger
-from lowvram_grpo.policy import fused_lora
+from lowvram_grpo.policy import frozen_base, fused_lora
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 from lowvram_grpo.policy.dropout import training_mode
 from lowvram_grpo.policy.fused_lora import forget_copies, fuse_lora
@@ -68,7 +70,7 @@ def test_log_probs_and_gradients_are_those_of_peft(family, reentrant):
     assert_same(plain, training_pass(model, group_sizes=GROUPS), rtol=1e-5)
 
 
-def test_an_entry_of_a_gradient_is_right_to_float32(monkeypatch):
+def test_an_entry_of_a_gradient_is_right_to_float32():
     """Both against float64: no worse than twice peft's own error."""
     model = adapted(tiny("Qwen2")).eval()
     grads = lambda: torch.autograd.grad(
@@ -81,6 +83,23 @@ def test_an_entry_of_a_gradient_is_right_to_float32(monkeypatch):
     for exact, a, b in zip(grads(), plain, ours):
         error, allowed = ((x.double() - exact).abs().max() for x in (b, a))
         assert error <= 2 * allowed + 1e-6 * exact.abs().max()
+
+
+@pytest.mark.skipif(not (HAS_TRITON and interpreted()), reason="needs Triton's interpreter")
+def test_four_bit_weights_made_dense_by_the_kernel(tmp_path, monkeypatch):
+    model = adapted(four_bit(tmp_path))
+    plain = training_pass(model)
+    calls = []
+    monkeypatch.setattr(frozen_base, "DENSE_ROWS", 3)
+    monkeypatch.setattr(frozen_base, "dense_nf4", lambda *given: calls.append(1) or dense_nf4(*given))
+    fuse_lora(model, nf4_kernel=True)
+    assert_same(plain, training_pass(model), rtol=1e-5)
+    assert len(calls) == 2 * 14  # forward and back
+    with torch.no_grad(), model.disable_adapter():
+        found = states(model)
+        assert len(calls) == 3 * 14
+        fuse_lora(model, nf4_kernel=False)
+        torch.testing.assert_close(found, states(model), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,7 +138,7 @@ def test_adapters_of_one_pass_are_copied_once_and_siblings_share_their_products(
     with torch.autocast("cpu", torch.bfloat16), Launches() as seen:
         training_pass(model)
     layers = 2
-    assert seen.names.count("_foreach_copy_") == 1
+    assert seen.names.count("_foreach_copy_") == 1 + layers * 4  # all at once, and each group's with its recomputation
     # z of q/k/v, o, gate/up and down, twice, and what each of the seven layers adds, twice; and back: dz of each, what
     # siblings add to their dx, and what dz A adds to each of the four.
     assert seen.names.count("addmm_") == layers * (2 * (4 + 7) + 7 + 3 + 4)
@@ -266,6 +285,17 @@ def test_rollouts_come_on_top():
     assert shared._made
     with torch.no_grad(), fast_adapters(model, "fused"):
         assert not shared._made  # a rollout has copies of its own
+
+
+def test_copies_are_gone_when_the_gradients_are_there():
+    model = fused(adapted(tiny("Llama")))
+    checkpoint_activations(model)
+    shared = model.base_model.model.model.layers[0].mlp.down_proj._fused_lora_place[0].shared
+    with torch.autocast("cpu", torch.bfloat16):
+        states(model)
+        assert len(shared._rooms) == 2 * (4 + 7)
+        training_pass(model)
+    assert not shared._made and not shared._rooms
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}], ids=str)
