@@ -29,6 +29,7 @@ from lowvram_grpo.policy.refusals import (
     lacks_vocabulary,
     no_tokenizer,
 )
+from lowvram_grpo.policy.training_ops import fewer_launches
 from lowvram_grpo.policy.variants import (
     ChangedBase,
     changes_base,
@@ -273,6 +274,8 @@ def build_policy(
         tile_mlps(model, args.mlp_tile, *([kwargs["context_fn"]] if "context_fn" in kwargs else []))
     if args.gradient_checkpointing:
         checkpoint_activations(model, args.gradient_checkpointing_kwargs)
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    fewer_launches(model, args.fused_ops, autocast)
     return model
 
 

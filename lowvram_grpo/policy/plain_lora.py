@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lowvram_grpo.policy.own_forward import has_foreign_forward
 from lowvram_grpo.policy.wrapper import unwrap
 
 # By name, so that bitsandbytes need not be there. Exact types: a subclass may compute something else.
@@ -42,6 +43,7 @@ class PlainLora:
     """A LoRA layer and the one adapter that acts in it: a (r, I), b (O, r)."""
 
     layer: nn.Module
+    name: str
     a: Tensor
     b: Tensor
     scaling: float
@@ -51,7 +53,12 @@ def _plain(layer: nn.Module) -> PlainLora | None:
     """None where one adapter's s B A is not all that is added to the base layer."""
     if _kind(layer) not in _LORA_LAYERS or _kind(layer.base_layer) not in _BASE_LAYERS:
         return None
-    if layer.disable_adapters or layer.merged or "forward" in vars(layer):  # accelerate's hooks replace forward
+    return None if has_foreign_forward(layer) else acting(layer)
+
+
+def acting(layer: nn.Module) -> PlainLora | None:
+    """The adapter of a LoRA layer, if there is just one that acts now and it adds s B A and nothing else."""
+    if layer.disable_adapters or layer.merged:
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1:
@@ -62,9 +69,9 @@ def _plain(layer: nn.Module) -> PlainLora | None:
         return None
     if name in getattr(layer, "lora_variant", ()) or getattr(layer, "use_dora", {}).get(name):
         return None
-    if not isinstance(dropout, nn.Identity) and dropout.training:
+    if dropout.training and getattr(dropout, "p", 1.0 if not isinstance(dropout, nn.Identity) else 0.0):
         return None
-    return PlainLora(layer, a.weight, b.weight, layer.scaling[name])
+    return PlainLora(layer, name, a.weight, b.weight, layer.scaling[name])
 
 
 def plain_groups(model: nn.Module) -> list[list[PlainLora]]:

@@ -1,14 +1,17 @@
-"""Norms, gated activations and rotary positions in fewer launches, by `kernels/decode_ops.py`, while sampling.
+"""Norms, gated activations and rotary positions in fewer launches: `kernels/decode_ops.py` while sampling, and
+`kernels/gradient_ops.py` in training.
 
-In the manner of `adapters.py`: for the length of a block modules get another `forward`, and transformers' functions for
-rotary positions another value in the module whose attention looks them up. What is replaced is known by what it
-computes, not by a list of architectures: the original and the definition must agree bit for bit on a few random
-numbers. Anything that does not is left alone.
+For the length of a block (sampling), or of the model's life (training), modules get another `forward`, and
+transformers' functions for rotary positions another value in the module whose attention looks them up. What is replaced
+is known by what it computes, not by a list of architectures: the original and the definition must agree bit for bit on
+a few random numbers. Anything that does not is left alone.
 """
 
 from __future__ import annotations
 
 import inspect
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.kernels import decode_ops
+from lowvram_grpo.kernels import decode_ops, gradient_ops
 from lowvram_grpo.kernels.decode_ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
 from lowvram_grpo.kernels.runtime import is_out_of_memory
+from lowvram_grpo.policy.own_forward import give_forward, has_foreign_forward, stands_in
 from lowvram_grpo.policy.trials import MODES, random_numbers, runs, wanted
 
 KINDS = ("rms_norm", "swiglu", "rope")
@@ -58,15 +62,33 @@ def fast_modules(model: nn.Module, enabled: str = "auto") -> Iterator[dict[str, 
         yield counts
 
 
-def _kinds(model: nn.Module, enabled: str) -> list[str]:
+def differentiable_modules(model: nn.Module, enabled: str, autocast: torch.dtype | None = None) -> dict[str, int]:
+    """From now on norms, gated activations and rotary positions of the model are computed by kernels that have a
+    gradient, in every pass; how many modules (functions for `rope`) of each of KINDS there are.
+
+    A norm whose weight is trained takes its own way while a graph is made. Copies of the model have the same. The
+    functions for rotary positions are put back when the model is gone.
+
+    Args:
+        enabled: as in `fast_modules`.
+        autocast: the dtype that passes will be computed in, where it is not the weights' own.
+    """
+    counts = dict.fromkeys(KINDS, 0)
+    with torch.no_grad():
+        for kind in _kinds(model, enabled, autocast, suffix="_grad"):
+            counts[kind] = _GIVE[kind](model)
+    return counts
+
+
+def _kinds(model: nn.Module, enabled: str, autocast: torch.dtype | None = None, suffix: str = "") -> list[str]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if enabled == "off" or (enabled == "auto" and device.type != "cuda"):
         return []
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} | ({autocast} - {None})
     if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         dtypes.add(torch.get_autocast_dtype("cuda"))
-    asked = [kind for kind in KINDS if wanted(kind, enabled)]
-    return [kind for kind in asked if all(runs(kind, device, dtype) for dtype in dtypes)]
+    asked = [kind for kind in KINDS if wanted(kind + suffix, enabled)]
+    return [kind for kind in asked if all(runs(kind + suffix, device, dtype) for dtype in dtypes)]
 
 
 def _agree(original: Callable[[], Any], ours: Callable[[], Any]) -> bool:
@@ -93,9 +115,9 @@ def _replace(module: nn.Module, name: str, forward: Callable[..., Tensor], undo:
 # RMSNorm
 
 
-def _replace_norms(model: nn.Module, undo: ExitStack) -> int:
+def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[float, bool]]]:
+    """Those that `rms_norm` knows, with (offset, early)."""
     known: dict[tuple, tuple[float, bool] | None] = {}
-    count = 0
     for norm in model.modules():
         if not _is_norm(norm):
             continue
@@ -104,13 +126,34 @@ def _replace_norms(model: nn.Module, undo: ExitStack) -> int:
         if key not in known:
             known[key] = _variant(norm)
         if known[key] is not None:
-            _replace(norm, "forward", _norm_forward(norm, *known[key]), undo)
-            count += 1
-    return count
+            yield norm, known[key]
+
+
+def _replace_norms(model: nn.Module, undo: ExitStack) -> int:
+    found = list(_norms(model))
+    for norm, variant in found:
+        _replace(norm, "forward", _norm_forward(norm, *variant), undo)
+    return len(found)
+
+
+def _give_norms(model: nn.Module) -> int:
+    found = list(_norms(model))
+    for norm, variant in found:
+        norm._norm_variant = variant
+        give_forward(norm, _differentiable_norm)
+    return len(found)
+
+
+@stands_in
+def _differentiable_norm(self: nn.Module, *args, **kwargs) -> Tensor:
+    if len(args) != 1 or kwargs or (self.weight.requires_grad and torch.is_grad_enabled()):
+        return type(self).forward(self, *args, **kwargs)
+    offset, early = self._norm_variant
+    return gradient_ops.rms_norm(args[0], self.weight, _eps(self), offset=offset, early=early)
 
 
 def _is_norm(module: nn.Module) -> bool:
-    if not type(module).__name__.endswith("RMSNorm") or "forward" in vars(module):  # accelerate's hooks replace it
+    if not type(module).__name__.endswith("RMSNorm") or has_foreign_forward(module):
         return False
     weight = dict(module.named_parameters()).get("weight")
     alone = len(list(module.parameters())) == 1 and not list(module.buffers())
@@ -160,28 +203,48 @@ class _Times(nn.Module):
         return x @ self.weight
 
 
-def _replace_mlps(model: nn.Module, undo: ExitStack) -> int:
-    count = 0
+def _mlps(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Those that `swiglu` knows, with their activation, and where what they do with a tile of tokens is to be put."""
     for mlp in model.modules():
         # An MLP in tiles keeps them, see policy.checkpointing.tile_mlps: only what it does with a tile is replaced.
         name = "_untiled_forward" if hasattr(mlp, "_tile_tokens") else "forward"
-        if vars(mlp).get(name) is None and (forward := _mlp_forward(mlp)):
-            _replace(mlp, name, forward, undo)
-            count += 1
-    return count
+        if not has_foreign_forward(mlp, name) and (act := _activation(mlp)):
+            yield mlp, act, name
 
 
-def _mlp_forward(mlp: nn.Module) -> Callable[..., Tensor] | None:
+def _replace_mlps(model: nn.Module, undo: ExitStack) -> int:
+    found = list(_mlps(model))
+    for mlp, act, name in found:
+        _replace(mlp, name, _mlp_forward(mlp, act), undo)
+    return len(found)
+
+
+def _give_mlps(model: nn.Module) -> int:
+    found = list(_mlps(model))
+    for mlp, act, name in found:
+        mlp._gate_activation = act
+        give_forward(mlp, _differentiable_mlp, name)
+    return len(found)
+
+
+@stands_in
+def _differentiable_mlp(self: nn.Module, *args, **kwargs) -> Tensor:
+    if len(args) != 1 or kwargs:
+        return type(self).forward(self, *args, **kwargs)
+    return self.down_proj(_gated(self, args[0], self._gate_activation, gradient_ops.swiglu))
+
+
+def _activation(mlp: nn.Module) -> str | None:
     """None where this is no MLP of a kind that `swiglu` knows."""
     children = dict(mlp.named_children())
     for layers, act_name in _MLPS:
         if set(children) - {act_name} != layers or list(mlp.parameters(recurse=False)):
             continue
-        made = _gated if "gate_proj" in layers else _gated_at_once
         for act in decode_ops.ACTIVATIONS:
             small, x = _in_small(mlp, layers), random_numbers(2, 3, 8)
-            if _agree(partial(type(mlp).forward, small, x), partial(made(small, act, swiglu_ref), x)):
-                return made(mlp, act)
+            ours = lambda small=small, x=x, act=act: small.down_proj(_gated(small, x, act, swiglu_ref))
+            if _agree(partial(type(mlp).forward, small, x), ours):
+                return act
     return None
 
 
@@ -200,21 +263,20 @@ def _in_small(mlp: nn.Module, layers: set[str]) -> nn.Module:
     return small.eval()
 
 
-def _gated(mlp: nn.Module, act: str, gated: Callable = swiglu) -> Callable[..., Tensor]:
-    return _mlp(mlp, lambda x: gated(mlp.gate_proj(x), mlp.up_proj(x), act))
+def _gated(mlp: nn.Module, x: Tensor, act: str, gated: Callable) -> Tensor:
+    """What goes into down_proj."""
+    if hasattr(mlp, "gate_up_proj"):
+        return gated(*mlp.gate_up_proj(x).chunk(2, -1), act)
+    return gated(mlp.gate_proj(x), mlp.up_proj(x), act)
 
 
-def _gated_at_once(mlp: nn.Module, act: str, gated: Callable = swiglu) -> Callable[..., Tensor]:
-    return _mlp(mlp, lambda x: gated(*mlp.gate_up_proj(x).chunk(2, -1), act))
-
-
-def _mlp(mlp: nn.Module, inside: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+def _mlp_forward(mlp: nn.Module, act: str) -> Callable[..., Tensor]:
     slow = type(mlp).forward
 
     def forward(*args, **kwargs) -> Tensor:
         if len(args) != 1 or kwargs or torch.is_grad_enabled():
             return slow(mlp, *args, **kwargs)
-        return mlp.down_proj(inside(args[0]))
+        return mlp.down_proj(_gated(mlp, args[0], act, swiglu))
 
     return forward
 
@@ -222,26 +284,66 @@ def _mlp(mlp: nn.Module, inside: Callable[[Tensor], Tensor]) -> Callable[..., Te
 # Rotary positions
 
 
-def _replace_ropes(model: nn.Module, undo: ExitStack) -> int:
-    """An attention's forward looks its function up among the globals of the file it is written in: there it is
-    replaced. Subclassing or rewriting forward would repeat transformers' code for each architecture."""
+class _Rope:
+    """What stands in for an architecture's function as long as somebody wants it: blocks in which a model samples, and
+    models that are trained.
+
+    An attention's forward looks its function up among the globals of the file it is written in: there it is replaced.
+    Subclassing or rewriting forward would repeat transformers' code for each architecture.
+
+    Args:
+        place: those globals.
+        partial: the original, too, turns only a part of each head where its tables are narrower.
+    """
+
+    def __init__(self, place: dict[str, Any], original: Callable, partial: bool):
+        self.place, self.original, self.partial, self.users = place, original, partial, Counter()
+
+    def enter(self, user: str) -> None:
+        self.users[user] += 1
+        self.place[_ROPE] = self
+
+    def leave(self, user: str) -> None:
+        self.users[user] -= 1
+        if not self.users.total() and self.place.get(_ROPE) is self:
+            self.place[_ROPE] = self.original
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args, **kwargs):
+        usual = q.ndim == k.ndim == 4 and cos.ndim == 3 and (self.partial or cos.shape[-1] == q.shape[-1])
+        if not args and not kwargs and usual:
+            if self.users["training"]:
+                return gradient_ops.rope(q, k, cos, sin)
+            if not torch.is_grad_enabled():
+                return rope(q, k, cos, sin)
+        return self.original(q, k, cos, sin, *args, **kwargs)
+
+
+def _ropes(model: nn.Module) -> Iterator[_Rope]:
+    """One for each of the model's functions that `rope` can stand in for."""
     kinds = {type(m) for m in model.modules() if type(m).__name__.endswith("Attention")}
     places = {id(g): g for g in (inspect.unwrap(kind.forward).__globals__ for kind in kinds) if _ROPE in g}
-    count = 0
     for place in places.values():
-        original = getattr(place[_ROPE], "original", place[_ROPE])  # of another block that is open
-        if _agree_on_rope(original, 8):
-            ours = _rope_function(original, partial=_agree_on_rope(original, 6))
-            place[_ROPE] = ours
-            undo.callback(_put_back, place, ours)
-            count += 1
-    return count
+        there = place[_ROPE]
+        if isinstance(there, _Rope):
+            yield there
+        elif _agree_on_rope(there, 8):
+            yield _Rope(place, there, partial=_agree_on_rope(there, 6))
 
 
-def _put_back(place: dict[str, Any], ours: Callable) -> None:
-    # Two open blocks may end in any order: the one that came last puts the original back.
-    if place.get(_ROPE) is ours:
-        place[_ROPE] = ours.original
+def _replace_ropes(model: nn.Module, undo: ExitStack) -> int:
+    found = list(_ropes(model))
+    for each in found:
+        each.enter("sampling")
+        undo.callback(each.leave, "sampling")
+    return len(found)
+
+
+def _give_ropes(model: nn.Module) -> int:
+    found = list(_ropes(model))
+    for each in found:
+        each.enter("training")
+        weakref.finalize(model, each.leave, "training").atexit = False
+    return len(found)
 
 
 def _agree_on_rope(original: Callable, d: int) -> bool:
@@ -254,15 +356,5 @@ def _agree_on_rope(original: Callable, d: int) -> bool:
     return True
 
 
-def _rope_function(original: Callable, partial: bool) -> Callable:
-    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args, **kwargs):
-        usual = q.ndim == k.ndim == 4 and cos.ndim == 3 and (partial or cos.shape[-1] == q.shape[-1])
-        if args or kwargs or not usual or torch.is_grad_enabled():
-            return original(q, k, cos, sin, *args, **kwargs)
-        return rope(q, k, cos, sin)
-
-    apply_rotary_pos_emb.original = original
-    return apply_rotary_pos_emb
-
-
 _REPLACE = {"rms_norm": _replace_norms, "swiglu": _replace_mlps, "rope": _replace_ropes}
+_GIVE = {"rms_norm": _give_norms, "swiglu": _give_mlps, "rope": _give_ropes}

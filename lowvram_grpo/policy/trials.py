@@ -9,10 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowvram_grpo.kernels import decode_ops
+from lowvram_grpo.kernels import decode_ops, gradient_ops
 from lowvram_grpo.kernels.decode_launch import card
 from lowvram_grpo.kernels.decode_ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
 from lowvram_grpo.kernels.logits import linear_logits
+from lowvram_grpo.kernels.nf4_dense import dense_nf4
 from lowvram_grpo.kernels.noise import GOLDEN, signed
 from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
 from lowvram_grpo.kernels.runtime import is_out_of_memory, trial
@@ -26,7 +27,9 @@ MODES = ("auto", "on", "off")
 # for 7, swiglu one for 2, rope one for 10, and sample reads the logits once where operators read them some eight times.
 # Whether a product of ours is faster than bitsandbytes' or cuBLAS' own does not follow from counting, so those wait for
 # a card: benchmarks/calibrate.py proposes changes to this list from measured rows.
-EXPECTED_FASTER: tuple[str, ...] = ("int8_head", "rms_norm", "swiglu", "rope", "sample")
+EXPECTED_FASTER: tuple[str, ...] = (
+    "int8_head", "rms_norm", "swiglu", "rope", "sample", "rms_norm_grad", "swiglu_grad", "rope_grad", "nf4_dense",
+)  # fmt: skip
 
 
 def wanted(kind: str, enabled: str) -> bool:
@@ -75,6 +78,15 @@ def _both(kernel: Callable, reference: Callable, arguments: Callable[[Tensor], t
     return ask
 
 
+def _with_gradients(kernel: Callable, reference: Callable, arguments: Callable[[Tensor], tuple], trained: int):
+    """Results, and gradients to the first `trained` arguments, in one tensor."""
+
+    def ask(x: Tensor) -> tuple[Tensor, Tensor]:
+        return _and_gradients(kernel, arguments(x), trained), _and_gradients(reference, arguments(x), trained)
+
+    return ask
+
+
 def _int8_head(x: Tensor) -> tuple[Tensor, Tensor]:
     head = Head(Int8Weight.quantize(x[1, 0]))
     return tuple(linear_logits(x[0, 0], head, fused=fused) for fused in (True, False))
@@ -111,6 +123,22 @@ def _ropes(function: Callable, *given: Tensor) -> Tensor:
     return torch.cat(function(*given), 1)
 
 
+@torch.enable_grad()
+def _and_gradients(function: Callable, arguments: tuple, trained: int) -> Tensor:
+    inputs = [x.detach().clone().requires_grad_() for x in arguments[:trained]]
+    outs = function(*inputs, *arguments[trained:])
+    outs = [outs] if isinstance(outs, Tensor) else list(outs)
+    dys = [out.detach().flip(0) for out in outs]
+    return torch.cat([x.detach().flatten().float() for x in (*outs, *torch.autograd.grad(outs, inputs, dys))])
+
+
+def _nf4_dense(x: Tensor) -> tuple[Tensor, Tensor]:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(x[0].flatten(), quant_type="nf4", blocksize=64, compress_statistics=True)
+    return dense_nf4(packed, state, x.dtype), dequantize_4bit(packed, state).view(state.shape)
+
+
 # Of each kind, from random numbers (3, 4, 5, 64) of the device and dtype in question: what the kernel finds, and what
 # eager code does.
 TRIALS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
@@ -121,4 +149,8 @@ TRIALS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "int8_head": _int8_head,
     "nf4_product": partial(_small_product, four_bit=True),
     "dense_product": partial(_small_product, four_bit=False),
+    "rms_norm_grad": _with_gradients(gradient_ops.rms_norm, rms_norm_ref, lambda x: (x, x[0, 0, 0], 1e-6), 1),
+    "swiglu_grad": _with_gradients(gradient_ops.swiglu, swiglu_ref, lambda x: (x, x + 1), 2),
+    "rope_grad": _with_gradients(gradient_ops.rope, rope_ref, lambda x: (x, x[:, :1], x[:, 0], x[:, 1]), 2),
+    "nf4_dense": _nf4_dense,
 }

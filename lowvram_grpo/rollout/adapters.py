@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.host import HostBytes
 from lowvram_grpo.memory.ledger import counted_as
+from lowvram_grpo.policy.fused_lora import forget_copies
 from lowvram_grpo.policy.plain_lora import PlainLora, has_plain_base, plain_groups
 from lowvram_grpo.rollout.siblings import Downs, LastShared, Products, products_of
 
@@ -64,6 +65,7 @@ def fast_adapters(model: nn.Module, mode: str = "auto", fused_ops: str = "off") 
         raise UserError(f"The mode for adapters while sampling is {mode!r}; it must be one of {', '.join(MODES)}.")
     with ExitStack() as undo:
         if mode != "off":
+            forget_copies(model)
             with torch.no_grad(), counted_as("adapter"):
                 groups = plain_groups(model)
                 if mode == "merged":
@@ -73,7 +75,8 @@ def fast_adapters(model: nn.Module, mode: str = "auto", fused_ops: str = "off") 
 
 
 def _replace_forward(layer: nn.Module, forward: Callable[..., Tensor], undo: ExitStack) -> None:
-    undo.callback(vars(layer).pop, "forward", None)
+    own = vars(layer)
+    undo.callback(own.update, forward=own["forward"]) if "forward" in own else undo.callback(own.pop, "forward", None)
     layer.forward = forward
 
 

@@ -1,0 +1,334 @@
+"""RMSNorm, gated activation and rotary positions with a gradient: the kernels of `decode_ops`, and one launch back.
+
+Autograd takes some fifteen launches back through an RMSNorm, six through act(gate) * up and eighteen through the rotary
+positions of q and k, and keeps float32 copies of what went through a norm. Here the inputs are kept and nothing else:
+
+    rms_norm   dx = r (g - x r mean(g x r)),  g = dy (offset + weight),  r = 1 / sqrt(mean(x^2) + eps)
+    swiglu     dgate = dy up act'(gate),  dup = dy act(gate)
+    rope       dx = dy cos + (dy2 sin2, -dy1 sin1), where dy = (dy1, dy2)
+
+The weight of a norm is frozen: where it is trained, autograd's own way is taken. Everything is computed in float32 and
+rounded to the dtypes of the inputs. On CUDA these are Triton kernels, on the meta device the outputs alone, elsewhere
+the `*_back_ref` functions.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import torch
+from lowvram_grpo.kernels import decode_ops
+from lowvram_grpo.kernels.decode_launch import power_of_2
+from lowvram_grpo.kernels.runtime import CompileCase, compile_case, device_guard, jit, require_triton, tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_COLUMNS = 1024  # of the activation, a program
+_HEADS = 4  # a program rotates
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, early: bool = True) -> Tensor:
+    """As `decode_ops.rms_norm`, with a gradient to x; `weight` gets none."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _RMSNorm.apply(x, weight.detach(), eps, offset, early)
+    return decode_ops.rms_norm(x, weight, eps, offset=offset, early=early)
+
+
+def swiglu(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
+    """As `decode_ops.swiglu`, with a gradient to both."""
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _SwiGLU.apply(gate, up, act)
+    return decode_ops.swiglu(gate, up, act)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As `decode_ops.rope`, with a gradient to q and k; the tables get none."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return _Rope.apply(q, k, cos.detach(), sin.detach())
+    return decode_ops.rope(q, k, cos, sin)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.offset = eps, offset
+        return decode_ops.rms_norm(x, weight, eps, offset=offset, early=early)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        return rms_norm_back(dy, x, weight, ctx.eps, ctx.offset), None, None, None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return decode_ops.swiglu(gate, up, act)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        return *swiglu_back(dy, *ctx.saved_tensors, ctx.act), None
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.like = [(x.shape, x.stride(), x.dtype) for x in (q, k)]
+        return decode_ops.rope(q, k, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple:
+        # Laid out as q and k were, so that what comes next sees them as rows of tokens without a copy.
+        outs = [torch.empty_strided(s, t, dtype=d, device=dq.device) if _dense(s, t) else None for s, t, d in ctx.like]
+        outs = [torch.empty(s, dtype=d, device=dq.device) if o is None else o for o, (s, _, d) in zip(outs, ctx.like)]
+        return *rope_back(dq, dk, *ctx.saved_tensors, *outs), None, None
+
+
+def _dense(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether these strides leave no gaps and do not overlap."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+# RMSNorm
+
+
+def rms_norm_back(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """dx, of the shape and dtype of x (..., H)."""
+    if x.is_meta:
+        return torch.empty(x.shape, dtype=x.dtype, device="meta")
+    if decode_ops.uses_triton(dy, x, weight) and 0 < x.shape[-1] <= decode_ops.MAX_WIDTH:
+        return rms_norm_back_triton(dy, x, weight, eps, offset)
+    return rms_norm_back_ref(dy, x, weight, eps, offset)
+
+
+def rms_norm_back_ref(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    h = x.float()
+    r = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    h, g = h * r, dy.float() * (weight.float() + offset)
+    return (r * (g - h * (g * h).mean(-1, keepdim=True))).to(x.dtype)
+
+
+def rms_norm_back_triton(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """As `rms_norm_back`, by the kernel."""
+    require_triton("rms_norm_back_triton", x, "rms_norm_back_ref")
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    flat, given = decode_ops._rows(x), decode_ops._rows(dy)
+    n, width = flat.shape
+    rows, block, warps = decode_ops._norm_tile(width)
+    if n:
+        with device_guard(x):
+            _rms_norm_back_kernel[(-(-n // rows),)](
+                given, flat, weight.contiguous(), out, n, width, given.stride(0), flat.stride(0), eps,
+                OFFSET=float(offset), ROWS=rows, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+    return out
+
+
+@jit
+def _rms_norm_back_kernel(
+    dy_ptr, x_ptr, weight_ptr, out_ptr, n, width, dy_stride, x_stride, eps,
+    OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (row < n) & (column < width)
+    x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    r = tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
+    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32) + OFFSET
+    g = tl.load(dy_ptr + row * dy_stride + column, mask=mask, other=0.0).to(tl.float32) * weight
+    x = x * r
+    dx = r * (g - x * (tl.sum(g * x, 1) / width)[:, None])
+    tl.store(out_ptr + row * width + column, dx.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# The gated activation of an MLP
+
+
+def swiglu_back(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """(dgate, dup), of the shapes and dtypes of gate and up (..., I)."""
+    if gate.is_meta:
+        return tuple(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (gate, up))
+    if decode_ops.uses_triton(dy, gate, up) and gate.shape == up.shape == dy.shape:
+        return swiglu_back_triton(dy, gate, up, act)
+    return swiglu_back_ref(dy, gate, up, act)
+
+
+def swiglu_back_ref(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        g = gate.detach().float().requires_grad_()
+        acted = decode_ops.ACTIVATIONS[act](g)
+    (dgate,) = torch.autograd.grad(acted, g, dy.float() * up.float())
+    return dgate.to(gate.dtype), (dy.float() * acted.detach().to(gate.dtype).float()).to(up.dtype)
+
+
+def swiglu_back_triton(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """As `swiglu_back`, by the kernel."""
+    require_triton("swiglu_back_triton", gate, "swiglu_back_ref")
+    outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up))
+    flat = [decode_ops._rows(x) for x in (dy, gate, up)]
+    n, width = flat[0].shape
+    if n * width:
+        with device_guard(gate):
+            _swiglu_back_kernel[(n, -(-width // _COLUMNS))](
+                *flat, *outs, width, *(x.stride(0) for x in flat), GELU=act == "gelu_tanh", BLOCK=_COLUMNS, num_warps=4
+            )
+    return outs
+
+
+@jit
+def _swiglu_back_kernel(
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, width, dy_stride, gate_stride, up_stride,
+    GELU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    dy = tl.load(dy_ptr + row * dy_stride + column, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+    u, slope = gate, gate * 0.0 + 1.0
+    if GELU:
+        # As in decode_ops: act(gate) = gate * logistic(u).
+        u = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
+    s = 1.0 / (1.0 + tl.exp(-u))
+    act = (gate * s).to(gate_ptr.dtype.element_ty).to(tl.float32)
+    dgate = dy * up * (s + gate * s * (1.0 - s) * slope)
+    tl.store(dgate_ptr + row * width + column, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+    tl.store(dup_ptr + row * width + column, (dy * act).to(dup_ptr.dtype.element_ty), mask=mask)
+
+
+# Rotary positions
+
+
+def rope_back(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients to q and k, written into `q_out` and `k_out`; arguments as the results and arguments of `rope`."""
+    if dq.is_meta:
+        return q_out, k_out
+    dq, dk = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk))
+    dense = q_out.stride(-1) == k_out.stride(-1) == 1 and decode_ops._rotates(dq, dk, cos, sin)
+    if dense and decode_ops.uses_triton(dq, dk, cos, sin, q_out):
+        return rope_back_triton(dq, dk, cos, sin, q_out, k_out)
+    return tuple(out.copy_(x) for out, x in zip((q_out, k_out), rope_back_ref(dq, dk, cos, sin)))
+
+
+def rope_back_ref(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = sin.chunk(2, -1)
+    return decode_ops.rope_ref(dq, dk, cos, torch.cat((-second, -first), -1))
+
+
+def rope_back_triton(
+    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `rope_back`, by the kernel, which takes tensors whose last dimension is dense."""
+    require_triton("rope_back_triton", dq, "rope_back_ref")
+    batch, q_heads, tokens, width = dq.shape
+    k_heads, d = dk.shape[1], cos.shape[2]
+    tables = [(x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)) for x in (cos, sin)]
+    strides = [x.stride()[:3] for x in (dq, dk, q_out, k_out)]
+    if batch * tokens:
+        with device_guard(dq):
+            _rope_back_kernel[(batch * tokens, -(-q_heads // _HEADS) - (-k_heads // _HEADS))](
+                dq, dk, cos, sin, q_out, k_out, tokens, q_heads, k_heads, d // 2, width - d,
+                *strides[0], *strides[1], *tables[0], *tables[1], *strides[2], *strides[3],
+                HEADS=_HEADS, BLOCK=power_of_2(d // 2), REST=power_of_2(width - d) if width > d else 0, num_warps=1,
+            )  # fmt: skip
+    return q_out, k_out
+
+
+@jit
+def _turn_back(
+    dy_ptr, out_ptr, dy_head, out_head, block, heads, half, rest, cos1, cos2, sin1, sin2,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Heads `block * HEADS` and on of one token; the pointers are its first head's."""
+    kind = out_ptr.dtype.element_ty
+    head = (block * HEADS + tl.arange(0, HEADS))[:, None]
+    d = tl.arange(0, BLOCK)[None, :]
+    mask = (head < heads) & (d < half)
+    dy1 = tl.load(dy_ptr + head * dy_head + d, mask=mask, other=0.0).to(tl.float32)
+    dy2 = tl.load(dy_ptr + head * dy_head + d + half, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + head * out_head + d, (dy1 * cos1 + dy2 * sin2).to(kind), mask=mask)
+    tl.store(out_ptr + head * out_head + d + half, (dy2 * cos2 - dy1 * sin1).to(kind), mask=mask)
+    if REST > 0:
+        d = tl.arange(0, REST)[None, :]
+        mask = (head < heads) & (d < rest)
+        kept = tl.load(dy_ptr + head * dy_head + d + 2 * half, mask=mask, other=0.0)
+        tl.store(out_ptr + head * out_head + d + 2 * half, kept.to(kind), mask=mask)
+
+
+@jit
+def _rope_back_kernel(
+    dq_ptr, dk_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, q_heads, k_heads, half, rest,
+    dq_batch, dq_head, dq_token, dk_batch, dk_head, dk_token, cos_batch, cos_token, sin_batch, sin_token,
+    q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """One program turns HEADS heads of one token back, of q or of k."""
+    batch = (tl.program_id(0) // tokens).to(tl.int64)
+    token = (tl.program_id(0) % tokens).to(tl.int64)
+    block = tl.program_id(1)
+    d = tl.arange(0, BLOCK)[None, :]
+    cos_ptr += batch * cos_batch + token * cos_token
+    sin_ptr += batch * sin_batch + token * sin_token
+    cos1 = tl.load(cos_ptr + d, mask=d < half, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos_ptr + d + half, mask=d < half, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin_ptr + d, mask=d < half, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin_ptr + d + half, mask=d < half, other=0.0).to(tl.float32)
+    q_blocks = tl.cdiv(q_heads, HEADS)
+    if block < q_blocks:
+        _turn_back(
+            dq_ptr + batch * dq_batch + token * dq_token, q_out_ptr + batch * q_out_batch + token * q_out_token,
+            dq_head, q_out_head, block, q_heads, half, rest, cos1, cos2, sin1, sin2, HEADS, BLOCK, REST,
+        )  # fmt: skip
+    else:
+        _turn_back(
+            dk_ptr + batch * dk_batch + token * dk_token, k_out_ptr + batch * k_out_batch + token * k_out_token,
+            dk_head, k_out_head, block - q_blocks, k_heads, half, rest, cos1, cos2, sin1, sin2, HEADS, BLOCK, REST,
+        )  # fmt: skip
+
+
+def compile_cases(cc: int) -> list[CompileCase]:
+    """Every kernel at the narrowest and the widest tiles, in the dtypes that meet, for compute capability `cc`."""
+    half = "fp16" if cc < 80 else "bf16"
+    dtypes = [(half, half), ("fp32", "fp32"), (half, "fp32"), ("fp32", half)]
+    cases = []
+    for (x, weight), width, offset in product(dtypes, (64, decode_ops.MAX_WIDTH), (0.0, 1.0)):
+        rows, block, warps = decode_ops._norm_tile(width)
+        types = {"dy_ptr": f"*{'fp32' if 'fp32' in (x, weight) else x}:16", "weight_ptr": f"*{weight}:16"}
+        types |= {"x_ptr": f"*{x}:16", "out_ptr": f"*{x}:16", "eps": "fp32"}
+        types |= dict.fromkeys(("n", "width", "dy_stride", "x_stride"), "i32")
+        constants = {"OFFSET": offset, "ROWS": rows, "BLOCK": block}
+        name = f"rms_norm back {width} {x} {weight} offset={offset}"
+        cases.append(compile_case(name, _rms_norm_back_kernel, types, constants, warps))
+    for x, gelu in product((half, "fp32"), (False, True)):
+        types = {f"{name}_ptr": f"*{x}:16" for name in ("dy", "gate", "up", "dgate", "dup")}
+        types |= dict.fromkeys(("width", "dy_stride", "gate_stride", "up_stride"), "i32")
+        constants = {"GELU": gelu, "BLOCK": _COLUMNS}
+        cases.append(compile_case(f"swiglu back {x} gelu={gelu}", _swiglu_back_kernel, types, constants))
+    for (x, table), (block, rest) in product(dtypes[:3], ((128, 0), (64, 32))):
+        dy = "fp32" if "fp32" in (x, table) else x
+        types = {f"{name}_ptr": f"*{dy}:16" for name in ("dq", "dk")}
+        types |= {f"{name}_ptr": f"*{table}:16" for name in ("cos", "sin")}
+        types |= {name: f"*{x}:16" for name in ("q_out_ptr", "k_out_ptr")}
+        types |= dict.fromkeys(("tokens", "q_heads", "k_heads", "half", "rest", "cos_batch", "cos_token"), "i32")
+        types |= dict.fromkeys(("sin_batch", "sin_token"), "i32")
+        places = product(("dq", "dk", "q_out", "k_out"), ("batch", "head", "token"))
+        types |= {f"{tensor}_{place}": "i32" for tensor, place in places}
+        constants = {"HEADS": _HEADS, "BLOCK": block, "REST": rest}
+        name = f"rope back {x} {table} {block} + {rest}"
+        cases.append(compile_case(name, _rope_back_kernel, types, constants, num_warps=1))
+    return cases
