@@ -57,6 +57,12 @@ def functions(model):
     return [f for file in sorted(files) if (f := getattr(sys.modules[file], "apply_rotary_pos_emb", None))]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_left_of_other_tests():
+    """A model that has been trained keeps its architecture's rotary function replaced as long as it lives."""
+    gc.collect()
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     """Triton kernels, by the interpreter; counts their launches."""
