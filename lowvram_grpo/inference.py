@@ -19,6 +19,7 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.loading import adopt_stored_quantization, hub_arguments, load_model_of
 from lowvram_grpo.memory.architectures import named
 from lowvram_grpo.policy.adapter import adapter_config
+from lowvram_grpo.policy.attention_choice import check_asked
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.hub import offline_where_unreachable
@@ -40,7 +41,7 @@ _ADAPTER_FILE = "adapter_config.json"
 # logging) may not even be valid on the machine that only samples; temperature and filters are the caller's.
 _KEPT = {
     "use_cpu", "bf16", "fp16", "trust_remote_code", "model_init_kwargs", "head_dtype", "embedding_offload",
-    "vram_gib", "workspace_mib", "rollout_batch_size", "kv_cache_dtype", "rollout_adapters", "fused_ops",
+    "vram_gib", "workspace_mib", "rollout_batch_size", "kv_cache_dtype", "rollout_adapters", "fused_ops", "attention",
     "max_prompt_length", "max_completion_length", "chat_template_kwargs", "generation_kwargs", "seed",
     "reward_weights", "reward_timeout", "remove_unused_columns", "oom_step_down",
 }  # fmt: skip
@@ -161,6 +162,7 @@ def load_policy(
     Raises:
         UserError: missing or unfit model or adapter.
     """
+    check_asked(args.attention, args.device)
     config = model_config(recipe.model, **hub_arguments(recipe))
     adopt_stored_quantization(recipe, config, lambda sentence: None)
     model = load_model_of(recipe, args, tell).requires_grad_(False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowvram_grpo.kernels.linear_logps import linear_logps
 from lowvram_grpo.memory.ledger import counted_as
+from lowvram_grpo.policy.attention_choice import kernel_of
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.offload import offloaded_activations
 from lowvram_grpo.policy.shared_prefix import PrefixLayout, packed_states, why_not
@@ -77,15 +78,18 @@ def scored_states(
     prompt_lengths: list[int] | None = None,
     completion_lengths: list[int] | None = None,
     group_sizes: list[int] | None = None,
+    attention: str = "auto",
     offload: bool = False,
 ) -> Tensor:
     """(N, H) the hidden state before each of the N unmasked completion tokens, row after row.
 
     Lengths are those that the masks say; given, no pass waits for the GPU to count, and tensors may be on meta.
     With `group_sizes`, runs of adjacent rows that share a prompt, each prompt goes through the model once: ask
-    `policy.shared_prefix.shared_groups` whether the model can. `offload`: activations wait in host memory.
+    `policy.shared_prefix.shared_groups` whether the model can; what attends there is `attention` (`auto`, `sdpa`,
+    `xformers`). `offload`: activations wait in host memory.
     """
-    places = _places(prompt_ids, prompt_mask, completion_mask, prompt_lengths, completion_lengths, group_sizes)
+    lengths = prompt_lengths, completion_lengths, group_sizes
+    places = _places(model, prompt_ids, prompt_mask, completion_mask, *lengths, attention)
     return _states(model, prompt_ids, prompt_mask, completion_ids, completion_mask, places, offload)
 
 
@@ -99,12 +103,14 @@ class _Places(NamedTuple):
 
 
 def _places(
+    model: nn.Module,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     completion_mask: Tensor,
     prompt_lengths: list[int] | None,
     completion_lengths: list[int] | None,
     group_sizes: list[int] | None,
+    attention: str,
 ) -> _Places:
     p, t, device = prompt_ids.shape[1], completion_mask.shape[1], prompt_ids.device
     lengths = _lengths(completion_mask, completion_lengths)
@@ -114,7 +120,9 @@ def _places(
         ]
         return _Places(None, *upload(both, device))
     prompts = _lengths(prompt_mask, prompt_lengths)
-    layout = PrefixLayout(prompts, lengths, group_sizes, width=p + t, prompt_width=p, device=device)
+    # Asked here: nothing is tried in the middle of a pass, whose layers may be checkpointed.
+    kernel = kernel_of(attention, "training", _decoder(model), device)
+    layout = PrefixLayout(prompts, lengths, group_sizes, width=p + t, prompt_width=p, device=device, kernel=kernel)
     return _Places(layout, layout.scored, layout.targets)
 
 
@@ -156,15 +164,17 @@ def score(
     prompt_lengths: list[int] | None = None,
     completion_lengths: list[int] | None = None,
     group_sizes: list[int] | None = None,
+    attention: str = "auto",
     offload: bool = False,
 ) -> Scores:
     """Log-prob and entropy of each completion token at `temperature`, under `model` with its adapter on or off.
 
     `wanted`, `path` and `kl` as in `linear_logps`; `ref_states` are the reference's `scored_states`, for a reference
-    that has the model's own head. Lengths, `group_sizes` and `offload` as in `scored_states`.
+    that has the model's own head. Lengths, `group_sizes`, `attention` and `offload` as in `scored_states`.
     """
     shape = completion_ids.shape
-    places = _places(prompt_ids, prompt_mask, completion_mask, prompt_lengths, completion_lengths, group_sizes)
+    lengths = prompt_lengths, completion_lengths, group_sizes
+    places = _places(model, prompt_ids, prompt_mask, completion_mask, *lengths, attention)
     scored = places.targets
     states = _states(model, prompt_ids, prompt_mask, completion_ids, completion_mask, places, offload)
     with counted_as("workspace"):

@@ -72,11 +72,11 @@ def bias_of(before: int, t: int, window: int | None, dtype: torch.dtype, device:
     return bias.masked_fill_(~seen(before, t, window, device), -torch.inf)
 
 
-def attention_dtype(x: Tensor) -> torch.dtype:
-    """In which attention of `x` is computed: autocast's, where it is on."""
-    if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+def attention_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """In which attention of tensors of `dtype` is computed: autocast's, where it is on."""
+    if dtype != torch.float64 and device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
 
 
 def repeated(x: Tensor, heads: int) -> Tensor:

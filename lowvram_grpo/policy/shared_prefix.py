@@ -41,6 +41,7 @@ from lowvram_grpo.policy.attention import (
 from lowvram_grpo.policy.spread import Fold, spread
 from lowvram_grpo.policy.upload import runs, upload
 from lowvram_grpo.policy.wrapper import unwrap
+from lowvram_grpo.policy.xformers_attention import Kernel, shared_pieces
 
 # Packing is worth a change of path where it leaves out at least a tenth of the tokens.
 _WORTH = 0.9
@@ -75,6 +76,7 @@ class PrefixLayout(Layout):
         prompt_lengths, completion_lengths: one a row of the batch, b in all; a group's prompts are equal.
         group_sizes: runs of adjacent rows that share a prompt.
         width, prompt_width: of the padded rows (b, width) that `pack` takes, and of their prompts, padded on the left.
+        kernel: attends where it can, sdpa elsewhere.
 
     Attributes:
         positions: (1, L) int64 position ids.
@@ -91,11 +93,12 @@ class PrefixLayout(Layout):
         width: int,
         prompt_width: int,
         device: torch.device,
+        kernel: Kernel | None = None,
     ):
         super().__init__()
         self._biases: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
         taken, positions, scored, targets = [], [], [], []  # (start, length) runs
-        shapes, indices = [], []
+        shapes, indices, groups = [], [], []
         length = row = 0
         for count in group_sizes:
             prompt, begin = prompt_lengths[row], length
@@ -110,14 +113,23 @@ class PrefixLayout(Layout):
                     scored += [(begin + prompt - 1, 1), (begin + prompt + starts[i], n)]
                 targets.append(((row + i) * (width - prompt_width), completion_lengths[row + i]))
             length += prompt + starts[-1]
+            groups.append((prompt, kept))
             shapes.append((begin, length, prompt, count if longest else 0, longest))
             indices += _group_indices(prompt, kept, starts, longest)
             row += count
-        self.length = length
+        self.length, self._packed = length, None
+        if kernel is not None:
+            blocks, keys, folds = shared_pieces(groups)
+            self._packed = kernel.on(blocks, device)
+            indices += [keys, *(x for fold in folds for x in (fold.shared, fold.own))]
         packed = upload([runs(taken), runs(positions), runs(scored), runs(targets), *indices], device)
         self._taken, positions, self.scored, self.targets = packed[:4]
         self.positions = positions[None]
-        parts = zip(*[iter(packed[4:])] * _INDICES)
+        last = 4 + _INDICES * len(shapes)
+        if kernel is not None:
+            self._keys, pairs = packed[last], zip(packed[last + 1 :: 2], packed[last + 2 :: 2])
+            self._folds = [fold._replace(shared=shared, own=own) for fold, (shared, own) in zip(folds, pairs)]
+        parts = zip(*[iter(packed[4:last])] * _INDICES)
         self._groups = [
             _Group(*shape, rows, real, keys, Fold(shape[2], 1 + shape[3], shared, own))
             for shape, (rows, real, keys, shared, own) in zip(shapes, parts)
@@ -131,15 +143,18 @@ class PrefixLayout(Layout):
         """As `Layout.attend`, with B = 1."""
         if how.softcap is not None:
             raise Unsupported("its attention has soft-capping")
-        dtype = attention_dtype(query)
+        dtype = attention_dtype(query.device, query.dtype)
         # Before tokens are gathered: attention would cast the copies.
         query, key, value = (x.to(dtype) for x in (query, key, value))
-        sizes = [group.end - group.begin for group in self._groups]
-        # Split and not sliced: in the backward pass the parts are put together in one launch.
-        parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
-        return torch.cat([out for group, part in zip(self._groups, parts) for out in self._attend(group, *part, how)])[
-            None
-        ]
+        if self._packed is not None and self._packed.takes(query, value, how):
+            keys, values = (spread(x, self._keys, query.shape[1], self._folds)[None] for x in (key, value))
+            return self._packed(query.transpose(1, 2), keys, values, how)
+        parts = [(query, key, value)]
+        if len(self._groups) > 1:
+            # Split and not sliced: in the backward pass the parts are put together in one launch.
+            sizes = [group.end - group.begin for group in self._groups]
+            parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
+        return torch.cat([out for of, part in zip(self._groups, parts) for out in self._attend(of, *part, how)])[None]
 
     def _attend(self, group: _Group, query: Tensor, key: Tensor, value: Tensor, how: How) -> list[Tensor]:
         """(tokens, heads, d) of the prompt, and of the completions behind it."""
@@ -151,9 +166,9 @@ class PrefixLayout(Layout):
         mine, own = query.split([p, group.end - group.begin - p], 2)
         bias = None if window is None or window >= p else self._bias(0, p, window, query)
         out = attend_causally(mine, *(x.transpose(0, 1)[None] for x in first), bias, **settings)
-        outs = [out[0].transpose(0, 1)]
+        outs = [out.squeeze(0).transpose(0, 1)]  # not out[0], whose way back fills zeros
         if t:
-            q = _Rows.apply(own[0].transpose(0, 1), group.rows, group.real).unflatten(0, (group.count, t))
+            q = _Rows.apply(own.squeeze(0).transpose(0, 1), group.rows, group.real).unflatten(0, (group.count, t))
             seen_by = (x.unflatten(0, shape).transpose(1, 2) for x in others)
             out = attend_causally(q.transpose(1, 2), *seen_by, self._bias(p, t, window, query), **settings)
             outs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, group.real))

@@ -19,6 +19,7 @@ from lowvram_grpo.kernels.decode_attention import Rows
 from lowvram_grpo.policy.attention import laid_out
 from lowvram_grpo.policy.embeddings import HostEmbedding
 from lowvram_grpo.policy.head import head_of
+from lowvram_grpo.policy.xformers_attention import Kernel
 from lowvram_grpo.rollout.attention import DecodeLayout, PrefillLayout
 from lowvram_grpo.rollout.cache import GroupCache
 from lowvram_grpo.rollout.graphs import StepGraphs
@@ -41,6 +42,7 @@ class DecodeSettings:
         attention_path: of the decode attention, see `decode_attention`.
         fused_sampler: see `Sampler`.
         fused_head: see `linear_logits`.
+        prefill_kernel: see `PrefillLayout`.
     """
 
     workspace_mib: int = 64
@@ -49,6 +51,7 @@ class DecodeSettings:
     attention_path: str | None = None
     fused_sampler: bool = False
     fused_head: bool = False
+    prefill_kernel: Kernel | None = None
 
 
 class _Table(NamedTuple):
@@ -161,7 +164,8 @@ class Decoder:
     def prefill(self, pack: list[tuple[int, int]]) -> None:
         """Write all but the last token of these prompts to the cache."""
         prompts = [self._prefilled(prompt) for _, prompt in pack]
-        layout = PrefillLayout(self.cache, [len(p) for p in prompts], [slot for slot, _ in pack])
+        slots, kernel = [slot for slot, _ in pack], self.settings.prefill_kernel
+        layout = PrefillLayout(self.cache, [len(p) for p in prompts], slots, kernel)
         ids = torch.tensor([[i for p in prompts for i in p]], device=self.device)
         laid_out(self.decoder, layout, layout.positions(self.device), input_ids=ids)
 
