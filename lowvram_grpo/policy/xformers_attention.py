@@ -48,17 +48,16 @@ class Case(NamedTuple):
 @lru_cache
 def library() -> tuple[Any, str | None]:
     """xformers.ops, or why not, in words that follow "because"."""
-    if importlib.util.find_spec("xformers") is None:
-        return None, "it is not installed"
     log = logging.getLogger("xformers")
     was, log.disabled = log.disabled, True  # what it would print is the answer below
     try:
+        if importlib.util.find_spec("xformers") is None:
+            return None, "it is not installed"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module("xformers.ops"), None
-    except (
-        Exception
-    ) as error:  # of another PyTorch's build: ImportError, OSError, AttributeError, whatever breaks first
+    except Exception as error:
+        # Built for another PyTorch, it is ImportError, OSError, AttributeError: whatever breaks first.
         return None, f"its import fails ({type(error).__name__}: {one_line(error)})"
     finally:
         log.disabled = was
@@ -117,14 +116,18 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float, o
     ops, heads, shared = ops or library()[0], q.shape[2], k.shape[2]
     if heads == shared:
         return ops.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)
-    if q.dtype == torch.float32 or torch.cuda.get_device_capability(q.device) < (8, 0):
-        # Its kernel for these cards runs grouped heads one after another, each on a stream of its own.
+    if not _takes_grouped_heads(q):
         k, v = (repeated(x.transpose(1, 2), heads).transpose(1, 2) for x in (k, v))
         return ops.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)
     repeats = heads // shared
     k, v = (x[:, :, :, None].expand(-1, -1, -1, repeats, -1) for x in (k, v))
     out = ops.memory_efficient_attention(q.unflatten(2, (shared, repeats)), k, v, attn_bias=bias, scale=scale)
     return out.flatten(2, 3)
+
+
+def _takes_grouped_heads(q: Tensor) -> bool:
+    """Whether FlashAttention runs it; the other kernel sends each group to a stream of its own."""
+    return q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 class Kernel(NamedTuple):
