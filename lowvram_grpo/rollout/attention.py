@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.kernels.decode_attention import Rows, decode_attention, usable_path
-from lowvram_grpo.policy.attention import How, Layout, attend_causally, attention_dtype, bias_of, seen
+from lowvram_grpo.policy.attention import How, Layout, attend_causally, attention_dtype, bias_of, repeated, seen
 from lowvram_grpo.policy.upload import runs, upload
 from lowvram_grpo.policy.xformers_attention import Blocks, Kernel, Packed
 from lowvram_grpo.rollout.cache import GroupCache
@@ -50,6 +50,8 @@ class PrefillLayout(Layout):
             self._packed = self._packed or self.kernel.on(self.blocks, query.device)
             if self._packed.takes(query, value, how):
                 return self._packed(*(x.transpose(1, 2) for x in (query, key, value)), how)
+        if how.softcap is None:  # for all prompts at once
+            key, value = (repeated(x, query.shape[1]) for x in (key, value))
         outs = [self._causal(*(x[:, :, a:b] for x in (query, key, value)), how) for a, b in self.spans]
         return torch.cat(outs, 2).transpose(1, 2)
 
