@@ -30,6 +30,7 @@ IMPORTANCE_LEVELS = ("token", "sequence")
 SWITCH = ("auto", "on", "off")
 HEAD_DTYPES = ("dense", "int8", "nf4")
 KV_DTYPES = ("auto", "int8")
+ATTENTIONS = ("auto", "sdpa", "xformers")
 ADAPTER_MODES = ("auto", "fused", "merged", "off")
 
 # Accepted so that a TRL script runs unchanged; each says on screen why it does nothing when it is set.
@@ -229,6 +230,11 @@ class GRPOConfig(TrainingArguments):
     )
     optimizer_offload: bool = _help("(ours) Keep the optimizer's moments in host memory.", False)
     mlp_tile: int | None = _help("(ours) Run each MLP over this many tokens at a time; unset: all at once.")
+    attention: str = _help(
+        "(ours) What attends where prompts are shared or prefilled: sdpa (PyTorch's), xformers, or auto, which takes "
+        "xformers where sdpa has no fitting kernel; attn_implementation says it for all other passes.",
+        "auto",
+    )
     shared_prefix: str = _help(
         "(ours) Run a group's prompt once for all its completions in every scoring pass: auto, on, or off.", "auto"
     )
@@ -305,6 +311,7 @@ class GRPOConfig(TrainingArguments):
         one_of("fused_loss", SWITCH)
         one_of("head_dtype", HEAD_DTYPES)
         one_of("shared_prefix", SWITCH)
+        one_of("attention", ATTENTIONS)
         one_of("kv_cache_dtype", KV_DTYPES)
         one_of("rollout_adapters", ADAPTER_MODES)
         one_of("fused_ops", SWITCH)

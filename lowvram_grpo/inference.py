@@ -19,6 +19,7 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.loading import adopt_stored_quantization, hub_arguments, load_model_of
 from lowvram_grpo.memory.architectures import named
 from lowvram_grpo.policy.adapter import adapter_config
+from lowvram_grpo.policy.attention_choice import check_asked
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.hub import offline_where_unreachable
@@ -161,6 +162,7 @@ def load_policy(
     Raises:
         UserError: missing or unfit model or adapter.
     """
+    check_asked(args.attention, args.device)
     config = model_config(recipe.model, **hub_arguments(recipe))
     adopt_stored_quantization(recipe, config, lambda sentence: None)
     model = load_model_of(recipe, args, tell).requires_grad_(False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,11 +80,11 @@ class Learner:
             offload=self.args.activation_offload,
         )
 
-    def _sharing(self, micro: MicroBatch, model: nn.Module) -> dict[str, list[int] | None]:
-        """Lengths and groups of a micro-batch, as the functions of `scoring` take them."""
+    def _sharing(self, micro: MicroBatch, model: nn.Module) -> dict[str, Any]:
+        """Lengths, groups and attention of a micro-batch, as the functions of `scoring` take them."""
         lengths = micro.lengths()
         groups = shared_groups(self.args.shared_prefix, model, **lengths, group_sizes=micro.group_sizes)
-        return {**lengths, "group_sizes": groups}
+        return {**lengths, "group_sizes": groups, "attention": self.args.attention}
 
     def loss(self, micro: MicroBatch) -> tuple[LossSums, Scores]:
         """This micro-batch's share of the update's loss, and the scores it was made from."""

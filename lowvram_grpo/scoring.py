@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from lowvram_grpo.kernels.linear_logps import linear_logps
 from lowvram_grpo.memory.ledger import counted_as
+from lowvram_grpo.policy.attention_choice import kernel_of
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.offload import offloaded_activations
-from lowvram_grpo.policy.shared_prefix import PrefixLayout, packed_states, ragged_index, why_not
+from lowvram_grpo.policy.shared_prefix import PrefixLayout, packed_states, why_not
+from lowvram_grpo.policy.upload import runs, upload
 from lowvram_grpo.policy.wrapper import unwrap
 
 
@@ -76,26 +78,70 @@ def scored_states(
     prompt_lengths: list[int] | None = None,
     completion_lengths: list[int] | None = None,
     group_sizes: list[int] | None = None,
+    attention: str = "auto",
     offload: bool = False,
 ) -> Tensor:
     """(N, H) the hidden state before each of the N unmasked completion tokens, row after row.
 
     Lengths are those that the masks say; given, no pass waits for the GPU to count, and tensors may be on meta.
     With `group_sizes`, runs of adjacent rows that share a prompt, each prompt goes through the model once: ask
-    `policy.shared_prefix.shared_groups` whether the model can. `offload`: activations wait in host memory.
+    `policy.shared_prefix.shared_groups` whether the model can; what attends there is `attention` (`auto`, `sdpa`,
+    `xformers`). `offload`: activations wait in host memory.
     """
-    (b, p), t = prompt_ids.shape, completion_ids.shape[1]
+    lengths = prompt_lengths, completion_lengths, group_sizes
+    places = _places(model, prompt_ids, prompt_mask, completion_mask, *lengths, attention)
+    return _states(model, prompt_ids, prompt_mask, completion_ids, completion_mask, places, offload)
+
+
+class _Places(NamedTuple):
+    """Where the N tokens are that are scored, int64 (N,): the states before them in the flattened pass, and they
+    themselves in the flattened completions."""
+
+    layout: PrefixLayout | None
+    states: Tensor
+    targets: Tensor
+
+
+def _places(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_mask: Tensor,
+    prompt_lengths: list[int] | None,
+    completion_lengths: list[int] | None,
+    group_sizes: list[int] | None,
+    attention: str,
+) -> _Places:
+    p, t, device = prompt_ids.shape[1], completion_mask.shape[1], prompt_ids.device
     lengths = _lengths(completion_mask, completion_lengths)
+    if group_sizes is None:
+        both = [
+            runs([(i * step + start, n) for i, n in enumerate(lengths)]) for start, step in ((p - 1, p + t), (0, t))
+        ]
+        return _Places(None, *upload(both, device))
+    prompts = _lengths(prompt_mask, prompt_lengths)
+    # Asked here: nothing is tried in the middle of a pass, whose layers may be checkpointed.
+    kernel = kernel_of(attention, "training", _decoder(model), device)
+    layout = PrefixLayout(prompts, lengths, group_sizes, width=p + t, prompt_width=p, device=device, kernel=kernel)
+    return _Places(layout, layout.scored, layout.targets)
+
+
+def _states(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    places: _Places,
+    offload: bool,
+) -> Tensor:
     input_ids = torch.cat([prompt_ids, completion_ids], 1)
-    if group_sizes is not None:
-        prompts = _lengths(prompt_mask, prompt_lengths)
-        layout = PrefixLayout(prompts, lengths, group_sizes, width=p + t, prompt_width=p, device=input_ids.device)
+    if places.layout is not None:
         decoder = _decoder(model)
         with offloaded_activations(offload, _weights(decoder)):
-            return packed_states(decoder, input_ids, layout)[layout.scored]
+            return packed_states(decoder, input_ids, places.layout)[places.states]
     attention_mask = torch.cat([prompt_mask, completion_mask.to(prompt_mask.dtype)], 1)
-    hidden = last_hidden_state(model, input_ids, attention_mask, offload=offload)
-    return hidden.flatten(0, 1)[ragged_index(range(p - 1, b * (p + t), p + t), lengths, hidden.device)]
+    return last_hidden_state(model, input_ids, attention_mask, offload=offload).flatten(0, 1)[places.states]
 
 
 def _lengths(mask: Tensor, known: list[int] | None) -> list[int]:
@@ -118,20 +164,19 @@ def score(
     prompt_lengths: list[int] | None = None,
     completion_lengths: list[int] | None = None,
     group_sizes: list[int] | None = None,
+    attention: str = "auto",
     offload: bool = False,
 ) -> Scores:
     """Log-prob and entropy of each completion token at `temperature`, under `model` with its adapter on or off.
 
     `wanted`, `path` and `kl` as in `linear_logps`; `ref_states` are the reference's `scored_states`, for a reference
-    that has the model's own head. Lengths, `group_sizes` and `offload` as in `scored_states`.
+    that has the model's own head. Lengths, `group_sizes`, `attention` and `offload` as in `scored_states`.
     """
     shape = completion_ids.shape
-    lengths = _lengths(completion_mask, completion_lengths)
-    scored = ragged_index(range(0, shape.numel(), shape[1]), lengths, completion_ids.device)
-    states = scored_states(
-        model, prompt_ids, prompt_mask, completion_ids, completion_mask,
-        prompt_lengths=prompt_lengths, completion_lengths=lengths, group_sizes=group_sizes, offload=offload,
-    )  # fmt: skip
+    lengths = prompt_lengths, completion_lengths, group_sizes
+    places = _places(model, prompt_ids, prompt_mask, completion_mask, *lengths, attention)
+    scored = places.targets
+    states = _states(model, prompt_ids, prompt_mask, completion_ids, completion_mask, places, offload)
     with counted_as("workspace"):
         out = linear_logps(
             states,

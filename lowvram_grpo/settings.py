@@ -200,10 +200,12 @@ def check_before_loading(args: GRPOConfig, rewards: Sequence[Any], evaluated: An
     """What can be known before a model is loaded, but not from the settings alone.
 
     Raises:
-        UserError: the hub or the best model's metric are out of reach.
+        UserError: the hub, the best model's metric or the attention are out of reach.
     """
+    from lowvram_grpo.policy.attention_choice import check_asked
     from lowvram_grpo.rewards.runner import names_before_loading
 
+    check_asked(args.attention, args.device)
     names, may_log = names_before_loading(rewards)
     check_best_metric(args, names, evaluated, (), final=not may_log)
     check_hub(args)

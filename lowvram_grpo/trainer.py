@@ -41,6 +41,7 @@ from lowvram_grpo.metrics import (
 )
 from lowvram_grpo.objective import objective_of
 from lowvram_grpo.policy.adapter import restore_adapter
+from lowvram_grpo.policy.attention_choice import check as check_attention
 from lowvram_grpo.policy.dropout import adapter_dropout, training_mode
 from lowvram_grpo.policy.load import build_policy, check_tokens, compute_dtype, load_tokenizer_for
 from lowvram_grpo.policy.precision import slow_dtype
@@ -147,6 +148,11 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         kernels = choose_kernels(
             args.fused_loss, args.device, compute_dtype(args.device), unwrap(model).get_output_embeddings().in_features
         )
+        with self.compute_loss_context_manager():
+            causal_lm = unwrap(model)
+            decoder = getattr(causal_lm, causal_lm.base_model_prefix)
+            if partly := check_attention(args.attention, "training", decoder, args.device):
+                self.observer.notice(partly)
         self.learner = Learner(
             model,
             self.reference,

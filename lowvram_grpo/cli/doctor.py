@@ -70,6 +70,7 @@ def _device(table: Table) -> list[str]:
     for device in found:
         _describe(table, device, f"taken: {choice.reason}" if device is choice.device and len(found) > 1 else "")
     table.add_row("vocabulary sweep", *_sweep())
+    table.add_row("attention", *_attention())
     for sentence in choice.notices:
         table.add_row("note", "", sentence)
     card = devices.nvidia_card_without_cuda_torch()
@@ -108,6 +109,17 @@ def _sweep() -> tuple[str, str]:
     small, large = (choose_kernels("auto", device, compute_dtype(device), width).reason for width in (896, 3584))
     what, _, why = small.partition(": ")
     return what, why if small == large else f"{why}; from a hidden size of 2049 {large.partition(': ')[0]}"
+
+
+def _attention() -> tuple[str, str]:
+    """What attends in layouts of ours with `attention: auto`, and why."""
+    import torch
+
+    from lowvram_grpo.policy.attention_choice import described
+    from lowvram_grpo.policy.load import compute_dtype
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return described(device, compute_dtype(device))
 
 
 def _pip() -> str:

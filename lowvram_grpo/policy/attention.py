@@ -64,20 +64,42 @@ def seen(before: int, t: int, window: int | None, device: torch.device) -> Tenso
     return mask if window is None else mask.triu_(before - window + 1)
 
 
+def bias_of(before: int, t: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`seen` as what CUDA's memory-efficient kernel adds to its scores: (t, before + t), 0 or -inf, rows 16 entries
+    aligned. A mask of bools would be converted, and one of other strides padded, in every layer's call."""
+    seats = -(-(before + t) // 16) * 16
+    bias = torch.zeros(t, seats, dtype=dtype, device=device)[:, : before + t]
+    return bias.masked_fill_(~seen(before, t, window, device), -torch.inf)
+
+
+def attention_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """In which attention of tensors of `dtype` is computed: autocast's, where it is on."""
+    if dtype != torch.float64 and device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
+
+
+def repeated(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (B, KV heads, L, d), each head as often as `heads` query heads share it."""
+    repeats = heads // x.shape[1]
+    return x if repeats == 1 else x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2)
+
+
 def attend_causally(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float | None, dropout: float = 0.0
 ) -> Tensor:
-    """softmax(scale q k^T) v, causal where there is no mask. Only without a mask do CUDA's kernels know of grouped
-    heads, and not all of them, so K and V are repeated.
+    """softmax(scale q k^T) v, causal where there is no mask (bool, or a bias in the dtype of q). Only without a mask do
+    CUDA's kernels know of grouped heads, and not all of them, so K and V are repeated.
 
     On meta it is the kernel that CUDA takes: PyTorch would count the T x T tensors of its plain formula.
     """
-    repeats = q.shape[1] // k.shape[1]
-    if repeats > 1:
-        k, v = (x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for x in (k, v))
+    k, v = (repeated(x, q.shape[1]) for x in (k, v))
     if q.is_meta:
         # CUDA's kernel adds its mask, one of the dtype of q.
-        bias = None if mask is None else torch.empty_like(mask, dtype=q.dtype).expand(*q.shape[:3], k.shape[2])
+        bias = mask
+        if mask is not None and mask.dtype == torch.bool:
+            bias = torch.empty_like(mask, dtype=q.dtype)
+        bias = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
         saves = torch.is_grad_enabled()
         fused = torch.ops.aten._scaled_dot_product_efficient_attention
         return fused(q, k, v, bias, saves, dropout, is_causal=mask is None, scale=scale)[0]

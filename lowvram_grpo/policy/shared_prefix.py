@@ -11,7 +11,8 @@ The last token of each completion is left out: nothing attends to it, and no log
 
 The layout reaches each layer's attention by a keyword argument: see `attention.py`.
 
-Memory of a layer while it runs: K and V of a group expanded to G (P + T) tokens, and a (T, P + T) mask.
+Memory of a layer while it runs: K and V of a group expanded to P + G (P + T) tokens and to the heads of Q, and a
+(T, P + T) bias that all layers share.
 """
 
 from __future__ import annotations
@@ -31,28 +32,29 @@ from lowvram_grpo.policy.attention import (
     Layout,
     Unsupported,
     attend_causally,
+    attention_dtype,
     attention_set,
+    bias_of,
     check_calls,
     laid_out,
-    seen,
 )  # fmt: skip
+from lowvram_grpo.policy.spread import Fold, spread
+from lowvram_grpo.policy.upload import runs, upload
 from lowvram_grpo.policy.wrapper import unwrap
+from lowvram_grpo.policy.xformers_attention import Kernel, shared_pieces
 
 # Packing is worth a change of path where it leaves out at least a tenth of the tokens.
 _WORTH = 0.9
 
 
-def ragged_index(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
-    """(sum of lengths,) int64: start, start + 1, ... for each of the runs, one after another."""
-    runs = [torch.arange(start, start + n) for start, n in zip(starts, lengths)]
-    return torch.cat(runs or [torch.empty(0, dtype=torch.long)]).to(device)
-
-
 class _Group(NamedTuple):
-    """Where a group lies in the packed row: `begin` to `end`, its prompt first.
+    """Where a group lies in the packed row, `begin` to `end`, its prompt first; indices are int64.
 
     Attributes:
-        own: (G * longest,) int64, where each token of the padded (G, longest) completions lies behind the prompt.
+        rows: (G * longest,), where each token of the padded (G, longest) completions lies behind the prompt.
+        real: (end - begin - prompt,), the other way: where each token behind the prompt lies in those.
+        keys: (prompt + G (prompt + longest),), which of the group's tokens are the keys of its prompt, then of each
+            padded completion.
     """
 
     begin: int
@@ -60,20 +62,26 @@ class _Group(NamedTuple):
     prompt: int
     count: int
     longest: int
-    own: Tensor
+    rows: Tensor
+    real: Tensor
+    keys: Tensor
+    fold: Fold
 
 
 class PrefixLayout(Layout):
-    """Which token of the packed row belongs to what. Made from lengths on the host: nothing here waits for a GPU.
+    """Which token of the packed row belongs to what. Made from lengths on the host, and in one upload: nothing here
+    waits for a GPU.
 
     Args:
         prompt_lengths, completion_lengths: one a row of the batch, b in all; a group's prompts are equal.
         group_sizes: runs of adjacent rows that share a prompt.
         width, prompt_width: of the padded rows (b, width) that `pack` takes, and of their prompts, padded on the left.
+        kernel: attends where it can, sdpa elsewhere.
 
     Attributes:
         positions: (1, L) int64 position ids.
         scored: (N,) int64, where in the packed row the state before each completion token is, row after row.
+        targets: (N,) int64, where those tokens are in the completions (b, width - prompt_width), flattened.
     """
 
     def __init__(
@@ -85,37 +93,47 @@ class PrefixLayout(Layout):
         width: int,
         prompt_width: int,
         device: torch.device,
+        kernel: Kernel | None = None,
     ):
         super().__init__()
-        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
-        self._groups: list[_Group] = []
-        taken, positions, scored, unpack = [], [], [], []  # (start, length) runs
-        length = padded = row = 0
+        self._biases: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
+        taken, positions, scored, targets = [], [], [], []  # (start, length) runs
+        shapes, indices, groups = [], [], []
+        length = row = 0
         for count in group_sizes:
             prompt, begin = prompt_lengths[row], length
             kept = [max(n - 1, 0) for n in completion_lengths[row : row + count]]
-            longest = max(kept)
+            longest, starts = max(kept), list(accumulate(kept, initial=0))
             taken.append((row * width + prompt_width - prompt, prompt))
             positions.append((0, prompt))
-            unpack.append((padded, prompt))
-            starts = list(accumulate(kept, initial=prompt))
             for i, n in enumerate(kept):
                 taken.append(((row + i) * width + prompt_width, n))
                 positions.append((prompt, n))
-                unpack.append((padded + prompt + i * longest, n))
                 if completion_lengths[row + i]:
-                    scored += [(begin + prompt - 1, 1), (begin + starts[i], n)]
-            # Padding repeats some real token: no real query sees it, and its own output is dropped.
-            steps = torch.arange(longest).clamp(max=torch.tensor(kept)[:, None] - 1).clamp(min=0)
-            own = (torch.tensor(starts[:-1])[:, None] - prompt + steps).clamp(max=max(starts[-1] - prompt - 1, 0))
-            length += starts[-1]
-            self._groups.append(_Group(begin, length, prompt, count, longest, own.flatten().to(device)))
-            padded += prompt + count * longest
+                    scored += [(begin + prompt - 1, 1), (begin + prompt + starts[i], n)]
+                targets.append(((row + i) * (width - prompt_width), completion_lengths[row + i]))
+            length += prompt + starts[-1]
+            groups.append((prompt, kept))
+            shapes.append((begin, length, prompt, count if longest else 0, longest))
+            indices += _group_indices(prompt, kept, starts, longest)
             row += count
-        self.length = length
-        runs = lambda pairs: ragged_index([a for a, _ in pairs], [n for _, n in pairs], device)
-        self._taken, self._unpack, self.scored = runs(taken), runs(unpack), runs(scored)
-        self.positions = runs(positions)[None]
+        self.length, self._packed = length, None
+        if kernel is not None:
+            blocks, keys, folds = shared_pieces(groups)
+            self._packed = kernel.on(blocks, device)
+            indices += [keys, *(x for fold in folds for x in (fold.shared, fold.own))]
+        packed = upload([runs(taken), runs(positions), runs(scored), runs(targets), *indices], device)
+        self._taken, positions, self.scored, self.targets = packed[:4]
+        self.positions = positions[None]
+        last = 4 + _INDICES * len(shapes)
+        if kernel is not None:
+            self._keys, pairs = packed[last], zip(packed[last + 1 :: 2], packed[last + 2 :: 2])
+            self._folds = [fold._replace(shared=shared, own=own) for fold, (shared, own) in zip(folds, pairs)]
+        parts = zip(*[iter(packed[4:last])] * _INDICES)
+        self._groups = [
+            _Group(*shape, rows, real, keys, Fold(shape[2], 1 + shape[3], shared, own))
+            for shape, (rows, real, keys, shared, own) in zip(shapes, parts)
+        ]
 
     def pack(self, rows: Tensor) -> Tensor:
         """(1, L) of the padded rows (b, width)."""
@@ -125,29 +143,78 @@ class PrefixLayout(Layout):
         """As `Layout.attend`, with B = 1."""
         if how.softcap is not None:
             raise Unsupported("its attention has soft-capping")
-        window, settings = how.window, {"scale": how.scale, "dropout": how.dropout}
-        outs = []
-        for group in self._groups:
-            q, k, v = (x[:, :, group.begin : group.end] for x in (query, key, value))
-            prompt, p = [x[:, :, : group.prompt] for x in (q, k, v)], group.prompt
-            mask = None if window is None or window >= p else self._mask(0, p, window, q.device)
-            outs.append(attend_causally(*prompt, mask, **settings)[0])
-            if not group.longest:
-                continue
-            shape = group.count, group.longest
-            own = [x[0, :, p:].index_select(1, group.own).unflatten(1, shape).transpose(0, 1) for x in (q, k, v)]
-            keys = [torch.cat([a.expand(group.count, -1, -1, -1), b], 2) for a, b in zip(prompt[1:], own[1:])]
-            out = attend_causally(own[0], *keys, self._mask(p, group.longest, window, q.device), **settings)
-            outs.append(out.transpose(0, 1).flatten(1, 2))
-        return torch.cat(outs, 1).index_select(1, self._unpack).transpose(0, 1)[None]
+        dtype = attention_dtype(query.device, query.dtype)
+        # Before tokens are gathered: attention would cast the copies.
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+        if self._packed is not None and self._packed.takes(query, value, how):
+            keys, values = (spread(x, self._keys, query.shape[1], self._folds)[None] for x in (key, value))
+            return self._packed(query.transpose(1, 2), keys, values, how)
+        parts = [(query, key, value)]
+        if len(self._groups) > 1:
+            # Split and not sliced: in the backward pass the parts are put together in one launch.
+            sizes = [group.end - group.begin for group in self._groups]
+            parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
+        return torch.cat([out for of, part in zip(self._groups, parts) for out in self._attend(of, *part, how)])[None]
 
-    def _mask(self, before: int, t: int, window: int | None, device: torch.device) -> Tensor:
-        """As `seen`, one for all completions: in the padding, too, each token sees what is before it, but no token that
-        counts sees any padding."""
-        key = before, t, window
-        if key not in self._masks:
-            self._masks[key] = seen(before, t, window, device)
-        return self._masks[key]
+    def _attend(self, group: _Group, query: Tensor, key: Tensor, value: Tensor, how: How) -> list[Tensor]:
+        """(tokens, heads, d) of the prompt, and of the completions behind it."""
+        p, t, window, settings = group.prompt, group.longest, how.window, {"scale": how.scale, "dropout": how.dropout}
+        # Heads that share keys get copies of them on the way, for the prompt and the completions alike.
+        keys, values = (spread(x, group.keys, query.shape[1], [group.fold]) for x in (key, value))
+        shape = group.count, p + t
+        first, others = zip(*(x.split([p, group.count * (p + t)]) for x in (keys, values)))
+        mine, own = query.split([p, group.end - group.begin - p], 2)
+        bias = None if window is None or window >= p else self._bias(0, p, window, query)
+        out = attend_causally(mine, *(x.transpose(0, 1)[None] for x in first), bias, **settings)
+        outs = [out.squeeze(0).transpose(0, 1)]  # not out[0], whose way back fills zeros
+        if t:
+            q = _Rows.apply(own.squeeze(0).transpose(0, 1), group.rows, group.real).unflatten(0, (group.count, t))
+            seen_by = (x.unflatten(0, shape).transpose(1, 2) for x in others)
+            out = attend_causally(q.transpose(1, 2), *seen_by, self._bias(p, t, window, query), **settings)
+            outs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, group.real))
+        return outs
+
+    def _bias(self, before: int, t: int, window: int | None, query: Tensor) -> Tensor:
+        """One for all completions: in the padding, too, each token sees what is before it, but no token that counts
+        sees any padding."""
+        key = before, t, window, query.dtype
+        if key not in self._biases:
+            self._biases[key] = bias_of(before, t, window, query.dtype, query.device)
+        return self._biases[key]
+
+
+# Tensors of a group in the upload.
+_INDICES = 5
+
+
+def _group_indices(prompt: int, kept: list[int], starts: list[int], longest: int) -> list[Tensor]:
+    """On the host: `rows`, `real` and `keys` of a `_Group`, and the indices of its `Fold`."""
+    count, at = len(kept) if longest else 0, torch.tensor(starts[:-1], device="cpu")[:, None]
+    # Padding repeats some real token: no real query sees it, and its own output is dropped.
+    steps = torch.arange(longest, device="cpu").clamp(max=torch.tensor(kept, device="cpu")[:, None] - 1).clamp(min=0)
+    rows = (at + steps).clamp(max=max(starts[-1] - 1, 0))
+    alone = torch.arange(prompt, device="cpu")
+    behind = torch.cat([alone.expand(len(kept), -1), prompt + rows], 1) if count else rows
+    keys = torch.cat([alone, behind.flatten()])
+    first = [prompt + i * (prompt + longest) for i in range(count)]
+    shared = runs([(start, prompt) for start in (0, *first)])
+    own = runs([(start + prompt, n) for start, n in zip(first, kept)])
+    real = runs([(i * longest, n) for i, n in enumerate(kept)])
+    return [rows.flatten(), real, keys, shared, own]
+
+
+class _Rows(torch.autograd.Function):
+    """Queries (tokens, heads, d) as padded rows, whose gradient is that of the real ones: what comes out of a padded
+    row is dropped, so its gradient is 0."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor, real: Tensor) -> Tensor:
+        ctx.real = real
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.real), None, None
 
 
 def packed_states(decoder: nn.Module, input_ids: Tensor, layout: PrefixLayout) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.kernels.decode_attention import Rows, decode_attention, usable_path
-from lowvram_grpo.policy.attention import How, Layout, attend_causally, seen
+from lowvram_grpo.policy.attention import How, Layout, attend_causally, attention_dtype, bias_of, repeated, seen
+from lowvram_grpo.policy.upload import runs, upload
+from lowvram_grpo.policy.xformers_attention import Blocks, Kernel, Packed
 from lowvram_grpo.rollout.cache import GroupCache
 
 # Queries at a time where scores must be made, as no fused kernel knows of soft-capping.
@@ -22,41 +24,59 @@ class PrefillLayout(Layout):
     Args:
         lengths: tokens of each prompt.
         slots: of the cache, one a prompt.
+        kernel: attends where it can, sdpa elsewhere.
     """
 
-    def __init__(self, cache: GroupCache, lengths: Sequence[int], slots: Sequence[int]):
+    def __init__(self, cache: GroupCache, lengths: Sequence[int], slots: Sequence[int], kernel: Kernel | None = None):
         super().__init__()
-        self.cache, self.slots = cache, slots
+        self.cache, self.slots, self.kernel = cache, slots, kernel
+        self.blocks = Blocks(tuple(lengths), tuple(lengths))
         ends = list(accumulate(lengths))
         self.spans = list(zip([0, *ends[:-1]], ends))
+        self._packed: Packed | None = None
+        self._biases: dict[tuple[int, int], Tensor] = {}
 
     def positions(self, device: torch.device) -> Tensor:
         """(1, L) int64."""
-        return torch.cat([torch.arange(b - a) for a, b in self.spans])[None].to(device)
+        return upload([runs([(0, b - a) for a, b in self.spans])], device)[0][None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         kept = self.cache.layer(layer, key, value)
-        outs = []
         for slot, (a, b) in zip(self.slots, self.spans):
-            q, k, v = (x[:, :, a:b] for x in (query, key, value))
-            kept.keep_prompt(slot, k[0], v[0])
-            outs.append(_causal(q, k, v, how))
+            kept.keep_prompt(slot, key[0, :, a:b], value[0, :, a:b])
+        dtype = attention_dtype(query.device, query.dtype)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+        if self.kernel is not None:
+            self._packed = self._packed or self.kernel.on(self.blocks, query.device)
+            if self._packed.takes(query, value, how):
+                return self._packed(*(x.transpose(1, 2) for x in (query, key, value)), how)
+        if how.softcap is None:  # for all prompts at once
+            key, value = (repeated(x, query.shape[1]) for x in (key, value))
+        outs = [self._causal(*(x[:, :, a:b] for x in (query, key, value)), how) for a, b in self.spans]
         return torch.cat(outs, 2).transpose(1, 2)
 
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        """(1, heads, L, Dv) of one prompt."""
+        length = q.shape[2]
+        window = None if how.window is None or how.window >= length else how.window
+        if how.softcap is not None:
+            return _capped(q, k, v, how, window)
+        bias = None
+        if window is not None:
+            if (length, window) not in self._biases:
+                self._biases[length, window] = bias_of(0, length, window, q.dtype, q.device)
+            bias = self._biases[length, window]
+        return attend_causally(q, k, v, bias, scale=how.scale)
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
-    """(1, heads, L, Dv) of one prompt."""
-    length, softcap = q.shape[2], how.softcap
-    window = None if how.window is None or how.window >= length else how.window
-    if softcap is None:
-        mask = None if window is None else seen(0, length, window, q.device)
-        return attend_causally(q, k, v, mask, scale=how.scale)
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, how: How, window: int | None) -> Tensor:
+    length = q.shape[2]
     q = q.unflatten(1, (k.shape[1], -1))  # (1, KVH, heads / KVH, L, D)
     outs = []
     for first in range(0, length, _BLOCK):
         last = min(first + _BLOCK, length)
         scores = (q[..., first:last, :] @ k[:, :, None, :last].transpose(3, 4) * how.scale).float()
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
+        scores = scores.div_(how.softcap).tanh_().mul_(how.softcap)
         scores.masked_fill_(~seen(first, last - first, window, q.device), -torch.inf)
         outs.append(scores.softmax(-1).to(v.dtype) @ v[:, :, None, :last])
     return torch.cat(outs, 3).flatten(1, 2)

@@ -20,6 +20,7 @@ from lowvram_grpo.policy.attention import laid_out
 from lowvram_grpo.policy.embeddings import HostEmbedding
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.upload import upload
+from lowvram_grpo.policy.xformers_attention import Kernel
 from lowvram_grpo.rollout.attention import DecodeLayout, PrefillLayout
 from lowvram_grpo.rollout.cache import GroupCache
 from lowvram_grpo.rollout.graphs import StepGraphs
@@ -42,6 +43,7 @@ class DecodeSettings:
         attention_path: of the decode attention, see `decode_attention`.
         fused_sampler: see `Sampler`.
         fused_head: see `linear_logits`.
+        prefill_kernel: see `PrefillLayout`.
     """
 
     workspace_mib: int = 64
@@ -50,6 +52,7 @@ class DecodeSettings:
     attention_path: str | None = None
     fused_sampler: bool = False
     fused_head: bool = False
+    prefill_kernel: Kernel | None = None
 
 
 class _Table(NamedTuple):
@@ -158,7 +161,8 @@ class Decoder:
     def prefill(self, pack: list[tuple[int, int]], ids: Tensor) -> None:
         """Write all but the last token of these prompts, `ids` (1, L) one after another, to the cache."""
         prompts = [self._prefilled(prompt) for _, prompt in pack]
-        layout = PrefillLayout(self.cache, [len(p) for p in prompts], [slot for slot, _ in pack])
+        slots, kernel = [slot for slot, _ in pack], self.settings.prefill_kernel
+        layout = PrefillLayout(self.cache, [len(p) for p in prompts], slots, kernel)
         laid_out(self.decoder, layout, layout.positions(self.device), input_ids=ids)
 
     def _upload(self, admitted: Sequence[int] = (), packs: Sequence[list[tuple[int, int]]] = ()) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch import nn
 from lowvram_grpo.kernels.decode_attention import settle
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 from lowvram_grpo.policy.attention import attention_set
+from lowvram_grpo.policy.attention_choice import kernel_of
 from lowvram_grpo.policy.small_ops import fast_modules
 from lowvram_grpo.policy.trials import usable
 from lowvram_grpo.policy.wrapper import unwrap
@@ -66,6 +67,7 @@ class RolloutEngine:
         kv_dtype: `auto` or `int8`, see `GroupCache`.
         adapters: how LoRA layers run meanwhile, see `fast_adapters`.
         fused_ops: kernels for the small operations of a step (`auto`, `on`, `off`), see `fast_modules`.
+        attention: of prefills (`auto`, `sdpa`, `xformers`), see `kernel_of`.
         graphs: decode steps in CUDA graphs, where there is CUDA and Triton.
         attention_path: of the decode attention, see `decode_attention`; what a ledger on meta tensors counts.
         on_prefilled: called when the first prompts are in the cache.
@@ -82,13 +84,14 @@ class RolloutEngine:
         kv_dtype: str = "auto",
         adapters: str = "auto",
         fused_ops: str = "auto",
+        attention: str = "auto",
         graphs: bool = True,
         attention_path: str | None = None,
         on_prefilled: Callable[[], None] = lambda: None,
     ):
         self.model, self.sampling, self.rows, self.group = model, sampling, rows, group
         self.workspace_mib, self.kv_dtype, self.graphs = workspace_mib, kv_dtype, graphs
-        self.adapters, self.fused_ops = adapters, fused_ops
+        self.adapters, self.fused_ops, self.attention = adapters, fused_ops, attention
         self.attention_path, self.on_prefilled = attention_path, on_prefilled
         self._said: set[str] = set()
 
@@ -155,6 +158,7 @@ class RolloutEngine:
         settings = DecodeSettings(
             self.workspace_mib, self.kv_dtype, graphs, self.attention_path,
             usable("sample", self.device, self.fused_ops), usable("int8_head", self.device, self.fused_ops),
+            kernel_of(self.attention, "prefill", getattr(causal_lm, causal_lm.base_model_prefix), self.device),
         )  # fmt: skip
         schedule = Schedule([len(p) for p in prompts], group, rows)
         decoder = Decoder(
@@ -231,7 +235,8 @@ def engine_of(args: GRPOConfig, model: nn.Module, sampling: Sampling, **more: An
     """The engine that a configuration asks for; `more` are further arguments of it."""
     return RolloutEngine(
         model, sampling, args.rollout_batch_size, group=args.num_generations, workspace_mib=args.workspace_mib,
-        kv_dtype=args.kv_cache_dtype, adapters=args.rollout_adapters, fused_ops=args.fused_ops, **more,
+        kv_dtype=args.kv_cache_dtype, adapters=args.rollout_adapters, fused_ops=args.fused_ops,
+        attention=args.attention, **more,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from lowvram_grpo.memory import devices
 def said(monkeypatch, *cards):
     monkeypatch.setattr(devices, "detect_all", lambda: list(cards))
     monkeypatch.setattr(doctor, "_sweep", lambda: ("kernels", "here"))
+    monkeypatch.setattr(doctor, "_attention", lambda: ("sdpa", "here"))
     for name in ("LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     table, console = Table(box=None), Console(width=250, record=True)

@@ -69,6 +69,8 @@ def test_dry_run_counts_the_prompts_that_would_be_cut(monkeypatch, capsys, job):
         ({"num_generations": "many"}, ["num_generations", "int"]),
         ({"attn_implementation": "sdpaa"}, ["attn_implementation is 'sdpaa'", "sdpa", "eager"]),
         ({"attn_implementation": "flash_attention_2"}, ["missing", "lash", "--attn-implementation sdpa"]),
+        ({"attention": "flash"}, ["attention is 'flash'", "auto, sdpa, xformers"]),
+        ({"attention": "xformers"}, ["attention is xformers", "CPU", "set attention to auto or sdpa"]),
         ({"reward_weights": "1,2"}, ["reward_weights has 2", "1 rewards"]),
         ({"eval_strategy": "epoch"}, ["eval_strategy is epoch", "--eval-data"]),
         ({"quantization": "int3"}, ["quantization", "nf4"]),
@@ -98,6 +100,7 @@ def test_one_clear_sentence(monkeypatch, capsys, job, replaced, words):
         ("temperature", "0"),
         ("lora_r", "0"),
         ("attn_implementation", "sdpaa"),
+        ("attention", "xformers"),
         ("adapter", "{tmp}"),
     ],
 )
