@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.kernels.linear_logps import linear_logps
+from lowvram_grpo.memory.host import upload
 from lowvram_grpo.memory.ledger import counted_as
+from lowvram_grpo.policy.attention import runs
 from lowvram_grpo.policy.attention_choice import kernel_of
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.offload import offloaded_activations
 from lowvram_grpo.policy.shared_prefix import PrefixLayout, packed_states, why_not
-from lowvram_grpo.policy.upload import runs, upload
 from lowvram_grpo.policy.wrapper import unwrap
 
 

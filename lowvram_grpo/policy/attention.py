@@ -8,7 +8,7 @@ layout it is transformers' sdpa: a model may keep the setting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -55,6 +55,12 @@ class Layout:
         """Attention of query (B, heads, L, d) of layer number `layer` by its new key and value (B, KV heads, L, d);
         returns (B, L, heads, d)."""
         raise NotImplementedError
+
+
+def runs(pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """(sum of lengths,) int64 on the host: start, start + 1, ... for each (start, length), one after another."""
+    found = [torch.arange(start, start + n, device="cpu") for start, n in pairs]
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.long, device="cpu")
 
 
 def seen(before: int, t: int, window: int | None, device: torch.device) -> Tensor:

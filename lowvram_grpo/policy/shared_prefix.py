@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy.attention import (
     NAME,
     Fit,
@@ -37,9 +38,9 @@ from lowvram_grpo.policy.attention import (
     bias_of,
     check_calls,
     laid_out,
+    runs,
 )  # fmt: skip
 from lowvram_grpo.policy.spread import Fold, spread
-from lowvram_grpo.policy.upload import runs, upload
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.policy.xformers_attention import Kernel, shared_pieces
 

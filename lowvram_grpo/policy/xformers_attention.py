@@ -29,9 +29,8 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.errors import one_line
-from lowvram_grpo.policy.attention import How, repeated
+from lowvram_grpo.policy.attention import How, repeated, runs
 from lowvram_grpo.policy.spread import Fold
-from lowvram_grpo.policy.upload import runs
 
 
 class Case(NamedTuple):

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.kernels.decode_attention import Rows
+from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy.attention import laid_out
 from lowvram_grpo.policy.embeddings import HostEmbedding
 from lowvram_grpo.policy.head import head_of
-from lowvram_grpo.policy.upload import upload
 from lowvram_grpo.policy.xformers_attention import Kernel
 from lowvram_grpo.rollout.attention import DecodeLayout, PrefillLayout
 from lowvram_grpo.rollout.cache import GroupCache

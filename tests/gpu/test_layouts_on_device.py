@@ -7,9 +7,9 @@ from contextlib import suppress
 import pytest
 import torch
 
-from lowvram_grpo.policy.attention import How
+from lowvram_grpo.memory.host import upload
+from lowvram_grpo.policy.attention import How, runs
 from lowvram_grpo.policy.shared_prefix import PrefixLayout
-from lowvram_grpo.policy.upload import runs, upload
 from lowvram_grpo.rollout.attention import PrefillLayout
 from lowvram_grpo.rollout.cache import GroupCache
 

@@ -13,14 +13,14 @@ from passes import COMPLETIONS, GROUPS, PROMPTS, adapted, assert_same, micro_bat
 
 from lowvram_grpo import scoring
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy import attention_choice, xformers_attention
-from lowvram_grpo.policy.attention import How
+from lowvram_grpo.policy.attention import How, runs
 from lowvram_grpo.policy.attention_choice import check, check_asked, described, kernel_of, wanted, why_not
 from lowvram_grpo.policy.checkpointing import checkpoint_activations
 from lowvram_grpo.policy.shared_prefix import PrefixLayout
 from lowvram_grpo.policy.shared_prefix import why_not as cannot_share
 from lowvram_grpo.policy.spread import Fold, spread
-from lowvram_grpo.policy.upload import runs, upload
 from lowvram_grpo.policy.xformers_attention import Case, Kernel, shared_pieces
 from lowvram_grpo.rollout.attention import PrefillLayout
 from lowvram_grpo.rollout.cache import GroupCache
