@@ -150,7 +150,7 @@ def test_gradients_of_copies_are_summed_in_one_place():
 
 
 def test_an_upload_is_one_tensor():
-    parts = upload([runs([(3, 2), (0, 0), (7, 1)]), torch.arange(6).view(2, 3), runs([])], CPU)
+    parts = upload([runs([(3, 2), (0, 0), (7, 1)]), torch.arange(6).view(2, 3), runs([])], CPU, pack=True)
     assert [part.tolist() for part in parts] == [[3, 4, 7], [[0, 1, 2], [3, 4, 5]], []]
     assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
 
