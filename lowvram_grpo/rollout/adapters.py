@@ -38,7 +38,7 @@ def fast_adapters(model: nn.Module, mode: str = "auto", fused_ops: str = "off") 
     To be entered under torch.no_grad() with the model in eval mode, inside of autocast if there is one. The active
     adapter's weights are read on entry: neither train nor switch adapters inside the block. A CUDA graph captured
     inside reads buffers that are freed at its end, so it must not outlive the block. Fused layers take peft's own way
-    when gradients are enabled.
+    when gradients are enabled. What `policy.fused_lora` keeps for training passes is let go.
 
     Touched are LoRA layers on linear layers (bitsandbytes' 4-bit and 8-bit ones too) that are plain: one active
     adapter, not merged, not disabled, no variant such as DoRA, no bias of its own, no dropout in force. Everything

@@ -28,7 +28,9 @@ from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.rollout.adapters import fast_adapters
 
 IDS = torch.randint(3, 41, (2, 9), generator=torch.Generator().manual_seed(4))
-BIG = {"hidden_size": 64, "intermediate_size": 128}  # what bitsandbytes' blocks fit into
+# Widths that bitsandbytes' blocks fit into: its operator for CPUs takes the wrong scales where a block ends in another
+# row than it begins in (0.50).
+BIG = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 
 
 def fused(model):
@@ -94,10 +96,10 @@ def test_four_bit_weights_made_dense_by_the_kernel(tmp_path, monkeypatch):
     monkeypatch.setattr(frozen_base, "dense_nf4", lambda *given: calls.append(1) or dense_nf4(*given))
     fuse_lora(model, nf4_kernel=True)
     assert_same(plain, training_pass(model), rtol=1e-5)
-    assert len(calls) == 2 * 14  # forward and back
+    assert len(calls) == 2 * 14 - 3  # forward and back, where nothing before the first q, k and v is trained
     with torch.no_grad(), model.disable_adapter():
         found = states(model)
-        assert len(calls) == 3 * 14
+        assert len(calls) == 3 * 14 - 3
         fuse_lora(model, nf4_kernel=False)
         torch.testing.assert_close(found, states(model), rtol=1e-5, atol=1e-5)
 

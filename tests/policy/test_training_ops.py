@@ -49,7 +49,7 @@ def input_gradient(model):
 
 
 @in_triton
-@pytest.mark.parametrize("kind,extra", LISTED)
+@pytest.mark.parametrize("kind,extra", [x for x in LISTED if x[0] in ("Qwen3", "Gemma2", "Phi", "Phi3")])
 def test_kernels_give_the_same_gradients(kind, extra, kernels):
     model = shaken(build(kind, **extra)).requires_grad_(False)
     expected = input_gradient(model)
