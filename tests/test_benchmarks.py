@@ -96,6 +96,26 @@ def test_replay_is_held_against_steps_that_are_launched_one_by_one(monkeypatch):
     assert rollout_providers.replay_is_eager(make_model(), task)["completions_equal"] == 0
 
 
+def test_the_row_of_graphs_counts_captures(monkeypatch):
+    class Graph:
+        def __init__(self, replay):
+            self.replay = replay
+
+    def capture(graphs, rows):  # returns nothing, as the real one does
+        graphs._graphs[rows] = Graph(lambda: graphs.step(rows))
+
+    made = rollout_providers.StepGraphs.__init__
+    monkeypatch.setattr(
+        rollout_providers.StepGraphs, "__init__", lambda self, *a, **kw: made(self, *a, **{**kw, "enabled": True})
+    )
+    monkeypatch.setattr(rollout_providers.StepGraphs, "_first", lambda graphs, rows: graphs.step(rows))
+    monkeypatch.setattr(rollout_providers.StepGraphs, "_capture", capture)
+    task = rollout_providers.Task([[5, 6, 7]], 2, 4, greedy=False)
+    found = rollout_providers.replay_is_eager(make_model(), task)
+    assert found["graphs"] >= 1
+    assert found == {"completions_equal": 2, "of": 2, "graphs": found["graphs"], "replay_equals_eager": True}
+
+
 @pytest.mark.parametrize("tied", (True, False))
 def test_a_step_reads_every_weight_once_and_no_embedding(tied):
     model = make_model(tie_word_embeddings=tied)
