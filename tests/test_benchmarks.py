@@ -104,10 +104,8 @@ def test_the_row_of_graphs_counts_captures(monkeypatch):
     def capture(graphs, rows):  # returns nothing, as the real one does
         graphs._graphs[rows] = Graph(lambda: graphs.step(rows))
 
-    made = rollout_providers.StepGraphs.__init__
-    monkeypatch.setattr(
-        rollout_providers.StepGraphs, "__init__", lambda self, *a, **kw: made(self, *a, **{**kw, "enabled": True})
-    )
+    always = property(lambda graphs: True, lambda graphs, value: None)
+    monkeypatch.setattr(rollout_providers.StepGraphs, "enabled", always, raising=False)
     monkeypatch.setattr(rollout_providers.StepGraphs, "_first", lambda graphs, rows: graphs.step(rows))
     monkeypatch.setattr(rollout_providers.StepGraphs, "_capture", capture)
     task = rollout_providers.Task([[5, 6, 7]], 2, 4, greedy=False)
