@@ -216,6 +216,8 @@ PROVIDERS: dict[str, Callable[[nn.Module, Task], Made]] = {
     "ours": ours,
     "ours-eager": lambda model, task: ours(model, task, graphs=False),
     "ours-int8": lambda model, task: ours(model, task, kv_dtype="int8"),
+    "ours-fused": lambda model, task: ours(model, task, fused_ops="on"),
+    "ours-unfused": lambda model, task: ours(model, task, fused_ops="off"),
     "ours-merged": lambda model, task: ours(model, task, adapters="merged"),
     BASELINE: hf,
     "hf-static": lambda model, task: hf(model, task, cache_implementation="static"),
