@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lowvram_grpo.bench.rows import ROOT, provenance
+from lowvram_grpo.bench.rows import ROOT, provenance_apart
 from lowvram_grpo.run import jsonl
 
 RIVALS = ROOT / ".gpu-stage" / "rivals.py"
@@ -35,7 +35,7 @@ def main() -> None:
     if dry_run and args.mode == "train":
         print("a dry run leaves this to the script's owner.")
         return
-    header = {**provenance(dry_run), "part": "rivals", "op": "header", "mode": args.mode}
+    header = {**provenance_apart(dry_run), "part": "rivals", "op": "header", "mode": args.mode}
     known = jsonl.read(args.out)
     same = [row for row in known if row.get("op") == "ended" and row.get("mode") == args.mode]
     if any(all(row.get(key) == header[key] for key in ("gpu", "commit", "dry_run")) for row in same):

@@ -157,9 +157,9 @@ class Suite:
         """Whether card and host have room for several jobs at a time."""
         return (self.rows.shared["memory_gib"] or 0) >= 40 and (os.cpu_count() or 1) >= 8
 
-    def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """Their summary rows. Whatever ends this, no process of a job outlives it."""
-        done, waiting = [], list(jobs)
+    def run(self, jobs: Sequence[Job], done: list[dict[str, Any]]) -> None:
+        """`done` receives their summary rows. Whatever ends this, no process of a job outlives it."""
+        waiting = list(jobs)
         try:
             while waiting:
                 together = self._batch(waiting)
@@ -173,7 +173,6 @@ class Suite:
             for running in self._running:
                 running.stop()
             self.log.close()
-        return done
 
     def _batch(self, waiting: list[Job]) -> list[Job]:
         """The jobs that are next, as many as may run at the same time."""
