@@ -2,7 +2,8 @@
 
 A row says that a check has begun, another how it ended. A process that is started again because the one before it
 crashed (the suite sets LOWVRAM_CRASHED to the last that it said) finds the check that had begun and not ended, writes
-it down as the one that crashed, and goes on behind it. An interrupted suite sets nothing: what had begun is tried again.
+it down as the one that crashed, and goes on behind it. An interrupted suite sets nothing: what had begun is tried
+again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from lowvram_grpo.run import jsonl
 
 # A row holds at most so much of a traceback: what of a long one says most stands at both ends.
 TRACE = 24_000
+_RAISED = re.compile(r"(E\s+)?[\w.]*(Error|Exception|Exit|Failed)\b")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+|\d+")
 
 
@@ -62,8 +64,8 @@ def signature(trace: str) -> str:
     without its numbers."""
     lines = [line for line in trace.splitlines() if line.strip()]
     places = re.findall(r"((?:lowvram_grpo|kernels|benchmarks|tests)/[\w/]+\.py)\D{1,10}(\d+)", trace)
-    said = next((line for line in reversed(lines) if re.match(r"(E\s+)?[\w.]*(Error|Exception|Exit|Failed)\b", line)), "")
-    said = said or next((line for line in lines if line.startswith("E ")), lines[-1] if lines else "")
+    raised = [line for line in lines if _RAISED.match(line)]
+    said = raised[-1] if raised else next((line for line in lines if line.startswith("E ")), lines[-1] if lines else "")
     # A crash's stack, as faulthandler prints it, begins with the innermost frame.
     inner = places[0] if "most recent call first" in trace and places else places[-1] if places else ("?",)
     where = ":".join(inner)

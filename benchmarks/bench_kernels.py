@@ -259,15 +259,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("shapes", "dtypes", "ops", "profiles", "providers"):
         setattr(args, name, getattr(args, name).split(","))
+    choices = {"ops": OPS, "dtypes": DTYPES, "shapes": SHAPES, "profiles": PROFILES, "providers": known}
+    for name, known in choices.items():
+        if unknown := [x for x in getattr(args, name) if x not in known]:
+            parser.error(f"unknown {name} {', '.join(unknown)}; known: {', '.join(known)}")
     if not torch.cuda.is_available() or args.dry_run:
         args.dry_run, args.rows, args.seconds = True, [16], 0.0
         args.shapes = ["dry"]
     if args.hidden:
         args.shapes = [f"real:{args.hidden.stem}"]
-    choices = {"ops": OPS, "dtypes": DTYPES, "shapes": SHAPES, "profiles": PROFILES, "providers": known}
-    for name, known in choices.items():
-        if unknown := [x for x in getattr(args, name) if x not in known and not x.startswith("real:")]:
-            parser.error(f"unknown {name} {', '.join(unknown)}; known: {', '.join(known)}")
     if any(n % SEQUENCES for n in args.rows):
         parser.error(f"--rows must be multiples of {SEQUENCES}")
     return args

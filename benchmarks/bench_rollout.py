@@ -129,12 +129,10 @@ class Bench:
 
     def run(self) -> bool:
         """Whether all cases are done; False if time is up."""
-        for self.head in sorted(self.args.heads):  # dense comes first
-            if not self._with_head():
-                return False
-        return True
+        return all([self._with_head(head) for head in sorted(self.args.heads)])  # dense comes first
 
-    def _with_head(self) -> bool:
+    def _with_head(self, head: str) -> bool:
+        self.head = head
         for task, names in self.cases():
             key = self.key(task)
             waiting = [n for n in names if not self.out.has(op="rollout", provider=n, **key)]
@@ -151,7 +149,13 @@ class Bench:
 
     def _case(self, task: Task, waiting: list[str]) -> None:
         named = {"group": task.group, "prompts": len(task.prompts), "prompt": len(task.prompts[0])}
-        named |= {"head": self.head, "length": task.length, "lora": self.args.lora, "threads": torch.get_num_threads(), **self.key(task)}
+        named |= {
+            "head": self.head,
+            "length": task.length,
+            "lora": self.args.lora,
+            "threads": torch.get_num_threads(),
+            **self.key(task),
+        }
         absent = {n: why for n in waiting if (why := missing(n, self.model, self.args.weights))}
         for name, why in absent.items():
             self.out.add(op="rollout", provider=name, missing=why, **named)

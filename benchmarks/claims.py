@@ -1,4 +1,4 @@
-"""The README's claims, one by one, beside what was measured of them: on which card, with which versions, at which commit.
+"""The README's claims, one by one, beside what was measured of them: on which card, with what, at which commit.
 
 `CLAIMS` is the table. A claim's quote stands in the README word for word (a test looks); what no row says anything
 about is "not measured". Predicted and modelled numbers are never in the column of measured ones.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kernel_tables import OURS, speedup, tables_of
+from memory_tables import BESIDE
 from text_tables import markdown
 
 NOT = "not measured"
@@ -44,9 +45,9 @@ class Claim(NamedTuple):
 def _steps(rows: list[dict], provider: str = "ours") -> list[dict]:
     found = {}
     for r in rows:
-        if r.get("part") == "memory" and r.get("provider") == provider and r.get("total_mib") is not None:
-            if "attention=" not in (r.get("setup") or ""):
-                found[r["model"], r.get("preset"), r.get("profile")] = r
+        of = r.get("part") == "memory" and r.get("provider") == provider and "attention=" not in (r.get("setup") or "")
+        if of and r.get("total_mib") is not None:
+            found[r["model"], r.get("preset"), r.get("profile")] = r
     return list(found.values())
 
 
@@ -97,8 +98,9 @@ def no_more_flop(rows: list[dict]) -> Found | None:
         if ours:
             best = min(ours, key=lambda r: r["ms"])
             first = first or best
-            said.append(f"{shape}, {n} rows: {best['ms']:.2f} ms, {best['ms'] / best['floor_ms']:.2f} x the bare product "
-                        f"of that shape, {best.get('diffuse_share', 0):.1%} diffuse rows")  # fmt: skip
+            times = f"{best['ms']:.2f} ms, {best['ms'] / best['floor_ms']:.2f} x"
+            said.append(f"{shape}, {n} rows: {times} the bare product of that shape, "
+                        f"{best.get('diffuse_share', 0):.1%} diffuse rows")  # fmt: skip
     return Found("<br>".join(said), first) if said else None
 
 
@@ -140,14 +142,17 @@ def rollouts_on_a_cpu(rows: list[dict]) -> Found | None:
         if r.get("op") == "rollout" and r.get("provider") == "ours" and r.get("speedup") and r["prompt"] >= 64:
             first = r
             by_length[r["prompt"]].append(r["speedup"])
-    said = [f"prompts of {n} tokens: {statistics.median(x):.2f} x generate ({min(x):.2f} to {max(x):.2f}, {len(x)} rows)"
+    said = [f"prompts of {n} tokens: {statistics.median(x):.2f} x generate "
+            f"({min(x):.2f} to {max(x):.2f}, {len(x)} rows)"
             for n, x in sorted(by_length.items())]  # fmt: skip
     return Found("<br>".join(said), first) if said else None
 
 
 def graphs(rows: list[dict]) -> Found | None:
     checks = [r for r in rows if r.get("op") == "graphs" and r.get("graphs")]
-    checks += [r for r in rows if r.get("op") == "check" and str(r.get("path")).startswith("graphs:") and r.get("graphs")]
+    checks += [
+        r for r in rows if r.get("op") == "check" and str(r.get("path")).startswith("graphs:") and r.get("graphs")
+    ]
     if not checks:
         return None
     equal, of = sum(r["completions_equal"] for r in checks), sum(r["of"] for r in checks)
@@ -184,34 +189,42 @@ def demo(rows: list[dict]) -> Found | None:
     if not found:
         return None
     row = max(found, key=lambda r: r["steps"])
-    return Found(f"the {row['model']} model, {row['steps']} steps through the command line: reward "
-                 f"{row['reward_first']:.2f} -> {row['reward_last']:.2f}, {row['step_s']:.2f} s a step", row)  # fmt: skip
+    reward = f"{row['reward_first']:.2f} -> {row['reward_last']:.2f}"
+    said = f"the {row['model']} model, {row['steps']} steps through the command line"
+    return Found(f"{said}: reward {reward}, {row['step_s']:.2f} s a step", row)
 
 
 def beside_trl(rows: list[dict]) -> Found | None:
     timed = lambda provider: {(r["model"], r["preset"]): r for r in rows if r.get("part") == "memory"
-                              and r.get("provider") == provider and r.get("profile") != "beside others"
+                              and r.get("provider") == provider and r.get("profile") != BESIDE
                               and r.get("fits") is not None and "attention=" not in (r.get("setup") or "")}  # fmt: skip
     said, first, theirs = [], None, timed("trl")
     for case, ours in timed("ours").items():
         if (trl := theirs.get(case)) and ours.get("step_s"):
             first = first or ours
-            other = f"{trl['step_s'][-1]:.1f} s, {trl['peak_reserved_gib']:.2f} GiB" if trl.get("step_s") else "out of memory"
+            other = (
+                f"{trl['step_s'][-1]:.1f} s, {trl['peak_reserved_gib']:.2f} GiB"
+                if trl.get("step_s")
+                else "out of memory"
+            )
             said.append(f"{Path(case[0]).name}, {case[1]}: {ours['step_s'][-1]:.1f} s a step, "
                         f"{ours['peak_reserved_gib']:.2f} GiB; TRL {other}")  # fmt: skip
     return Found("<br>".join(said), first) if said else None
 
 
 CLAIMS = (
-    Claim("Eight billion parameters on eight gigabytes", "training steps under the cap of an 8 GB card", eight_gigabytes),
+    Claim("Eight billion parameters on eight gigabytes",
+          "training steps under the cap of an 8 GB card", eight_gigabytes),
     Claim("`plan` runs the real training step on meta tensors and says, phase by phase, where each MiB goes",
           "peak of each phase beside its prediction", predicted_phases),
     Claim("If memory runs out all the same, it takes the next saver and redoes the same work",
           "two steps, the second with less memory than the first took", step_down),
-    Claim("in a fixed workspace: no full-vocabulary logits", "peak of forward and backward above the inputs", no_logits),
+    Claim("in a fixed workspace: no full-vocabulary logits",
+          "peak of forward and backward above the inputs", no_logits),
     Claim("on a trained model's samples no more FLOP than the log-probs alone",
           "time of forward and backward over that of the bare matrix product", no_more_flop),
-    Claim("An engine that samples from the very weights that train", "rollouts beside generate", rollouts_beside_generate),
+    Claim("An engine that samples from the very weights that train",
+          "rollouts beside generate", rollouts_beside_generate),
     Claim("the decode step in one CUDA graph", "replay beside the same steps launched one by one", graphs),
     Claim("on a CPU 1.3 times as fast at short prompts and 3.6 to 5.2 times at 1,024 tokens",
           "rollouts beside generate on a CPU", rollouts_on_a_cpu, cpu=True),

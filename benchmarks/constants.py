@@ -142,7 +142,9 @@ def fused_width(rows: list[dict], now: str | None) -> Proposal | None:
         if green and row.get("op") == "train" and row.get("profile") in ("peaked", "real"):
             case = row["width"], row["shape"], row["rows"], row["dtype"], row["gpu"], row["commit"]
             cases[case][row["provider"]] = row["ms"]
-    both = {case: c["ours-cublas"] / c["ours-fused"] for case, c in cases.items() if {"ours-fused", "ours-cublas"} <= set(c)}
+    both = {
+        case: c["ours-cublas"] / c["ours-fused"] for case, c in cases.items() if {"ours-fused", "ours-cublas"} <= set(c)
+    }
     if not both:
         return None
     ratios = defaultdict(list)
@@ -186,7 +188,7 @@ def attention(rows: list[dict], now: str | None) -> Proposal | None:
     cases: dict[tuple, dict[str, dict]] = defaultdict(dict)
     for row in rows:
         chosen = re.search(r"attention=(\w+)", row.get("setup") or "")
-        if chosen and row.get("step_s") and row.get("profile") != "beside others":
+        if chosen and row.get("step_s") and row.get("profile") != memory_tables.BESIDE:
             cases[row["gpu"], row["commit"], row["model"]][chosen[1]] = row
     both = {case: c for case, c in cases.items() if {"sdpa", "xformers"} <= set(c)}
     if not both:

@@ -1,6 +1,6 @@
 """What a smoke run found, on one page: every check that failed, each distinct fault once, and what did not run.
 
-    python benchmarks/crashes.py ROWS_OR_FOLDER [--to smoke.txt]
+python benchmarks/crashes.py ROWS_OR_FOLDER [--to smoke.txt]
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def page(rows: list[dict]) -> str:
     found, by = checks(rows), faults(rows)
     count = lambda status: sum(row["status"] == status for row in found.values())
     lines = [
-        f"Smoke run on {first.get('gpu')}, commit {first.get('commit')}" + (" (dry run)" if first.get("dry_run") else ""),
+        f"Smoke run on {first.get('gpu')}, commit {first.get('commit')}{' (dry run)' * bool(first.get('dry_run'))}",
         ", ".join(f"{name} {number}" for name, number in (first.get("versions") or {}).items()),
         f"{count('passed')} passed, {count('failed')} failed, {count('crashed')} ended their process, "
         f"{count('skipped')} skipped; {len(by)} distinct faults.",

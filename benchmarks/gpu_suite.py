@@ -15,8 +15,8 @@ their names or parts (tests, smoke, train, memory, kernels, rollouts, rivals, pr
     smoke.txt     after smoke: every crash, each distinct traceback once (crashes.py)
     profile.txt   after rest: the longest kernels and gaps of a decode step and of a micro-batch
 
-On a machine that is lent bare (no network; results only from $OUT; 64 MiB travel, 8 files of 16 MiB come back), here, in
-the repository root, with the commit made:
+On a machine that is lent bare (no network; results only from $OUT; 64 MiB travel, 8 files of 16 MiB come back), here,
+in the repository root, with the commit made:
 
     ../shared/gpu/stage-site.sh .gpu-stage
     cp ../shared/gpu/rivals.py ../shared/gpu/carry-model.py .gpu-stage/; git rev-parse HEAD >.gpu-stage/commit

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from memory_tables import BESIDE
 
 from lowvram_grpo.bench.measure import apart
 from lowvram_grpo.bench.memory import Case, cases, planned, run
@@ -76,6 +77,9 @@ def chosen(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
         if "attention" not in GRPOConfig.__dataclass_fields__:
             print("this version has no setting `attention`: there is nothing to compare.")
             return
+        if "xformers" in args.attention and importlib.util.find_spec("xformers") is None:
+            print("xformers is not installed: there is nothing to compare.")
+            return
         for model in models:
             for name in args.attention:
                 (case,) = cases([model], [main_preset(model)], {**flags, "attention": name})
@@ -107,7 +111,7 @@ def rival(case: Case, rows: Rows, *, device: str, steps: int, until: float) -> N
           f"{row.get('missing') or row.get('error') or row.get('step_s')}", flush=True)  # fmt: skip
 
 
-def main() -> None:
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", help="as `lowvram-grpo plan` takes them")
@@ -119,12 +123,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds that one run may take")
     parser.add_argument("--dry-run", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.dry_run = args.dry_run or not torch.cuda.is_available()
-    device = "cpu" if args.dry_run else "cuda"
+    return args
+
+
+def main() -> None:
+    args = parsed()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = 1 if args.dry_run else args.steps
     # Part of the key, so that such a run is made again alone, for its time.
-    beside = {"profile": "beside others"} if args.beside else {}
+    beside = {"profile": BESIDE} if args.beside else {}
     if args.beside:
         os.environ["LOWVRAM_BESIDE"] = "1"
     out = Rows(args.out, args.dry_run, shared=provenance_apart(args.dry_run), part="memory", **beside)

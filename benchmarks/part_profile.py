@@ -1,4 +1,4 @@
-"""Where the time of one decode step and of one micro-batch goes: the longest kernels, and the longest gaps between them.
+"""Where the time of one decode step and of one micro-batch goes: the longest kernels, and the gaps between them.
 
     python benchmarks/part_profile.py --out rows.jsonl [--models Qwen2.5-0.5B Qwen2.5-7B] [--minutes 1]
 

@@ -38,8 +38,8 @@ MODEL = "Qwen2.5-0.5B"
 DRY_MODEL = str(ROOT / "lowvram_grpo" / "demo" / "model")
 PRESETS = ("8gb", "4gb", "6gb", "12gb", "16gb", "24gb")
 CHECKS = ("imports", *(f"preset:{name}" for name in PRESETS), "graphs:dense", "graphs:int8", "fused", "oom")
-NEEDED = ("triton", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "safetensors", "tokenizers", "rich",
-          "typer", "yaml", "psutil", "math_verify", "pytest", "matplotlib")  # fmt: skip
+NEEDED = ("triton", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "safetensors", "tokenizers",
+          "rich", "typer", "yaml", "psutil", "math_verify", "pytest", "matplotlib")  # fmt: skip
 # What is measured beside ours, or used where it is there.
 WELCOME = ("trl", "liger_kernel", "unsloth_zoo", "cut_cross_entropy", "xformers", "gguf", "pynvml", "tomli_w")
 # A quarter of the completions may differ: a graph's products may be cut in another way.
@@ -120,9 +120,7 @@ class Check:
         from lowvram_grpo.policy.wrapper import unwrap
 
         model = self._rollout_model()
-        place_embeddings(
-            unwrap(model), head_dtype=head, embedding_offload=False, device=self.device, dtype=self.dtype
-        )
+        place_embeddings(unwrap(model), head_dtype=head, embedding_offload=False, device=self.device, dtype=self.dtype)
         with self._autocast():
             found = replay_is_eager(model, self._task())
         assert found["graphs"] or not has_graphs(self.device), f"nothing was captured: {found}"

@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from kernel_tables import OURS, PROVIDERS, tables_of
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from memory_tables import BESIDE
 
 from lowvram_grpo.bench.plots import draw as stacked
 
@@ -59,7 +61,7 @@ def _bars(cases: dict[str, dict], title: str, path: Path) -> bool:
             axis.bar(at, heights, width * 0.92, label=name, color=COLOURS[name])
         axis.set_xticks(range(len(cases)), list(cases))
         axis.set_ylabel(label)
-        axis.set_yscale("log")
+        _logarithmic(axis)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
@@ -97,7 +99,7 @@ def _rollouts(rows: list[dict], title: str, path: Path) -> list[Path]:
                       label="bound by bandwidth" if x == 0 else None)  # fmt: skip
     axis.set_xticks(range(len(cases)), list(cases), fontsize=8)
     axis.set_ylabel("tokens a second")
-    axis.set_yscale("log")
+    _logarithmic(axis)
     _finish(figure, axis, title, path)
     return [path]
 
@@ -113,6 +115,14 @@ def _rewards(row: dict, title: str, path: Path) -> Path:
     axis.set_ylabel("reward")
     _finish(figure, axis, f"the {row['model']} model through the command line\n{title}", path)
     return path
+
+
+def _logarithmic(axis) -> None:
+    """With plain numbers at 1, 2 and 5."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _finish(figure, axis, title: str, path: Path) -> None:
@@ -132,8 +142,9 @@ def _memory(steps: list[dict], title: str, path: Path) -> None:
     for i, r in enumerate(steps):
         axis.barh(i, r["peak_reserved_gib"], 0.7, color=colour(r))
         axis.plot([r["cap_gib"]] * 2, [i - 0.42, i + 0.42], color="#b3002d", linewidth=1.6)
-        said = "out of memory" if r["fits"] is False else "failed"
-        said = f"{r['step_s'][-1]:.1f} s a step" if r.get("step_s") else said
+        said = {True: "fits", False: "out of memory", None: "failed"}[r["fits"]]
+        if r.get("step_s") and r.get("profile") != BESIDE:
+            said = f"{r['step_s'][-1]:.1f} s a step"
         axis.text(max(r["peak_reserved_gib"], r["cap_gib"]), i, f"  {said}", va="center", fontsize=8)
     names = [f"{Path(r['model']).name} {r.get('preset', '')} {r['provider']}" for r in steps]
     axis.set_yticks(range(len(steps)), names, fontsize=8)

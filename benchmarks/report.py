@@ -3,8 +3,8 @@
     python benchmarks/report.py [--results DIR] [--to benchmarks/RESULTS.md] [--model-roofline]
 
 First the README's claims (claims.py), each with what was measured of it; then what each card has to say, in tables
-(kernel_tables.py, sections.py) and pictures (plots.py). Only rows that were measured: those of a dry run are left out. A speed-up compares rows of one file, GPU, commit and set
-of versions, and one that failed its gate is in no comparison.
+(kernel_tables.py, sections.py) and pictures (plots.py). Only rows that were measured: those of a dry run are left out.
+A speed-up compares rows of one file, GPU, commit and set of versions, and one that failed its gate is in no comparison.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""RESULTS.md's sections beside the kernels': whole steps, memory, rollouts, the bundled model, rivals, the device's tests."""
+"""RESULTS.md's sections beside the kernels': steps, memory, rollouts, the bundled model, rivals, profiles, checks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def other_sections(rows: list[dict]) -> list[str]:
         body = [
             [
                 Path(r["model"]).name, r.get("preset", ""), r["provider"], number(r.get("cap_gib")), _FITS[r["fits"]],
-                number(r.get("peak_reserved_gib")), number(r.get("step_s")), (r.get("error") or "").replace("|", "/"),
+                number(r.get("peak_reserved_gib")), "" if r.get("profile") == memory_tables.BESIDE else
+                number(r.get("step_s")), (r.get("error") or "").replace("|", "/"),
             ]
             for r in steps
         ]  # fmt: skip
@@ -58,7 +59,8 @@ def _profiles(rows: list[dict]) -> list[str]:
         first = r["kernels"][0] if r["kernels"] else {"us": 0.0, "name": ""}
         gap = r["gaps"][0] if r["gaps"] else {"us": 0.0, "host": ""}
         body.append([
-            r["model"], r["op"], f"{r['total_us'] / 1e3:.2f}", f"{r['busy_us'] / r['total_us']:.0%}", str(r["launches"]),
+            r["model"], r["op"], f"{r['total_us'] / 1e3:.2f}", f"{r['busy_us'] / r['total_us']:.0%}",
+            str(r["launches"]),
             f"{first['us'] / 1e3:.2f}: `{first['name'][:50]}`", f"{gap['us']:.0f}: `{gap['host'][:40]}`",
         ])  # fmt: skip
     header = ["model", "of", "ms", "busy", "launches", "longest kernel, ms", "longest gap, us, and what the host did"]

@@ -106,7 +106,7 @@ class _Log:
     """Appends to a file until it is as long as it may be."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "a", encoding="utf-8", buffering=1)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (close() closes it)
         self._left = LOG_BYTES - path.stat().st_size
         self._lock = threading.Lock()
 

@@ -21,11 +21,10 @@ def smoke(wide: bool) -> list[Job]:
     check = lambda name, *checks, share=3.0: Job(
         f"smoke-{name}", "part_smoke.py", ["--checks", *checks], share, 20, "smoke", "smoke"
     )
-    tests = [
-        Job(f"tests-{i}", "part_tests.py", ["--shard", i, "--of", of], 24 / of, 30, "smoke", "tests",
-            dry=["--shard", i, "--of", of])  # fmt: skip
-        for i in range(of)
-    ]
+    shard = lambda i: Job(
+        f"tests-{i}", "part_tests.py", ["--shard", i, "--of", of], 24 / of, 30, beside="smoke", part="tests"
+    )
+    tests = [shard(i) for i in range(of)]
     return [
         check("imports", "imports", share=1),
         *tests,

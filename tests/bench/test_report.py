@@ -23,7 +23,8 @@ def memory(model, total, predicted, **extra):
     parts = {"base weights": 0.55 * predicted, "activations": 0.2 * predicted, "head": 0.1 * predicted,
              "CUDA context": 0.1 * predicted, "fragmentation": 0.05 * predicted}  # fmt: skip
     row = {
-        **CARD, "part": "memory", "op": "train-step", "provider": "ours", "model": model, "preset": "8gb", "vram_gib": 8.0,
+        **CARD, "part": "memory", "op": "train-step", "provider": "ours", "model": model, "preset": "8gb",
+        "vram_gib": 8.0,
         "cap_gib": 6.3, "rungs": [], "fits": True, "fits_predicted": True, "predicted_peak_mib": predicted,
         "predicted_peak_phase": "rollout", "predicted_mib": {p: predicted * (1 - i / 20) for i, p in enumerate(phases)},
         "predicted_parts_mib": {p: {k: v * (1 - i / 20) for k, v in parts.items()} for i, p in enumerate(phases)},
@@ -55,23 +56,32 @@ def rollout(provider, tokens_s, speedup, head="dense", group=8, model="Qwen2.5-0
 
 
 def made_up():
-    check = lambda part, path, status, **more: {**CARD, "part": part, "op": "check", "path": path, "status": status, **more}
+    check = lambda part, path, status, **more: {
+        **CARD,
+        "part": part,
+        "op": "check",
+        "path": path,
+        "status": status,
+        **more,
+    }
+    unpredicted = {"provider": "trl", "predicted_mib": None, "predicted_peak_mib": None}
     rows = [
-        memory("Qwen2.5-0.5B", 1210.0, 1130.0), memory("Qwen2.5-7B", 5500.0, 5430.0), memory("Qwen3-8B", 6100.0, 5940.0),
-        memory("Qwen2.5-0.5B", 3000.0, 1.0, provider="trl", predicted_mib=None, predicted_peak_mib=None, step_s=[21.0, 19.5]),
+        memory("Qwen2.5-0.5B", 1210.0, 1130.0), memory("Qwen2.5-7B", 5500.0, 5430.0),
+        memory("Qwen3-8B", 6100.0, 5940.0), memory("Qwen2.5-0.5B", 3000.0, 1.0, step_s=[21.0, 19.5], **unpredicted),
         check("smoke", "oom", "passed", events=["forward: per_device_train_batch_size=4"], loss=[0.1, 0.2]),
         check("smoke", "graphs:int8", "passed", graphs=2, completions_equal=8, of=8),
         check("tests", "tests/gpu/test_a.py::test_one", "passed"),
         check("tests", "tests/gpu/test_a.py::test_two", "failed", error="AssertionError: 1 | 2"),
-        {**CARD, "part": "train", "op": "demo", "model": "bundled", "steps": 60, "reward_first": 0.4, "reward_last": 0.8,
-         "step_s": 0.3, "peak_gib": 0.4, "rewards": [0.4 + i / 150 + 0.05 * (i % 3) for i in range(60)]},
+        {**CARD, "part": "train", "op": "demo", "model": "bundled", "steps": 60, "reward_first": 0.4,
+         "reward_last": 0.8, "step_s": 0.3, "peak_gib": 0.4,
+         "rewards": [0.4 + i / 150 + 0.05 * (i % 3) for i in range(60)]},
         {**CARD, "part": "profile", "op": "decode step", "model": "Qwen2.5-0.5B", "total_us": 3000.0, "busy_us": 900.0,
          "launches": 1354, "kernels": [{"us": 300.0, "calls": 48, "name": "gemm"}],
          "gaps": [{"us": 40.0, "host": "aten::mm", "after": "a", "before": "b"}]},
     ]  # fmt: skip
     for shape, width, scale in (("qwen2.5-0.5b", 896, 1), ("qwen2.5-1.5b", 1536, 2), ("llama3.1-8b", 4096, 4)):
-        rows += [train("ours-fused", shape, width, 2.0 * scale, 70.0), train("ours-cublas", shape, width, 2.4 * scale, 90.0),
-                 train("eager", shape, width, 5.0 * scale, 3700.0), train("liger", shape, width, 9.0 * scale, 800.0)]  # fmt: skip
+        times = {"ours-fused": (2.0, 70.0), "ours-cublas": (2.4, 90.0), "eager": (5.0, 3700.0), "liger": (9.0, 800.0)}
+        rows += [train(name, shape, width, ms * scale, mib) for name, (ms, mib) in times.items()]
     for model, speed in (("Qwen2.5-0.5B", 1.0), ("Qwen2.5-7B", 0.2)):
         rows += [rollout("ours", 3600 * speed, 4.0, model=model), rollout("hf-dynamic", 900 * speed, 1.0, model=model),
                  rollout("ours", 4400 * speed, 4.9, "int8", model=model),
