@@ -44,19 +44,19 @@ def measure(wide: bool) -> list[Job]:
     models = {"0.5B": "Qwen2.5-0.5B", "1.5B": "Qwen2.5-1.5B", "7B": "Qwen2.5-7B", "8B": "Qwen3-8B"}
     beside = ["--beside"] if wide else []
     under_8gb = [
-        _memory(short, "--models", model, "--presets", "8gb", "--providers", "ours", *beside, share=7, beside="memory")
+        _memory(short, "--models", model, "--presets", "8gb", "--providers", "ours", *beside, share=16, beside="memory")
         for short, model in models.items()
     ]
     return [
         *under_8gb,
         Job("sweep", "bench_kernels.py",
             ["--ops", "train", "--rows", "4096", "--dtypes", "bfloat16", "--profiles", "peaked", "--seconds", "0.25",
-             "--shapes", "qwen2.5-0.5b,qwen2.5-1.5b,llama3.1-8b"], 14, 25, part="kernels",
+             "--shapes", "qwen2.5-0.5b,qwen2.5-1.5b,llama3.1-8b"], 16, 25, part="kernels",
             dry=["--ops", "train", "--dtypes", "bfloat16", "--profiles", "peaked"]),
         Job("rollouts", "bench_rollout.py",
             ["--group", 8, 16, "--prompt", 256, "--rounds", 2, "--providers", "ours", "ours-eager", "hf-dynamic"],
-            17, 30, part="rollouts", dry=["--providers", "ours", "ours-eager", "hf-dynamic"]),
-        _memory("beside-trl", "--models", "Qwen2.5-0.5B", "--presets", "8gb", "--providers", "ours", "trl", share=14),
+            20, 30, part="rollouts", dry=["--providers", "ours", "ours-eager", "hf-dynamic"]),
+        _memory("beside-trl", "--models", "Qwen2.5-0.5B", "--presets", "8gb", "--providers", "ours", "trl", share=18),
         Job("rivals-train", "part_rivals.py", ["--mode", "train", "--models", "1.5b"], 5, 30, part="rivals"),
     ]  # fmt: skip
 
@@ -68,7 +68,7 @@ def rest(wide: bool) -> list[Job]:
     small = ["--ops", "train,loss,kl", "--dtypes", "float16", "--profiles", "mixed"]
     return [
         Job("fused-ops", "bench_rollout.py",
-            ["--model", "Qwen2.5-0.5B", "Qwen2.5-7B", "--group", 8, "--prompt", 256, "--rounds", 2,
+            ["--model", "Qwen2.5-0.5B", "Qwen2.5-7B", "--heads", "int8", "--group", 8, "--prompt", 256, "--rounds", 2,
              "--providers", "ours", "ours-fused", "ours-unfused", "ours-int8"], 12, 30, part="rollouts",
             dry=["--providers", "ours-fused", "ours-unfused"]),
         Job("profile", "part_profile.py", [], 10, 25, part="profile"),
