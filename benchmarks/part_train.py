@@ -5,7 +5,7 @@
 `lowvram-grpo demo` stays on the CPU wherever it runs, so this is `lowvram-grpo train` with the demo's recipe. It says
 that every part works together on this device; the model is far too small for its speed to mean anything. With --learn
 a model with real weights trains instead, where one has been staged (docs/benchmarks.md): .gpu-stage/learn/ holds what
-carry-model.py packed, data.jsonl and recipe.toml.
+carry-model.py packed, data.jsonl and recipe.toml (learn.toml is one).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ for i in range(4):
            "sdpa": os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED"), "pid": os.getpid()}
     with open(out, "a") as f:
         f.write(json.dumps(row) + "\\n")
-    time.sleep(0.02 if kind != "slow" else 1.0)
+    time.sleep(0.02 if not kind.startswith("slow") else 0.6)
 """
 POSIX = pytest.mark.skipif(os.name != "posix", reason="by signals")
 
@@ -99,18 +99,17 @@ def test_a_crash_costs_the_others_nothing_and_is_gone_on_behind(tmp_path, job):
 @POSIX
 def test_a_hang_takes_its_own_time_and_no_more(tmp_path, job):
     started = time.monotonic()
-    done = run(tmp_path / "out", job("hang", share=1), job("fine", share=2), minutes=0.35)
+    done = run(tmp_path / "out", job("hang", share=1), job("fine", share=1), minutes=0.2)
     assert time.monotonic() - started < 20
     assert done["hang"]["status"] == "out of time" and done["fine"]["status"] == "ok"
 
 
 def test_jobs_run_side_by_side_where_there_is_room(tmp_path, job, monkeypatch):
     monkeypatch.setattr(Suite, "wide", property(lambda suite: True))
-    started = time.monotonic()
-    done = run(tmp_path / "out", *(job("slow", beside="x")._replace(name=f"slow-{i}") for i in range(3)))
-    pids = {r["job"]: r["pid"] for r in steps(tmp_path / "out", "slow")}
-    # All three write the steps of one kind; one after the other would take 12 s.
-    assert len(set(pids.values())) == 3 and time.monotonic() - started < 10
+    done = run(tmp_path / "out", *(job(f"slow-{i}", beside="x") for i in range(3)))
+    order = [r["job"] for r in jsonl.read(tmp_path / "out" / "rows.jsonl") if r.get("op") == "step"]
+    # All three have begun before any has ended.
+    assert len(order) == 12 and set(order[:9]) == set(done)
     assert {row["status"] for row in done.values()} == {"ok"}
 
 
@@ -139,7 +138,7 @@ def test_an_interrupted_suite_leaves_readable_rows_and_goes_on(tmp_path, job, ho
     process.send_signal(how)
     process.wait(timeout=30)
     child, written = steps(out, "slow")[0]["pid"], len(steps(out, "slow"))
-    time.sleep(1.3)
+    time.sleep(0.8)
     assert len(steps(out, "slow")) == written  # its job has ended with it
     # A row torn in the middle, as a process that dies while it writes leaves it.
     with open(out / "rows.jsonl", "a", encoding="utf-8") as file:
