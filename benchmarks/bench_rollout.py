@@ -41,41 +41,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from rollout_limit import bandwidth, kv_bytes_a_token, weight_bytes
+from rollout_model import DRY_MODEL, load
 from rollout_providers import BASELINE, PROVIDERS, Task, cache_bytes, has_graphs, missing, replay_is_eager, sync
 from torch import nn
 
-from lowvram_grpo.bench.models import random_model
-from lowvram_grpo.bench.rows import ROOT, Rows, reason
+from lowvram_grpo.bench.rows import Rows, reason
 from lowvram_grpo.memory.architectures import resolve_config
 from lowvram_grpo.policy.embeddings import place_embeddings
-from lowvram_grpo.policy.load import attach_lora, load_causal_lm
-from lowvram_grpo.policy.quantization import bitsandbytes_config
+from lowvram_grpo.policy.load import compute_dtype
 from lowvram_grpo.policy.wrapper import unwrap
 
 MODELS = ["Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B"]
-DRY_MODEL = str(ROOT / "lowvram_grpo" / "demo" / "model")
 EVERYWHERE = ["ours", "ours-int8", BASELINE]
 MIB = 2**20
-
-
-def load(name: str, weights: str, rank: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model in eval mode, with an adapter of this rank that is not zero (0: none)."""
-    if any(Path(name).glob("*.safetensors")):
-        config = bitsandbytes_config(weights, dtype)
-        model = load_causal_lm(name, device=device, dtype=dtype, quantization_config=config)
-        model = model.to(device) if config is None else model
-    else:
-        model = random_model(resolve_config(name)[0], quantization=weights, dtype=dtype, device=device)
-    if rank:
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = attach_lora(model, lora)
-        generator = torch.Generator(device).manual_seed(0)
-        for key, weight in model.named_parameters():
-            if ".lora_B." in key:
-                nn.init.normal_(weight, std=0.005, generator=generator)
-    return model.eval()
 
 
 class Bench:
@@ -300,8 +279,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         args.rounds = 1
     args.model = args.model or MODELS
     args.device = torch.device("cuda" if cuda else "cpu")
-    half = torch.bfloat16 if cuda and torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-    args.dtype = half if cuda else torch.float32
+    args.dtype = compute_dtype(args.device)
     return args
 
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from bench_rollout import DRY_MODEL, load
+from rollout_model import DRY_MODEL, load
 from rollout_providers import Task, ours, sync
 
 from lowvram_grpo.bench.rows import Rows, reason
+from lowvram_grpo.policy.load import compute_dtype
 from lowvram_grpo.rollout import decode, engine
 
 MODELS = ["Qwen2.5-0.5B", "Qwen2.5-7B"]
@@ -92,9 +93,7 @@ def main() -> None:
     until = time.monotonic() + 60 * args.minutes
     args.cuda = torch.cuda.is_available()
     args.device = torch.device("cuda" if args.cuda else "cpu")
-    args.dtype = torch.float32
-    if args.cuda:
-        args.dtype = torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    args.dtype = compute_dtype(args.device)
     args.dry_run = args.dry_run or not args.cuda
     args.rounds = 1 if args.dry_run else args.rounds
     out = Rows(args.out, args.dry_run, part="knobs")

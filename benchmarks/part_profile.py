@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from rollout_model import DRY_MODEL, load
 from torch.profiler import ProfilerActivity, profile
 
-from lowvram_grpo.bench.rows import ROOT, Rows, reason
+from lowvram_grpo.bench.rows import Rows, reason
+from lowvram_grpo.policy.load import compute_dtype
 
 MODELS = ["Qwen2.5-0.5B", "Qwen2.5-7B"]
-DRY_MODEL = str(ROOT / "lowvram_grpo" / "demo" / "model")
 MOST = 10
 # The decode step that is profiled: the graph of its width has been captured by then.
 STEP = 6
@@ -188,14 +189,10 @@ def main() -> None:
     args.until = time.monotonic() + 60 * args.minutes
     args.cuda = torch.cuda.is_available()
     args.device = torch.device("cuda", 0) if args.cuda else torch.device("cpu")
-    args.dtype = torch.float32
-    if args.cuda:
-        args.dtype = torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    args.dtype = compute_dtype(args.device)
     args.dry_run = args.dry_run or not args.cuda
     out = Rows(args.out, args.dry_run, part="profile")
     for name in [DRY_MODEL] if args.dry_run else args.models:
-        from bench_rollout import load
-
         model: list[torch.nn.Module] = []  # loaded when the first step asks for it
 
         def step(graphs: bool, name: str = name, model: list = model) -> dict[str, Any]:

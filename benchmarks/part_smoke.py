@@ -96,12 +96,11 @@ class Check:
         return found
 
     def _rollout_model(self) -> torch.nn.Module:
-        from bench_rollout import load
+        from rollout_model import load
 
-        self.dtype = torch.float32
-        if self.cuda:
-            half = torch.cuda.get_device_capability()[0] >= 8
-            self.dtype = torch.bfloat16 if half else torch.float16
+        from lowvram_grpo.policy.load import compute_dtype
+
+        self.dtype = compute_dtype(self.device)
         return load(self.model, "nf4" if self.cuda else "none", 16, self.dtype, self.device)
 
     def _task(self) -> Any:

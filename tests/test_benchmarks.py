@@ -33,10 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_the_dry_run_of_the_suite(tmp_path):
     call = [sys.executable, ROOT / "benchmarks" / "gpu_suite.py", "--dry-run", "--minutes", "15", "--out", tmp_path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = lambda *more: subprocess.run(
-        [*map(str, call), *more], capture_output=True, text=True, env=environment, timeout=900
-    )
-    done = run("--only", "sweep,memory-0.5B,profile")
+    call += ["--only", "sweep,memory-0.5B,profile"]
+    done = subprocess.run(list(map(str, call)), capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {row["part"] for row in rows} == {"suite", "kernels", "memory", "profile"}
@@ -48,9 +46,6 @@ def test_the_dry_run_of_the_suite(tmp_path):
         assert {"ours-fused", "ours-cublas"} <= timed
     # Nothing is compiled by torch.compile unless it is asked for.
     assert not [row for row in rows if "compiled" in (row.get("provider") or "")]
-    of = lambda part: [row for row in jsonl.read(tmp_path / "rows.jsonl") if row["part"] == part]
-    before = of("kernels")
-    assert run("--only", "sweep").returncode == 0 and of("kernels") == before
     assert report.load(tmp_path) == [] and len(report.load(tmp_path, dry_run=True)) >= len(rows)
     # As much as comes back from a machine that is lent.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["profile.txt", "rows.jsonl", "suite.log"]
