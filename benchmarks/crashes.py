@@ -44,7 +44,14 @@ def telling(trace: str) -> list[str]:
     return (marked or [line for line in lines if line.strip()][-FIRST_LINES:])[:FIRST_LINES]
 
 
+def latest(rows: list[dict]) -> list[dict]:
+    """Of the card and commit that the last row is of: what another commit failed may be mended."""
+    last = next((row for row in reversed(rows) if row.get("commit")), {})
+    return [row for row in rows if all(row.get(key) == last.get(key) for key in ("gpu", "commit", "dry_run"))]
+
+
 def page(rows: list[dict]) -> str:
+    rows = latest(rows)
     suite = [row for row in rows if row.get("part") == "suite"]
     first = next(iter(suite or rows), {})
     found, by = checks(rows), faults(rows)

@@ -91,7 +91,7 @@ def finish(out: Path, done: list[dict[str, Any]]) -> bool:
     failed = []
     if any(row.get("part") in ("smoke", "tests") for row in rows):
         (out / "smoke.txt").write_text(crashes.page(rows), encoding="utf-8")
-        failed = [one for members in crashes.faults(rows).values() for one in members]
+        failed = [one for members in crashes.faults(crashes.latest(rows)).values() for one in members]
         print("\n".join(["", *(f"{row['status']}: {row['path']}" for row in failed)]))
     print("\n== summary")
     for row in done:
