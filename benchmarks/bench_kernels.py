@@ -1,16 +1,19 @@
 """Log-probs of sampled tokens, forward and backward: our three paths beside every rival, in one process.
 
     python benchmarks/bench_kernels.py --out benchmarks/results/kernels.jsonl [--minutes 5] [--shapes qwen2.5-0.5b,...]
-        [--rows 4096,8192,2048] [--dtypes bfloat16,float16] [--ops train,score,...] [--hidden states.pt]
+        [--rows 4096,8192,2048] [--dtypes bfloat16,float16] [--ops train,score,...] [--providers ours-fused,...]
+        [--hidden states.pt]
 
 Operations, with a frozen head and temperature 1 (CCE and torch have no other):
 
     train        log-probs and their backward pass to the hidden states
     score        log-probs without gradient
-    dense        as train, every row by the dense product
+    dense        as train, every row by the dense product: what the lists save
     kl           as train, with reference hidden states in the same sweep and the exact KL
     int8, nf4    as train, with a quantized head
     loss         the GRPO loss from (B, T) log-probs on
+
+What torch.compile makes (`liger-compiled`, `compiled`) takes minutes: it is measured where --providers names it.
 
 Each provider is first held against float64 (`correct.py`); one that fails gets no time. Cases come in order of worth,
 so that a time box cuts the least of them, and a row that --out holds already for this GPU and commit is skipped.
@@ -24,59 +27,19 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from correct import Exact, errors, oracle, subset, verdict
+from kernel_cases import DTYPES, OPS, Case, steps
 from loss_cases import bench_loss
 from lowvram_grpo.kernels.runtime import interpreted
-from profiles import PROFILES, SHAPES, Inputs, head_weight, inputs_of, measured
-from providers import OURS, SEQUENCES, Problem, Unavailable, names_for, provider
+from profiles import MAIN_SHAPES, PROFILES, SHAPES, Inputs, head_weight, inputs_of, measured
+from providers import COMPILED, OURS, RIVALS, SEQUENCES, Problem, Unavailable, names_for, provider
 from timing import copy_ceiling, matmul_ceiling, peak_mib, timed
 
 from lowvram_grpo.bench.rows import Rows, reason
 from lowvram_grpo.policy.head import Head
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-OPS = ("train", "loss", "score", "kl", "dense", "int8", "nf4")
-
-
-class Case(NamedTuple):
-    """One problem: all providers of `op` meet on the same tensors."""
-
-    op: str
-    shape: str
-    rows: int
-    dtype: str
-    profile: str
-
-    def worth(self, rows: list[int], dtypes: list[str], shapes: list[str]) -> tuple:
-        """Sorts cases, the most telling first: what every step does, on the profile of a trained model."""
-        profile = {"real": 0, "peaked": 0, "mixed": 1, "diffuse": 2}[self.profile]
-        main = self.op == "train"
-        return (
-            dtypes.index(self.dtype), rows.index(self.rows), (0 if main else 1) + profile, OPS.index(self.op),
-            shapes.index(self.shape),
-        )  # fmt: skip
-
-
-def cases_of(args: argparse.Namespace) -> list[Case]:
-    found = []
-    shapes, rows, dtypes = args.shapes, args.rows, args.dtypes
-    for op in args.ops:
-        # The dense product does the same work whatever the rows look like.
-        profiles = ["diffuse"] if op == "dense" else args.profiles
-        for shape in shapes:
-            found += [
-                Case(op, shape, n, dtype, profile)
-                for n in rows
-                for dtype in dtypes
-                for profile in (["real"] if args.hidden else profiles)
-                if op != "loss"
-            ]
-    return sorted(found, key=lambda case: case.worth(rows, dtypes, shapes))
 
 
 class Bench:
@@ -144,7 +107,8 @@ class Bench:
         return self.ceilings[key]
 
     def run(self, case: Case) -> None:
-        waiting = [n for n in names_for(case.op) if not self.out.has(**case._asdict(), provider=n, path=_path(n))]
+        names = [n for n in names_for(case.op) if n in self.args.providers]
+        waiting = [n for n in names if not self.out.has(**case._asdict(), provider=n, path=_path(n))]
         if not waiting:
             return
         p = self.problem(case)
@@ -243,37 +207,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seconds", type=float, default=0.4, help="spent on the clock of one provider")
-    parser.add_argument("--shapes", default=",".join(s for s in SHAPES if s != "dry"))
+    parser.add_argument("--shapes", default=",".join(MAIN_SHAPES))
     parser.add_argument("--rows", type=_numbers, default=[4096, 8192, 2048], help="multiples of 8")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--ops", default=",".join(OPS))
     parser.add_argument("--profiles", default=",".join(PROFILES))
+    known = (*OURS, *RIVALS, *COMPILED)
+    parser.add_argument("--providers", default=",".join(n for n in known if n not in COMPILED))
     parser.add_argument("--hidden", type=Path, help="real hidden states; takes the place of --shapes")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes; the only thing a machine without GPU does")
     args = parser.parse_args(argv)
-    for name in ("shapes", "dtypes", "ops", "profiles"):
+    for name in ("shapes", "dtypes", "ops", "profiles", "providers"):
         setattr(args, name, getattr(args, name).split(","))
+    choices = {"ops": OPS, "dtypes": DTYPES, "shapes": SHAPES, "profiles": PROFILES, "providers": known}
+    for name, known in choices.items():
+        if unknown := [x for x in getattr(args, name) if x not in known]:
+            parser.error(f"unknown {name} {', '.join(unknown)}; known: {', '.join(known)}")
     if not torch.cuda.is_available() or args.dry_run:
         args.dry_run, args.rows, args.seconds = True, [16], 0.0
         args.shapes = ["dry"]
     if args.hidden:
         args.shapes = [f"real:{args.hidden.stem}"]
-    for name, known in (("ops", OPS), ("dtypes", DTYPES), ("shapes", SHAPES), ("profiles", PROFILES)):
-        if unknown := [x for x in getattr(args, name) if x not in known and not x.startswith("real:")]:
-            parser.error(f"unknown {name} {', '.join(unknown)}; known: {', '.join(known)}")
     if any(n % SEQUENCES for n in args.rows):
         parser.error(f"--rows must be multiples of {SEQUENCES}")
     return args
-
-
-def steps(args: argparse.Namespace) -> Iterator[Case | None]:
-    """The cases in order; None stands for the loss, which has shapes of its own and comes after the first of them."""
-    cases = cases_of(args)
-    first = [c for c in cases if c.op == "train"][: len(args.shapes)]
-    yield from first
-    if "loss" in args.ops:
-        yield None
-    yield from (c for c in cases if c not in first)
 
 
 def measure_all(bench: Bench, args: argparse.Namespace) -> None:
@@ -282,7 +239,8 @@ def measure_all(bench: Bench, args: argparse.Namespace) -> None:
             print("time is up; the same command goes on where this one stopped.")
             return
         if case is None:
-            bench_loss(bench.out, bench.device, args.seconds, args.dry_run)
+            compiled = "compiled" in args.providers
+            bench_loss(bench.out, bench.device, args.seconds, args.dry_run, compiled=compiled)
             continue
         try:
             bench.run(case)

@@ -2,17 +2,20 @@
 bandwidth allows.
 
     python benchmarks/bench_rollout.py --out rollouts.jsonl [--model Qwen2.5-7B ...] [--weights nf4] [--lora 16]
-        [--group 8 16 4] [--prompt 256 2048] [--length 64] [--draws sampled greedy] [--providers ours hf-dynamic ...]
+        [--group 8 16 4] [--prompt 256 2048] [--length 64] [--draws sampled greedy] [--heads dense int8]
+        [--providers ours hf-dynamic ...]
 
 On a GPU, without further arguments: 0.5B, 1.5B and 7B in nf4 with LoRA adapters, about four minutes on an H200. A model
 is a name that `lowvram-grpo plan` knows (random weights, no download) or a folder (its own weights). Adapters are not
-zero, and on a GPU everything runs under autocast, as in training.
+zero, and on a GPU everything runs under autocast, as in training. On a GPU each model is sampled from with a dense head
+and then with the int8 one that the presets train with; transformers has only the dense one, and is what both are held
+against.
 
 Providers take turns in one process; their order alternates from round to round. A row has medians over the rounds, and
 `speedup` is the median of each round's own ratio to `hf-dynamic`. The first group size and prompt go through all
 providers, the others through `ours`, `ours-int8` and `hf-dynamic`, unless --providers names them. Where there are
 graphs, a row of op `graphs` says whether replay gives the tokens of the same steps without a graph. Rows that are there
-are not measured again.
+are not measured again. `ours` is what a run does (fused_ops auto); `ours-fused` and `ours-unfused` have it on and off.
 
     seconds, tokens_per_second   of the call, prompts included
     cpu_s, cpu_speedup           the process's own time, without what others take of a shared machine; on a CPU only
@@ -38,40 +41,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from rollout_limit import bandwidth, kv_bytes_a_token, weight_bytes
+from rollout_model import DRY_MODEL, load
 from rollout_providers import BASELINE, PROVIDERS, Task, cache_bytes, has_graphs, missing, replay_is_eager, sync
 from torch import nn
 
-from lowvram_grpo.bench.models import random_model
-from lowvram_grpo.bench.rows import ROOT, Rows, reason
+from lowvram_grpo.bench.rows import Rows, reason
 from lowvram_grpo.memory.architectures import resolve_config
-from lowvram_grpo.policy.load import attach_lora, load_causal_lm
-from lowvram_grpo.policy.quantization import bitsandbytes_config
+from lowvram_grpo.policy.embeddings import place_embeddings
+from lowvram_grpo.policy.load import compute_dtype
 from lowvram_grpo.policy.wrapper import unwrap
 
 MODELS = ["Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B"]
-DRY_MODEL = str(ROOT / "lowvram_grpo" / "demo" / "model")
 EVERYWHERE = ["ours", "ours-int8", BASELINE]
 MIB = 2**20
-
-
-def load(name: str, weights: str, rank: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model in eval mode, with an adapter of this rank that is not zero (0: none)."""
-    if any(Path(name).glob("*.safetensors")):
-        config = bitsandbytes_config(weights, dtype)
-        model = load_causal_lm(name, device=device, dtype=dtype, quantization_config=config)
-        model = model.to(device) if config is None else model
-    else:
-        model = random_model(resolve_config(name)[0], quantization=weights, dtype=dtype, device=device)
-    if rank:
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = attach_lora(model, lora)
-        generator = torch.Generator(device).manual_seed(0)
-        for key, weight in model.named_parameters():
-            if ".lora_B." in key:
-                nn.init.normal_(weight, std=0.005, generator=generator)
-    return model.eval()
 
 
 class Bench:
@@ -80,13 +63,18 @@ class Bench:
     def __init__(self, args: argparse.Namespace, name: str, out: Rows, until: float):
         self.args, self.name, self.out, self.until = args, name, out, until
         self.device, self.dtype = args.device, args.dtype
+        self.head = "dense"
         self._model: nn.Module | None = None
 
     @property
     def model(self) -> nn.Module:
-        """Loaded when the first case asks for it."""
+        """Loaded when the first case asks for it; its head is made small when the first case with a small one does, and
+        then there is no dense one any more."""
         if self._model is None:
             self._model = load(self.name, self.args.weights, self.args.lora, self.dtype, self.device)
+        place_embeddings(
+            unwrap(self._model), head_dtype=self.head, embedding_offload=False, device=self.device, dtype=self.dtype
+        )
         return self._model
 
     def autocast(self) -> AbstractContextManager:
@@ -101,6 +89,8 @@ class Bench:
             for length in args.prompt:
                 first = (group, length) == (args.group[0], args.prompt[0])
                 names = args.providers or (list(PROVIDERS) if first else EVERYWHERE)
+                if self.head != "dense":
+                    names = [name for name in names if name.startswith("ours")]
                 prompts = [[draw.randrange(3, vocab) for _ in range(length)] for _ in range(args.prompts)]
                 for how in args.draws:
                     yield Task(prompts, group, args.length, how == "greedy"), names
@@ -108,15 +98,20 @@ class Bench:
     def key(self, task: Task) -> dict[str, Any]:
         """What tells this case's rows from others."""
         adapter = f"LoRA {self.args.lora}" if self.args.lora else "no adapter"
+        head = "" if self.head == "dense" else f", {self.head} head"
         name = Path(self.name).name if Path(self.name).is_dir() else self.name
         return {
             "model": name, "weights": self.args.weights, "dtype": str(self.dtype)[6:], "rows": task.rows,
             "tokens": len(task.prompts[0]), "profile": "greedy" if task.greedy else "sampled",
-            "setup": f"G {task.group}, {task.length} new tokens, {adapter}",
+            "setup": f"G {task.group}, {task.length} new tokens, {adapter}{head}",
         }  # fmt: skip
 
     def run(self) -> bool:
         """Whether all cases are done; False if time is up."""
+        return all([self._with_head(head) for head in sorted(self.args.heads)])  # dense comes first
+
+    def _with_head(self, head: str) -> bool:
+        self.head = head
         for task, names in self.cases():
             key = self.key(task)
             waiting = [n for n in names if not self.out.has(op="rollout", provider=n, **key)]
@@ -133,15 +128,23 @@ class Bench:
 
     def _case(self, task: Task, waiting: list[str]) -> None:
         named = {"group": task.group, "prompts": len(task.prompts), "prompt": len(task.prompts[0])}
-        named |= {"length": task.length, "lora": self.args.lora, "threads": torch.get_num_threads(), **self.key(task)}
+        named |= {
+            "head": self.head,
+            "length": task.length,
+            "lora": self.args.lora,
+            "threads": torch.get_num_threads(),
+            **self.key(task),
+        }
         absent = {n: why for n in waiting if (why := missing(n, self.model, self.args.weights))}
         for name, why in absent.items():
             self.out.add(op="rollout", provider=name, missing=why, **named)
         timed = [n for n in waiting if n not in absent]
         if not timed:
             return
-        against = [] if BASELINE in timed else [BASELINE]  # a row of its own is there already
+        # Where it has had its turn already, it takes another; with a small head there is no such provider.
+        against = [] if BASELINE in timed or self.head != "dense" else [BASELINE]
         rounds, failed = self._rounds(task, timed + against)
+        dense = self._dense_baseline(task)
         for name, error in failed.items():
             if name in timed:
                 self.out.add(op="rollout", provider=name, **named, **error)
@@ -149,13 +152,23 @@ class Bench:
         for name in timed:
             if rounds[name]:
                 row = self._summary(task, name, rounds)
+                if dense and "tokens_per_second" in dense:
+                    row["speedup"] = row["tokens_per_second"] / dense["tokens_per_second"]
                 self.out.add(op="rollout", provider=name, **named, **row)
                 times = f"{row['speedup']:6.2f} x" if row.get("speedup") else " " * 8
                 print(f"{self._said(task, name)} {row['tokens_per_second']:8.0f} tokens/s {times}", flush=True)
 
+    def _dense_baseline(self, task: Task) -> dict[str, Any] | None:
+        """What generate made of the same task with a dense head, for heads that it has not."""
+        if self.head == "dense":
+            return None
+        setup = self.key(task)["setup"].removesuffix(f", {self.head} head")
+        return self.out.get(op="rollout", provider=BASELINE, **{**self.key(task), "setup": setup})
+
     def _said(self, task: Task, name: str) -> str:
         key = self.key(task)
-        return f"{key['model']} {key['weights']:5} {key['profile']:7} {key['tokens']:5} x {task.rows:3} {name:14}"
+        what = f"{key['model']} {key['weights']:5} {self.head:5} {key['profile']:7}"
+        return f"{what} {key['tokens']:5} x {task.rows:3} {name:14}"
 
     def _rounds(self, task: Task, names: list[str]) -> tuple[dict[str, list[dict]], dict[str, dict]]:
         """Per provider what each round measured, and why some failed. One that fails has no further turn."""
@@ -250,6 +263,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=1, help="prompts at once")
     parser.add_argument("--prompt", type=int, nargs="+", default=[256, 2048], help="tokens of a prompt")
     parser.add_argument("--length", type=int, default=64, help="tokens of a completion")
+    parser.add_argument("--heads", choices=("dense", "int8", "nf4"), nargs="+", help="dense and int8; on a CPU dense")
     parser.add_argument("--draws", choices=("sampled", "greedy"), nargs="+", default=["sampled"])
     parser.add_argument("--providers", choices=list(PROVIDERS), nargs="+")
     parser.add_argument("--rounds", type=int, default=2)
@@ -257,15 +271,15 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU; so it is without a GPU, too, "
                         "unless --model names one")  # fmt: skip
     args = parser.parse_args(arguments)
-    cuda = torch.cuda.is_available() and not args.dry_run
+    cuda = torch.cuda.is_available()
     args.dry_run = args.dry_run or not (cuda or args.model)
+    args.heads = args.heads or (["dense", "int8"] if cuda or args.dry_run else ["dense"])
     if args.dry_run:
         args.model, args.weights, args.prompt, args.length, args.group = [DRY_MODEL], "none", [8], 6, [4]
         args.rounds = 1
     args.model = args.model or MODELS
     args.device = torch.device("cuda" if cuda else "cpu")
-    half = torch.bfloat16 if cuda and torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-    args.dtype = half if cuda else torch.float32
+    args.dtype = compute_dtype(args.device)
     return args
 
 

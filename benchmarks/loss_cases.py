@@ -52,15 +52,18 @@ def _exact(inputs: dict) -> Tensor:
     return _gradient(grpo_loss, double)
 
 
-def bench_loss(out: Rows, device: torch.device, seconds: float, dry_run: bool) -> None:
-    """One row for each provider, shape and KL estimator."""
+def bench_loss(out: Rows, device: torch.device, seconds: float, dry_run: bool, compiled: bool = False) -> None:
+    """One row for each provider, shape and KL estimator; `compiled`: of what torch.compile makes too, which takes
+    minutes, so it comes when all others have their rows."""
     known: dict[str, Callable] = {"ours-fused": fused_grpo_loss, "eager": grpo_loss}
-    if device.type == "cuda":
+    if compiled and device.type == "cuda":
         known["compiled"] = torch.compile(grpo_loss, dynamic=False)
-    for b, t in DRY_SHAPES if dry_run else SHAPES:
-        for estimator in ESTIMATORS:
-            inputs = _inputs(b, t, device, estimator)
-            for name, fn in known.items():
+    cases = [(b, t, estimator) for b, t in (DRY_SHAPES if dry_run else SHAPES) for estimator in ESTIMATORS]
+    for names in (known.keys() - {"compiled"}, known.keys() & {"compiled"}):
+        for b, t, estimator in cases:
+            inputs = _inputs(b, t, device, estimator) if names else {}
+            for name in sorted(names):
+                fn = known[name]
                 key = {
                     "op": "loss", "provider": name, "path": None, "shape": f"{b}x{t}", "tokens": b * t,
                     "dtype": "float32", "profile": estimator,

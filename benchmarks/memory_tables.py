@@ -7,6 +7,8 @@ from pathlib import Path
 from lowvram_grpo.memory.overheads import CUDA
 
 MIB = 2**20
+# The `profile` of runs that shared the card with others: their times say nothing, nor do their contexts.
+BESIDE = "beside others"
 HEADER = ["model", "preset", "budget MiB", "predicted MiB", "measured MiB", "difference MiB", "difference", "in phase",
           "tensors at the peak beyond the ledger's, MiB"]  # fmt: skip
 

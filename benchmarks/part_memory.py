@@ -1,28 +1,32 @@
 """Whole training steps under the caps of 4, 6, 8 and 12 GB cards: predicted peak, measured peak, and TRL beside it.
 
-    python benchmarks/part_memory.py --out memory.jsonl [--steps 2] [--minutes 10]
+    python benchmarks/part_memory.py --out memory.jsonl [--models Qwen2.5-0.5B ...] [--presets 8gb ...]
+        [--providers ours trl] [--attention sdpa xformers] [--beside] [--steps 2] [--minutes 10]
 
 Ours is `lowvram-grpo bench memory`: GRPOTrainer itself, sampling included, with the settings that the plan comes to,
 G = 8, prompts of 256 tokens and completions of 300 (every one of them: the end token is withheld), random weights. Each
 model runs under the smallest card that the plan says it fits, and under 8 GB (14B: 12 GB). A cap is what a Windows
 desktop leaves of such a card, CUDA context included. TRL gets the same cap (rival_trl.py). Each run has a process of
-its own.
+its own. Runs that share the card with others (--beside) say nothing of time, nor of the context.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from memory_tables import BESIDE
 
 from lowvram_grpo.bench.measure import apart
 from lowvram_grpo.bench.memory import Case, cases, planned, run
 from lowvram_grpo.bench.rows import ROOT, Rows, provenance_apart
 from lowvram_grpo.cli.bench import sentence
+from lowvram_grpo.config import GRPOConfig
 
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B", "Qwen3-8B", "Qwen3-14B")
 RIVAL_MODELS = MODELS[:4]
@@ -46,23 +50,45 @@ def smallest(model: str) -> Case | None:
     return next((case for case in cases([model], PRESETS, FLAGS) if planned(case).fits), None)
 
 
-def in_order(dry_run: bool) -> Iterator[tuple[str, Case]]:
+def in_order(dry_run: bool, models: Sequence[str] = MODELS) -> Iterator[tuple[str, Case]]:
     """(provider, case), what says most first."""
     if dry_run:
         (case,) = cases([DRY_MODEL], ["8gb"], DRY_FLAGS)
         yield from (("ours", case), ("trl", case))
         return
     seen = set()
-    for model in MODELS:
+    for model in models:
         (case,) = cases([model], [main_preset(model)], FLAGS)
         seen.add((model, case.recipe.preset))
         yield "ours", case
         if model in RIVAL_MODELS:
             yield "trl", case
-    for model in MODELS:
+    for model in models:
         case = smallest(model)
         if case is not None and (model, case.recipe.preset) not in seen:
             yield "ours", case
+
+
+def chosen(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
+    """What was asked for."""
+    models = [DRY_MODEL] if args.dry_run else args.models or MODELS
+    flags = DRY_FLAGS if args.dry_run else FLAGS
+    if args.attention:
+        if "attention" not in GRPOConfig.__dataclass_fields__:
+            print("this version has no setting `attention`: there is nothing to compare.")
+            return
+        if "xformers" in args.attention and importlib.util.find_spec("xformers") is None:
+            print("xformers is not installed: there is nothing to compare.")
+            return
+        for model in models:
+            for name in args.attention:
+                (case,) = cases([model], [main_preset(model)], {**flags, "attention": name})
+                yield "ours", case
+    elif args.presets and not args.dry_run:
+        for case in cases(models, args.presets, flags):
+            yield from ((name, case) for name in args.providers)
+    else:
+        yield from (one for one in in_order(args.dry_run, models) if one[0] in args.providers)
 
 
 def rival(case: Case, rows: Rows, *, device: str, steps: int, until: float) -> None:
@@ -85,20 +111,34 @@ def rival(case: Case, rows: Rows, *, device: str, steps: int, until: float) -> N
           f"{row.get('missing') or row.get('error') or row.get('step_s')}", flush=True)  # fmt: skip
 
 
-def main() -> None:
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", help="as `lowvram-grpo plan` takes them")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS)
+    parser.add_argument("--providers", nargs="+", choices=("ours", "trl"), default=["ours", "trl"])
+    parser.add_argument("--attention", nargs="+", choices=("auto", "sdpa", "xformers"))
+    parser.add_argument("--beside", action="store_true", help="other processes use the card at the same time")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds that one run may take")
     parser.add_argument("--dry-run", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.dry_run = args.dry_run or not torch.cuda.is_available()
-    device = "cpu" if args.dry_run else "cuda"
+    return args
+
+
+def main() -> None:
+    args = parsed()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = 1 if args.dry_run else args.steps
-    out = Rows(args.out, args.dry_run, shared=provenance_apart(args.dry_run), part="memory")
+    # Part of the key, so that such a run is made again alone, for its time.
+    beside = {"profile": BESIDE} if args.beside else {}
+    if args.beside:
+        os.environ["LOWVRAM_BESIDE"] = "1"
+    out = Rows(args.out, args.dry_run, shared=provenance_apart(args.dry_run), part="memory", **beside)
     until = time.monotonic() + 60 * args.minutes
-    for provider, case in in_order(args.dry_run):
+    for provider, case in chosen(args):
         if time.monotonic() > until:
             print("time is up; the same command goes on where this one stopped.")
             return

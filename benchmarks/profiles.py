@@ -39,8 +39,14 @@ SHAPES = {
     "qwen2.5-7b": Shape(152064, 3584),
     "llama3.1-8b": Shape(128256, 4096),
     "gemma3-1b": Shape(262144, 1152),
+    # Other widths of one vocabulary, to find the one at which the fused path stops winning.
+    "width-2048": Shape(151936, 2048),
+    "width-2560": Shape(151936, 2560),
+    "width-3072": Shape(151936, 3072),
+    "width-4096": Shape(151936, 4096),
     "dry": Shape(331, 64),
 }
+MAIN_SHAPES = tuple(name for name in SHAPES if name != "dry" and not name.startswith("width-"))
 
 
 class Profile(NamedTuple):

@@ -22,6 +22,8 @@ from lowvram_grpo.policy.head import Head
 
 OURS = tuple(f"ours-{path}" for path in PATHS)
 RIVALS = ("eager", "trl", "unsloth", "cce", "torch-lce", "liger")
+# By torch.compile: minutes of a run that has few. `compiled` is loss_cases.py's.
+COMPILED = ("liger-compiled", "compiled")
 # Sequences that the rows are taken to come from, for providers that want (B, T).
 SEQUENCES = 8
 
@@ -144,12 +146,11 @@ def _torch_lce() -> Callable[[Problem], Outcome]:
     return lambda p: Outcome(-lce(p.hidden, p.dense, p.targets, reduction="none", options=options).float())
 
 
-def _liger() -> Callable[[Problem], Outcome]:
+def _liger(compiled: bool = False) -> Callable[[Problem], Outcome]:
     """It yields the GRPO loss, not log-probs: without old log-probs and KL the gradient is -advantage / N a token."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    cuda = torch.cuda.is_available()
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo", compiled=cuda)
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo", compiled=compiled)
 
     def run(p: Problem) -> Outcome:
         b, n = len(p.advantages), len(p.targets)
@@ -162,13 +163,14 @@ def _liger() -> Callable[[Problem], Outcome]:
     return run
 
 
-_BUILDERS = {"trl": _trl, "unsloth": _unsloth, "cce": _cce, "torch-lce": _torch_lce, "liger": _liger}
+_BUILDERS = {"trl": _trl, "unsloth": _unsloth, "cce": _cce, "torch-lce": _torch_lce, "liger": _liger,
+             "liger-compiled": lambda: _liger(compiled=True)}  # fmt: skip
 
 
 def names_for(op: str) -> tuple[str, ...]:
     """Providers of an operation; those without it have nothing to say about it."""
     if op in ("train", "score"):
-        return (*OURS, *RIVALS)
+        return (*OURS, *RIVALS, "liger-compiled")
     # A rival's gradient direction is always the dense one: its times are those of `train`.
     return OURS if op == "dense" else (*OURS, "eager")
 
@@ -189,7 +191,7 @@ def provider(name: str, op: str, device: torch.device, dtype: torch.dtype, width
     elif name == "eager":
         forward = lambda p: _eager(p, op)
     else:
-        if name == "liger" and op == "score":
+        if name.startswith("liger") and op == "score":
             raise Unavailable("has no log-probs without a loss")
         try:
             forward = _BUILDERS[name]()
@@ -206,6 +208,6 @@ def provider(name: str, op: str, device: torch.device, dtype: torch.dtype, width
     def train(p: Problem) -> Outcome:
         p.hidden.grad = None
         out = forward(p)
-        return out if name == "liger" else _step(p, out)
+        return out if name.startswith("liger") else _step(p, out)
 
     return train

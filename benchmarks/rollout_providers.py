@@ -130,11 +130,11 @@ def cache_bytes(model: nn.Module, task: Task, **settings) -> int:
 def replay_is_eager(model: nn.Module, task: Task) -> dict:
     """Completions that graph replay and the same steps without a graph make of the same seed. `graphs` counts those
     captured; without one there was nothing to compare."""
-    captured: list[bool] = []
+    captured: list[int] = []
 
-    def capture(graphs: StepGraphs, rows: int) -> bool:
-        captured.append(_capture(graphs, rows))
-        return captured[-1]
+    def capture(graphs: StepGraphs, rows: int) -> None:
+        _capture(graphs, rows)
+        captured.append(rows)
 
     _capture = StepGraphs._capture
     with patch.object(StepGraphs, "_capture", capture):
@@ -143,8 +143,8 @@ def replay_is_eager(model: nn.Module, task: Task) -> dict:
     with patch.object(StepGraphs, "__call__", lambda graphs, rows: graphs.step(rows)):
         eager = ours(model, task).completions
     equal = sum(a == b for a, b in zip(replayed, eager))
-    same = equal == len(eager) if any(captured) else None
-    return {"completions_equal": equal, "of": len(eager), "graphs": sum(captured), "replay_equals_eager": same}
+    same = equal == len(eager) if captured else None
+    return {"completions_equal": equal, "of": len(eager), "graphs": len(captured), "replay_equals_eager": same}
 
 
 # transformers
@@ -216,6 +216,8 @@ PROVIDERS: dict[str, Callable[[nn.Module, Task], Made]] = {
     "ours": ours,
     "ours-eager": lambda model, task: ours(model, task, graphs=False),
     "ours-int8": lambda model, task: ours(model, task, kv_dtype="int8"),
+    "ours-fused": lambda model, task: ours(model, task, fused_ops="on"),
+    "ours-unfused": lambda model, task: ours(model, task, fused_ops="off"),
     "ours-merged": lambda model, task: ours(model, task, adapters="merged"),
     BASELINE: hf,
     "hf-static": lambda model, task: hf(model, task, cache_implementation="static"),

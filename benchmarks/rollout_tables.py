@@ -44,6 +44,7 @@ def tables(rows: list[dict]) -> list[tuple[str, list[list[str]]]]:
     for row in sorted(latest.values(), key=lambda row: [row[k] for k in order]):
         where = f"{row['threads']} thread of the CPU" if row["gpu"] == "cpu" else row["gpu"]
         what = f"{row['model']}, {row['dtype']}" + ("" if row["weights"] == "none" else f" and {row['weights']}")
+        what += "" if row.get("head", "dense") == "dense" else f", {row['head']} head"
         adapter = f"LoRA of rank {row['lora']}" if row["lora"] else "no adapter"
         size = f"prompts of {row['prompt']} and completions of {row['length']} tokens"
         cases[f"{what}, {adapter}, {size}, {row['profile']}; on {where}"].append(_line(row))

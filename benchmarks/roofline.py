@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lowvram_grpo.kernels.sweep import DirectionParams, plan_tiles
-from profiles import SHAPES, Shape
+from profiles import MAIN_SHAPES, SHAPES, Shape
 
 
 class Card(NamedTuple):
@@ -75,9 +75,8 @@ def table(rows: int = 2048) -> list[str]:
         "|---|---|" + "---|" * len(paths),
     ]
     for name, card in CARDS.items():
-        for shape_name, shape in SHAPES.items():
-            if shape_name == "dry":
-                continue
+        for shape_name in MAIN_SHAPES:
+            shape = SHAPES[shape_name]
             cells = []
             for path in paths:
                 found = model(card, shape, rows, path)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +29,9 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.guard import is_out_of_memory
 from lowvram_grpo.recipe import Recipe
 from lowvram_grpo.run.observer import Observer
+
+if TYPE_CHECKING:
+    from lowvram_grpo.trainer import GRPOTrainer
 
 MIB = 2**20
 # What runs between the phases: clipping, zeroing, the self-test before step 1.
@@ -82,7 +85,8 @@ class OnDevice:
 
         found = detect(0)  # where transformers trains
         self.total, self._free_before = found.total_bytes, found.nvml_free_bytes
-        self.cap = budget - (found.context_bytes or CUDA.context)
+        self._context = found.context_bytes or CUDA.context
+        self.cap = budget - self._context
         self.device = torch.device("cuda", found.index)
         torch.cuda.set_device(self.device)
         self._peaks = Peaks(
@@ -97,17 +101,20 @@ class OnDevice:
 
     def found(self) -> dict[str, Any]:
         """MiB. The context is what the card lost beyond the allocator's own; without the driver's count from before,
-        what others took counts too."""
+        what others took counts too. Where others come and go meanwhile (LOWVRAM_BESIDE), it is what was assumed."""
         self._peaks.book()
         free, total = torch.cuda.mem_get_info()
+        beside = bool(os.environ.get("LOWVRAM_BESIDE"))
         context = (self._free_before or total) - free - torch.cuda.memory_reserved()
+        if beside:
+            context = self._context
         peaks = self._peaks.phases
         return {
             "phases_mib": {name: _both(*peak) for name, peak in peaks.items()},
             "peak_allocated_mib": _mib(max(allocated for allocated, _ in peaks.values())),
             "peak_reserved_mib": _mib(max(reserved for _, reserved in peaks.values())),
             "context_mib": _mib(context),
-            "context_known": self._free_before is not None,
+            "context_known": self._free_before is not None and not beside,
             "cap_mib": _mib(self.cap),
         }
 
@@ -150,15 +157,9 @@ class _Quiet(Observer):
         pass
 
 
-def train(
-    recipe: Recipe, steps: int, device: torch.device, phase: Callable[[str], AbstractContextManager], limit
-) -> dict:
-    """Train a model of `recipe`'s size for `steps` optimizer steps of the greatest length; what it logged.
-
-    Args:
-        phase: makes the context of a phase.
-        limit: called before the model is made and before the first step.
-    """
+def trainer_of(recipe: Recipe, steps: int, device: torch.device, folder: str, **more: Any) -> GRPOTrainer:
+    """A trainer of a model of `recipe`'s size with random weights, and of prompts and completions of its greatest
+    length, for `steps` optimizer steps that write nothing but into `folder`; `more` are further settings."""
     from datasets import Dataset
     from peft import LoraConfig
 
@@ -181,21 +182,33 @@ def train(
         # Memory that runs out is what is asked for here; what comes before step 1 is not.
         "oom_step_down": False, "signal_check": False, "cold_start": "off", "memory_probe": "off",
     }  # fmt: skip
+    args = GRPOConfig(**{**settings, **more, "output_dir": folder})
+    model = random_model(
+        config, quantization=recipe.quantization, dtype=dtype, device=device,
+        head_dtype=args.head_dtype, embedding_offload=args.embedding_offload,
+    )  # fmt: skip
+    lora = LoraConfig(
+        r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout,
+        target_modules=recipe.lora_target_modules, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return GRPOTrainer(
+        model, drawn, args, data, processing_class=word_tokenizer(vocab), peft_config=lora, observer=_Quiet()
+    )
+
+
+def train(
+    recipe: Recipe, steps: int, device: torch.device, phase: Callable[[str], AbstractContextManager], limit
+) -> dict:
+    """Train a model of `recipe`'s size for `steps` optimizer steps of the greatest length; what it logged.
+
+    Args:
+        phase: makes the context of a phase.
+        limit: called before the model is made and before the first step.
+    """
     limit()
     with tempfile.TemporaryDirectory() as folder:
         with phase("load"):
-            args = GRPOConfig(**{**settings, "output_dir": folder})
-            model = random_model(
-                config, quantization=recipe.quantization, dtype=dtype, device=device,
-                head_dtype=args.head_dtype, embedding_offload=args.embedding_offload,
-            )  # fmt: skip
-            lora = LoraConfig(
-                r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout,
-                target_modules=recipe.lora_target_modules, task_type="CAUSAL_LM",
-            )  # fmt: skip
-            trainer = GRPOTrainer(
-                model, drawn, args, data, processing_class=word_tokenizer(vocab), peft_config=lora, observer=_Quiet()
-            )
+            trainer = trainer_of(recipe, steps, device, folder)
         trainer.guard.watch = phase
         limit()
         trainer.train()
@@ -203,6 +216,7 @@ def train(
     last = logged[-1]
     return {
         "step_s": [row["step_time"] for row in logged],
+        "loss": [row.get("loss") for row in logged],
         "tokens_per_second": last.get("tokens_per_second"),
         "entropy": last.get("entropy"),
         "completion_length": last.get("completions/mean_length"),

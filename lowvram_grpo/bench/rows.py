@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # An installed package has no commit of its own, whatever repository its environment lies in.
 _CHECKOUT = (ROOT / "pyproject.toml").is_file() and (ROOT / "kernels").is_dir()
 PACKAGES = ("triton", "transformers", "bitsandbytes", "peft", "trl", "liger-kernel", "unsloth-zoo", "cut-cross-entropy")
+# The exit code of a process whose CUDA context is lost: whatever it tried next would fail with the same error.
+LOST = 75
 # What makes two rows the same measurement; `gpu`, `commit` and `dry_run` are part of it.
 KEY = (
     "part", "op", "provider", "path", "shape", "rows", "tokens", "dtype", "profile", "model", "weights", "gpu",
@@ -87,9 +89,12 @@ def provenance(dry_run: bool) -> dict[str, Any]:
 
 def provenance_apart(dry_run: bool) -> dict[str, Any]:
     """`provenance` with the card asked by another process: asking makes a CUDA context, which on a small card is what
-    the process that measures would miss."""
+    the process that measures would miss. LOWVRAM_PROVENANCE holds what has been asked already."""
     if not torch.cuda.is_available():
         return provenance(dry_run)
+    if known := os.environ.get("LOWVRAM_PROVENANCE"):
+        own = {"command": shlex.join([Path(sys.executable).name, *sys.argv]), "process": _process()}
+        return json.loads(known) | own | {"dry_run": dry_run}
     code = f"import json; from lowvram_grpo.bench.rows import provenance; print(json.dumps(provenance({dry_run})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", timeout=300)
     if done.returncode:
@@ -103,7 +108,8 @@ def _process() -> str:
 
 
 class Rows:
-    """Appends rows to a file as they come; rows that the file holds already need not be measured again.
+    """Appends rows to a file as they come; rows that the file holds already need not be measured again. A job of the
+    suite whose CUDA context is lost ends with its next row, with exit code LOST.
 
     `shared` is what all rows carry, where it has been found already; `fixed` comes on top.
     """
@@ -111,7 +117,12 @@ class Rows:
     def __init__(self, path: Path, dry_run: bool, *, shared: dict[str, Any] | None = None, **fixed: Any):
         self.path = path
         self.shared = {**(provenance(dry_run) if shared is None else shared), **fixed}
+        if job := os.environ.get("LOWVRAM_JOB"):  # of benchmarks/gpu_suite.py, which counts its rows
+            self.shared["job"] = job
+        # Whether `add` ends this process once CUDA answers it no more: another one can go on.
+        self.leaves = bool(job)
         path.parent.mkdir(parents=True, exist_ok=True)
+        _end_torn_row(path)
         self.known = {self.key(row): row for row in jsonl.read(path) if not row.get("again")}
 
     def key(self, row: dict[str, Any]) -> tuple:
@@ -129,7 +140,30 @@ class Rows:
         row = {**self.shared, "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **row}
         jsonl.append(self.path, [row])
         self.known[self.key(row)] = row
+        if self.leaves and row.get("error") and context_is_lost():
+            print("the CUDA context is lost; a new process has to go on.", flush=True)
+            sys.exit(LOST)
         return row
+
+
+def context_is_lost() -> bool:
+    """Whether CUDA has stopped answering this process (an illegal access, a device-side assertion)."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+        return False
+    except RuntimeError:
+        return True
+
+
+def _end_torn_row(path: Path) -> None:
+    """Half a row that a killed process left at the end would take the next one with it."""
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
 
 
 def reason(error: BaseException) -> str:
