@@ -135,7 +135,7 @@ class graph:
     def __exit__(self, kind, *_):
         RECORD.capturing = None
         self.cuda_graph.end()
-        RECORD.graphs.append(self.cuda_graph)
+        RECORD.graphs.append(self.cuda_graph.works)
         if kind is None:
             CURRENT.pop()
 

@@ -33,7 +33,7 @@ class Record:
         syncs: the host waited for the device.
         copies: between host and device; those that wait stand among the syncs too.
         launches: operators that start work on the device (views and allocations do not), and Triton kernels, by name.
-        graphs: launches in each captured graph.
+        graphs: how many launches each captured graph has.
         capturing: the graph that is being captured.
         debug: of torch.cuda.set_sync_debug_mode: 0, 1 (warn) or 2 (error).
         fault: called with an operator's name before it runs; may raise, as an allocation does.
@@ -42,7 +42,7 @@ class Record:
     syncs: list[Event] = field(default_factory=list)
     copies: list[Event] = field(default_factory=list)
     launches: Counter = field(default_factory=Counter)
-    graphs: list[Any] = field(default_factory=list)
+    graphs: list[int] = field(default_factory=list)
     capturing: Any = None
     debug: int = 0
     fault: Callable[[str], None] | None = None
