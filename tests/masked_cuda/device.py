@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tests.masked_cuda.record import RECORD, CudaError, where
 
@@ -113,14 +112,24 @@ def masked(x: Any) -> Any:
     return Masked(x) if isinstance(x, torch.Tensor) and not isinstance(x, Masked) else x
 
 
+def each(function: Any, x: Any) -> Any:
+    """`x`, an operator's arguments, with every tensor in its tuples, lists and dicts replaced."""
+    if isinstance(x, torch.Tensor):
+        return function(x)
+    if isinstance(x, (tuple, list)):
+        return type(x)([each(function, part) for part in x])
+    return {name: each(function, part) for name, part in x.items()} if isinstance(x, dict) else x
+
+
 def tensors_in(*trees: Any) -> list[torch.Tensor]:
-    return [x for x in tree_flatten(trees)[0] if isinstance(x, torch.Tensor)]
+    found: list[torch.Tensor] = []
+    each(found.append, trees)
+    return found
 
 
 def dispatch(func, args, kwargs):
     name = func._schema.name.removeprefix("aten::")
-    flat, spec = tree_flatten((args, kwargs))
-    tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+    tensors = tensors_in(args, kwargs)
     device = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     to_cuda = device is not None and device.type == "cuda"
     if not to_cuda and not any(isinstance(x, Masked) for x in tensors):
@@ -139,9 +148,9 @@ def dispatch(func, args, kwargs):
     if device is not None and not to_cuda and device.type != "meta":
         raise CudaError(f"{func} asks a CUDA tensor for a {device} result at {where()}")
     _look(func, name, args, kwargs, tensors)
-    if to_cuda and any(x.is_meta for x in tensors):  # empty_like(meta, device=cuda)
-        flat = [torch.empty(x.shape, dtype=x.dtype) if isinstance(x, torch.Tensor) else x for x in flat]
-    on_host, host_options = tree_unflatten([inner(x) for x in flat], spec)
+    # empty_like(meta, device=cuda)
+    real = lambda x: torch.empty(x.shape, dtype=x.dtype) if to_cuda and x.is_meta else inner(x)
+    on_host, host_options = each(real, args), each(real, kwargs)
     for key, value in (("device", torch.device("cpu") if to_cuda else device), ("pin_memory", False)):
         if host_options.get(key) is not None:
             host_options[key] = value
@@ -254,6 +263,6 @@ def _wrapped(func, args, kwargs, out):
         if _writes(argument):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             written.update({id(inner(x)): x for x in tensors_in(value)})
-    return tree_map(lambda x: written.get(id(x)) if id(x) in written else masked(x), out)
+    return each(lambda x: written[id(x)] if id(x) in written else masked(x), out)
 
 

@@ -1,13 +1,14 @@
 """Triton kernels on masked tensors: each launch is noted with its types, then computed by Triton's interpreter.
 
 The project believes that its kernels are compiled, so it chooses tiles as on the card that is played. What a launch
-would have been compiled from is kept in `LAUNCHES`; `gate_check.py` compares it with the compile gate's cases.
+would have been compiled from is kept in `LAUNCHES`; `compiled.py` compares it with the compile gate's cases.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import os
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +51,8 @@ class Launch:
     num_stages: int | None
 
 
-LAUNCHES: dict[Launch, str] = {}
+# The line that made each for the first time, and the test.
+LAUNCHES: dict[Launch, tuple[str, str]] = {}
 _in_name_only: list[bool] = []
 
 
@@ -68,7 +70,7 @@ def watch() -> None:
         if RECORD.fault is not None:
             RECORD.fault(self.__name__)
         RECORD.launches[self.__name__] += 1
-        LAUNCHES.setdefault(_launch(self, given, kwargs), where())
+        LAUNCHES.setdefault(_launch(self, given, kwargs), (where(), os.environ.get("PYTEST_CURRENT_TEST", "")))
         on_host = {name: inner(value) for name, value in given.items()}
         on_host.update({name: True for name in _FOR_THE_INTERPRETER if name in on_host})
         if _in_name_only:
@@ -130,8 +132,8 @@ def _launch(kernel, given: dict[str, Any], options: dict[str, Any]) -> Launch:
 def write(path: str | Path) -> None:
     """All launches so far, one JSON object a line."""
     with open(path, "a", encoding="utf-8") as file:
-        for launch, place in LAUNCHES.items():
-            file.write(json.dumps({**asdict(launch), "where": place}) + "\n")
+        for launch, (place, test) in LAUNCHES.items():
+            file.write(json.dumps({**asdict(launch), "where": place, "test": test}) + "\n")
 
 
 def _round_bfloat16() -> None:

@@ -6,6 +6,7 @@ loaded before torch: by -p, not from a conftest.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 
@@ -39,6 +40,12 @@ from tests.masked_cuda import references
 references.put()
 
 
+
+def pytest_collection_finish(session):
+    gc.collect()
+    gc.freeze()  # what was imported is no garbage: the guard collects at every rollout
+
+
 @pytest.fixture(autouse=True)
 def _as_new():
     RECORD.clear()
@@ -62,6 +69,10 @@ def _why(report) -> str:
     if hasattr(report, "wasxfail"):
         return report.wasxfail
     return report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
+
+
+def pytest_unconfigure(config):
+    gc.unfreeze()
 
 
 def pytest_sessionfinish(session):
