@@ -3,7 +3,7 @@
     python -m tests.masked_cuda.baseline            # what differs from the file
     python -m tests.masked_cuda.baseline --write    # the file anew; reasons of lines that are still there are kept
 
-Counted are the last decode step that ran outside of a graph, look, refill, forward pass, backward pass and optimizer
+Counted are the last decode step that ran outside of a graph, look, fullest refill, forward pass, backward pass and optimizer
 step of a run of two steps: nf4 base with LoRA on all linear layers, int8 head, 8-bit AdamW, bfloat16, checkpointed
 activations, played on 8.6. Launches a layer are the difference of a model of 3 layers and one of 2; syncs and copies are
 those of 2 layers. A launch is an operator that starts work or a Triton kernel: a lower bound of what CUDA starts, as
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,14 @@ HEAD = """\
 #   python -m tests.masked_cuda.baseline --write
 #
 # writes this file anew. A count may only fall; one that rises needs its reason here.
+#
+# with {versions}
 """
+# Phases of which launches are counted: the others are host work, or several things that vary.
+_LAUNCHING = ("decode step", "micro-batch, forward", "micro-batch, backward", "optimizer step")
+_A_LAYER = "launches a layer"
+# Their operators are counted too, so that another version may have others.
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 class Line(NamedTuple):
@@ -40,9 +48,10 @@ def counts() -> dict[Line, int]:
     two, three = _run(2), _run(3)
     found: Counter[Line] = Counter()
     for phase, (syncs, copies, launches) in two.items():
-        a_layer = three[phase].launches - launches
-        found[Line(phase, "launches a layer", "")] = a_layer
-        found[Line(phase, "launches beside the layers", "")] = launches - 2 * a_layer
+        if phase in _LAUNCHING:
+            a_layer = three[phase].launches - launches
+            found[Line(phase, _A_LAYER, "")] = a_layer
+            found[Line(phase, "launches beside the layers", "")] = launches - 2 * a_layer
         for event in syncs:
             found[Line(phase, event.what, event.where)] += 1
         for event in copies:
@@ -70,7 +79,11 @@ def _run(layers: int) -> dict[str, Phase]:
 
     found: dict[str, Phase] = {}
 
-    def watched(phase, function, counted=lambda phase: True):
+    latest = lambda before, now: True
+    # One that seats somebody and prefills a prompt.
+    fullest = lambda before, now: before is None or len(now.syncs) >= len(before.syncs)
+
+    def watched(phase, function, counted=latest):
         def call(*args, **kwargs):
             outer = RECORD.syncs, RECORD.copies, RECORD.launches
             RECORD.syncs, RECORD.copies, RECORD.launches = [], [], Counter()
@@ -78,7 +91,7 @@ def _run(layers: int) -> dict[str, Phase]:
                 return function(*args, **kwargs)
             finally:
                 inside = Phase(RECORD.syncs, RECORD.copies, sum(RECORD.launches.values()))
-                if counted(RECORD.launches):
+                if counted(found.get(phase), inside):
                     found[phase] = inside
                 RECORD.syncs, RECORD.copies, RECORD.launches = outer
 
@@ -86,14 +99,14 @@ def _run(layers: int) -> dict[str, Phase]:
 
     with pytest.MonkeyPatch.context() as patch:
         for owner, name, phase, counted in (
-            (StepGraphs, "_first", "decode step", lambda launches: True),
-            (Decoder, "look", "look", lambda launches: True),
-            (Decoder, "turn", "refill", lambda launches: launches),  # some only retire a row
-            (GRPOTrainer, "compute_loss", "micro-batch, forward", lambda launches: True),
-            (GuardedStep, "__call__", "optimizer step", lambda launches: True),
-            (GRPOTrainer, "_gradients", "update, beside its micro-batches", lambda launches: True),
-            (GRPOTrainer, "training_step", "step, beside rollout and update", lambda launches: True),
-            (GRPOTrainer, "collect", "rollout, beside steps, looks and refills", lambda launches: True),
+            (StepGraphs, "_first", "decode step", latest),
+            (Decoder, "look", "look", latest),
+            (Decoder, "turn", "refill", fullest),
+            (GRPOTrainer, "compute_loss", "micro-batch, forward", latest),
+            (GuardedStep, "__call__", "optimizer step", latest),
+            (GRPOTrainer, "_gradients", "update, beside its micro-batches", latest),
+            (GRPOTrainer, "training_step", "step, beside rollout and update", latest),
+            (GRPOTrainer, "collect", "rollout, beside steps, looks and refills", latest),
         ):
             patch.setattr(owner, name, watched(phase, getattr(owner, name), counted))
 
@@ -107,6 +120,16 @@ def _run(layers: int) -> dict[str, Phase]:
             max_steps=2, memory_probe="off", self_test=False, signal_check=False,
         )  # fmt: skip
     return found
+
+
+def versions() -> str:
+    """Of the libraries whose operators are counted, without what follows the second point."""
+    return ", ".join(f"{name} {'.'.join(version(name).split('.')[:2])}" for name in _LIBRARIES)
+
+
+def comparable(line: Line) -> bool:
+    """Whether a count of the file holds for the libraries that are here: what they ask for is theirs to change."""
+    return f"# with {versions()}\n" in FILE.read_text(encoding="utf-8") or bool(line.where and "(" not in line.where)
 
 
 def read() -> tuple[dict[Line, int], dict[Line, str]]:
@@ -127,7 +150,7 @@ def write(found: dict[Line, int]) -> None:
         return why.get(line) or moved.get((line.phase, line.what, line.where.rpartition(":")[2]), "")
 
     phases = list(dict.fromkeys(line.phase for line in found))
-    text = HEAD
+    text = HEAD.format(versions=versions())
     for phase in phases:
         lines = sorted((line for line in found if line.phase == phase), key=lambda line: ("launches" not in line.what, line))
         text += "\n" + "".join(

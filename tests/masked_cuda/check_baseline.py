@@ -6,7 +6,11 @@ from tests.masked_cuda import baseline
 
 
 def test_syncs_copies_and_launches_are_those_of_the_baseline():
-    said = baseline.difference(baseline.counts(), baseline.read()[0])
+    found, known = (
+        {line: count for line, count in counts.items() if baseline.comparable(line)}
+        for counts in (baseline.counts(), baseline.read()[0])
+    )
+    said = baseline.difference(found, known)
     assert not said, "\n".join(
         [*said, "python -m tests.masked_cuda.baseline --write takes them over; give the new lines their reasons."]
     )

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 _OURS = (f"{ROOT}/lowvram_grpo/", f"{ROOT}/kernels/")
+# Functions of their own before Python 3.12.
+_INLINED = ("<listcomp>", "<dictcomp>", "<setcomp>")
 _MASK = (str(Path(__file__).parent),)
 
 
@@ -85,10 +87,12 @@ def where() -> str:
     library, frame = None, sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(_OURS):
+        if frame.f_code.co_name in _INLINED:
+            pass
+        elif name.startswith(_OURS):
             ours = _place(name, frame.f_code.co_name)
             return f"{ours} ({library})" if library else ours
-        if library is None and not name.startswith(_MASK) and "/torch/" not in name and not name.startswith("<"):
+        elif library is None and not name.startswith(_MASK) and "/torch/" not in name and not name.startswith("<"):
             library = _place(name, frame.f_code.co_name)
         frame = frame.f_back
     return library or "?"
