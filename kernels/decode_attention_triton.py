@@ -350,12 +350,13 @@ def compile_cases(cc: int) -> list[CompileCase]:
         cases += _cases(cc, half, width, (64,), int8=False, masks=False)
         cases += _cases(cc, half, width, (64, 32, 16), int8=True, masks=True)
         cases += _cases(cc, torch.float32, width, (64,), int8=False, masks=True)
-        types = {
-            "parts": "*fp32:16", "lse": "*fp32:16", "rank_ptr": "*i64:16", "out": _KINDS[half],
-            "prefix_splits": "i32", "splits": "i32",
-        }  # fmt: skip
-        sizes = {"BLOCK": _MERGED, "WIDTH": width, "WIDE": power_of_2(width)}
-        cases.append(compile_case(f"merge D={width}", _merge_kernel, types, sizes, 2, 1))
+        for out in (half, torch.float32):
+            types = {
+                "parts": "*fp32:16", "lse": "*fp32:16", "rank_ptr": "*i64:16", "out": _KINDS[out],
+                "prefix_splits": "i32", "splits": "i32",
+            }  # fmt: skip
+            sizes = {"BLOCK": _MERGED, "WIDTH": width, "WIDE": power_of_2(width)}
+            cases.append(compile_case(f"merge {_KINDS[out][1:5]} D={width}", _merge_kernel, types, sizes, 2, 1))
     return cases
 
 

@@ -1,0 +1,103 @@
+"""One process a compute capability runs tests on the mask; what it reports becomes tests out here."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+from tests.masked_cuda import stub
+from tests.masked_cuda.record import ROOT
+
+
+def skip_unless_possible() -> pytest.MarkDecorator:
+    reason = stub.why_not()
+    return pytest.mark.skipif(reason is not None, reason=f"no masked CUDA here: {reason}")
+
+
+def functions(files: list[str]) -> list[str]:
+    """FILE::FUNCTION of every test in these files, which are not imported."""
+    found = []
+    for file in files:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        found += [f"{file}::{name}" for name in names if name.startswith("test_")]
+    return found
+
+
+class Masked:
+    """Runs `tests` (FILE::FUNCTION) for one compute capability ("8.6"), once."""
+
+    def __init__(self, capability: str, tests: list[str]):
+        self.capability, self.tests = capability, tests
+        self.folder = tempfile.TemporaryDirectory()
+        self.launches = Path(self.folder.name) / "launches.jsonl"
+
+    @cached_property
+    def rows(self) -> list[dict[str, str]]:
+        report = Path(self.folder.name) / "report.jsonl"
+        environment = {
+            **os.environ, "MASKED_CC": self.capability, "MASKED_REPORT": str(report), "HF_HUB_OFFLINE": "1",
+            "MASKED_LAUNCHES": str(self.launches), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }  # fmt: skip
+        # What pytest-xdist tells its workers is not for the process inside.
+        environment = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "tests.masked_cuda.plugin", "-p", "no:cacheprovider",
+             "-o", "python_files=test_*.py check_*.py", *self.tests],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500,
+        )  # fmt: skip
+        if done.returncode not in (0, 1) or not report.exists():
+            pytest.fail(f"the masked process ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
+        return [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
+
+    def passes(self, test: str) -> None:
+        """Fails, or is skipped, as the function did in there; in all of its cases."""
+        rows = [row for row in self.rows if row["test"].split("[")[0] == test]
+        assert rows, f"{test} was not run"
+        failed = [row for row in rows if row["outcome"] == "failed"]
+        if failed:
+            pytest.fail("\n\n".join(f"{row['test']}\n{row['why'][-3000:]}" for row in failed[:3]), pytrace=False)
+        if all(row["outcome"] == "skipped" for row in rows):
+            pytest.skip(rows[0]["why"])
+
+    def launches_are_cases(self) -> None:
+        """Every launch of the process is among the compile gate's cases."""
+        assert self.rows
+        kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "tests.masked_cuda.compiled", str(self.launches),
+             self.capability.replace(".", "")],
+            cwd=ROOT, env=kept, capture_output=True, text=True, timeout=1500,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        found = json.loads(done.stdout)
+        assert found["compiled"] and not found["bad"], "\n".join(found["bad"])
+
+
+def masked(capability: str, tests: list[str]):
+    """(fixture, test of each function, test of all launches) to be bound to names in a test module."""
+
+    @pytest.fixture(scope="module", name="there")
+    def fixture() -> Iterator[Masked]:
+        there = Masked(capability, tests)
+        yield there
+        there.folder.cleanup()
+
+    @pytest.mark.parametrize("test", tests, ids=lambda test: test.removeprefix("tests/"))
+    def passes(there, test):
+        there.passes(test)
+
+    def launches(there):
+        there.launches_are_cases()
+
+    return fixture, passes, launches
