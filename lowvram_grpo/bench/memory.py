@@ -27,7 +27,7 @@ MIB = 2**20
 DEVICES = ("auto", "cuda", "cpu", "none")
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B", "Qwen3-8B")
 # Parts of a prediction that are no tensors, and those that stay where they are.
-BESIDE = ("CUDA context", "fragmentation")
+BESIDE = ("CUDA context", "CUDA graphs", "fragmentation")
 LASTING = ("base weights", "head", "adapter", "gradients", "optimizer")
 
 
