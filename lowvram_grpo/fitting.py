@@ -25,8 +25,8 @@ def fit(
     cold_start: bool,
     longest_prompt: int | None,
 ) -> Recipe:
-    """`recipe` with the savers that it takes to fit `device`, or with what its free memory can be used for; unchanged on
-    a CPU, whose memory the system and the data live in too, and with memory_plan off.
+    """`recipe` with the savers that it takes to fit `device`, or with what its free memory can be used for; unchanged
+    on a CPU, whose memory the system and the data live in too, and with memory_plan off.
 
     Args:
         config: of the model.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.memory.guard import Event, Guard
 from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.memory.optimizer import GuardedStep
@@ -65,7 +66,10 @@ class TrainerGuard(Guard):
         elif key == "per_device_train_batch_size":
             trainer.plan = replace(trainer.plan, micro_batch_size=value)
         elif key == "gradient_checkpointing":
-            checkpoint_activations(trainer.model, trainer.grpo_args.gradient_checkpointing_kwargs)
+            try:
+                checkpoint_activations(trainer.model, trainer.grpo_args.gradient_checkpointing_kwargs)
+            except ValueError as error:  # of transformers, for a model that cannot
+                raise UserError(f"gradient_checkpointing: {one_line(error)}") from error
         elif key == "mlp_tile":
             tile_mlps(trainer.model, value)
         elif key == "workspace_mib":

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lowvram_grpo.memory.planner import Plan
-    from lowvram_grpo.recipe import Recipe
 
 GIB = 2**30
 

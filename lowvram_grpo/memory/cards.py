@@ -1,4 +1,4 @@
-"""What a card can do at best: multiprocessors, clock, bandwidth. For estimates of speed only; nothing breaks without it.
+"""What a card can do at best: multiprocessors, clock, bandwidth. For estimates of speed; nothing breaks without it.
 
 The card that is there says so itself; for one that is planned for on paper there is a typical one of its size.
 """
@@ -56,7 +56,9 @@ def present(index: int, gib: float) -> Card:
         if not torch.cuda.is_available():
             return likely
         found = torch.cuda.get_device_properties(index)
-        clock, memory, bus = (getattr(found, name, 0) for name in ("clock_rate", "memory_clock_rate", "memory_bus_width"))
+        clock, memory, bus = (
+            getattr(found, name, 0) for name in ("clock_rate", "memory_clock_rate", "memory_bus_width")
+        )
         # Clocks are in kHz, the bus in bits; memory moves two words a clock.
         return Card(
             found.name,

@@ -1,8 +1,8 @@
 """Where memory is left, settings go up: the other half of the ladder.
 
-What may rise is a short list, `RAISES`. Which of it is taken, and how far, is what makes a step shortest by the counts of
-`speed` and fits by the prediction with a margin: a prediction that nobody has measured yet must not be what makes a run
-run out of memory. What a person set, and what a step trains on, are never changed.
+What may rise is a short list, `RAISES`. Which of it is taken, and how far, is what makes a step shortest by the counts
+of `speed` and fits by the prediction with a margin: a prediction that nobody has measured yet must not be what makes a
+run run out of memory. What a person set, and what a step trains on, are never changed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.memory.guess import Guess
 from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.memory.paper import by_a_person, paper_config, setting, with_its_batch, with_setting
 from lowvram_grpo.memory.rehearsal import workload
@@ -32,9 +33,6 @@ MARGIN = 0.85
 WORTH, EACH = 0.02, 0.01
 # Predictions that a climb may take; each is about a second.
 _TRIES = 5
-# Bytes that a layer keeps for its backward pass without recomputation, for each number that its linear layers read or
-# write a token: 3.2 to 3.4 were predicted for Qwen2.5. A first guess, corrected by the first prediction.
-_KEPT = 3.3
 _WORKSPACE = 256
 
 # Setting -> what its rise buys.
@@ -47,8 +45,15 @@ RAISES: dict[str, str] = {
     "embedding_offload": "no step waits for the host's rows",
     "workspace_mib": "fewer and larger tiles of lm_head",
 }
-# These round less when they rise, which is worth so much of a step's time.
-_ROUND, _EXACT = ("quantization", "head_dtype"), 0.02
+# Fewer rows must be worth so much of a step's time: how a 4-bit product's time grows with them is a guess.
+_FEWER = 0.05
+# A base that is not rounded is worth so much of it.
+_EXACT = 0.02
+# And what it buys where one of these is lowered.
+_LOWERED = {
+    "per_device_train_batch_size": "so many fit without recomputation",
+    "rollout_batch_size": "up to so many rows, 4-bit weights are read as they are",
+}
 # From what takes least memory to what takes most, where it is not a number.
 _ORDERS: dict[str, tuple] = {
     "quantization": ("nf4", "int8", "none"),
@@ -88,9 +93,8 @@ class Climb(NamedTuple):
 
     @property
     def reason(self) -> str:
-        if self.rung.key == "rollout_batch_size" and self.rung.value < self.before:
-            return "up to so many rows, 4-bit weights are read as they are"
-        return RAISES[self.rung.key]
+        lowered = self.rung.key in _LOWERED and self.rung.value < self.before
+        return _LOWERED[self.rung.key] if lowered else RAISES[self.rung.key]
 
     def __str__(self) -> str:
         return str(self.rung)
@@ -116,18 +120,18 @@ class Climber:
         self._shape: Shape | None = None
 
     def climb(self, recipe: Recipe, found: Prediction, budget: int, taken: tuple[Rung, ...] = ()) -> Raised | None:
-        """The settings to raise; None where nothing is worth it or nothing more fits. `taken`: rungs that brought the
-        recipe down to `found`, which stay."""
+        """`recipe` with what is worth raising within `budget` bytes; None where nothing is, or nothing more fits.
+        `taken`: rungs that brought it down to the peaks `found`, which stay."""
         room = MARGIN * budget
         if found.peak > room or (args := _climbable(recipe)) is None:
             return None
         kept = [key for key in RAISES if by_a_person(recipe, key) or any(rung.key == key for rung in taken)]
         if recipe.adapter:  # it goes on on the base that it had, which nobody knows
-            kept += _ROUND
+            kept += ["quantization", "head_dtype"]
         speed = self._speed(args, recipe)
         start = Choice(*(_value(recipe, args, key) for key in Choice._fields))
-        guess = _Guess(speed, start, found)
-        cost = lambda c: speed.step(c) * (1 + _EXACT * sum(_rank(key, getattr(c, key)) == 0 for key in _ROUND))
+        guess = Guess(speed, start, found)
+        cost = lambda c: speed.step(c) * _weight(c, start)
         possible = sorted(_choices(start, speed, frozenset(kept)), key=cost)
         best = self._fastest(recipe, possible, guess, room)
         if best is None or cost(best) > (1 - WORTH) * cost(start):
@@ -135,8 +139,8 @@ class Climber:
         chosen = _without_needless(start, best, cost)
         raised = _with(recipe, start, chosen)
         after = self.predict(raised)
-        if after.peak > room:  # less of everything, so it can't be
-            raised, chosen = _with(recipe, start, best), best
+        if after.peak > room:  # a head takes room while it is quantized, say
+            chosen, raised = best, _with(recipe, start, best)
             after = self.predict(raised)
         return Raised(raised, after, _climbs(speed, start, chosen), speed.step(chosen) / speed.step(start))
 
@@ -147,14 +151,12 @@ class Climber:
         kernel = wanted("int8_head", args.fused_ops)
         return Speed(self._shape, work, args, self.card, self.half, int8_kernel=kernel)
 
-    def _fastest(self, recipe: Recipe, possible: list[Choice], guess: _Guess, room: float) -> Choice | None:
+    def _fastest(self, recipe: Recipe, possible: list[Choice], guess: Guess, room: float) -> Choice | None:
         """The first of `possible`, the fastest first, that is predicted to fit. What takes more of everything than one
         that did not fit is passed over, and so is what by a guess from earlier predictions does not."""
         refused: list[Choice] = []
         for choice in possible:
-            if choice == guess.start:
-                return None
-            if len(refused) == _TRIES:
+            if choice == guess.start or len(refused) == _TRIES:
                 return None
             if guess.peak(choice) > room or any(_below(small, choice) for small in refused):
                 continue
@@ -179,53 +181,6 @@ class Raised(NamedTuple):
     time: float
 
 
-class _Guess:
-    """Peaks of choices from one prediction and what is known of the sizes of things; no model is run for it."""
-
-    def __init__(self, speed: Speed, start: Choice, found: Prediction):
-        self.speed, self.start, self.found = speed, start, found
-        self._off = {True: 1.0, False: 1.0}  # how far guesses were off, with and without recomputation
-
-    def peak(self, choice: Choice) -> float:
-        fixed, moving = self._parts(choice)
-        return max(fixed[name] + self._off[choice.gradient_checkpointing] * moving[name] for name in fixed)
-
-    def learn(self, choice: Choice, after: Prediction) -> None:
-        fixed, moving = self._parts(choice)
-        name = after.peak_phase
-        if moving[name] > 0:
-            self._off[choice.gradient_checkpointing] = max(0.1, (after.phases[name] - fixed[name]) / moving[name])
-
-    def _parts(self, choice: Choice) -> tuple[dict[str, float], dict[str, float]]:
-        """(what stays, what moves) by phase."""
-        start, shape, work = self.start, self.speed.shape, self.speed.work
-        more = shape.weights * (_BYTES[choice.quantization] - _BYTES[start.quantization])
-        more += shape.table * (_BYTES[choice.head_dtype] - _BYTES[start.head_dtype])
-        if start.embedding_offload and not choice.embedding_offload and not shape.tied:
-            more += 2 * shape.table
-        tokens = lambda c: self.speed.tokens(min(c.per_device_train_batch_size, work.completions), work.completion)
-        cached = lambda c: c.rollout_batch_size * work.completion + -(-c.rollout_batch_size // work.group) * work.prompt
-        read = sum((n + k) * count for (n, k), count in shape.linears.items())
-        fixed, moving = {}, {}
-        for name, size in self.found.phases.items():
-            parts = self.found.parts.get(name, {})
-            moves = sum(parts.get(part, 0) for part in ("activations", "KV cache", "workspace", "fragmentation"))
-            fixed[name], moving[name] = size - moves + more, float(moves)
-            if name == "rollout":
-                moving[name] *= cached(choice) / cached(start)
-            elif name in ("score", "forward", "backward"):
-                moving[name] *= tokens(choice) / tokens(start)
-                if start.gradient_checkpointing and not choice.gradient_checkpointing and name != "score":
-                    moving[name] = max(moving[name], _KEPT * read * tokens(choice))
-            if name not in ("load", "optimizer"):
-                moving[name] += max(0, choice.workspace_mib - start.workspace_mib) * 2**20
-        return fixed, moving
-
-
-# Bytes a number, with the scales.
-_BYTES = {"none": 2.0, "dense": 2.0, "int8": 1.031, "nf4": 0.516}
-
-
 def _climbable(recipe: Recipe) -> GRPOConfig | None:
     """Its GRPOConfig; None where memory is not ours to fill."""
     args = paper_config(recipe)
@@ -244,14 +199,17 @@ def _value(recipe: Recipe, args: GRPOConfig, key: str) -> Any:
 
 
 def _choices(start: Choice, speed: Speed, kept: frozenset[str]) -> Iterator[Choice]:
-    """`start`, and what may stand in its place: everything that is not lower, and for 4-bit weights fewer rows."""
+    """`start`, and what may stand in its place."""
 
     def options(key: str) -> list:
         now = getattr(start, key)
         if key in kept:
             return [now]
         if key == "per_device_train_batch_size":
-            return list(_doublings(now, speed.per_update))
+            # Smaller ones where that is what it takes to recompute nothing.
+            recomputes = start.gradient_checkpointing and "gradient_checkpointing" not in kept
+            fewer = [n for n in (now // 2, now // 4) if n] if recomputes else []
+            return [*fewer, *_doublings(now, speed.per_update)]
         if key == "rollout_batch_size":
             fewer = [now // 2, now // 4] if start.quantization == "nf4" and now >= 32 else []
             return [*fewer, *_doublings(now, speed.work.completions)]
@@ -300,10 +258,16 @@ def _without_needless(start: Choice, best: Choice, cost: Callable[[Choice], floa
             options = list(_doublings(options[0], now))
         for less in options:
             lower = chosen._replace(**{key: less})
-            if less != now and cost(lower) <= (1 + EACH) * cost(chosen):
+            if _rank(key, less) < _rank(key, now) and cost(lower) <= (1 + EACH) * cost(chosen):
                 chosen = lower
                 break
     return chosen
+
+
+def _weight(choice: Choice, start: Choice) -> float:
+    """What a choice's time is multiplied by, for what time does not say."""
+    fewer = choice.rollout_batch_size < start.rollout_batch_size
+    return 1 + _EXACT * (choice.quantization == "nf4") + _FEWER * fewer
 
 
 def _climbs(speed: Speed, start: Choice, chosen: Choice) -> tuple[Climb, ...]:

@@ -50,8 +50,8 @@ def packed(card: Card, half: str, rows: int, n: int, k: int) -> bool:
 
 @lru_cache(maxsize=1024)
 def moved(card: Card, half: str, rows: int, n: int, k: int) -> float:
-    """Bytes a weight that a product costs as much as reading. Where the packed weight is left for the copy, the two cost
-    the same, and few rows cost what the packed weight takes; in between, a straight line."""
+    """Bytes a weight whose reading takes as long as the product. Where the packed weight is left for the copy, the two
+    take the same, and few rows take what the packed weight is; in between, a straight line."""
     if not packed(card, half, rows, n, k):
         return COPIED
     if rows <= ALWAYS:

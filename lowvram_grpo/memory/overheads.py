@@ -3,8 +3,9 @@
 `python benchmarks/report.py` compares predicted with measured peaks; these numbers follow from that comparison.
 
 Looked at and left out: what attention's backward makes for itself (tokens x heads x head size in float32, while the MLP
-of the same layer, which comes later, holds more), and cuDNN's workspaces (its attention is not what a GeForce takes). The
-copy of a 4-bit weight that bitsandbytes makes inside an operator is counted by the ledger: `four_bit.hidden_copy`.
+of the same layer, at another time, holds more), and cuDNN's workspaces (its attention is not what a GeForce takes).
+Triton's kernels take no scratch memory, and their code is part of the context. The copy of a 4-bit weight that
+bitsandbytes makes inside an operator is counted by the ledger: `four_bit.hidden_copy`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Does it fit, and with which savers: goes down a preset's ladder on paper until the predicted peak is within the budget,
-and up where it is far below.
+"""Does it fit, and with which savers: goes down a preset's ladder on paper until the predicted peak is within the
+budget, and up where it is far below.
 
 Only rungs that relieve the phase with the highest peak are taken, in the ladder's order, so that nothing is given up
 that would not help. What goes up is `climb`'s. What a person set is never changed.
@@ -301,5 +301,3 @@ def _of_the_job(recipe: Recipe) -> tuple:
     return (
         recipe.quantization, recipe.dtype, recipe.lora_r, str(modules), bool(recipe.adapter), recipe.attn_implementation
     )  # fmt: skip
-
-

@@ -1,8 +1,8 @@
 """How long a step would take by what it launches, reads and multiplies: modelled, never measured.
 
-It puts settings into an order, for a planner that has memory to spare, and says nothing about seconds. Counts are of the
-code (launches of Qwen2.5 layers under a device that is not there, docs/LOG.md); times of a launch, and what of a card's
-best is reached, are the estimates below. Completions are taken to be half as long as they may be.
+It puts settings into an order, for a planner that has memory to spare, and says nothing about seconds. Counts are of
+the code (launches of Qwen2.5 layers under a device that is not there, docs/LOG.md); the time of a launch, and what of a
+card's best is reached, are the estimates below. Completions are taken to be half as long as they may be.
 """
 
 from __future__ import annotations
