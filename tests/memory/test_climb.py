@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from lowvram_grpo.memory.prediction import Prediction
 from lowvram_grpo.memory.rehearsal import workload
 from lowvram_grpo.memory.speed import Choice, Speed, shape_of
 from lowvram_grpo.recipe import resolve
+from tests.conftest import make_model
 
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B")
 SIZES = (6, 8, 12, 16, 24)
@@ -83,16 +85,15 @@ def test_a_small_model_uses_the_card(capsys):
     """Real predictions: 1.1 GiB of 6.3 before there were climbs."""
     app(["plan", "--model", "Qwen2.5-0.5B", "--vram", "8"], standalone_mode=False)
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("climbed from the preset", "modelled by counts for RTX 4060, not measured", "quantization nf4 -> none",
-                  "per_device_train_batch_size 4 -> 16", "no weight is dequantized"):  # fmt: skip
-        assert words in said
-    app(["plan", "--model", "Qwen2.5-0.5B", "--vram", "8", "--memory-plan", "savers"], standalone_mode=False)
-    assert "climbed" not in capsys.readouterr().out
+    words = ("climbed from the preset", "modelled by counts for RTX 4060, not measured", "nf4 -> none",
+             "per_device_train_batch_size 4 -> 16", "no weight is dequantized")  # fmt: skip
+    assert [each for each in words if each not in said] == []
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_larger_card_is_never_slower_and_no_plan_comes_near_the_budget(model):
-    planner, times, quantizations = told(model), [], []
+    # A preset of 24 GB begins with a 16-bit base, which is what such a card is fast enough for.
+    planner, times, quantizations = told(model, card=cards.typical(24)), [], []
     for gib in SIZES:
         recipe, plan = planned(planner, model, gib)
         if not plan.fits:
@@ -105,8 +106,8 @@ def test_a_larger_card_is_never_slower_and_no_plan_comes_near_the_budget(model):
         assert after.micro_batch_size <= after.completions_per_rollout // after.updates_per_rollout
         times.append(speed_of(planner, plan.recipe))
         quantizations.append(plan.recipe.quantization)
-    # Presets begin at other places, hence the last per cent.
-    assert all(larger <= 1.02 * smaller for smaller, larger in zip(times, times[1:]))
+    # What buys less than a per cent is left.
+    assert all(larger <= 1.02 * smaller for smaller, larger in itertools.pairwise(times))
     assert quantizations == sorted(quantizations)  # nf4 before none
     assert times[-1] < times[0]
 
@@ -290,10 +291,8 @@ def test_the_copy_inside_an_operator_is_counted():
     import bitsandbytes  # noqa: F401
 
     n, k = 512, 256
-    x, packed = (
-        torch.empty(16, k, dtype=torch.bfloat16, device="meta"),
-        torch.empty(n * k // 2, 1, device="meta").byte(),
-    )
+    x = torch.empty(16, k, dtype=torch.bfloat16, device="meta")
+    packed = torch.empty(n * k // 2, 1, dtype=torch.uint8, device="meta")
     absmax = torch.empty(n * k // 64, device="meta")
     seen = []
     for rows in (16, 4):
@@ -305,13 +304,12 @@ def test_the_copy_inside_an_operator_is_counted():
 
 
 def test_what_graphs_keep_is_counted():
-    config, _ = resolve_config("Qwen2.5-0.5B")
+    config = make_model().config
+    layers = config.num_hidden_layers * overheads.CUDA.graph_layer
     flags = {"max_prompt_length": 64, "max_completion_length": 32}
-    found, few = (
-        Planner(config).predict(recipe_for(rollout_batch_size=rows, **flags)) for rows in (32, 2)
-    )  # six widths of 24 layers, and two
-    assert found.parts["rollout"]["CUDA graphs"] == 6 * 24 * overheads.CUDA.graph_layer
-    assert few.parts["rollout"]["CUDA graphs"] == 2 * 24 * overheads.CUDA.graph_layer
+    found, few = (Planner(config).predict(recipe_for(rollout_batch_size=rows, **flags)) for rows in (32, 2))
+    assert found.parts["rollout"]["CUDA graphs"] == 6 * layers  # 32, 16, 8, 4, 2 and 1 rows
+    assert few.parts["rollout"]["CUDA graphs"] == 2 * layers
     assert "CUDA graphs" not in found.parts["backward"]
     one = overheads.CUDA.context + overheads.CUDA.cublas
     assert found.parts["load"]["CUDA context"] == one
@@ -326,9 +324,8 @@ def test_a_card_says_what_it_can_do_and_a_typical_one_fills_the_gaps(monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: said)
     card = cards.present(3, 8)
-    assert (
-        card.index == 3 and card.gbs == pytest.approx(448, rel=0.01) and card.flops == pytest.approx(40.6e12, rel=0.01)
-    )
+    assert card.index == 3
+    assert (card.gbs, card.flops) == pytest.approx((448, 40.6e12), rel=0.01)
     del said.memory_clock_rate, said.clock_rate
     gaps = cards.present(3, 8)
     assert (gaps.gbs, gaps.ghz, gaps.multiprocessors) == (cards.typical(8).gbs, cards.typical(8).ghz, 46)
