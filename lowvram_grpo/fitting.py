@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from lowvram_grpo.memory.devices import Device
+    from lowvram_grpo.memory.planner import Plan
     from lowvram_grpo.recipe import Recipe
 
 
@@ -24,7 +25,8 @@ def fit(
     cold_start: bool,
     longest_prompt: int | None,
 ) -> Recipe:
-    """`recipe` with the savers that it takes to fit `device`; unchanged on a CPU or with memory_plan off.
+    """`recipe` with the savers that it takes to fit `device`, or with what its free memory can be used for; unchanged
+    on a CPU, whose memory the system and the data live in too, and with memory_plan off.
 
     Args:
         config: of the model.
@@ -43,14 +45,16 @@ def fit(
     tell(f"{device.name}: {gib(ours.usable_bytes)} are ours ({ours.reason}); preset {recipe.preset}.")
     if recipe.memory_plan == "off":
         return recipe
+    from lowvram_grpo.memory.cards import present
     from lowvram_grpo.memory.overheads import CUDA
     from lowvram_grpo.memory.planner import Planner
     from lowvram_grpo.memory.prediction import CannotPredict
 
     half = "bfloat16" if device.bf16 else "float16"
     # The context is there already, and the prediction counts one.
-    room = ours.allocator_bytes + CUDA.context + CUDA.cublas
-    planner = Planner(config, half=half, cold_start=cold_start, longest_prompt=longest_prompt)
+    room = ours.allocator_bytes + CUDA.context
+    card = present(device.index, device.total_bytes / 2**30)
+    planner = Planner(config, half=half, cold_start=cold_start, longest_prompt=longest_prompt, card=card)
     try:
         plan = planner.plan(recipe, room)
     except UserError:
@@ -75,4 +79,13 @@ def fit(
         f"{plan.prediction.peak_phase} phase"
         f"{taken}."
     )
+    if plan.climbs:
+        tell(f"climbed: {climbed(plan)}. --memory-plan savers keeps the preset's settings.")
     return plan.recipe
+
+
+def climbed(plan: Plan) -> str:
+    """What was raised and what for, as a phrase."""
+    raised = ", ".join(climb.words for climb in plan.climbs)
+    room = f"{gib(plan.prediction.peak)} of {gib(plan.budget)}"
+    return f"{raised}; predicted {room}, and by counts a step takes {plan.time:.0%} of its time on {plan.card}"

@@ -167,7 +167,7 @@ def _train(recipe, args, directory, checkpoint, rewards, tokenizer, train_data, 
 
     from lowvram_grpo.implied import IMPLIED
     from lowvram_grpo.loading import load_model_of
-    from lowvram_grpo.memory.planner import ladder_of
+    from lowvram_grpo.memory.planner import ladder_for
     from lowvram_grpo.resume import AfterFirstStep, planned_steps, step_of
     from lowvram_grpo.run.completions import CompletionsLog
     from lowvram_grpo.run.console import Console
@@ -215,7 +215,7 @@ def _train(recipe, args, directory, checkpoint, rewards, tokenizer, train_data, 
             callbacks=[interrupt, AfterFirstStep(take_over)],
             peft_config=_lora(recipe),
             observer=console,
-            ladder=ladder_of(recipe.preset),
+            ladder=ladder_for(recipe),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(metrics)

@@ -38,7 +38,7 @@ ALIASES = {
 IGNORED = ("overwrite_output_dir", "use_peft", "bnb_4bit_quant_type", "use_bnb_nested_quant", "lora_task_type")
 LOADING = ("load_in_4bit", "load_in_8bit")
 CHOICES = {
-    "memory_plan": ("auto", "off"),
+    "memory_plan": ("auto", "savers", "off"),
     "quantization": ("none", "int8", "nf4"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.memory.guard import Event, Guard
 from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.memory.optimizer import GuardedStep
-from lowvram_grpo.policy.checkpointing import tile_mlps
+from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 
 if TYPE_CHECKING:
     from lowvram_grpo.trainer import GRPOTrainer
@@ -26,6 +27,7 @@ class TrainerGuard(Guard):
             {
                 "rollout_batch_size": args.rollout_batch_size or plan.completions_per_rollout,
                 "per_device_train_batch_size": plan.micro_batch_size,
+                "gradient_checkpointing": args.gradient_checkpointing,
                 "activation_offload": args.activation_offload,
                 "mlp_tile": args.mlp_tile,
                 "workspace_mib": args.workspace_mib,
@@ -63,6 +65,11 @@ class TrainerGuard(Guard):
             trainer.collector.engine.rows = value
         elif key == "per_device_train_batch_size":
             trainer.plan = replace(trainer.plan, micro_batch_size=value)
+        elif key == "gradient_checkpointing":
+            try:
+                checkpoint_activations(trainer.model, trainer.grpo_args.gradient_checkpointing_kwargs)
+            except ValueError as error:  # of transformers, for a model that cannot
+                raise UserError(f"gradient_checkpointing: {one_line(error)}") from error
         elif key == "mlp_tile":
             tile_mlps(trainer.model, value)
         elif key == "workspace_mib":

@@ -25,9 +25,17 @@ def fitted(device, model="Qwen2.5-1.5B", **flags):
     return fit(recipe, config, device, said.append, cold_start=False, longest_prompt=200), " ".join(said)
 
 
-def test_a_roomy_card_leaves_the_preset_as_it_is():
+def test_a_roomy_card_is_used():
     recipe, said = fitted(card(8, 7.4))
     assert "memory plan" in said and "are ours" in said
+    raised = [key for key, origin in recipe.origin.items() if origin == "memory plan"]
+    assert "per_device_train_batch_size" in raised and recipe.quantization == "none"
+    assert "climbed: " in said and "a 16-bit base" in said and "--memory-plan savers" in said
+
+
+def test_a_preset_can_be_kept_as_it_is():
+    recipe, said = fitted(card(8, 7.4), memory_plan="savers")
+    assert "memory plan: a peak of" in said and "climbed" not in said
     assert "memory plan" not in recipe.origin.values()
 
 

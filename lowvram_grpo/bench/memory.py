@@ -27,7 +27,7 @@ MIB = 2**20
 DEVICES = ("auto", "cuda", "cpu", "none")
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B", "Qwen3-8B")
 # Parts of a prediction that are no tensors, and those that stay where they are.
-BESIDE = ("CUDA context", "fragmentation")
+BESIDE = ("CUDA context", "CUDA graphs", "fragmentation")
 LASTING = ("base weights", "head", "adapter", "gradients", "optimizer")
 
 
@@ -75,10 +75,12 @@ def cards() -> list[str]:
 def planned(case: Case, *, device: str = "cuda", half: str = "bfloat16") -> Plan:
     """What would run."""
     from lowvram_grpo.memory.architectures import resolve_config
+    from lowvram_grpo.memory.cards import typical
     from lowvram_grpo.memory.planner import Planner
 
     config, _ = resolve_config(str(case.recipe.model))
-    return Planner(config, device=device, half=half).plan(case.recipe, case.budget, advise=False)
+    planner = Planner(config, device=device, half=half, card=typical(case.card))
+    return planner.plan(case.recipe, case.budget, advise=False)
 
 
 def predicted(case: Case, plan: Plan) -> dict[str, Any]:
@@ -90,6 +92,7 @@ def predicted(case: Case, plan: Plan) -> dict[str, Any]:
         "cap_gib": round(case.budget / 2**30, 3),
         "fits_predicted": plan.fits,
         "rungs": [str(rung) for rung in plan.rungs],
+        "climbs": [str(climb) for climb in plan.climbs],
         "settings": plan.as_json()["settings"],
         "predicted_mib": mib({phase: found.phases[phase] for phase in phases}),
         "predicted_parts_mib": {phase: mib(found.parts[phase]) for phase in phases},

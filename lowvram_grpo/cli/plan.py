@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -14,8 +15,7 @@ from lowvram_grpo.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lowvram_grpo.memory.planner import Plan, Planner
-    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.memory.planner import Plan
 
 GIB = 2**30
 
@@ -33,6 +33,7 @@ def start(
     from lowvram_grpo.cli.train import parse_extra
     from lowvram_grpo.loading import hub_arguments
     from lowvram_grpo.memory.architectures import named, resolve_config
+    from lowvram_grpo.memory.cards import typical
     from lowvram_grpo.memory.planner import Planner
     from lowvram_grpo.recipe import resolve
 
@@ -48,36 +49,37 @@ def start(
     say = (lambda sentence: None) if as_json else lambda sentence: print(f"[lowvram-grpo] {sentence}")
     named(model, say)  # the table knows its shape by either name
     resolved, source = resolve_config(model, **hub_arguments(recipes[0]))
-    planner = Planner(resolved)
     cards = [vram if vram is not None else presets.load(recipe.preset).vram_gib for recipe in recipes]
     if None in cards:
         raise UserError(f"Preset {chosen} has no card to plan for; take one of 4gb to 24gb, or pass --vram.")
+    planned = lambda recipe, card, advise: Planner(resolved, card=typical(card)).plan(
+        recipe, presets.card_budget(card), advise=advise
+    )
     if chosen is None:
-        matrix(planner, recipes, cards, source, as_json)
+        plans = [planned(recipe, card, False) for recipe, card in zip(recipes, cards)]
+        matrix(plans, cards, source, as_json)
         return
-    plan = planner.plan(recipes[0], presets.card_budget(cards[0]))
+    plan = planned(recipes[0], cards[0], True)
     if as_json:
         print(json.dumps({**plan.as_json(), "vram_gib": cards[0]}, indent=2))
     else:
         show(plan, cards[0], source)
 
 
-def matrix(planner: Planner, recipes: list[Recipe], cards: list[float], source: str, as_json: bool) -> None:
+def matrix(plans: list[Plan], cards: list[float], source: str, as_json: bool) -> None:
     """One line a preset."""
-    from lowvram_grpo import preset as presets
-
-    plans = [planner.plan(recipe, presets.card_budget(card), advise=False) for recipe, card in zip(recipes, cards)]
     if as_json:
         rows = [{**plan.as_json(), "vram_gib": card} for plan, card in zip(plans, cards)]
         print(json.dumps(rows, indent=2))
         return
     table = Table(box=None, pad_edge=False, title=_name(plans[0], source), title_justify="left")
-    for column in ("preset", "card", "budget", "peak", "fits", "savers taken on top of the preset"):
+    for column in ("preset", "card", "budget", "peak", "fits", "changed from the preset"):
         table.add_column(column, justify="right" if column in ("card", "budget", "peak") else "left")
     for plan, card in zip(plans, cards):
+        changed = [*map(str, plan.rungs), *(climb.words for climb in plan.climbs)]
         table.add_row(
             plan.recipe.preset, f"{card:g} GB", f"{plan.budget / GIB:.1f}", f"{plan.prediction.peak / GIB:.2f}",
-            "[green]yes[/green]" if plan.fits else "[red]no[/red]", ", ".join(map(str, plan.rungs)) or "none",
+            "[green]yes[/green]" if plan.fits else "[red]no[/red]", ", ".join(changed) or "nothing",
         )  # fmt: skip
     console = Console(highlight=False)
     console.print(table)
@@ -86,8 +88,21 @@ def matrix(planner: Planner, recipes: list[Recipe], cards: list[float], source: 
 
 _HOW = (
     "GiB. Budget: what a Windows desktop leaves of such a card. Peaks are predicted (docs/memory.md), CUDA context "
-    "included; --vram or --preset shows one in full."
+    "included; --vram or --preset shows one in full, with reasons; --memory-plan savers never climbs."
 )
+
+
+def raised(console: Console, plan: Plan) -> None:
+    """What went up from the preset, and what each of it buys."""
+    console.print(
+        f"climbed from the preset, as memory is left: a step takes {plan.time:.0%} of its time (modelled by counts for "
+        f"{plan.card}, not measured)"
+    )
+    for climb in plan.climbs:
+        share = f" ({climb.share:+.0%} without)" if climb.share >= 0.005 else ""
+        before, now = (str(value).lower() for value in (climb.before, climb.rung.value))
+        text = f"{climb.rung.key} {before} -> {now}{share}: {climb.reason}"
+        console.print(fill(text, console.width, initial_indent="  ", subsequent_indent="    "))
 
 
 def _name(plan: Plan, source: str) -> str:
@@ -124,5 +139,7 @@ def show(plan: Plan, card: float, source: str) -> None:
         parts.add_row(name, f"{size / 2**20:,.0f}")
     console.print(parts)
     console.print("savers taken on top of the preset: " + (", ".join(map(str, plan.rungs)) or "none"))
+    if plan.climbs:
+        raised(console, plan)
     for sentence in plan.advice:
         console.print(f"instead: {sentence}")

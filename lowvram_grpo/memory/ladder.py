@@ -1,8 +1,9 @@
 """The ladder of memory savers: which setting relieves which phase, and what the next step down is.
 
-A preset lists its rungs in the order in which they cost speed. The planner climbs them before the run until the
-prediction fits; the guard climbs on from there when memory runs out all the same, by those rungs only that can change
-in the middle of a run without changing the gradient.
+A preset lists its rungs in the order in which they cost speed. The planner takes them before the run until the
+prediction fits; the guard goes on from there when memory runs out all the same, by those rungs only that can change
+in the middle of a run without changing the gradient. Where the planner has gone up from the preset (`climb`), the guard
+comes back by the same way first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ RELIEVES: dict[str, tuple[str, ...]] = {
     "kv_cache_dtype": ("rollout",),
     "rollout_batch_size": ("rollout",),
     "per_device_train_batch_size": _TRAINING,
+    "gradient_checkpointing": ("forward", "backward"),
     "activation_offload": ("forward", "backward"),
     "mlp_tile": ("forward", "backward"),
     "workspace_mib": ("rollout", *_TRAINING),
@@ -32,6 +34,7 @@ RELIEVES: dict[str, tuple[str, ...]] = {
 _WORDS = {
     "rollout_batch_size": "sampling {} at once",
     "per_device_train_batch_size": "training on {} at once",
+    "gradient_checkpointing": "the backward pass computes activations again",
     "activation_offload": "kept activations wait in host memory",
     "mlp_tile": "MLPs run {} tokens at a time",
     "workspace_mib": "{} MiB of scratch memory for the vocabulary sweep",
@@ -65,10 +68,25 @@ def _halvings(now: int) -> Iterator[int]:
         yield now
 
 
+def way_back(settings: Mapping[str, Any], begins: Mapping[str, Any], group: int) -> Iterator[Rung]:
+    """Rungs from `settings` down to those that a preset `begins` with. Micro-batches are halved as long as they are
+    whole groups of `group` completions, then activations are recomputed, which frees most at once."""
+    halved = lambda key: (Rung(key, n) for n in _halvings(settings[key] or 0) if n >= begins.get(key, n + 1))
+    yield from halved("rollout_batch_size")
+    smaller = list(halved("per_device_train_batch_size"))
+    yield from (rung for rung in smaller if rung.value >= group)
+    if begins.get("gradient_checkpointing") and not settings["gradient_checkpointing"]:
+        yield Rung("gradient_checkpointing", True)
+    yield from (rung for rung in smaller if rung.value < group)
+    if begins.get("workspace_mib", settings["workspace_mib"]) < settings["workspace_mib"]:
+        yield Rung("workspace_mib", begins["workspace_mib"])
+
+
 def last_resorts(settings: Mapping[str, Any]) -> Iterator[Rung]:
     """Rungs below the last one of any preset: what is left to give up in the middle of a run."""
     yield from (Rung("rollout_batch_size", n) for n in _halvings(settings["rollout_batch_size"]))
     yield from (Rung("per_device_train_batch_size", n) for n in _halvings(settings["per_device_train_batch_size"]))
+    yield Rung("gradient_checkpointing", True)  # without it, nothing is kept that could be offloaded
     yield Rung("activation_offload", True)
     yield from (Rung("mlp_tile", n) for n in (512, 256, 128))
     yield from (Rung("workspace_mib", n) for n in (32, 16, 8))

@@ -9,7 +9,7 @@ what libraries keep for themselves, is not in it: see `overheads`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,15 +58,18 @@ class Ledger(TorchDispatchMode):
     Args:
         block: sizes are rounded up to multiples of it (512 in CUDA's caching allocator).
         device: type of the device whose memory is counted; all if left out.
+        hidden: of (operator, its arguments), the bytes that it makes for itself and frees before it returns.
 
     Attributes:
         live: bytes that are held now.
         phases: the peak of each phase, by name.
     """
 
-    def __init__(self, *, block: int = 1, device: str | None = None):
+    def __init__(
+        self, *, block: int = 1, device: str | None = None, hidden: Callable[[Any, tuple], int] = lambda func, args: 0
+    ):
         super().__init__()
-        self.block, self.device = block, device
+        self.block, self.device, self.hidden = block, device, hidden
         self.live = 0
         self.phases: dict[str, Peak] = {}
         self._held: dict[str, int] = {}
@@ -176,4 +179,8 @@ class Ledger(TorchDispatchMode):
                 given = {id(x.untyped_storage()) for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
             if id(storage) not in given:
                 self._remember(storage, self._rounded(storage), self._category)
+        if hidden := self.hidden(func, args):
+            self._add(hidden, ACTIVATIONS)
+            self._look()
+            self._add(-hidden, ACTIVATIONS)
         return out

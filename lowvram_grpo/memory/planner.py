@@ -1,7 +1,8 @@
-"""Does it fit, and with which savers: climbs a preset's ladder on paper until the predicted peak is within the budget.
+"""Does it fit, and with which savers: goes down a preset's ladder on paper until the predicted peak is within the
+budget, and up where it is far below.
 
 Only rungs that relieve the phase with the highest peak are taken, in the ladder's order, so that nothing is given up
-that would not help. What a person set is never changed.
+that would not help. What goes up is `climb`'s. What a person set is never changed.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo import preset as presets
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.memory.ladder import RELIEVES, Rung
-from lowvram_grpo.recipe import job_types, typed
+from lowvram_grpo.memory.ladder import RELIEVES, Rung, way_back
+from lowvram_grpo.memory.paper import by_a_person, paper_config, setting, with_its_batch, with_setting
+from lowvram_grpo.recipe import typed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from lowvram_grpo.memory.cards import Card
+    from lowvram_grpo.memory.climb import Climb
     from lowvram_grpo.memory.prediction import Prediction
     from lowvram_grpo.recipe import Recipe
 
 GIB = 2**30
-# Who set a value, as the resolved recipe records it.
-_BY_A_PERSON = ("flag", "file", "adapter", "checkpoint")
-PLANNED = "memory plan"
 # A rung that saves less of the peak is passed over.
 _WORTH = 0.002
 # Rungs that are tried before the bottom of the ladder is looked at.
@@ -41,11 +42,14 @@ class Plan:
     """What would run, and how much of the card it takes.
 
     Attributes:
-        recipe: with the settings of the rungs that were taken.
+        recipe: with the settings of the rungs that were taken, and of the climbs.
         budget: bytes that may be used, CUDA context included.
         prediction: of that recipe.
         rungs: taken, in order.
         advice: where it does not fit, what would.
+        climbs: settings that were raised, what buys most first.
+        time: of a step after the climbs, as a share of what it would be without, by counts and a card's numbers.
+        card: whose numbers.
     """
 
     recipe: Recipe
@@ -53,6 +57,9 @@ class Plan:
     prediction: Prediction
     rungs: tuple[Rung, ...] = ()
     advice: tuple[str, ...] = ()
+    climbs: tuple[Climb, ...] = ()
+    time: float = 1.0
+    card: str = ""
 
     @property
     def fits(self) -> bool:
@@ -72,6 +79,9 @@ class Plan:
             "phases": {name: gib(size) for name, size in found.phases.items()},
             "categories": {name: gib(size) for name, size in found.categories.items()},
             "rungs": [str(rung) for rung in self.rungs],
+            "climbs": [str(climb) for climb in self.climbs],
+            "modelled_time": round(self.time, 3),
+            "modelled_card": self.card,
             "settings": {key: setting(self.recipe, key) for key in RELIEVES},
             "advice": list(self.advice),
         }
@@ -86,24 +96,11 @@ def ladder_of(name: str) -> tuple[Rung, ...]:
     return tuple(Rung(key, typed(key, value)) for key, value in presets.load(name).ladder)
 
 
-def setting(recipe: Recipe, key: str) -> Any:
-    """The value that `key` has in a resolved recipe, GRPOConfig's default included."""
-    if key in job_types():
-        return getattr(recipe, key)
-    if key in recipe.training:
-        return recipe.training[key]
-    from lowvram_grpo.config import GRPOConfig
-
-    return GRPOConfig.__dataclass_fields__[key].default
-
-
-def with_setting(recipe: Recipe, key: str, value: Any, origin: str = PLANNED) -> Recipe:
-    """A copy of `recipe` with one setting changed."""
-    changed = replace(recipe, training=dict(recipe.training), origin={**recipe.origin, key: origin})
-    if key in job_types():
-        return replace(changed, **{key: value})
-    changed.training[key] = value
-    return changed
+def ladder_for(recipe: Recipe) -> tuple[Rung, ...]:
+    """The rungs of a run: from where its plan has climbed back to its preset, then those of the preset."""
+    begins = presets.load(recipe.preset).settings
+    now = {key: setting(recipe, key) for key in RELIEVES}
+    return (*way_back(now, begins, setting(recipe, "num_generations")), *ladder_of(recipe.preset))
 
 
 class Planner:
@@ -115,6 +112,7 @@ class Planner:
         half: the 16-bit dtype of the device, `bfloat16` or `float16`.
         cold_start: an automatic cold start may come, after which the reference has weights of its own.
         longest_prompt: of the data, in tokens; max_prompt_length where it is not known.
+        card: what it can do. Without, nothing is raised.
     """
 
     def __init__(
@@ -125,6 +123,7 @@ class Planner:
         half: str = "bfloat16",
         cold_start: bool = False,
         longest_prompt: int | None = None,
+        card: Card | None = None,
     ):
         self.config = config
         if getattr(config, "quantization_config", None) is not None:
@@ -132,7 +131,7 @@ class Planner:
             self.config = copy.deepcopy(config)
             del self.config.quantization_config
         self.device, self.half, self.cold_start = device, half, cold_start
-        self.longest_prompt = longest_prompt
+        self.longest_prompt, self.card = longest_prompt, card
         self._known: dict[str, Prediction] = {}
         self._refused: dict[tuple[str, Any], bool] = {}
 
@@ -149,7 +148,7 @@ class Planner:
         from lowvram_grpo.policy.load import DTYPES
 
         args = paper_config(recipe)
-        key = repr((exact, sorted(vars(args).items(), key=lambda kv: kv[0]), _of_the_job(recipe)))
+        key = repr((exact, self.card, sorted(vars(args).items(), key=lambda kv: kv[0]), _of_the_job(recipe)))
         if key not in self._known:
             plain = "float32" if self.device == "cpu" else self.half
             dtype = DTYPES[plain if recipe.dtype == "auto" else recipe.dtype]
@@ -159,6 +158,7 @@ class Planner:
                 follows=bool(recipe.adapter) or self.cold_start or str(args.cold_start) not in ("off", "auto", "0"),
                 longest_prompt=self.longest_prompt,
                 attention=recipe.attn_implementation or "sdpa",
+                card=self.card,
             )  # fmt: skip
             with torch.random.fork_rng(devices=[]):
                 self._known[key] = predict(blueprint, args, exact=exact)
@@ -166,11 +166,25 @@ class Planner:
 
     def plan(self, recipe: Recipe, budget: int, *, advise: bool = True) -> Plan:
         """The first configuration down the ladder of `recipe.preset` whose predicted peak is within `budget` bytes;
-        where none is, the last one, with advice."""
-        left = [rung for rung in ladder_of(recipe.preset) if recipe.origin.get(rung.key) not in _BY_A_PERSON]
+        where none is, the last one, with advice. Where much is left, settings rise (not on a CPU, whose memory the
+        whole system lives in, and not with memory_plan savers)."""
+        plan = self._descend(recipe, budget, advise=advise)
+        if not plan.fits or self.card is None or self.device != "cuda" or recipe.memory_plan == "savers":
+            return plan
+        from lowvram_grpo.memory.climb import Climber
+
+        climber = Climber(self.config, self.card, self.half, self.longest_prompt, self.predict)
+        raised = climber.climb(plan.recipe, plan.prediction, budget, plan.rungs)
+        if raised is None:
+            return plan
+        return replace(plan, recipe=raised.recipe, prediction=raised.prediction, climbs=raised.climbs,
+                       time=raised.time, card=self.card.name)  # fmt: skip
+
+    def _descend(self, recipe: Recipe, budget: int, *, advise: bool) -> Plan:
+        left = [rung for rung in ladder_of(recipe.preset) if not by_a_person(recipe, rung.key)]
         found = self.predict(recipe)
         if found.peak > budget:
-            recipe = _with_its_batch(recipe)
+            recipe = with_its_batch(recipe)
         first, rungs, tried = recipe, [], 0
         while found.peak > budget:
             rung = self._next(recipe, found, left)
@@ -253,7 +267,7 @@ class Planner:
     def _own_settings(self, plan: Plan) -> Iterator[str]:
         """Rungs of settings that a person has set higher."""
         done = set()
-        for rung in ladder_of("24gb"):
+        for rung in (Rung("gradient_checkpointing", True), *ladder_of("24gb")):
             set_by = plan.recipe.origin.get(rung.key)
             if rung.key in done or set_by not in ("flag", "file"):
                 continue
@@ -269,7 +283,7 @@ class Planner:
             config, _ = resolve_config(name)
             other = Planner(
                 config, device=self.device, half=self.half, cold_start=self.cold_start,
-                longest_prompt=self.longest_prompt,
+                longest_prompt=self.longest_prompt, card=self.card,
             )  # fmt: skip
             if other._size < self._size and other.predict(plan.recipe).peak <= plan.budget:
                 return name
@@ -287,35 +301,3 @@ def _of_the_job(recipe: Recipe) -> tuple:
     return (
         recipe.quantization, recipe.dtype, recipe.lora_r, str(modules), bool(recipe.adapter), recipe.attn_implementation
     )  # fmt: skip
-
-
-def _with_its_batch(recipe: Recipe) -> Recipe:
-    """The same step, counted in prompts: where it follows from per_device_train_batch_size, as TRL counts, a rung that
-    lowers that would change what is trained."""
-    args = paper_config(recipe)
-    plan = args.batch_plan()
-    if args.prompts_per_step is None:
-        prompts = max(1, plan.prompts_per_rollout // plan.updates_per_rollout)
-        recipe = with_setting(recipe, "prompts_per_step", prompts)
-    if args.steps_per_generation:
-        recipe = with_setting(recipe, "steps_per_generation", None)
-        recipe = with_setting(recipe, "generation_batch_size", plan.completions_per_rollout)
-    return recipe
-
-
-def paper_config(recipe: Recipe) -> Any:
-    """The GRPOConfig of a recipe, made without touching a GPU; precision is the planner's to say.
-
-    Raises:
-        UserError: settings that do not fit together.
-    """
-    from lowvram_grpo.config import GRPOConfig
-
-    settings = {k: v for k, v in recipe.training.items() if k not in ("bf16", "fp16", "tf32", "reward_weights")}
-    settings |= {"output_dir": "plan", "use_cpu": True, "report_to": "none", "model_init_kwargs": None}
-    try:
-        return GRPOConfig(**settings)
-    except UserError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise UserError(f"The training settings do not fit together: {error}") from error

@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.learner import Learner
+from lowvram_grpo.memory.four_bit import hidden_copy
 from lowvram_grpo.memory.ladder import PHASES
 from lowvram_grpo.memory.ledger import ACTIVATIONS, Ledger, Peak
-from lowvram_grpo.memory.overheads import CPU, CUDA, Overheads
+from lowvram_grpo.memory.overheads import Overheads, on
 from lowvram_grpo.memory.stand_in import StandIn
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.memory.cards import Card
 
 _META = torch.device("meta")
 # Phases that are counted in two parts.
@@ -50,6 +52,7 @@ class Blueprint:
         follows: the reference has weights of its own (a given adapter, or a cold start).
         longest_prompt: in tokens, where the data is known.
         attention: attn_implementation; all but eager hold no scores.
+        card: what the device can do, where it is known.
     """
 
     config: PretrainedConfig
@@ -60,6 +63,11 @@ class Blueprint:
     follows: bool = False
     longest_prompt: int | None = None
     attention: str = "sdpa"
+    card: Card | None = None
+
+    @property
+    def overheads(self) -> Overheads:
+        return on(self.device, self.card)
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ def predict(blueprint: Blueprint, args: GRPOConfig, *, exact: bool = False) -> P
     if blueprint.quantization not in ("none", "nf4"):
         raise CannotPredict(f"weights in {blueprint.quantization} are not counted")
     config = blueprint.config.get_text_config()
-    depth, period = config.num_hidden_layers, _period(config)
+    depth, period = config.num_hidden_layers, period_of(config)
     # Where activations go to host memory, up to three layers are in flight at once.
     least = 4 if args.activation_offload else 2
     low = -(-least // period) * period
@@ -98,12 +106,12 @@ def predict(blueprint: Blueprint, args: GRPOConfig, *, exact: bool = False) -> P
     if exact or depth <= high:
         peaks = count(blueprint, args)
     else:
-        small, large = (count(replace(blueprint, config=_cut(blueprint.config, n)), args) for n in (low, high))
+        small, large = (count(replace(blueprint, config=cut(blueprint.config, n)), args) for n in (low, high))
         peaks = {name: _line(small[name], large[name], (depth - low) / (high - low)) for name in small}
     # Each of these is two straight lines, and which of them is higher depends on the depth.
     for part, phase in _PARTS.items():
         peaks[phase] = max(peaks.pop(part), peaks[phase], key=lambda peak: peak.bytes)
-    return _with_overheads(peaks, CUDA if blueprint.device == "cuda" else CPU)
+    return _with_overheads(peaks, blueprint.overheads, _widths(blueprint, args), depth)
 
 
 def _line(small: Peak, large: Peak, steps: float) -> Peak:
@@ -113,7 +121,7 @@ def _line(small: Peak, large: Peak, steps: float) -> Peak:
     return Peak(at(small.bytes, large.bytes), categories)
 
 
-def _period(config: PretrainedConfig) -> int:
+def period_of(config: PretrainedConfig) -> int:
     """After how many layers their kinds repeat; all of them where they do not."""
     kinds = getattr(config, "layer_types", None)
     if not kinds:
@@ -121,27 +129,42 @@ def _period(config: PretrainedConfig) -> int:
     return next(p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:])))
 
 
-def _cut(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    cut = copy.deepcopy(config)
-    text = cut.get_text_config()
+def cut(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The same model with its first `layers` layers alone."""
+    shallow = copy.deepcopy(config)
+    text = shallow.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    return cut
+    return shallow
 
 
-def _with_overheads(peaks: dict[str, Peak], extra: Overheads) -> Prediction:
+def _widths(blueprint: Blueprint, args: GRPOConfig) -> int:
+    """Numbers of rows that decode steps are captured for: each time that half of the rows have ended."""
+    if blueprint.device != "cuda" or args.use_vllm:
+        return 0
+    completions = args.batch_plan().completions_per_rollout
+    return min(args.rollout_batch_size or completions, completions).bit_length()
+
+
+def _with_overheads(peaks: dict[str, Peak], extra: Overheads, widths: int, layers: int) -> Prediction:
+    """`widths` decode steps of `layers` layers are captured in a rollout."""
+    beside = dict.fromkeys(PHASES, extra.context + extra.cublas)
+    for name in PHASES[1:] if widths else ():
+        beside[name] += extra.graph_workspaces * extra.cublas
+    graphs = {"rollout": widths * layers * extra.graph_layer}
+
     def slack(peak: Peak) -> int:
         moving = peak.bytes - sum(peak.categories.get(name, 0) for name in _WEIGHTS)
         return round(moving * extra.fragmentation)
 
-    def parts(peak: Peak) -> dict[str, int]:
-        beside = {"CUDA context": extra.context + extra.cublas, "fragmentation": slack(peak)}
-        return {name: size for name, size in {**peak.categories, **beside}.items() if size}
+    def parts(name: str, peak: Peak) -> dict[str, int]:
+        more = {"CUDA context": beside[name], "CUDA graphs": graphs.get(name, 0), "fragmentation": slack(peak)}
+        return {name: size for name, size in {**peak.categories, **more}.items() if size}
 
     peaks = {name: peaks[name] for name in PHASES}
-    phases = {name: peak.bytes + slack(peak) + extra.context + extra.cublas for name, peak in peaks.items()}
-    made_of = {name: parts(peak) for name, peak in peaks.items()}
+    made_of = {name: parts(name, peak) for name, peak in peaks.items()}
+    phases = {name: peak.bytes + slack(peak) + beside[name] + graphs.get(name, 0) for name, peak in peaks.items()}
     return Prediction(phases, made_of[max(phases, key=phases.__getitem__)], made_of)
 
 
@@ -150,8 +173,9 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     from lowvram_grpo.memory.rehearsal import Rehearsal, workload
     from lowvram_grpo.policy.stream import skeleton
 
-    overheads = CUDA if blueprint.device == "cuda" else CPU
-    ledger = Ledger(block=overheads.block)
+    half = str(blueprint.dtype).removeprefix("torch.")
+    hidden = {"hidden": hidden_copy(blueprint.card, half)} if blueprint.device == "cuda" else {}
+    ledger = Ledger(block=blueprint.overheads.block, **hidden)
     stand_in = StandIn(blueprint.device, None if blueprint.dtype == torch.float32 else blueprint.dtype)
     work = workload(args, blueprint.config, blueprint.longest_prompt)
     attention = "eager" if blueprint.attention == "eager" else "sdpa"

@@ -136,6 +136,29 @@ def test_a_step_that_ran_out_of_memory_ends_the_same(config, dataset, tmp_path, 
     assert any(phase in text and rung in text for text in trainer.observer.said)
 
 
+def test_recomputation_comes_back_in_the_middle_of_a_run(config, dataset, tmp_path):
+    """What a plan that climbed has switched off, the guard can switch on."""
+
+    def spoil(trainer):
+        inner = trainer.accelerator.backward
+
+        def backward(loss, **kwargs):
+            inner(loss, **kwargs)
+            if not trainer.grpo_args.gradient_checkpointing:
+                raise full()
+
+        trainer.accelerator.backward = backward
+
+    args = {"per_device_train_batch_size": 1, "max_steps": 2, "optim": "sgd", "gradient_checkpointing": False}
+    args |= {"signal_check": False, "self_test": False}
+    plain, _ = trained(config(**args), dataset)
+    survived, trainer = trained(config(**args), dataset, spoil, tmp_path)
+    assert [str(event.rung) for event in trainer.guard.events] == ["gradient_checkpointing=true"]
+    assert any(getattr(m, "gradient_checkpointing", False) for m in trainer.model.modules())
+    for name, value in plain.items():
+        torch.testing.assert_close(survived[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_when_no_rung_is_left_the_end_is_clear(config, dataset):
     def always(trainer):
         def generate(*args, **kwargs):

@@ -1,0 +1,73 @@
+"""A recipe on paper: what a setting is, the same recipe with another one, and its GRPOConfig without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.recipe import job_types
+
+if TYPE_CHECKING:
+    from lowvram_grpo.recipe import Recipe
+
+# Who set a value, as the resolved recipe records it.
+PLANNED = "memory plan"
+_BY_A_PERSON = ("flag", "file", "adapter", "checkpoint")
+
+
+def by_a_person(recipe: Recipe, key: str) -> bool:
+    """Whether it is none of the plan's: somebody set it, or what somebody gave fixes it."""
+    return recipe.origin.get(key) in _BY_A_PERSON
+
+
+def setting(recipe: Recipe, key: str) -> Any:
+    """The value that `key` has in a resolved recipe, GRPOConfig's default included."""
+    if key in job_types():
+        return getattr(recipe, key)
+    if key in recipe.training:
+        return recipe.training[key]
+    from lowvram_grpo.config import GRPOConfig
+
+    return GRPOConfig.__dataclass_fields__[key].default
+
+
+def with_setting(recipe: Recipe, key: str, value: Any, origin: str = PLANNED) -> Recipe:
+    """A copy of `recipe` with one setting changed."""
+    changed = replace(recipe, training=dict(recipe.training), origin={**recipe.origin, key: origin})
+    if key in job_types():
+        return replace(changed, **{key: value})
+    changed.training[key] = value
+    return changed
+
+
+def with_its_batch(recipe: Recipe) -> Recipe:
+    """The same step, counted in prompts: where it follows from per_device_train_batch_size, as TRL counts, a rung that
+    lowers that would change what is trained."""
+    args = paper_config(recipe)
+    plan = args.batch_plan()
+    if args.prompts_per_step is None:
+        prompts = max(1, plan.prompts_per_rollout // plan.updates_per_rollout)
+        recipe = with_setting(recipe, "prompts_per_step", prompts)
+    if args.steps_per_generation:
+        recipe = with_setting(recipe, "steps_per_generation", None)
+        recipe = with_setting(recipe, "generation_batch_size", plan.completions_per_rollout)
+    return recipe
+
+
+def paper_config(recipe: Recipe) -> Any:
+    """The GRPOConfig of a recipe, made without touching a GPU; precision is the planner's to say.
+
+    Raises:
+        UserError: settings that do not fit together.
+    """
+    from lowvram_grpo.config import GRPOConfig
+
+    settings = {k: v for k, v in recipe.training.items() if k not in ("bf16", "fp16", "tf32", "reward_weights")}
+    settings |= {"output_dir": "plan", "use_cpu": True, "report_to": "none", "model_init_kwargs": None}
+    try:
+        return GRPOConfig(**settings)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"The training settings do not fit together: {error}") from error
