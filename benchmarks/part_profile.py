@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import torch
 from rollout_model import DRY_MODEL, load
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, supported_activities
 
 from lowvram_grpo.bench.rows import Rows, reason
 from lowvram_grpo.policy.load import compute_dtype
@@ -104,7 +104,8 @@ def text(title: str, found: dict[str, Any]) -> str:
 
 
 def profiled(call: Callable[[], object], cuda: bool) -> dict[str, Any]:
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    # A PyTorch without CUPTI sees the host alone.
+    kinds = [ProfilerActivity.CPU, *({ProfilerActivity.CUDA} & supported_activities() if cuda else ())]
     sync = torch.cuda.synchronize if cuda else lambda: None
     sync()
     with profile(activities=kinds) as prof:
