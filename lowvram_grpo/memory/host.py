@@ -43,9 +43,9 @@ def placed(like: Tensor, flat: Tensor, start: int) -> Tensor:
 
 
 def upload(tensors: Sequence[Tensor], device: torch.device, *, pack: bool | None = None) -> list[Tensor]:
-    """Tensors of the host on `device`. If they are packed (for a GPU, unless something else is said) they are
+    """Tensors of the host on `device`. If they are packed (for a GPU or meta, unless something else is said) they are
     contiguous and go in one copy that nobody waits for, into one piece of memory that lives as long as any of them."""
-    if not (device.type == "cuda" if pack is None else pack):
+    if not (device.type != "cpu" if pack is None else pack):
         return [t.to(device) for t in tensors]
     starts, size = spans(tensors)
     staging = host_buffer(size, pinned=device.type == "cuda")
