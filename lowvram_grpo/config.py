@@ -220,8 +220,8 @@ class GRPOConfig(TrainingArguments):
     )
     fused_ops: str = _help(
         "(ours) Kernels for norms, rotary positions, MLP gates, int8 heads and drawing, in rollouts and in training, "
-        "where LoRA layers and 4-bit weights take fewer launches too: on, off (as transformers and peft do), or auto: in "
-        "rollouts those that have been measured faster, in training those that pass a trial on this card.",
+        "where LoRA layers and 4-bit weights take fewer launches too: on, off (as transformers and peft do), or auto: "
+        "in rollouts those that have been measured faster, in training those that pass a trial on this card.",
         "auto",
     )
     embedding_offload: bool = _help("(ours) Keep an untied input embedding in pinned host memory.", False)
