@@ -150,7 +150,7 @@ class _Shared:
 
     def pass_begins(self, *_: Any) -> None:
         """A hook of the decoder. Weights may have changed, and an optimizer's kernel leaves no version behind."""
-        self._stale = True
+        self._stale, self._backward = True, False
         self.drop_answers()
 
     # Answers

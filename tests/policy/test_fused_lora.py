@@ -137,8 +137,9 @@ def test_bfloat16_is_no_further_from_float32_than_peft(tmp_path):
 def test_adapters_of_one_pass_are_copied_once_and_siblings_share_their_products():
     model = fused(adapted(tiny("Llama")))
     checkpoint_activations(model)
-    with torch.autocast("cpu", torch.bfloat16), Launches() as seen:
-        training_pass(model)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), Launches() as seen:
+            training_pass(model)
     layers = 2
     assert seen.names.count("_foreach_copy_") == 1 + layers * 4  # all at once, and each group's with its recomputation
     # z of q/k/v, o, gate/up and down, twice, and what each of the seven layers adds, twice; and back: dz of each, what
