@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -17,8 +18,12 @@ from tests.invariants.test_out_of_memory import full
 
 def kinds():
     import bitsandbytes as bnb
+    from transformers.optimization import Adafactor
 
-    return {"adamw_torch": torch.optim.AdamW, "adamw_8bit": bnb.optim.AdamW8bit, "sgd": torch.optim.SGD}
+    return {
+        "adamw_torch": torch.optim.AdamW, "adamw_8bit": bnb.optim.AdamW8bit, "sgd": torch.optim.SGD,
+        "adafactor": partial(Adafactor, scale_parameter=False, relative_step=False),
+    }  # fmt: skip
 
 
 class Fit:
@@ -53,14 +58,14 @@ class Fit:
         return float(self.loss().detach())
 
 
-@pytest.mark.parametrize("kind", ["adamw_torch", "adamw_8bit", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw_torch", "adamw_8bit", "sgd", "adafactor"])
 def test_moments_in_host_memory_change_nothing(kind):
     plain, offloaded = Fit(kind), Fit(kind, offload=True)
     assert plain.run(5) == offloaded.run(5)
     assert all(torch.equal(a, b) for a, b in zip(plain.weights, offloaded.weights))
 
 
-@pytest.mark.parametrize("kind", ["adamw_torch", "adamw_8bit"])
+@pytest.mark.parametrize("kind", ["adamw_torch", "adamw_8bit", "adafactor"])
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_step_that_failed_half_way_never_was(kind, at):
     plain, failing = Fit(kind), Fit(kind, active=True)
