@@ -104,7 +104,10 @@ def test_a_larger_card_is_never_slower_and_no_plan_comes_near_the_budget(model):
         before, after = (paper_config(r).batch_plan() for r in (recipe, plan.recipe))
         assert all(getattr(before, name) == getattr(after, name) for name in STEP)
         assert after.micro_batch_size <= after.completions_per_rollout // after.updates_per_rollout
-        assert all(climb.share > 0.9 * EACH for climb in plan.climbs if climb.rung.key != "quantization")
+        for climb in plan.climbs:
+            lowered = climb.rung.key.endswith("batch_size") and climb.rung.value < climb.before
+            # What rounds less, or makes room for another climb, need not buy time by itself.
+            assert lowered or climb.rung.key == "quantization" or climb.share > 0.9 * EACH, climb
         times.append(speed_of(planner, plan.recipe))
         quantizations.append(plan.recipe.quantization)
     # What buys less than a per cent is left.
