@@ -87,5 +87,6 @@ def fit(
 def climbed(plan: Plan) -> str:
     """What was raised and what for, as a phrase."""
     raised = ", ".join(climb.words for climb in plan.climbs)
-    room = f"{gib(plan.prediction.peak)} of {gib(plan.budget)}"
-    return f"{raised}; predicted {room}, and by counts a step takes {plan.time:.0%} of its time on {plan.card}"
+    room = f"{plan.prediction.peak / 2**30:.1f} of {gib(plan.budget)}"
+    time = f"modelled by counts for {plan.card}, a step takes {plan.time:.0%} of the preset's time"
+    return f"{raised} (predicted {room}; {time})"

@@ -95,8 +95,8 @@ _HOW = (
 def raised(console: Console, plan: Plan) -> None:
     """What went up from the preset, and what each of it buys."""
     console.print(
-        f"climbed from the preset, as memory is left: a step takes {plan.time:.0%} of its time (modelled by counts for "
-        f"{plan.card}, not measured)"
+        f"climbed from the preset, as memory is left: a step takes {plan.time:.0%} of the preset's time (modelled by "
+        f"counts for {plan.card}, not measured)"
     )
     for climb in plan.climbs:
         share = f" ({climb.share:+.0%} without)" if climb.share >= 0.005 else ""

@@ -393,9 +393,8 @@ class Uploads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_) and any(
-            x.device.type == "cpu" for x in given
-        ):
+        copies = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        if copies and found.is_meta and any(x.device.type == "cpu" for x in given):
             self.sizes.append(found.numel())
         return found
 
