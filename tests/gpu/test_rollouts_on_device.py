@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -125,6 +126,7 @@ def test_four_bit_weights_are_captured(replays):
 def test_nothing_is_held_after_a_rollout():
     model = build("Llama").to(DEVICE)
     RolloutEngine(model, sampling()).generate(LONG, 4, seed=0)
+    gc.collect()  # models of earlier tests, which may go at any time
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     RolloutEngine(model, sampling(max_new_tokens=64)).generate(LONG, 16, seed=0)
@@ -174,6 +176,7 @@ def test_an_error_in_a_capture_leaves_the_stream_as_it_was(monkeypatch):
 
 def test_rollouts_in_a_row_reserve_no_more():
     model = build("Llama").to(DEVICE)
+    gc.collect()
     reserved = []
     for _ in range(4):
         RolloutEngine(model, sampling(max_new_tokens=64)).generate(LONG, 16, seed=0)
