@@ -345,12 +345,13 @@ def compile_cases(cc: int) -> list[CompileCase]:
     """What `decode_attention_triton` launches on compute capability `cc`: every tile, for a head that fills it and one
     that does not, caches in 16 bits and int8, with window and soft cap and without."""
     half = torch.float16 if cc < 80 else torch.bfloat16
-    cases = []
+    # What may be asked for by name (fp16 = true), where bfloat16 is what is taken: the same tiles.
+    cases = _cases(cc, torch.float16, 64, (64,), int8=False, masks=False) if cc >= 80 else []
     for width in (64, 80, 256):
         cases += _cases(cc, half, width, (64,), int8=False, masks=False)
         cases += _cases(cc, half, width, (64, 32, 16), int8=True, masks=True)
         cases += _cases(cc, torch.float32, width, (64,), int8=False, masks=True)
-        for out in (half, torch.float32):
+        for out in (half, torch.float16, torch.float32) if half != torch.float16 else (half, torch.float32):
             types = {
                 "parts": "*fp32:16", "lse": "*fp32:16", "rank_ptr": "*i64:16", "out": _KINDS[out],
                 "prefix_splits": "i32", "splits": "i32",

@@ -344,11 +344,13 @@ def fold_triton(
 
 def compile_cases(cc: int) -> list[CompileCase]:
     """Every specialization that `fold_triton` can launch on compute capability `cc`."""
-    half = "fp16" if cc < 80 else "bf16"
+    halves = ("fp16",) if cc < 80 else ("bf16", "fp16")
+    kinds = [(False, False, halves[0]), (True, True, halves[0])]  # soft cap, bias, dtype of the product
     cases = []
     for ref in (False, True):
         for lists, probs in ((True, False), (False, True), (False, False)):
-            for softcap, bias in ((False, False), (True, True)):
+            others = [(False, False, kind) for kind in (*halves[1:], "fp32")] if ref and probs else []
+            for softcap, bias, half in kinds + others:
                 types = {
                     "x_ptr": "*fp32:16", "stats_ptr": "*fp32:16", "targets_ptr": "*i64:16", "count_ptr": "*i32:16",
                     "ids_ptr": "*i32:16", "logits_ptr": "*fp32:16", "ref_ptr": "*fp32:16" if ref else None,
@@ -362,6 +364,6 @@ def compile_cases(cc: int) -> list[CompileCase]:
                     "HAS_REF": ref, "HAS_BIAS": bias, "SOFTCAP": softcap, "LISTS": lists, "PROBS": probs,
                     "REF_PROBS": probs and ref, "BLOCK": 512,
                 }  # fmt: skip
-                name = f"fold ref={ref} lists={lists} probs={probs} softcap={softcap}"
+                name = f"fold {half} ref={ref} lists={lists} probs={probs} softcap={softcap}"
                 cases.append(compile_case(name, _fold_kernel, types, constants, num_warps=4, num_stages=2))
     return cases

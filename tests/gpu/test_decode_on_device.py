@@ -20,7 +20,9 @@ pytestmark = [
 LONG = {"counts": [1, 16, 7], "prefixes": [131, 2000, 77], "ages": [300, 3, 127, 128, 999, 0]}
 if "MASKED_CC" in os.environ:  # tests/masked_cuda: a CPU computes
     LONG = {"counts": [1, 9, 2], "prefixes": [131, 500, 77], "ages": [200, 3, 127, 128, 0]}
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# Triton compiles no bfloat16 for Turing, and the project computes in float16 there.
+TURING = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
+DTYPES = [*([] if TURING else [torch.bfloat16]), torch.float16, torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

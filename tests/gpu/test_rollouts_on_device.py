@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -21,6 +22,9 @@ pytestmark = [
     pytest.mark.skipif(interpreted(), reason="needs compiled kernels: set TRITON_INTERPRET=0"),
 ]
 DEVICE = "cuda"
+# What the project computes in there: Triton compiles no bfloat16 for Turing.
+TURING = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
+HALF = torch.float16 if TURING else torch.bfloat16
 
 
 @pytest.fixture
@@ -65,7 +69,7 @@ def test_greedy_equals_the_cpus(kind, extra, replays):
 
 
 @pytest.mark.parametrize("kv", ["auto", "int8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 def test_graph_replay_equals_eager_steps(dtype, kv, replays):
     model = with_lora(build("Qwen2")).to(DEVICE, dtype)
     at = sampling(max_new_tokens=40, top_p=0.95, repetition_penalty=1.1)
@@ -93,11 +97,11 @@ def test_under_autocast_and_with_an_embedding_in_host_memory(replays):
     place_embeddings(model, head_dtype="dense", embedding_offload=True, device=torch.device(DEVICE))
     found = RolloutEngine(model, sampling(temperature=0)).generate(PROMPTS, 2, seed=0)
     assert found.completion_ids == expected.completion_ids and replays
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast("cuda", HALF):
         twice = [
             RolloutEngine(model, sampling(), graphs=graphs).generate(PROMPTS, 4, seed=0) for graphs in (True, False)
         ]
-    assert_alike(torch.bfloat16, *twice)
+    assert_alike(HALF, *twice)
 
 
 def test_four_bit_weights_are_captured(replays):
@@ -122,6 +126,7 @@ def test_four_bit_weights_are_captured(replays):
 def test_nothing_is_held_after_a_rollout():
     model = build("Llama").to(DEVICE)
     RolloutEngine(model, sampling()).generate(LONG, 4, seed=0)
+    gc.collect()  # models of earlier tests, which may go at any time
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     RolloutEngine(model, sampling(max_new_tokens=64)).generate(LONG, 16, seed=0)
@@ -171,6 +176,7 @@ def test_an_error_in_a_capture_leaves_the_stream_as_it_was(monkeypatch):
 
 def test_rollouts_in_a_row_reserve_no_more():
     model = build("Llama").to(DEVICE)
+    gc.collect()
     reserved = []
     for _ in range(4):
         RolloutEngine(model, sampling(max_new_tokens=64)).generate(LONG, 16, seed=0)

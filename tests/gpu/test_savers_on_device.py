@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -47,6 +48,7 @@ def one_pass(model, **kwargs):
     prompt = ids(1, PROMPT).expand(GROUP, -1)
     batch = prompt, torch.ones_like(prompt), ids(GROUP, COMPLETION), mask
     model.zero_grad(set_to_none=True)
+    gc.collect()  # models of earlier tests, which may go at any time
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     out = score(

@@ -3,11 +3,11 @@
     python -m tests.masked_cuda.baseline            # what differs from the file
     python -m tests.masked_cuda.baseline --write    # the file anew; reasons of lines that are still there are kept
 
-Counted are the last decode step that ran outside of a graph, look, fullest refill, forward pass, backward pass and optimizer
-step of a run of two steps: nf4 base with LoRA on all linear layers, int8 head, 8-bit AdamW, bfloat16, checkpointed
-activations, played on 8.6. Launches a layer are the difference of a model of 3 layers and one of 2; syncs and copies are
-those of 2 layers. A launch is an operator that starts work or a Triton kernel: a lower bound of what CUDA starts, as
-some of PyTorch's operators are several kernels.
+Counted are the last decode step outside of a graph, look, forward pass, backward pass and optimizer step, and the
+fullest refill, of a run of two steps: nf4 base with LoRA on all linear layers, int8 head, 8-bit AdamW, bfloat16,
+checkpointed activations, played on 8.6. Launches a layer are the difference of a model of 3 layers and one of 2; syncs
+and copies are those of 2 layers. A launch is an operator that starts work, or a Triton kernel: a lower bound of what
+CUDA starts, as some of PyTorch's operators are several kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 FILE = Path(__file__).with_name("baseline.txt")
 HEAD = """\
-# What a GRPO step asks of the host and the device, counted on the mask (tests/masked_cuda/baseline.py says what is run).
+# What a GRPO step asks of host and device, counted on the mask (tests/masked_cuda/baseline.py says what is run).
 # phase | count | what | module:function that asked (library function) | why it is there
 #
 #   python -m tests.masked_cuda.baseline --write
@@ -152,10 +152,11 @@ def write(found: dict[Line, int]) -> None:
     phases = list(dict.fromkeys(line.phase for line in found))
     text = HEAD.format(versions=versions())
     for phase in phases:
-        lines = sorted((line for line in found if line.phase == phase), key=lambda line: ("launches" not in line.what, line))
-        text += "\n" + "".join(
-            f"{line.phase} | {found[line]} | {line.what} | {line.where} | {reason(line)}".rstrip() + "\n" for line in lines
-        )
+        lines = [line for line in found if line.phase == phase]
+        text += "\n"
+        for line in sorted(lines, key=lambda line: ("launches" not in line.what, line)):
+            row = (line.phase, str(found[line]), line.what, line.where, reason(line))
+            text += " | ".join(row).rstrip() + "\n"
     FILE.write_text(text, encoding="utf-8")
 
 

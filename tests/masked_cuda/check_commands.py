@@ -56,7 +56,9 @@ def test_chat_answers(monkeypatch, capsys, run):
 
 
 def test_eval_compares(monkeypatch, capsys, run):
-    code, out, err = call(monkeypatch, capsys, "eval", *TASK, "--adapter", run, "--compare-base", "--limit", 3, "--json")
+    code, out, err = call(
+        monkeypatch, capsys, "eval", *TASK, "--adapter", run, "--compare-base", "--limit", 3, "--json"
+    )
     assert code == 0, err
     assert set(json.loads(out)["policies"]) == {"base", "adapter"}
 

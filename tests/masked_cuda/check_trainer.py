@@ -65,7 +65,8 @@ def test_without_llm_int8():
 
 
 @pytest.mark.parametrize(
-    "phase,after", [("rollout", 30), ("capture", 20), ("score", 20), ("forward", 60), ("backward", 40), ("optimizer", 3)]
+    "phase,after",
+    [("rollout", 30), ("capture", 20), ("score", 20), ("forward", 60), ("backward", 40), ("optimizer", 3)],
 )
 def test_a_card_that_is_full_once_steps_down_and_goes_on(phase, after):
     settings = {

@@ -19,7 +19,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
-import gate
+import gate  # noqa: E402
 
 
 def cases_of(cc: int) -> dict[tuple[str, str], list[Any]]:

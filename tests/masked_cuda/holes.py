@@ -1,4 +1,4 @@
-"""Places where PyTorch, bitsandbytes or this project look at a tensor's class, or decide in C++ before they dispatch."""
+"""Where PyTorch, bitsandbytes or this project look at a tensor's class, or decide in C++ before they dispatch."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def ours() -> None:
 
 
 def _apply(self: nn.Module, fn, recurse: bool = True, known: dict | None = None) -> nn.Module:
-    """Module._apply would set `.data` of a plain tensor, which no wrapper can follow: parameters are replaced, tied ones
-    by the same one."""
+    """Module._apply would set `.data` of a plain tensor, which no wrapper can follow: parameters are replaced, tied
+    ones by the same one."""
     known = {} if known is None else known
     for child in self.children() if recurse else ():
         # A module with an _apply of its own hands on what it knows.

@@ -137,8 +137,8 @@ def write(path: str | Path) -> None:
 
 
 def _round_bfloat16() -> None:
-    """Triton's interpreter cuts float32 off where a card rounds to bfloat16, and multiplies bfloat16's bits as integers:
-    kernels that are right would look wrong."""
+    """Triton's interpreter cuts float32 off where a card rounds to bfloat16, and multiplies bfloat16's bits as
+    integers: kernels that are right would look wrong."""
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def rounded(data, source, target, mode):

@@ -6,6 +6,7 @@ loaded before torch: by -p, not from a conftest.
 
 from __future__ import annotations
 
+# ruff: noqa: E402 (the order of these imports is what this module is about)
 import gc
 import json
 import os
@@ -21,7 +22,7 @@ import torch._dynamo.trace_rules
 
 torch._dynamo.trace_rules.get_torch_obj_rule_map()  # before its tables meet our stand-ins
 
-from tests.masked_cuda import card, device, holes, launches
+from tests.masked_cuda import card, holes, launches
 from tests.masked_cuda.record import RECORD
 
 # Set for all who ask, so that tests may be smaller here.
@@ -38,7 +39,6 @@ holes.ours()
 from tests.masked_cuda import references
 
 references.put()
-
 
 
 def pytest_collection_finish(session):

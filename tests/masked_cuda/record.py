@@ -101,5 +101,5 @@ def where() -> str:
 def _place(file: str, function: str) -> str:
     for root in (f"{ROOT}/lowvram_grpo/", f"{ROOT}/"):
         if file.startswith(root):
-            return f"{file[len(root):]}:{function}"
+            return f"{file[len(root) :]}:{function}"
     return f"{file.rpartition('site-packages/')[2]}:{function}"

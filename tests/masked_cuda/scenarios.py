@@ -56,10 +56,11 @@ def trained(
             "model_init_kwargs": {"dtype": "float32"} if dtype == "float32" else None,
         }  # fmt: skip
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+        adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
         trainer = GRPOTrainer(
             folder, digit_share, GRPOConfig(**{**fixed, **settings}), Dataset.from_dict({"prompt": PROMPTS}),
             processing_class=make_tokenizer(), observer=Quiet(),
-            peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+            peft_config=adapter if lora else None,
             quantization_config=None if quantization == "none" else bitsandbytes_config(quantization, half),
         )  # fmt: skip
         before(trainer)
@@ -81,7 +82,8 @@ def full_once(trainer: GRPOTrainer, phase: str, after: int = 1):
     hit, seen = [], []
 
     def fault(name: str) -> None:
-        if hit or (phase == "capture" and RECORD.capturing is None) or (phase != "capture" and trainer.guard._phase != phase):
+        there = RECORD.capturing is not None if phase == "capture" else trainer.guard._phase == phase
+        if hit or not there:
             return
         seen.append(name)
         if len(seen) == after:
