@@ -125,7 +125,8 @@ def test_a_rung_that_the_model_refuses_is_passed_over():
             raise UserError("mlp_tile is set, but this is a mixture of experts")
 
     settings = {
-        "per_device_train_batch_size": 1, "rollout_batch_size": 1, "activation_offload": True, "mlp_tile": None,
+        "per_device_train_batch_size": 1, "rollout_batch_size": 1, "gradient_checkpointing": True,
+        "activation_offload": True, "mlp_tile": None,
         "workspace_mib": 64, "optimizer_offload": False,
     }  # fmt: skip
     guard = Guard(settings, apply, tell=lambda sentence, event: None, limits="")
