@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Gemma2Config, LlamaConfig, Phi3Config, Qwen2Config
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.memory import host
 from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.policy.load import bitsandbytes_config, load_causal_lm
 from lowvram_grpo.policy.reference import REFERENCE, Reference
@@ -298,7 +299,7 @@ def test_an_interrupt_between_two_merges_leaves_the_model_as_it_was(monkeypatch)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_merged_weights_come_back_bit_for_bit(dtype, monkeypatch):
-    monkeypatch.setattr(adapters, "_CHUNK", 5000)  # weights that span chunks, chunks that span weights
+    monkeypatch.setattr(host, "_CHUNK", 5000)  # weights that span chunks, chunks that span weights
     monkeypatch.setattr(adapters, "_TILE", 500)
     model = with_lora(make_model(hidden_size=64, intermediate_size=128).to(dtype))
     odd = unwrap(model).model.layers[0].mlp.up_proj.base_layer.weight
