@@ -24,7 +24,8 @@ from lowvram_grpo.policy.head import Head
 MODES = ("auto", "on", "off")
 # What `auto` takes on CUDA, where a trial on that very card is passed. Modelled, not measured: these follow from counts
 # that no card can overturn. int8_head moves 1 byte a weight where the product by tiles moves 5; rms_norm is one launch
-# for 7, swiglu one for 2, rope one for 10, and sample reads the logits once where operators read them some eight times.
+# for 7, swiglu one for 2, rope one for 10, and sample two for some hundred, which read the logits once where operators
+# read them some eight times.
 # Whether a product of ours is faster than bitsandbytes' or cuBLAS' own does not follow from counting, so those wait for
 # a card: benchmarks/calibrate.py proposes changes to this list from measured rows.
 EXPECTED_FASTER: tuple[str, ...] = (
