@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lowvram_grpo.policy.own_forward import has_foreign_forward
+from lowvram_grpo.policy.own_forward import has_foreign_forward, is_watched
 from lowvram_grpo.policy.wrapper import unwrap
 
 # By name, so that bitsandbytes need not be there. Exact types: a subclass may compute something else.
@@ -68,6 +68,8 @@ def acting(layer: nn.Module) -> PlainLora | None:
     if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None:
         return None
     if name in getattr(layer, "lora_variant", ()) or getattr(layer, "use_dora", {}).get(name):
+        return None
+    if is_watched(a) or is_watched(b) or is_watched(dropout):
         return None
     if dropout.training and getattr(dropout, "p", 1.0 if not isinstance(dropout, nn.Identity) else 0.0):
         return None
