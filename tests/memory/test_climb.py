@@ -339,3 +339,19 @@ def test_a_card_says_what_it_can_do_and_a_typical_one_fills_the_gaps(monkeypatch
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: 1 / 0)
     assert cards.present(0, 8) == cards.typical(7.99) != cards.typical(24)
     assert cards.typical(2) == cards.typical(4)
+
+
+def test_a_reward_model_takes_what_the_plan_does_not_know():
+    for reward, climbs in ((["accuracy", "mine.py:f:0.5"], True), (["accuracy", "someone/judge:2"], False)):
+        _, plan = planned(told("Qwen2.5-0.5B"), "Qwen2.5-0.5B", 8, reward=reward)
+        assert bool(plan.climbs) == climbs
+
+
+def test_a_climb_that_fails_leaves_the_plan(monkeypatch):
+    def fails(*_):
+        raise AttributeError("a model of another kind")
+
+    monkeypatch.setattr("lowvram_grpo.memory.climb.shape_of", fails)
+    planner = told("Qwen2.5-0.5B")
+    _, plan = planned(planner, "Qwen2.5-0.5B", 8)
+    assert plan.fits and not plan.climbs
