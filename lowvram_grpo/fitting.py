@@ -83,7 +83,7 @@ def fit(
         tell(f"climbed: {climbed(plan)}. --memory-plan savers keeps the preset's settings.")
         if any(climb.rung.key in ("quantization", "head_dtype") for climb in plan.climbs):
             tell(
-                "on this base the same recipe learns other numbers than on the preset's, which rounds; recipe.toml has it "
+                "on this base a recipe gives other numbers than on the preset's, which rounds; recipe.toml has it "
                 "for --resume, chat, eval and --adapter."
             )
     return plan.recipe

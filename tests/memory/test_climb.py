@@ -21,6 +21,7 @@ from lowvram_grpo.memory.planner import GIB, Planner, ladder_for, setting
 from lowvram_grpo.memory.prediction import Prediction
 from lowvram_grpo.memory.rehearsal import workload
 from lowvram_grpo.memory.speed import Choice, Speed, shape_of
+from lowvram_grpo.policy.trials import wanted
 from lowvram_grpo.recipe import resolve
 from tests.conftest import make_model
 
@@ -78,7 +79,8 @@ def speed_of(planner: Told, recipe) -> float:
         recipe.quantization, args.head_dtype, args.embedding_offload, rows, plan.micro_batch_size,
         args.gradient_checkpointing, args.workspace_mib,
     )  # fmt: skip
-    return Speed(planner.shape, workload(args, planner.config), args, planner.card, "bfloat16").step(choice)
+    kernel = {"int8_kernel": wanted("int8_head", args.fused_ops)}
+    return Speed(planner.shape, workload(args, planner.config), args, planner.card, "bfloat16", **kernel).step(choice)
 
 
 def test_a_small_model_uses_the_card(capsys):
