@@ -95,7 +95,7 @@ def test_a_small_model_uses_the_card(capsys):
 @pytest.mark.parametrize("model", MODELS)
 def test_a_larger_card_is_never_slower_and_no_plan_comes_near_the_budget(model):
     # A preset of 24 GB begins with a 16-bit base, which is what such a card is fast enough for.
-    planner, times, quantizations = told(model, card=cards.typical(24)), [], []
+    planner, times, quantizations, heads = told(model, card=cards.typical(24)), [], [], []
     for gib in SIZES:
         recipe, plan = planned(planner, model, gib)
         if not plan.fits:
@@ -112,8 +112,10 @@ def test_a_larger_card_is_never_slower_and_no_plan_comes_near_the_budget(model):
             assert lowered or climb.rung.key == "quantization" or climb.share > 0.9 * EACH, climb
         times.append(speed_of(planner, plan.recipe))
         quantizations.append(plan.recipe.quantization)
-    # What buys less than a per cent is left.
-    assert all(larger <= 1.02 * smaller for smaller, larger in itertools.pairwise(times))
+        heads.append(setting(plan.recipe, "head_dtype"))
+    # What buys less than a per cent is left; a preset whose head is not rounded reads twice as much of it.
+    pairs = zip(itertools.pairwise(times), itertools.pairwise(heads))
+    assert all(larger <= (1.02 if a == b else 1.15) * smaller for (smaller, larger), (a, b) in pairs)
     assert quantizations == sorted(quantizations)  # nf4 before none
     assert times[-1] < times[0]
 
