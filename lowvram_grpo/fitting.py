@@ -81,6 +81,11 @@ def fit(
     )
     if plan.climbs:
         tell(f"climbed: {climbed(plan)}. --memory-plan savers keeps the preset's settings.")
+        if any(climb.rung.key in ("quantization", "head_dtype") for climb in plan.climbs):
+            tell(
+                "on this base a recipe gives other numbers than on the preset's, which rounds; recipe.toml has it "
+                "for --resume, chat, eval and --adapter."
+            )
     return plan.recipe
 
 

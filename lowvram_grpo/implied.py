@@ -1,11 +1,15 @@
-"""Settings that follow from others: the LoRA settings of a given adapter, and when to evaluate."""
+"""Settings that follow from others: the LoRA settings and the base of a given adapter, and when to evaluate."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.memory.paper import OF_THE_ADAPTER
 from lowvram_grpo.policy.adapter import adapter_config
+from lowvram_grpo.run.directory import RunDirectory
 
 if TYPE_CHECKING:
     from lowvram_grpo.recipe import Recipe
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
 # Who set eval_strategy, in the written recipe.
 IMPLIED = "implied by the evaluation data"
 _EVAL_STEPS = 50
+_BASE = ("quantization", "head_dtype")
 
 
 def imply_evaluation(recipe: Recipe) -> None:
@@ -43,8 +48,10 @@ def imply_evaluation(recipe: Recipe) -> None:
         recipe.origin["eval_steps"] = IMPLIED
 
 
-def adopt_adapter(recipe: Recipe) -> None:
-    """Check the adapter to start from, and write its LoRA settings into the recipe: they are what is trained.
+def adopt_adapter(recipe: Recipe, tell: Callable[[str], None]) -> None:
+    """Check the adapter to start from, and write its LoRA settings into the recipe: they are what is trained. An
+    adapter that one of our runs left goes on on the base that it has learned on, which `tell` hears of where that is
+    not the preset's.
 
     Raises:
         UserError: there is no such adapter, or a LoRA setting contradicts it.
@@ -67,3 +74,33 @@ def adopt_adapter(recipe: Recipe) -> None:
             )
         setattr(recipe, key, value)
         recipe.origin[key] = "adapter"
+    if not recipe.resume and (said := _adopt_base(recipe)):
+        tell(f"the base as {recipe.adapter} was trained on it: {', '.join(said)}.")
+
+
+def _adopt_base(recipe: Recipe) -> list[str]:
+    """What is changed by it: a memory plan may have kept that run's base in something else than its preset says."""
+    from lowvram_grpo.recipe import resolve
+
+    file = RunDirectory(Path(recipe.adapter).resolve().parent).recipe_path
+    if not (Path(recipe.adapter).is_dir() and file.is_file()):
+        return []
+    try:
+        theirs = resolve({}, file)
+    except UserError:  # some other program's
+        return []
+    changed = []
+    for key in _BASE if theirs.model == recipe.model else ():
+        ours, settings = (
+            {"quantization": side.quantization, "head_dtype": side.training.get("head_dtype", "dense")}
+            for side in (recipe, theirs)
+        )
+        if recipe.origin.get(key) in ("flag", "file") or ours[key] == settings[key]:
+            continue
+        if key == "quantization":
+            recipe.quantization = settings[key]
+        else:
+            recipe.training[key] = settings[key]
+        recipe.origin[key] = OF_THE_ADAPTER
+        changed.append(f"{key} {settings[key]}")
+    return changed

@@ -60,7 +60,7 @@ def _run(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
         checkpoint = newest_checkpoint(directory, said.append)
         said += check_changes(resolve({}, directory.recipe_path), recipe, directory, checkpoint)
     if recipe.adapter:
-        adopt_adapter(recipe)
+        adopt_adapter(recipe, said.append)
     imply_evaluation(recipe)
     tokenizer = load_tokenizer_of(recipe)
     raw = load(recipe.data, config=recipe.data_config, split=recipe.split)

@@ -31,6 +31,7 @@ def test_a_roomy_card_is_used():
     raised = [key for key, origin in recipe.origin.items() if origin == "memory plan"]
     assert "per_device_train_batch_size" in raised and recipe.quantization == "none"
     assert "climbed: " in said and "a 16-bit base" in said and "--memory-plan savers" in said
+    assert "other numbers than on the preset's" in said and "recipe.toml" in said
 
 
 def test_a_preset_can_be_kept_as_it_is():

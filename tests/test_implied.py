@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from peft import LoraConfig
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.implied import IMPLIED, imply_evaluation
+from lowvram_grpo.implied import IMPLIED, adopt_adapter, imply_evaluation
 from lowvram_grpo.recipe import resolve
 
 
@@ -31,3 +32,38 @@ def test_evaluation_data_is_used(settings, strategy, steps):
 def test_an_evaluation_needs_data():
     with pytest.raises(UserError, match=r"eval_strategy is steps.*--eval-data"):
         imply_evaluation(resolve({"eval_strategy": "steps"}))
+
+
+def leave_adapter(folder):
+    LoraConfig(r=4, target_modules="all-linear").save_pretrained(folder)
+    (folder / "adapter_model.safetensors").touch()
+
+
+@pytest.mark.parametrize(
+    "flags,kept,said",
+    [
+        ({}, ("none", "dense"), 1),
+        ({"quantization": "nf4"}, ("nf4", "dense"), 1),
+        ({"model": "another"}, ("nf4", "int8"), 0),
+        ({"preset": "24gb"}, ("none", "dense"), 0),
+    ],
+    ids=str,
+)
+def test_an_adapter_goes_on_on_the_base_that_it_has_learned_on(flags, kept, said, tmp_path):
+    """A plan that climbed wrote it into the run's recipe; the preset says something else."""
+    begun = resolve({"model": "m", "preset": "8gb", "quantization": "none", "head_dtype": "dense"})
+    (tmp_path / "recipe.toml").write_text(begun.to_toml(), encoding="utf-8")
+    leave_adapter(tmp_path / "adapter")
+    told = []
+    recipe = resolve({"model": "m", "preset": "8gb", "adapter": str(tmp_path / "adapter"), **flags})
+    adopt_adapter(recipe, told.append)
+    assert recipe.lora_r == 4 and len(told) == said
+    assert (recipe.quantization, recipe.training["head_dtype"]) == kept
+
+
+def test_an_adapter_of_no_run_says_nothing_of_its_base(tmp_path):
+    (tmp_path / "recipe.toml").write_text("learning = true", encoding="utf-8")
+    leave_adapter(tmp_path / "adapter")
+    recipe, told = resolve({"model": "m", "preset": "8gb", "adapter": str(tmp_path / "adapter")}), []
+    adopt_adapter(recipe, told.append)
+    assert recipe.quantization == "nf4" and not told

@@ -18,6 +18,7 @@ from lowvram_grpo.memory.paper import by_a_person, paper_config, setting, with_i
 from lowvram_grpo.memory.rehearsal import workload
 from lowvram_grpo.memory.speed import Choice, Shape, Speed, shape_of
 from lowvram_grpo.policy.trials import wanted
+from lowvram_grpo.rewards.registry import is_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -126,7 +127,7 @@ class Climber:
         if found.peak > room or (args := _climbable(recipe)) is None:
             return None
         kept = [key for key in RAISES if by_a_person(recipe, key) or any(rung.key == key for rung in taken)]
-        if recipe.adapter:  # it goes on on the base that it had, which nobody knows
+        if recipe.adapter:  # it goes on on the base that it had (implied.adopt_adapter), or that nobody knows
             kept += ["quantization", "head_dtype"]
         speed = self._speed(args, recipe)
         start = Choice(*(_value(recipe, args, key) for key in Choice._fields))
@@ -184,8 +185,9 @@ class Raised(NamedTuple):
 def _climbable(recipe: Recipe) -> GRPOConfig | None:
     """Its GRPOConfig; None where memory is not ours to fill."""
     args = paper_config(recipe)
-    # A vLLM in this process takes memory that the prediction does not know.
-    return None if args.use_vllm and args.vllm_mode == "colocate" else args
+    # A vLLM in this process and reward models take memory that the prediction does not know.
+    vllm = args.use_vllm and args.vllm_mode == "colocate"
+    return None if vllm or any(map(is_model, recipe.reward)) else args
 
 
 def _value(recipe: Recipe, args: GRPOConfig, key: str) -> Any:

@@ -77,11 +77,14 @@ class HostBytes:
 
     @torch.no_grad()
     def put_back(self, tensor: Tensor, kept: range) -> None:
-        """Write into `tensor` the bytes that it had, by copies that nobody waits for. Allocates nothing on a device."""
+        """Write into `tensor` the bytes that it had, by copies that nobody waits for (unless it is not contiguous).
+        Allocates nothing on a device."""
         pieces = list(self._pieces(kept))
         if not pieces:
             return
         if not tensor.is_contiguous():
+            if tensor.is_cuda:  # the host reads here what the device may still be sending
+                torch.cuda.current_stream(tensor.device).synchronize()
             tensor.copy_(torch.cat(pieces).view(tensor.dtype).view(tensor.shape))
             return
         into, at = _bytes(tensor), 0

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Who set a value, as the resolved recipe records it.
 PLANNED = "memory plan"
+OF_THE_ADAPTER = "the adapter's run"  # what its base was kept in; where that does not fit, a plan may lower it
 _BY_A_PERSON = ("flag", "file", "adapter", "checkpoint")
 
 

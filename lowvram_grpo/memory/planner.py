@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lowvram_grpo import preset as presets
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ladder import RELIEVES, Rung, way_back
-from lowvram_grpo.memory.paper import by_a_person, paper_config, setting, with_its_batch, with_setting
+from lowvram_grpo.memory.paper import OF_THE_ADAPTER, by_a_person, paper_config, setting, with_its_batch, with_setting
 from lowvram_grpo.recipe import typed
 
 if TYPE_CHECKING:
@@ -174,7 +174,10 @@ class Planner:
         from lowvram_grpo.memory.climb import Climber
 
         climber = Climber(self.config, self.card, self.half, self.longest_prompt, self.predict)
-        raised = climber.climb(plan.recipe, plan.prediction, budget, plan.rungs)
+        try:
+            raised = climber.climb(plan.recipe, plan.prediction, budget, plan.rungs)
+        except Exception:  # a model whose shape is not known, say: what fits fits all the same
+            raised = None
         if raised is None:
             return plan
         return replace(plan, recipe=raised.recipe, prediction=raised.prediction, climbs=raised.climbs,
@@ -269,7 +272,7 @@ class Planner:
         done = set()
         for rung in (Rung("gradient_checkpointing", True), *ladder_of("24gb")):
             set_by = plan.recipe.origin.get(rung.key)
-            if rung.key in done or set_by not in ("flag", "file"):
+            if rung.key in done or set_by not in ("flag", "file", OF_THE_ADAPTER):
                 continue
             saving = presets.saves(rung.key, rung.value, setting(plan.recipe, rung.key))
             if saving and self.predict(with_setting(plan.recipe, rung.key, rung.value)).peak <= plan.budget:

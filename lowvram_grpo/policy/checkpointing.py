@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.policy.dropout import steady_layers
+from lowvram_grpo.policy.own_forward import bound
 from lowvram_grpo.policy.wrapper import unwrap
 
 _MLP_NAMES = ("mlp", "feed_forward")
@@ -51,8 +52,7 @@ def tile_mlps(model: nn.Module, tokens: int, context_fn: Callable = noop_context
         raise ValueError(f"a tile has at least one token, not {tokens}")
     for mlp in list(_mlps(unwrap(model))):
         if not hasattr(mlp, "_tile_tokens"):
-            # A bound method, which deepcopy binds to the copy.
-            mlp._untiled_forward, mlp.forward = mlp.__dict__.get("forward"), MethodType(_tiled_forward, mlp)
+            mlp._untiled_forward, mlp.forward = mlp.__dict__.get("forward"), bound(_tiled_forward, mlp)
         mlp._tile_tokens, mlp._tile_contexts = tokens, context_fn
 
 
@@ -87,7 +87,7 @@ def _mlps(causal_lm: nn.Module) -> Iterator[nn.Module]:
 def _tiled_forward(self: nn.Module, hidden: Tensor) -> Tensor:
     """What stands in for an MLP's forward: hidden (..., H). Without a gradient it tiles too, or the reference's pass
     would be the one that needs most."""
-    run = self._untiled_forward or MethodType(type(self).forward, self)
+    run = self._untiled_forward or partial(type(self).forward, self)
     rows = hidden.flatten(0, -2)
     if len(rows) <= self._tile_tokens:
         return run(hidden)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.kernels.nf4_dense import dense_nf4, fits
-from lowvram_grpo.policy.own_forward import has_foreign_forward
+from lowvram_grpo.policy.own_forward import has_foreign_forward, is_watched
 
 # By name, so that bitsandbytes need not be there. Exact types: a subclass may compute something else.
 _LINEAR, _FOUR_BIT = ("torch.nn.modules.linear", "Linear"), ("bitsandbytes.nn.modules", "Linear4bit")
@@ -21,15 +21,17 @@ DENSE_ROWS = 1536
 def knows(base: nn.Module) -> bool:
     """Whether `product` and `product_back` are all that this layer does."""
     kind = type(base).__module__, type(base).__name__
-    if kind not in (_LINEAR, _FOUR_BIT) or has_foreign_forward(base):
-        return False
-    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-    if any(hooks) or any(p.requires_grad for p in base.parameters()):
+    if kind not in (_LINEAR, _FOUR_BIT) or is_touched(base) or any(p.requires_grad for p in base.parameters()):
         return False
     if kind == _LINEAR:
         return base.weight.is_floating_point()
     state = getattr(base.weight, "quant_state", None)
     return state is not None and len(state.shape) == 2 and not getattr(state, "packing_format_for_cpu", False)
+
+
+def is_touched(base: nn.Module) -> bool:
+    """Whether somebody has to do with a layer since `knows` was asked: watches it, or trains it."""
+    return has_foreign_forward(base) or is_watched(base) or base.weight.requires_grad
 
 
 def _is_plain(base: nn.Module) -> bool:

@@ -12,7 +12,7 @@ and B are made at once for a pass through the decoder, and of a layer at once wh
 float32 factors are accumulated and given back in float32. x and z (tokens, rank) are kept for the backward pass.
 
 A layer goes peft's own way where its adapter is not all that acts: another adapter beside it, a variant such as DoRA,
-dropout in force, a base that is trained or of a kind that is not known (LLM.int8).
+dropout in force, hooks on a factor or on the base, a base that is trained or of a kind that is not known (LLM.int8).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowvram_grpo.memory.ledger import counted_as
-from lowvram_grpo.policy.frozen_base import add_product, knows, product, product_back
+from lowvram_grpo.policy.frozen_base import add_product, is_touched, knows, product, product_back
 from lowvram_grpo.policy.own_forward import give_forward, stands_in
 from lowvram_grpo.policy.plain_lora import PlainLora, acting, plain_groups
 from lowvram_grpo.policy.wrapper import unwrap
@@ -204,7 +204,8 @@ class _Shared:
 
     def _copy(self, every: list[tuple[_Group, list[PlainLora]]]) -> list[tuple[_Factors, int]]:
         dtype, made, to, source = self._key[1], [], [], []
-        with torch.no_grad(), counted_as("adapter"):
+        # A pass in inference mode would leave rooms that no other pass may write to.
+        with torch.inference_mode(False), torch.no_grad(), counted_as("adapter"):
             for group, loras in every:
                 ends = list(accumulate((len(lora.a) for lora in loras), initial=0))
                 columns = [slice(*pair) for pair in pairwise(ends)]
@@ -253,7 +254,9 @@ class _Group:
     def acting(self) -> list[PlainLora] | None:
         """The adapter that acts in all of these layers; None where it is not one and the same, and plain."""
         loras = [acting(layer) for layer in self.layers]
-        return None if None in loras or len({lora.name for lora in loras}) > 1 else loras
+        if None in loras or len({lora.name for lora in loras}) > 1:
+            return None
+        return None if any(is_touched(layer.base_layer) for layer in self.layers) else loras
 
     def answer(self, i: int, x: Tensor) -> Tensor | None:
         """The i-th layer's output; None where peft must give it."""
@@ -262,7 +265,7 @@ class _Group:
             return answer
         graph = torch.is_grad_enabled()
         if layer.disable_adapters:
-            if layer.merged or (graph and x.requires_grad):
+            if layer.merged or (graph and x.requires_grad) or is_touched(layer.base_layer):
                 return None
             return product(layer.base_layer, x, self.kernel)
         if shared.waits(self, i) and not graph:

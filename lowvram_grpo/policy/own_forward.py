@@ -1,13 +1,13 @@
 """Forwards of single modules, put in the place of their class's for as long as the model lives.
 
-They are bound methods, which deepcopy binds to the copy, and change neither parameters nor state dicts. Whoever else
-gives a module a forward of its own (accelerate's hooks, a rollout for its length) comes on top.
+They change neither parameters nor state dicts; deepcopy and pickle bind them to the copy. Whoever else gives a module a
+forward of its own (accelerate's hooks, a rollout for its length) comes on top.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 
 from torch import nn
 
@@ -20,12 +20,25 @@ def stands_in(forward: Callable) -> Callable:
     return forward
 
 
+def bound(forward: Callable, module: nn.Module) -> Callable:
+    """Not a bound method: pickle would look for that by its name among those of the module's class."""
+    return partial(forward, module)
+
+
 def give_forward(module: nn.Module, forward: Callable, name: str = "forward") -> None:
     """`forward` was marked by `stands_in`."""
-    vars(module)[name] = MethodType(forward, module)
+    vars(module)[name] = bound(forward, module)
 
 
 def has_foreign_forward(module: nn.Module, name: str = "forward") -> bool:
     """Whether somebody else has given this very module a forward, which it would be wrong to go past."""
     own = vars(module).get(name)
-    return own is not None and not getattr(own, _MARK, False)
+    # Of the function alone: who wraps a forward (functools.wraps) takes over whatever hangs on it.
+    return own is not None and not getattr(getattr(own, "func", None), _MARK, False)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody has put hooks on a module, which only a call of the module itself runs."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lowvram_grpo.policy.own_forward import has_foreign_forward
+from lowvram_grpo.policy.own_forward import has_foreign_forward, is_watched
 from lowvram_grpo.policy.wrapper import unwrap
 
 # By name, so that bitsandbytes need not be there. Exact types: a subclass may compute something else.
@@ -60,14 +60,20 @@ def acting(layer: nn.Module) -> PlainLora | None:
     """The adapter of a LoRA layer, if there is just one that acts now and it adds s B A and nothing else."""
     if layer.disable_adapters or layer.merged:
         return None
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    # Asked in every layer's call, so by the dictionaries: nn.Module.__getattr__ takes its time.
+    lora_a, lora_b, dropouts = (layer._modules[part]._modules for part in ("lora_A", "lora_B", "lora_dropout"))
+    names = [name for name in layer.active_adapters if name in lora_a]
     if len(names) != 1:
         return None
     name = names[0]
-    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None:
+    a, b, dropout = lora_a[name], lora_b[name], dropouts[name]
+    if type(a) is not nn.Linear or type(b) is not nn.Linear:
+        return None
+    if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
         return None
     if name in getattr(layer, "lora_variant", ()) or getattr(layer, "use_dora", {}).get(name):
+        return None
+    if is_watched(a) or is_watched(b) or is_watched(dropout):
         return None
     if dropout.training and getattr(dropout, "p", 1.0 if not isinstance(dropout, nn.Identity) else 0.0):
         return None

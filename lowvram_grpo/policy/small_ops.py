@@ -25,7 +25,7 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.kernels import decode_ops, gradient_ops
 from lowvram_grpo.kernels.decode_ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
 from lowvram_grpo.kernels.runtime import is_out_of_memory
-from lowvram_grpo.policy.own_forward import give_forward, has_foreign_forward, stands_in
+from lowvram_grpo.policy.own_forward import give_forward, has_foreign_forward, is_watched, stands_in
 from lowvram_grpo.policy.trials import MODES, random_numbers, runs, wanted
 
 KINDS = ("rms_norm", "swiglu", "rope")
@@ -223,13 +223,15 @@ def _give_mlps(model: nn.Module) -> int:
     found = list(_mlps(model))
     for mlp, act, name in found:
         mlp._gate_activation = act
+        mlp._gate_name = next(name for layers, name in _MLPS if layers <= {*dict(mlp.named_children())})
         give_forward(mlp, _differentiable_mlp, name)
     return len(found)
 
 
 @stands_in
 def _differentiable_mlp(self: nn.Module, *args, **kwargs) -> Tensor:
-    if len(args) != 1 or kwargs:
+    activation = self._modules.get(self._gate_name)  # which is not called here
+    if len(args) != 1 or kwargs or (activation is not None and is_watched(activation)):
         return type(self).forward(self, *args, **kwargs)
     return self.down_proj(_gated(self, args[0], self._gate_activation, gradient_ops.swiglu))
 

@@ -82,6 +82,12 @@ def resolve_reward(spec: str) -> tuple[Callable | str, float]:
     return _function_of(module, function, target), weight
 
 
+def is_model(spec: str) -> bool:
+    """Whether a reward is a model of its own, by its name."""
+    target, function, _ = parse_spec(spec)
+    return function is None and target not in BUILTIN and not target.endswith(".py")
+
+
 def full_marks(reward: Callable | str) -> float:
     """What the best completion gets from a resolved reward, as far as is known: 1 for what is not built in."""
     return next((FULL_MARKS.get(name, 1.0) for name, function in BUILTIN.items() if function is reward), 1.0)

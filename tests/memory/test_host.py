@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -84,3 +86,21 @@ def test_where_the_system_locks_no_more_pages_any_memory_does(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", empty)
     assert host.host_buffer(5, pinned=True).shape == (5,)
+
+
+def test_bytes_that_are_still_on_their_way_are_not_read(monkeypatch):
+    """Where the host itself puts them in order."""
+
+    class OnACard(torch.Tensor):
+        is_cuda = property(lambda self: True)
+
+    waits = []
+    stream = SimpleNamespace(synchronize=lambda: waits.append(1))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    host = HostBytes()
+    for tensor, expected in ((torch.randn(3, 4), 0), (torch.randn(3, 4).T, 1)):
+        was = tensor.clone()
+        (kept,) = host.keep([tensor])
+        tensor.zero_()
+        host.put_back(tensor.as_subclass(OnACard), kept)
+        assert torch.equal(tensor, was) and len(waits) == expected

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import weakref
 from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from lowvram_grpo.kernels.nf4_dense import dense_nf4
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from passes import GROUPS, adapted, assert_same, micro_batch, tiny, training_pass
@@ -22,8 +24,10 @@ from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 from lowvram_grpo.policy.dropout import training_mode
 from lowvram_grpo.policy.fused_lora import forget_copies, fuse_lora
 from lowvram_grpo.policy.load import attach_lora, bitsandbytes_config, load_causal_lm
+from lowvram_grpo.policy.own_forward import has_foreign_forward
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.shared_prefix import why_not
+from lowvram_grpo.policy.training_ops import fewer_launches
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.rollout.adapters import fast_adapters
 
@@ -382,3 +386,49 @@ def test_no_phase_holds_more_than_before():
         return ledger.phases["pass"].bytes
 
     assert peaks(True) <= peaks(False)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_model_can_be_pickled(tiled):
+    model = adapted(tiny("Llama"))
+    if tiled:
+        tile_mlps(model, 4)
+    fewer_launches(model, "on", None)
+    expected, kept = states(model), io.BytesIO()
+    torch.save(model, kept)
+    kept.seek(0)
+    assert torch.equal(states(torch.load(kept, weights_only=False)), expected)
+
+
+def test_a_pass_in_inference_mode_leaves_nothing_that_others_can_not_use():
+    model = fused(adapted(tiny("Llama")))
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            unwrap(model)(IDS)
+        training_pass(model)
+
+
+def test_hooks_that_come_later_are_called():
+    """Of the base's, the factors' and the layer's own, forwards and backwards."""
+    plain, model = adapted(tiny("Llama")), fused(adapted(tiny("Llama")))
+    found = []
+    for each in (plain, model):
+        layer, seen = unwrap(each).model.layers[1].self_attn, []
+        layer.q_proj.base_layer.register_full_backward_hook(lambda *_, seen=seen: seen.append("base"))
+        layer.k_proj.lora_A["default"].register_forward_hook(lambda *_, seen=seen: seen.append("A"))
+        layer.v_proj.lora_B["default"].register_forward_hook(lambda module, args, out: 2 * out)
+        layer.o_proj.register_full_backward_hook(lambda *_, seen=seen: seen.append("layer"))
+        each.requires_grad_(False).get_input_embeddings().weight.requires_grad_()
+        found.append((unwrap(each)(IDS).logits, seen))
+        found[-1][0].square().sum().backward()
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
+    assert found[0][1] == found[1][1] == ["A", "layer", "base"]
+
+
+def test_who_wraps_a_forward_of_ours_is_somebody_else():
+    model = adapted(tiny("Llama"))
+    fewer_launches(model, "on", None)
+    norm = unwrap(model).model.norm
+    assert not has_foreign_forward(norm)
+    add_hook_to_module(norm, ModelHook())
+    assert has_foreign_forward(norm)

@@ -195,3 +195,12 @@ def test_a_run_learns_the_same(adapter, config, model_dir, dataset, tokenizer, m
     assert taken == [14 if adapter else 0]
     for a, b in zip(found, expected, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def test_an_activation_that_is_watched_is_called():
+    model, seen = shaken(build("Llama")), []
+    differentiable_modules(model, "on")
+    expected = model(IDS).logits
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(IDS).logits, expected)
+    assert seen
