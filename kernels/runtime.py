@@ -12,9 +12,9 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import torch
@@ -38,8 +38,21 @@ _HERE = nullcontext()
 
 
 def jit(function: Callable) -> Any:
-    """`triton.jit`, or the bare function where Triton is missing: then nothing calls it."""
-    return triton.jit(function) if HAS_TRITON else function
+    """`triton.jit`, or the bare function where Triton is missing: then nothing calls it.
+
+    A product and a sum become one instruction, rounded once, unless a launch says something else: Triton 3.9 warns
+    where nobody does, and the default of 3.10 is another.
+    """
+    if not HAS_TRITON:
+        return function
+    kernel = triton.jit(function)
+    if not _INTERPRETED:
+        kernel.run = partial(_fused, kernel.run)
+    return kernel
+
+
+def _fused(launch: Callable, *args: Any, **options: Any) -> Any:
+    return launch(*args, **{"enable_fp_fusion": True, **options})
 
 
 def interpreted() -> bool:
@@ -58,8 +71,9 @@ def device_guard(tensor: Tensor) -> AbstractContextManager:
 @contextmanager
 def sync_debug(mode: str) -> Iterator[None]:
     """PyTorch's sync debug mode ("default", "error") for the length of the block, without its warning that the mode is
-    a prototype, which is no business of who reads a run's output. Nothing is done without CUDA."""
-    if not torch.cuda.is_available():
+    a prototype, which is no business of who reads a run's output. Nothing is done without CUDA, and CUDA, which takes
+    memory, is not begun with for a mode that nobody can have changed."""
+    if not torch.cuda.is_available() or (mode == "default" and not torch.cuda.is_initialized()):
         yield
         return
     before = torch.cuda.get_sync_debug_mode()
@@ -79,17 +93,28 @@ def _set_sync_debug(mode: str | int) -> None:
 def trial(question: Callable[..., bool]) -> Callable[..., bool]:
     """A question that a device answers by running something, asked once a process for the same arguments.
 
-    It may wait for the device whatever sync debug mode it is asked in; the answer inside of a capture must be known
-    before. Memory that runs out is no answer: `question` must raise it, and is asked again the next time.
+    The answer must not depend on who happens to ask first: it may wait for the device whatever sync debug mode it is
+    asked in, and autocast and inference mode, in which there are no gradients to try, are off meanwhile. The answer
+    inside of a capture must be known before. Memory that runs out is no answer: `question` must raise it, and is asked
+    again the next time.
     """
 
     @lru_cache
     @wraps(question)
     def ask(*args: Any) -> bool:
-        with sync_debug("default"):
+        with sync_debug("default"), torch.inference_mode(False), _without_autocast():
             return question(*args)
 
     return ask
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def is_out_of_memory(error: BaseException) -> bool:

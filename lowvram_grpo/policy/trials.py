@@ -43,8 +43,12 @@ def usable(kind: str, device: torch.device, enabled: str) -> bool:
     plan on meta tensors counts it only where it is asked for: what `auto` falls back to needs more."""
     if device.type == "meta" and enabled == "auto":
         return False
-    dtype = torch.float32 if kind == "sample" else torch.float16
-    return wanted(kind, enabled) and runs(kind, device, dtype)
+    return wanted(kind, enabled) and runs(kind, device, torch.float32 if kind == "sample" else _half(device))
+
+
+def _half(device: torch.device) -> torch.dtype:
+    """The 16-bit dtype that models are computed in there: a trial in another would try another kernel."""
+    return torch.bfloat16 if device.type == "cuda" and card(device)[0] >= 80 else torch.float16
 
 
 @trial
@@ -88,26 +92,36 @@ def _with_gradients(kernel: Callable, reference: Callable, arguments: Callable[[
     return ask
 
 
+# A trial launches what a run launches: every tile, and enough steps and blocks that loads are fetched ahead and sums go
+# over several warps. What does not compile is to be found here, and so is what compiles and is wrong.
+def _wide(x: Tensor) -> tuple[Tensor, Tensor]:
+    """From (3, 4, 5, 64) numbers: (4, 320) and (8, 320)."""
+    return x[0].reshape(4, -1), x[1:].reshape(8, -1)
+
+
 def _int8_head(x: Tensor) -> tuple[Tensor, Tensor]:
-    head = Head(Int8Weight.quantize(x[1, 0]))
-    return tuple(linear_logits(x[0, 0], head, fused=fused) for fused in (True, False))
+    rows, weight = _wide(x)
+    rows, head = rows.repeat(16, 1) / 4, Head(Int8Weight.quantize(weight))
+    found = ([linear_logits(rows[:n], head, fused=fused) for n in (16, 32, 64)] for fused in (True, False))
+    return tuple(map(torch.cat, found))
 
 
 def _sample(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(masses, ids, log-probs): rows of 320 ids, of which 300 can be drawn."""
-    logits, found = x[0].flatten(1).float(), []
+    """(masses, blocks, ids in them, log-probs): rows of 32,960 ids, of which the last 200 cannot be drawn."""
+    logits, found = _wide(x)[0][:2].float().repeat(1, 103), []
+    known = logits.shape[1] - 200
     keys = torch.arange(1, len(logits) + 1, device=x.device) * signed(GOLDEN)
     for masses, drawn in ((block_masses, draw_by_masses), (block_masses_ref, draw_by_masses_ref)):
-        mass, whole = masses(logits, 0.7, 300)
-        ids, logps = drawn(logits, mass, whole, keys, keys % 7, 0.7, 300)
-        found.append(torch.cat([mass.flatten(), ids.float(), logps]))
+        mass, whole = masses(logits, 0.7, known)
+        ids, logps = drawn(logits, mass, whole, keys, keys % 7, 0.7, known)
+        found.append(torch.cat([mass.flatten(), (ids // 128).float(), (ids % 128).float(), logps]))
     return found[0], found[1]
 
 
 def _small_product(x: Tensor, *, four_bit: bool) -> tuple[Tensor, Tensor]:
-    """By every tile that this card's launches can choose: one that does not compile must be found here."""
+    rows, weight = _wide(x)
     # Sums around 1: a tipped rounding of the base product must stay far below the tolerance, a wrong term far above.
-    rows, weight = x[0].flatten(0, 1) / 32, x[1].flatten(0, 1)
+    rows = rows.repeat(5, 1) / 32
     up, bias, z = weight[:, :3].T.contiguous(), weight[:, 4] / 8, 8 * rows[:, :3]
     if four_bit:
         packed = NF4Weight.quantize(weight)

@@ -60,7 +60,7 @@ def compile_for(
     compiled = triton.compile(
         ASTSource(kernel, types, constexprs, attrs),
         target=GPUTarget("cuda", cc, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, **options},
+        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **options},
     )
     registers, spills = _resources(compiled.asm["cubin"])
     return Compiled(compiled.metadata.shared, spills, registers)

@@ -119,6 +119,7 @@ def modes(monkeypatch):
     """PyTorch's sync debug mode, as it would be on a card."""
     kept = ["default"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: kept[-1])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", kept.append)
     return kept
@@ -183,6 +184,47 @@ def test_a_question_is_asked_once_and_only_an_answer_is_kept():
     with pytest.raises(torch.OutOfMemoryError):
         question("cpu", 1)
     assert question("cpu", 1) and question("cpu", 1) and question("cpu", 2) and asked == [1, 1, 2]
+
+
+def test_an_answer_does_not_depend_on_who_asks_first(modes):
+    """Rotary positions in float16 are refused by an autocast to bfloat16, gradients by inference mode."""
+    kept = []
+
+    @trial
+    @torch.enable_grad()
+    def question(name):
+        x = torch.ones(2, 2, dtype=torch.float16, requires_grad=True)
+        kept.append((x @ torch.cat((x, x), 1)).sum())
+        (dx,) = torch.autograd.grad(kept[-1], x)
+        return dx.dtype == torch.float16 and kept[-1].dtype == torch.float16
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert question("autocast") and torch.is_autocast_enabled("cpu")
+    with torch.inference_mode():
+        assert question("inference") and torch.is_inference_mode_enabled()
+    with torch.no_grad():
+        assert question("no_grad")
+
+
+def test_a_question_about_a_cpu_leaves_the_card_alone(modes, monkeypatch):
+    """Beginning with CUDA takes memory of a card that may have none left."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", None)
+    assert trial(lambda device: True)(torch.device("cpu"))
+    assert modes == ["default"]
+
+
+def test_rounding_is_asked_for_and_not_left_to_tritons_default(monkeypatch):
+    class Kernel:
+        def run(self, *args, **options):
+            return args, options
+
+    monkeypatch.setattr(runtime, "triton", SimpleNamespace(jit=lambda function: Kernel()))
+    monkeypatch.setattr(runtime, "HAS_TRITON", True)
+    monkeypatch.setattr(runtime, "_INTERPRETED", False)
+    launch = runtime.jit(lambda: None).run
+    assert launch(1, grid=2) == ((1,), {"grid": 2, "enable_fp_fusion": True})
+    assert launch(enable_fp_fusion=False) == ((), {"enable_fp_fusion": False})
 
 
 def test_pytorchs_word_on_a_prototype_is_not_passed_on(modes, monkeypatch):

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from conftest import make_model
-from lowvram_grpo.kernels import decode_ops, small_product
+from lowvram_grpo.kernels import decode_ops, int8_logits, small_product
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from models import LISTED, build, with_lora
 from torch import nn
@@ -210,6 +210,15 @@ def test_auto_takes_what_counts_say_where_a_trial_is_passed_and_on_a_cpu_nothing
         pass
 
 
+@pytest.mark.parametrize("cc,half", [(75, torch.float16), (86, torch.bfloat16)])
+def test_a_trial_is_in_the_dtype_that_this_card_computes_in(cc, half, monkeypatch):
+    asked = []
+    monkeypatch.setattr(trials, "card", lambda device: (cc, 46))
+    monkeypatch.setattr(trials, "runs", lambda *question: asked.append(question[2]) or True)
+    assert all(trials.usable(kind, torch.device("cuda", 0), "auto") for kind in ("int8_head", "nf4_dense", "sample"))
+    assert asked == [half, half, torch.float32]
+
+
 def test_a_kernel_that_does_not_run_on_the_card_is_not_used(monkeypatch):
     asked = []
 
@@ -242,6 +251,32 @@ def test_the_question_whether_a_kernel_runs_has_right_and_wrong_answers(monkeypa
     monkeypatch.setattr(decode_ops, "rope_triton", lambda q, k, *args: (q, k))
     assert not any(trials.runs(kind, card, torch.float32) for kind in small_ops.KINDS)
     trials.runs.cache_clear()
+
+
+def test_a_trial_launches_what_a_run_launches(monkeypatch):
+    """All tiles, and more than one step and warp: a loop that ends at once is compiled as if there were none."""
+    x, heads, products, draws = torch.randn(3, 4, 5, 64), [], [], []
+    monkeypatch.setattr(trials, "linear_logits", lambda h, head, **_: heads.append(h.shape) or h)
+    trials.TRIALS["int8_head"](x.half())
+    for cc in (75, 86):
+        tiles = {int8_logits.tiles_of(cc, n) for n in range(1, int8_logits.MOST_ROWS + 1)}
+        assert {int8_logits.tiles_of(cc, n) for n, _ in heads} == tiles
+    assert all(width > 2 * int8_logits.BLOCK for _, width in heads)
+
+    def product(rows, layer, z, tiles):
+        products.append((rows.shape[1], tiles))
+        return trials.small_product_ref(rows, layer, z)
+
+    monkeypatch.setattr(trials, "small_product", product)
+    trials.TRIALS["dense_product"](x.half())
+    assert all(width > 64 * tiles.blocks for width, tiles in products)
+    assert [tiles for _, tiles in products] == small_product.all_tiles(86)
+    draw = trials.draw_by_masses_ref
+    monkeypatch.setattr(
+        trials, "draw_by_masses", lambda logits, *rest: draws.append(logits.shape[1]) or draw(logits, *rest)
+    )
+    found, expected = trials.TRIALS["sample"](x)
+    assert torch.equal(found, expected) and draws[0] > 256 * 128  # two warps draw a block
 
 
 @in_triton
