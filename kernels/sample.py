@@ -210,7 +210,7 @@ def compile_cases(cc: int) -> list[CompileCase]:
     ]
     types |= {name: "*i64" for name in ("keys_ptr", "steps_ptr")} | {"tokens_ptr": "*i64:16", "logps_ptr": "*fp32:16"}
     types |= dict.fromkeys(("keys_stride", "steps_stride"), "i32")
-    for wide in (1, 2048, MOST_BLOCKS):
+    for wide in (1, 512, 2048, MOST_BLOCKS):
         constants = {"WIDE": wide, "BLOCK": BLOCK, "keys_stride": 1, "steps_stride": 1}
         cases.append(compile_case(f"draw {wide}", _draw_kernel, types, constants, _draw_warps(wide)))
     return cases
