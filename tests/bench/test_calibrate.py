@@ -126,7 +126,7 @@ def test_the_diff_applies_and_changes_what_it_says(tmp_path):
     subprocess.run(["git", "apply", "proposed.diff"], cwd=tmp_path, check=True)
     found = {one.name: one.now(tmp_path) for one in constants.CONSTANTS}
     assert found["CUDA context, MiB"] == "620" and found["FUSED_MAX_WIDTH"] == "896"
-    assert '"rope"' in found["fused_ops auto"] and "swiglu" not in found["fused_ops auto"]
+    assert '"rope"' in found["fused_ops auto"] and '"swiglu"' not in found["fused_ops auto"]
     for file in files:
         compile((tmp_path / file).read_text(encoding="utf-8"), file, "exec")
     assert "nothing to propose: every constant" in calibrate.page(rows, tmp_path)

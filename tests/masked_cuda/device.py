@@ -173,7 +173,7 @@ def _look(func, name, args, kwargs, tensors) -> None:
                 RECORD.sync(f"{name} by a mask")
             if not isinstance(index, Masked):
                 RECORD.upload(pinned=index.is_pinned(), non_blocking=False)
-    elif name in _WAIT and kwargs.get("output_size") is None:
+    elif name in _WAIT and kwargs.get("output_size") is None and not kwargs.get("unsafe"):
         RECORD.sync(name)
     for x in tensors:
         if isinstance(x, Masked) or (x.is_meta and kwargs.get("device") is not None):
