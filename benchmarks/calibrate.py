@@ -66,7 +66,8 @@ def page(rows: list[dict], root: Path = ROOT) -> str:
         lines += [f"== {title}"]
         for constant, now, proposal in members:
             where = f"   ({constant.file})" if constant.file else ""
-            lines += [f"{constant.name}: {now or 'not found in the source'} -> {proposal.value}{where}"]
+            before = f"{now or 'not found in the source'} -> " if constant.file else ""
+            lines += [f"{constant.name}: {before}{proposal.value}{where}"]
             lines += [f"    {line}" for line in proposal.evidence]
         lines += [""]
     if not other:
@@ -78,7 +79,10 @@ def page(rows: list[dict], root: Path = ROOT) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="*", default=[report.HERE / "results"])
-    print(page(rows_of(parser.parse_args().rows)), end="")
+    paths = parser.parse_args().rows
+    if missing := [str(path) for path in paths if not path.exists()]:
+        parser.error(f"there is no {', '.join(missing)}")
+    print(page(rows_of(paths)), end="")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--to", type=Path)
     args = parser.parse_args()
+    if not args.rows.exists():
+        parser.error(f"there is no {args.rows}")
     files = sorted(args.rows.rglob("*.jsonl")) if args.rows.is_dir() else [args.rows]
     text = page([row for file in files for row in jsonl.read(file)])
     if args.to:

@@ -135,10 +135,16 @@ def main() -> None:
     suite = Suite(args.out, args.minutes, args.dry_run, "+".join(args.tiers))
     suite.rows.add(op="env", again=True, **environment())
     done: list[dict[str, Any]] = []
+    stopped = False
     try:
         suite.run(jobs(args.tiers, suite.wide, args.only), done)
+    except KeyboardInterrupt:
+        stopped = True
     finally:
         well = finish(args.out, done)
+    if stopped:
+        print("stopped; the same command goes on.")
+        sys.exit(128 + signal.SIGINT)
     sys.exit(0 if well else 1)
 
 

@@ -130,7 +130,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.dry_rows and args.to.resolve() == HERE / "RESULTS.md":
         parser.error("--dry-rows never writes RESULTS.md; give another file with --to")
-    rows = load(args.results, dry_run=args.dry_rows) if args.results.is_dir() else []
+    if not args.results.is_dir():
+        parser.error(f"there is no folder {args.results}")
+    rows = load(args.results, dry_run=args.dry_rows)
     plots: dict[Group, list[str]] = {}
     if rows:
         from plots import draw

@@ -87,6 +87,10 @@ def train(
         ),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="auto, or one of `lowvram-grpo presets`.")] = None,
+    memory_plan: Annotated[
+        str | None,
+        typer.Option(help="auto (savers where memory is short, climb where it is left), savers, or off."),
+    ] = None,
     quantization: Annotated[str | None, typer.Option("--quantization", "-q", help="none, int8 or nf4.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager or flash_attention_2.")] = None,

@@ -88,7 +88,8 @@ def matrix(plans: list[Plan], cards: list[float], source: str, as_json: bool) ->
 
 _HOW = (
     "GiB. Budget: what a Windows desktop leaves of such a card. Peaks are predicted (docs/memory.md), CUDA context "
-    "included; --vram or --preset shows one in full, with reasons; --memory-plan savers never climbs."
+    "included; --vram or --preset shows one in full, with reasons; --memory-plan savers never climbs. In brackets: the "
+    "preset's."
 )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 
 import calibrate
 import constants
+import crashes
 import pytest
+import report
 
 CARD = {"gpu": "Card", "capability": "9.0", "commit": "c0ffee00" * 5, "dry_run": False, "process": "1-1"}
 NAMES = {one.name: one for one in constants.CONSTANTS}
@@ -99,9 +102,23 @@ def test_knobs_are_turned_for_a_gain_that_counts():
 def test_attention_follows_whole_steps():
     step = lambda name, s, **extra: memory(model="m", setup=f"attention={name}", step_s=[9.0, s], **extra)
     assert said("attention auto", [step("sdpa", 2.0), step("xformers", 1.5)]) == "xformers"
+    assert "attention auto: xformers\n" in calibrate.page([step("sdpa", 2.0), step("xformers", 1.5)])
     assert said("attention auto", [step("sdpa", 2.0), step("xformers", 1.99)]) == "sdpa"
     beside = {"profile": "beside others"}
     assert said("attention auto", [step("sdpa", 2.0, **beside), step("xformers", 1.0, **beside)]) is None
+
+
+def test_rows_of_a_kernel_that_is_gone_cost_no_other_its_proposal():
+    assert '"rope"' in said("fused_ops auto", [*op("was_there", 1.0, 2.0), *op("rope", 1.0, 2.0)], "()")
+
+
+@pytest.mark.parametrize("script", [calibrate, crashes, report], ids=lambda script: script.__name__)
+def test_rows_that_are_not_there_are_no_empty_answer(script, tmp_path, monkeypatch, capsys):
+    option = ["--to", str(tmp_path / "page"), "--results"] if script is report else []
+    monkeypatch.setattr(sys, "argv", [script.__name__, *option, str(tmp_path / "mistyped")])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 2 and "mistyped" in capsys.readouterr().err
 
 
 def test_dry_rows_and_a_cpu_propose_nothing(tmp_path):

@@ -408,3 +408,16 @@ def test_knobs_are_turned_and_turned_back():
     finally:
         decode.run = real
     assert seen == [3] and engine.run is run_before
+
+
+def test_ctrl_c_sums_up_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_suite.Suite, "run", stopped)
+    monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--tier", "smoke", "--dry-run", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        gpu_suite.main()
+    said = capsys.readouterr().out
+    assert stop.value.code == 130 and "== summary" in said and "the same command goes on" in said

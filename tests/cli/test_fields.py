@@ -71,4 +71,6 @@ def test_help_names_it(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lowvram-grpo", "train", "--help"])
     with pytest.raises(SystemExit):
         app.main()
-    assert "--help-all lists them" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--help-all lists them" in said
+    assert "--memory-plan" in said  # what a run's lines on screen refer to, and no field of GRPOConfig

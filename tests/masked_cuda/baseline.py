@@ -49,7 +49,7 @@ def counts() -> dict[Line, int]:
     two, three = _run(2), _run(3)
     # What only a card can judge, and `auto` leaves: products of sibling layers in one launch.
     for run, layers in ((two, 2), (three, 3)):
-        run[_EVERY_KERNEL] = _run(layers, fused_ops="on", max_steps=1)["decode step"]
+        run[_EVERY_KERNEL] = _run(layers, fused_ops="on", max_steps=1, max_completion_length=2)["decode step"]
     found: Counter[Line] = Counter()
     for phase, (syncs, copies, launches) in two.items():
         if phase in _LAUNCHING:
@@ -118,10 +118,10 @@ def _run(layers: int, **settings: Any) -> dict[str, Phase]:
             accelerator = trainer.accelerator
             accelerator.backward = watched("micro-batch, backward", accelerator.backward)
 
-        settings = {"max_steps": 2, **settings}
+        settings = {"max_steps": 2, "max_completion_length": 12, **settings}
         trained(
             dtype="bf16", quantization="nf4", head_dtype="int8", optim="adamw_8bit", gradient_checkpointing=True,
-            model={"num_hidden_layers": layers}, before=before, rollout_batch_size=3, max_completion_length=12,
+            model={"num_hidden_layers": layers}, before=before, rollout_batch_size=3,
             memory_probe="off", self_test=False, signal_check=False, **settings,
         )  # fmt: skip
     return found
