@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kernel_tables import OURS, speedup, tables_of
-from memory_tables import BESIDE
+from memory_tables import BESIDE, as_ever
 from text_tables import markdown
 
 NOT = "not measured"
@@ -45,7 +45,7 @@ class Claim(NamedTuple):
 def _steps(rows: list[dict], provider: str = "ours") -> list[dict]:
     found = {}
     for r in rows:
-        of = r.get("part") == "memory" and r.get("provider") == provider and "attention=" not in (r.get("setup") or "")
+        of = r.get("part") == "memory" and r.get("provider") == provider and as_ever(r)
         if of and r.get("total_mib") is not None:
             found[r["model"], r.get("preset"), r.get("profile")] = r
     return list(found.values())
@@ -197,7 +197,7 @@ def demo(rows: list[dict]) -> Found | None:
 def beside_trl(rows: list[dict]) -> Found | None:
     timed = lambda provider: {(r["model"], r["preset"]): r for r in rows if r.get("part") == "memory"
                               and r.get("provider") == provider and r.get("profile") != BESIDE
-                              and r.get("fits") is not None and "attention=" not in (r.get("setup") or "")}  # fmt: skip
+                              and r.get("fits") is not None and as_ever(r)}  # fmt: skip
     said, first, theirs = [], None, timed("trl")
     for case, ours in timed("ours").items():
         if (trl := theirs.get(case)) and ours.get("step_s"):

@@ -117,7 +117,8 @@ def faster_kinds(rows: list[dict], now: str | None) -> Proposal | None:
     names = kept + [kind for kind, faster in won.items() if faster and kind not in kept]
     value = "(" + ", ".join(f'"{kind}"' for kind in names) + ("," if len(names) == 1 else "") + ")"
     evidence = [f"{kind}: fused {'faster' if faster else 'NOT faster'} in every case" for kind, faster in won.items()]
-    return Proposal(value, [*evidence, f"{len(found)} rows, on {cards(found)}", *_whole_rollouts(rows)])
+    said = [*evidence, f"{len(found)} rows, on {cards(found)}", *_whole_rollouts(rows), *_whole_steps(rows)]
+    return Proposal(value, said)
 
 
 def _whole_rollouts(rows: list[dict]) -> list[str]:
@@ -131,6 +132,26 @@ def _whole_rollouts(rows: list[dict]) -> list[str]:
         f"whole rollout, {model}, {setup}: fused_ops on is {c['ours-fused'] / c['ours-unfused']:.2f} x off"
         for (_, _, model, setup, _), c in cases.items()
         if {"ours-fused", "ours-unfused"} <= set(c)
+    ]
+
+
+def _steps_by(rows: list[dict], setting: str) -> dict[tuple, dict[str, dict]]:
+    """(card, commit, model) -> value of `setting` -> row of whole training steps with the card to themselves."""
+    cases: dict[tuple, dict[str, dict]] = defaultdict(dict)
+    for row in rows:
+        chosen = re.search(rf"\b{setting}=(\w+)", row.get("setup") or "")
+        if chosen and row.get("step_s") and row.get("profile") != memory_tables.BESIDE:
+            cases[row["gpu"], row["commit"], row["model"]][chosen[1]] = row
+    return cases
+
+
+def _whole_steps(rows: list[dict]) -> list[str]:
+    """What is the only word on kernels with a gradient, and on layers that compute together."""
+    return [
+        f"whole step, {model}, on {gpu}: fused_ops {name} is {c['off']['step_s'][-1] / c[name]['step_s'][-1]:.2f} x off"
+        for (gpu, _, model), c in _steps_by(rows, "fused_ops").items()
+        for name in ("auto", "on")
+        if {"off", name} <= set(c)
     ]
 
 
@@ -185,11 +206,7 @@ def _knob(name: str) -> Callable[[list[dict], str | None], Proposal | None]:
 
 def attention(rows: list[dict], now: str | None) -> Proposal | None:
     """Which attention `auto` should take: by whole training steps, the others of the card away."""
-    cases: dict[tuple, dict[str, dict]] = defaultdict(dict)
-    for row in rows:
-        chosen = re.search(r"attention=(\w+)", row.get("setup") or "")
-        if chosen and row.get("step_s") and row.get("profile") != memory_tables.BESIDE:
-            cases[row["gpu"], row["commit"], row["model"]][chosen[1]] = row
+    cases = _steps_by(rows, "attention")
     both = {case: c for case, c in cases.items() if {"sdpa", "xformers"} <= set(c)}
     if not both:
         return None

@@ -13,6 +13,11 @@ HEADER = ["model", "preset", "budget MiB", "predicted MiB", "measured MiB", "dif
           "tensors at the peak beyond the ledger's, MiB"]  # fmt: skip
 
 
+def as_ever(row: dict) -> bool:
+    """Whether the run had the settings that people get, and not one that is compared with another."""
+    return not any(f"{name}=" in (row.get("setup") or "") for name in ("attention", "fused_ops"))
+
+
 def measured(rows: list[dict]) -> list[dict]:
     """Rows of ours that a GPU has seen through; a CPU's allocator has no peaks, and its rows no total."""
     return [r for r in rows if r.get("part") == "memory" and r.get("fits") and r.get("total_mib") is not None

@@ -1,7 +1,8 @@
 """Whole training steps under the caps of 4, 6, 8 and 12 GB cards: predicted peak, measured peak, and TRL beside it.
 
     python benchmarks/part_memory.py --out memory.jsonl [--models Qwen2.5-0.5B ...] [--presets 8gb ...]
-        [--providers ours trl] [--attention sdpa xformers] [--beside] [--steps 2] [--minutes 10]
+        [--providers ours trl] [--attention sdpa xformers] [--fused-ops off auto on] [--beside] [--steps 2]
+        [--minutes 10]
 
 Ours is `lowvram-grpo bench memory`: GRPOTrainer itself, sampling included, with the settings that the plan comes to,
 G = 8, prompts of 256 tokens and completions of 300 (every one of them: the end token is withheld), random weights. Each
@@ -84,6 +85,11 @@ def chosen(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
             for name in args.attention:
                 (case,) = cases([model], [main_preset(model)], {**flags, "attention": name})
                 yield "ours", case
+    elif args.fused_ops:
+        for model in models:
+            for name in args.fused_ops:
+                (case,) = cases([model], [main_preset(model)], {**flags, "fused_ops": name})
+                yield "ours", case
     elif args.presets and not args.dry_run:
         for case in cases(models, args.presets, flags):
             yield from ((name, case) for name in args.providers)
@@ -118,6 +124,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--presets", nargs="+", choices=PRESETS)
     parser.add_argument("--providers", nargs="+", choices=("ours", "trl"), default=["ours", "trl"])
     parser.add_argument("--attention", nargs="+", choices=("auto", "sdpa", "xformers"))
+    parser.add_argument("--fused-ops", nargs="+", choices=("off", "auto", "on"))
     parser.add_argument("--beside", action="store_true", help="other processes use the card at the same time")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=10.0)

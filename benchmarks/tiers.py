@@ -80,6 +80,8 @@ def rest(wide: bool) -> list[Job]:
         Job("knobs", "part_knobs.py", [], 8, 25, part="rollouts"),
         Job("attention", "part_memory.py",
             ["--models", "Qwen2.5-0.5B", "--attention", "sdpa", "xformers"], 9, 30, part="memory"),
+        Job("training-ops", "part_memory.py",
+            ["--models", "Qwen2.5-0.5B", "--fused-ops", "off", "auto", "on"], 10, 40, part="memory"),
         Job("decode-attention", "bench_decode_attention.py", ["--seconds", "0.1"], 5, 20, part="kernels"),
         _memory("3B", "--models", "Qwen2.5-3B", "--presets", "8gb", "6gb", "--providers", "ours", *beside, share=5,
                 beside="untimed"),

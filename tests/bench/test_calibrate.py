@@ -112,6 +112,12 @@ def test_rows_of_a_kernel_that_is_gone_cost_no_other_its_proposal():
     assert '"rope"' in said("fused_ops auto", [*op("was_there", 1.0, 2.0), *op("rope", 1.0, 2.0)], "()")
 
 
+def test_whole_steps_stand_beside_the_kernels():
+    step = lambda name, s: memory(model="m", setup=f"device=cuda fused_ops={name}", step_s=[9.0, s])
+    page = calibrate.page([*op("rope", 1.0, 2.0), step("off", 3.0), step("auto", 2.0), step("on", 4.0)])
+    assert "fused_ops auto is 1.50 x off" in page and "fused_ops on is 0.75 x off" in page
+
+
 @pytest.mark.parametrize("script", [calibrate, crashes, report], ids=lambda script: script.__name__)
 def test_rows_that_are_not_there_are_no_empty_answer(script, tmp_path, monkeypatch, capsys):
     option = ["--to", str(tmp_path / "page"), "--results"] if script is report else []

@@ -131,6 +131,14 @@ def test_every_claim_has_its_measured_value_card_and_commit(results):
     assert not [line for line in text.splitlines() if line.startswith("| tests/gpu") and line.count("|") != 4]
 
 
+@pytest.mark.parametrize("setting", ["attention=xformers", "fused_ops=off"])
+def test_a_run_that_is_compared_with_another_is_no_claim(setting):
+    rows = made_up()
+    others = [{**r, "setup": f"device=cuda {setting}", "total_mib": 1.0, "fits": False, "step_s": [99.0]}
+              for r in rows if r.get("part") == "memory" and r.get("provider") == "ours"]  # fmt: skip
+    assert others and [c.find(rows + others) for c in claims.CLAIMS] == [c.find(rows) for c in claims.CLAIMS]
+
+
 def test_a_model_that_did_not_fit_is_no_success(results):
     (row,) = [r for r in made_up() if r.get("model") == "Qwen3-8B"]
     said = claims.eight_gigabytes([{**row, "fits": False}]).said
