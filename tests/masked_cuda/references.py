@@ -11,7 +11,7 @@ import functools
 from typing import Any
 
 import torch
-from lowvram_grpo.kernels import decode_attention, direction, fold, sweep
+from lowvram_grpo.kernels import decode_attention, decode_ops, direction, fold, gradient_ops, sample, sweep
 from torch.utils._mode_utils import no_dispatch
 
 from tests.masked_cuda import launches
@@ -24,6 +24,14 @@ def put() -> None:
     _instead(sweep, "fold_triton", _fold)
     _instead(sweep, "fused_fold", _fused_fold)
     _instead(direction, "_launch", _direction)
+    for module, names in (
+        (decode_ops, ("rms_norm", "swiglu", "rope")),
+        (gradient_ops, ("rms_norm_back", "swiglu_back")),
+        (sample, ("block_masses", "draw_by_masses")),
+    ):
+        for name in names:
+            _instead(module, f"{name}_triton", functools.partial(_written, getattr(module, f"{name}_ref")))
+    _instead(gradient_ops, "rope_back_triton", _rope_back)
 
 
 def _instead(module: Any, name: str, reference: Any) -> None:
@@ -103,3 +111,14 @@ def _fused_fold(_, state, h, ref_h, w, bias, v0, transform, log_epsilon, config)
 def _direction(_, w, entries, c, e, mean, factor, out, direct):
     if len(out):
         direction._torch(w if direct else w[entries.ids.long()], entries, c, e, mean, factor, out)
+
+
+def _written(reference, out, *args, **kwargs):
+    """What the reference returns, where the kernel has its results."""
+    found = reference(*args, **kwargs)
+    for into, value in zip(_tensors([out]), _tensors([found]), strict=True):
+        into.copy_(value)
+
+
+def _rope_back(out, dq, dk, cos, sin, *_):
+    _written(gradient_ops.rope_back_ref, out, dq, dk, cos, sin)
