@@ -270,9 +270,11 @@ def _rope_kernel(
 def compile_cases(cc: int) -> list[CompileCase]:
     """Every kernel at the narrowest and the widest tiles, in the dtypes that meet, for compute capability `cc`."""
     half = "fp16" if cc < 80 else "bf16"
-    dtypes = [(half, half), ("fp32", "fp32"), (half, "fp32"), ("fp32", half)]
+    halves = list(dict.fromkeys((half, "fp16")))  # a model may be trained in float16 where bfloat16 exists
+    dtypes = [(half, half), ("fp32", "fp32"), (half, "fp32"), ("fp32", half), *((x, x) for x in halves[1:])]
+    widths = ((x, width) for x, width in product(dtypes, (64, 896, MAX_WIDTH)) if width != 896 or x == (half, half))
     cases = []
-    for (x, weight), width, (offset, early) in product(dtypes, (64, MAX_WIDTH), ((0.0, True), (1.0, False))):
+    for ((x, weight), width), (offset, early) in product(widths, ((0.0, True), (1.0, False))):
         rows, block, warps = _norm_tile(width)
         out = "fp32" if early and weight == "fp32" else x
         types = {"x_ptr": f"*{x}:16", "weight_ptr": f"*{weight}:16", "out_ptr": f"*{out}:16", "eps": "fp32"}
@@ -280,11 +282,11 @@ def compile_cases(cc: int) -> list[CompileCase]:
         constants = {"OFFSET": offset, "EARLY": early, "ROWS": rows, "BLOCK": block}
         name = f"rms_norm {width} {x} {weight} early={early}"
         cases.append(compile_case(name, _rms_norm_kernel, types, constants, warps))
-    for x, gelu in product((half, "fp32"), (False, True)):
+    for x, gelu in product((*halves, "fp32"), (False, True)):
         types = {name: f"*{x}:16" for name in ("gate_ptr", "up_ptr", "out_ptr")}
         types |= dict.fromkeys(("width", "gate_stride", "up_stride"), "i32")
         cases.append(compile_case(f"swiglu {x} gelu={gelu}", _swiglu_kernel, types, {"GELU": gelu, "BLOCK": _COLUMNS}))
-    for (x, table), (block, rest) in product(dtypes[:3], ((128, 0), (64, 32))):
+    for (x, table), (block, rest) in product((*dtypes[:3], *dtypes[4:]), ((128, 0), (64, 32))):
         out = "fp32" if "fp32" in (x, table) else x
         types = {name: f"*{x}:16" for name in ("q_ptr", "k_ptr")} | {n: f"*{table}:16" for n in ("cos_ptr", "sin_ptr")}
         types |= {name: f"*{out}:16" for name in ("q_out_ptr", "k_out_ptr")}

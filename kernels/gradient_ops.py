@@ -304,9 +304,12 @@ def _rope_back_kernel(
 def compile_cases(cc: int) -> list[CompileCase]:
     """Every kernel at the narrowest and the widest tiles, in the dtypes that meet, for compute capability `cc`."""
     half = "fp16" if cc < 80 else "bf16"
-    dtypes = [(half, half), ("fp32", "fp32"), (half, "fp32"), ("fp32", half)]
+    halves = list(dict.fromkeys((half, "fp16")))  # as in decode_ops
+    dtypes = [(half, half), ("fp32", "fp32"), (half, "fp32"), ("fp32", half), *((x, x) for x in halves[1:])]
+    sizes = (64, 896, decode_ops.MAX_WIDTH)
+    widths = ((x, width) for x, width in product(dtypes, sizes) if width != 896 or x == (half, half))
     cases = []
-    for (x, weight), width, offset in product(dtypes, (64, decode_ops.MAX_WIDTH), (0.0, 1.0)):
+    for ((x, weight), width), offset in product(widths, (0.0, 1.0)):
         rows, block, warps = decode_ops._norm_tile(width)
         types = {"dy_ptr": f"*{'fp32' if 'fp32' in (x, weight) else x}:16", "weight_ptr": f"*{weight}:16"}
         types |= {"x_ptr": f"*{x}:16", "out_ptr": f"*{x}:16", "eps": "fp32"}
@@ -314,12 +317,12 @@ def compile_cases(cc: int) -> list[CompileCase]:
         constants = {"OFFSET": offset, "ROWS": rows, "BLOCK": block}
         name = f"rms_norm back {width} {x} {weight} offset={offset}"
         cases.append(compile_case(name, _rms_norm_back_kernel, types, constants, warps))
-    for x, gelu in product((half, "fp32"), (False, True)):
+    for x, gelu in product((*halves, "fp32"), (False, True)):
         types = {f"{name}_ptr": f"*{x}:16" for name in ("dy", "gate", "up", "dgate", "dup")}
         types |= dict.fromkeys(("width", "dy_stride", "gate_stride", "up_stride"), "i32")
         constants = {"GELU": gelu, "BLOCK": _COLUMNS}
         cases.append(compile_case(f"swiglu back {x} gelu={gelu}", _swiglu_back_kernel, types, constants))
-    for (x, table), (block, rest) in product(dtypes[:3], ((128, 0), (64, 32))):
+    for (x, table), (block, rest) in product((*dtypes[:3], *dtypes[4:]), ((128, 0), (64, 32))):
         dy = "fp32" if "fp32" in (x, table) else x
         types = {f"{name}_ptr": f"*{dy}:16" for name in ("dq", "dk")}
         types |= {f"{name}_ptr": f"*{table}:16" for name in ("cos", "sin")}

@@ -213,4 +213,6 @@ def compile_cases(cc: int) -> list[CompileCase]:
     for wide in (1, 512, 2048, MOST_BLOCKS):
         constants = {"WIDE": wide, "BLOCK": BLOCK, "keys_stride": 1, "steps_stride": 1}
         cases.append(compile_case(f"draw {wide}", _draw_kernel, types, constants, _draw_warps(wide)))
+    # Keys and steps that do not lie side by side.
+    cases.append(compile_case("draw apart", _draw_kernel, types, {"WIDE": 1, "BLOCK": BLOCK}, _draw_warps(1)))
     return cases
