@@ -198,25 +198,31 @@ def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
     """As `rope`, by the kernel, which takes tensors whose last dimension is dense."""
     require_triton("rope_triton", q, "rope")
     outs = _rotated_like(q, cos), _rotated_like(k, cos)
+    launch_rope(q, k, cos, sin, *outs, back=False)
+    return outs
+
+
+def launch_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: Tensor, *, back: bool) -> None:
+    """Turn q and k into `q_out` and `k_out`; `back`: q and k are gradients of what has been turned, those to what was
+    given are written."""
     batch, q_heads, tokens, width = q.shape
     k_heads, d = k.shape[1], cos.shape[2]
     # One table may serve all of the batch.
     tables = [(x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)) for x in (cos, sin)]
-    strides = [x.stride()[:3] for x in (q, k, *outs)]
+    strides = [x.stride()[:3] for x in (q, k, q_out, k_out)]
     if batch * tokens:
         with device_guard(q):
             _rope_kernel[(batch * tokens, -(-q_heads // _HEADS) - (-k_heads // _HEADS))](
-                q, k, cos, sin, *outs, tokens, q_heads, k_heads, d // 2, width - d,
-                *strides[0], *strides[1], *tables[0], *tables[1], *strides[2], *strides[3],
+                q, k, cos, sin, q_out, k_out, tokens, q_heads, k_heads, d // 2, width - d,
+                *strides[0], *strides[1], *tables[0], *tables[1], *strides[2], *strides[3], BACK=back,
                 HEADS=_HEADS, BLOCK=power_of_2(d // 2), REST=power_of_2(width - d) if width > d else 0, num_warps=1,
             )  # fmt: skip
-    return outs
 
 
 @jit
 def _rotate(
     x_ptr, out_ptr, x_head, out_head, block, heads, half, rest, cos1, cos2, sin1, sin2,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+    BACK: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Heads `block * HEADS` and on of one token; the pointers are its first head's."""
     kind = out_ptr.dtype.element_ty
@@ -225,8 +231,12 @@ def _rotate(
     mask = (head < heads) & (d < half)
     x1 = tl.load(x_ptr + head * x_head + d, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptr + head * x_head + d + half, mask=mask, other=0.0).to(tl.float32)
-    y1 = (x1 * cos1).to(kind).to(tl.float32) - (x2 * sin1).to(kind).to(tl.float32)
-    y2 = (x2 * cos2).to(kind).to(tl.float32) + (x1 * sin2).to(kind).to(tl.float32)
+    if BACK:
+        y1 = x1 * cos1 + x2 * sin2
+        y2 = x2 * cos2 - x1 * sin1
+    else:  # rounded where transformers rounds
+        y1 = (x1 * cos1).to(kind).to(tl.float32) - (x2 * sin1).to(kind).to(tl.float32)
+        y2 = (x2 * cos2).to(kind).to(tl.float32) + (x1 * sin2).to(kind).to(tl.float32)
     tl.store(out_ptr + head * out_head + d, y1.to(kind), mask=mask)
     tl.store(out_ptr + head * out_head + d + half, y2.to(kind), mask=mask)
     if REST > 0:
@@ -241,9 +251,9 @@ def _rope_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, q_heads, k_heads, half, rest,
     q_batch, q_head, q_token, k_batch, k_head, k_token, cos_batch, cos_token, sin_batch, sin_token,
     q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+    BACK: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """One program turns HEADS heads of one token, of q or of k."""
+    """One program turns HEADS heads of one token, of q or of k; with BACK, gradients back."""
     batch = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
     block = tl.program_id(1)
@@ -258,12 +268,14 @@ def _rope_kernel(
     if block < q_blocks:
         _rotate(
             q_ptr + batch * q_batch + token * q_token, q_out_ptr + batch * q_out_batch + token * q_out_token,
-            q_head, q_out_head, block, q_heads, half, rest, cos1, cos2, sin1, sin2, HEADS, BLOCK, REST,
+            q_head, q_out_head, block, q_heads, half, rest, cos1, cos2, sin1, sin2,
+            BACK, HEADS, BLOCK, REST,
         )  # fmt: skip
     else:
         _rotate(
             k_ptr + batch * k_batch + token * k_token, k_out_ptr + batch * k_out_batch + token * k_out_token,
-            k_head, k_out_head, block - q_blocks, k_heads, half, rest, cos1, cos2, sin1, sin2, HEADS, BLOCK, REST,
+            k_head, k_out_head, block - q_blocks, k_heads, half, rest, cos1, cos2, sin1, sin2,
+            BACK, HEADS, BLOCK, REST,
         )  # fmt: skip
 
 
@@ -296,7 +308,7 @@ def compile_cases(cc: int) -> list[CompileCase]:
         types |= {f"{tensor}_{place}": "i32" for tensor, place in places}
         # Triton compiles anew for what is 1: the tokens of a decode step, the only head of keys.
         for ones in ((), ("tokens", "q_heads", "k_heads", "q_token", "k_token")):
-            constants = {"HEADS": _HEADS, "BLOCK": block, "REST": rest, **dict.fromkeys(ones, 1)}
+            constants = {"BACK": False, "HEADS": _HEADS, "BLOCK": block, "REST": rest, **dict.fromkeys(ones, 1)}
             name = f"rope {x} {table} {block} + {rest} ones={bool(ones)}"
             cases.append(compile_case(name, _rope_kernel, types, constants, num_warps=1))
     return cases

@@ -19,13 +19,11 @@ from typing import Any
 
 import torch
 from lowvram_grpo.kernels import decode_ops
-from lowvram_grpo.kernels.decode_launch import power_of_2
 from lowvram_grpo.kernels.runtime import CompileCase, compile_case, device_guard, jit, require_triton, tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _COLUMNS = 1024  # of the activation, a program
-_HEADS = 4  # a program rotates
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, early: bool = True) -> Tensor:
@@ -235,70 +233,8 @@ def rope_back_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `rope_back`, by the kernel, which takes tensors whose last dimension is dense."""
     require_triton("rope_back_triton", dq, "rope_back_ref")
-    batch, q_heads, tokens, width = dq.shape
-    k_heads, d = dk.shape[1], cos.shape[2]
-    tables = [(x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)) for x in (cos, sin)]
-    strides = [x.stride()[:3] for x in (dq, dk, q_out, k_out)]
-    if batch * tokens:
-        with device_guard(dq):
-            _rope_back_kernel[(batch * tokens, -(-q_heads // _HEADS) - (-k_heads // _HEADS))](
-                dq, dk, cos, sin, q_out, k_out, tokens, q_heads, k_heads, d // 2, width - d,
-                *strides[0], *strides[1], *tables[0], *tables[1], *strides[2], *strides[3],
-                HEADS=_HEADS, BLOCK=power_of_2(d // 2), REST=power_of_2(width - d) if width > d else 0, num_warps=1,
-            )  # fmt: skip
+    decode_ops.launch_rope(dq, dk, cos, sin, q_out, k_out, back=True)
     return q_out, k_out
-
-
-@jit
-def _turn_back(
-    dy_ptr, out_ptr, dy_head, out_head, block, heads, half, rest, cos1, cos2, sin1, sin2,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    """Heads `block * HEADS` and on of one token; the pointers are its first head's."""
-    kind = out_ptr.dtype.element_ty
-    head = (block * HEADS + tl.arange(0, HEADS))[:, None]
-    d = tl.arange(0, BLOCK)[None, :]
-    mask = (head < heads) & (d < half)
-    dy1 = tl.load(dy_ptr + head * dy_head + d, mask=mask, other=0.0).to(tl.float32)
-    dy2 = tl.load(dy_ptr + head * dy_head + d + half, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + head * out_head + d, (dy1 * cos1 + dy2 * sin2).to(kind), mask=mask)
-    tl.store(out_ptr + head * out_head + d + half, (dy2 * cos2 - dy1 * sin1).to(kind), mask=mask)
-    if REST > 0:
-        d = tl.arange(0, REST)[None, :]
-        mask = (head < heads) & (d < rest)
-        kept = tl.load(dy_ptr + head * dy_head + d + 2 * half, mask=mask, other=0.0)
-        tl.store(out_ptr + head * out_head + d + 2 * half, kept.to(kind), mask=mask)
-
-
-@jit
-def _rope_back_kernel(
-    dq_ptr, dk_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, q_heads, k_heads, half, rest,
-    dq_batch, dq_head, dq_token, dk_batch, dk_head, dk_token, cos_batch, cos_token, sin_batch, sin_token,
-    q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    """One program turns HEADS heads of one token back, of q or of k."""
-    batch = (tl.program_id(0) // tokens).to(tl.int64)
-    token = (tl.program_id(0) % tokens).to(tl.int64)
-    block = tl.program_id(1)
-    d = tl.arange(0, BLOCK)[None, :]
-    cos_ptr += batch * cos_batch + token * cos_token
-    sin_ptr += batch * sin_batch + token * sin_token
-    cos1 = tl.load(cos_ptr + d, mask=d < half, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos_ptr + d + half, mask=d < half, other=0.0).to(tl.float32)
-    sin1 = tl.load(sin_ptr + d, mask=d < half, other=0.0).to(tl.float32)
-    sin2 = tl.load(sin_ptr + d + half, mask=d < half, other=0.0).to(tl.float32)
-    q_blocks = tl.cdiv(q_heads, HEADS)
-    if block < q_blocks:
-        _turn_back(
-            dq_ptr + batch * dq_batch + token * dq_token, q_out_ptr + batch * q_out_batch + token * q_out_token,
-            dq_head, q_out_head, block, q_heads, half, rest, cos1, cos2, sin1, sin2, HEADS, BLOCK, REST,
-        )  # fmt: skip
-    else:
-        _turn_back(
-            dk_ptr + batch * dk_batch + token * dk_token, k_out_ptr + batch * k_out_batch + token * k_out_token,
-            dk_head, k_out_head, block - q_blocks, k_heads, half, rest, cos1, cos2, sin1, sin2, HEADS, BLOCK, REST,
-        )  # fmt: skip
 
 
 def compile_cases(cc: int) -> list[CompileCase]:
@@ -324,14 +260,14 @@ def compile_cases(cc: int) -> list[CompileCase]:
         cases.append(compile_case(f"swiglu back {x} gelu={gelu}", _swiglu_back_kernel, types, constants))
     for (x, table), (block, rest) in product((*dtypes[:3], *dtypes[4:]), ((128, 0), (64, 32))):
         dy = "fp32" if "fp32" in (x, table) else x
-        types = {f"{name}_ptr": f"*{dy}:16" for name in ("dq", "dk")}
+        types = {f"{name}_ptr": f"*{dy}:16" for name in ("q", "k")}
         types |= {f"{name}_ptr": f"*{table}:16" for name in ("cos", "sin")}
         types |= {name: f"*{x}:16" for name in ("q_out_ptr", "k_out_ptr")}
         types |= dict.fromkeys(("tokens", "q_heads", "k_heads", "half", "rest", "cos_batch", "cos_token"), "i32")
         types |= dict.fromkeys(("sin_batch", "sin_token"), "i32")
-        places = product(("dq", "dk", "q_out", "k_out"), ("batch", "head", "token"))
+        places = product(("q", "k", "q_out", "k_out"), ("batch", "head", "token"))
         types |= {f"{tensor}_{place}": "i32" for tensor, place in places}
-        constants = {"HEADS": _HEADS, "BLOCK": block, "REST": rest}
+        constants = {"BACK": True, "HEADS": decode_ops._HEADS, "BLOCK": block, "REST": rest}
         name = f"rope back {x} {table} {block} + {rest}"
-        cases.append(compile_case(name, _rope_back_kernel, types, constants, num_warps=1))
+        cases.append(compile_case(name, decode_ops._rope_kernel, types, constants, num_warps=1))
     return cases
