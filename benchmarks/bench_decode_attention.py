@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lowvram_grpo.kernels.decode_attention import KV, Rows, decode_attention, quantize_kv
+from lowvram_grpo.kernels.decode.attention import KV, Rows, decode_attention, quantize_kv
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from timing import copy_ceiling, peak_mib, timed
 from torch import Tensor

@@ -33,7 +33,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are decorated
 
-from lowvram_grpo.kernels import decode_ops
+from lowvram_grpo.kernels.decode import ops as decode_ops
 from lowvram_grpo.kernels.int8_logits import int8_logits
 from lowvram_grpo.kernels.logits import linear_logits
 from lowvram_grpo.kernels.quantized import BLOCK, Int8Weight

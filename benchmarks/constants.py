@@ -226,7 +226,7 @@ CONSTANTS = (
     Constant("overheads measured", _OVERHEADS, r"CUDA = Overheads\([^)]*?measured=(\w+)", stands_behind),
     Constant("fused_ops auto", "lowvram_grpo/policy/trials.py",
              r"\n(?:MEASURED|EXPECTED)_FASTER(?:: [^=\n]+)? = (\([^)]*\))", faster_kinds),
-    Constant("FUSED_MAX_WIDTH", "kernels/launch.py", r"\nFUSED_MAX_WIDTH = (\d+)", fused_width),
+    Constant("FUSED_MAX_WIDTH", "kernels/sweep/launch.py", r"\nFUSED_MAX_WIDTH = (\d+)", fused_width),
     Constant("PREFILL_TOKENS", _DECODE, r"\nPREFILL_TOKENS = (\d+)", _knob("prefill_tokens")),
     Constant("look_every", _DECODE, r'every = look_every or \(1 if [^)]* else (\d+)\)', _knob("look_every")),
     # By card, so there is no one number to change.

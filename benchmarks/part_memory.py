@@ -27,7 +27,7 @@ from lowvram_grpo.bench.measure import apart
 from lowvram_grpo.bench.memory import Case, cases, planned, run
 from lowvram_grpo.bench.rows import ROOT, Rows, provenance_apart
 from lowvram_grpo.cli.bench import sentence
-from lowvram_grpo.config import GRPOConfig
+from lowvram_grpo.recipe.config import GRPOConfig
 
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B", "Qwen3-8B", "Qwen3-14B")
 RIVAL_MODELS = MODELS[:4]

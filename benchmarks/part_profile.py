@@ -139,10 +139,10 @@ def decode_step(args: argparse.Namespace, model: torch.nn.Module, graphs: bool) 
 def micro_batch(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Forward and backward pass of the longest micro-batch, the second time that it runs."""
     from lowvram_grpo.bench.measure import trainer_of
-    from lowvram_grpo.memory.planner import setting
-    from lowvram_grpo.memory.rehearsal import Rehearsal, workload
+    from lowvram_grpo.plan.planner import setting
     from lowvram_grpo.policy.wrapper import unwrap
-    from lowvram_grpo.recipe import resolve
+    from lowvram_grpo.recipe.resolve import resolve
+    from lowvram_grpo.training.rehearsal import Rehearsal, workload
 
     flags = {"num_generations": 8, "max_prompt_length": 256, "max_completion_length": 300}
     if args.dry_run:

@@ -77,7 +77,7 @@ class Check:
                 found[name] = "there"
             except Exception as error:  # a package that is broken is as good as none
                 missing.append(f"{name} ({reason(error)})")
-        import lowvram_grpo.trainer  # noqa: F401
+        import lowvram_grpo.training.trainer  # noqa: F401
 
         wrong = [one for one in missing if one.split(" ")[0] in NEEDED]
         if wrong and not self.dry_run:
@@ -86,7 +86,7 @@ class Check:
 
     def preset(self, name: str) -> dict[str, Any]:
         from lowvram_grpo.bench.measure import train
-        from lowvram_grpo.recipe import resolve
+        from lowvram_grpo.recipe.resolve import resolve
 
         recipe = resolve(self.flags(name))
         found = train(recipe, 1, self.device, lambda phase: nullcontext(), lambda: None)
@@ -141,7 +141,7 @@ class Check:
         from transformers import TrainerCallback
 
         from lowvram_grpo.bench.measure import trainer_of
-        from lowvram_grpo.recipe import resolve
+        from lowvram_grpo.recipe.resolve import resolve
 
         check = self
 

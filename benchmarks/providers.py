@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from lowvram_grpo.kernels.launch import PATHS, launch_config
 from lowvram_grpo.kernels.linear_logps import linear_logps
+from lowvram_grpo.kernels.sweep.launch import PATHS, launch_config
 from torch import Tensor
 
 from lowvram_grpo.policy.head import Head

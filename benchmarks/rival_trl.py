@@ -15,10 +15,10 @@ import torch
 
 from lowvram_grpo.bench.measure import drawn, main
 from lowvram_grpo.bench.models import random_model, word_prompts, word_tokenizer
-from lowvram_grpo.memory.architectures import resolve_config
-from lowvram_grpo.memory.planner import setting
+from lowvram_grpo.plan.planner import setting
+from lowvram_grpo.policy.known_models import resolve_config
 from lowvram_grpo.policy.load import compute_dtype
-from lowvram_grpo.recipe import Recipe
+from lowvram_grpo.recipe.resolve import Recipe
 
 
 def train(recipe: Recipe, steps: int, device: torch.device, phase: Callable, limit: Callable[[], None]) -> dict:

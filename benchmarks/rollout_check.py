@@ -18,11 +18,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowvram_grpo.bench.rows import Rows
-from lowvram_grpo.data import load as load_data
+from lowvram_grpo.data.load import load as load_data
 from lowvram_grpo.rollout.batch import RolloutBatch, pad_left
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids
 from lowvram_grpo.rollout.sampler import Sampling
-from lowvram_grpo.scoring import score
+from lowvram_grpo.training.scoring import score
 
 
 def load(folder: str, dtype: torch.dtype, device: str) -> torch.nn.Module:

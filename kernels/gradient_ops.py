@@ -18,7 +18,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from lowvram_grpo.kernels import decode_ops
+from lowvram_grpo.kernels.decode import ops as decode_ops
 from lowvram_grpo.kernels.runtime import CompileCase, compile_case, device_guard, jit, require_triton, tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable

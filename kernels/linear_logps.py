@@ -23,12 +23,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from lowvram_grpo.kernels.direction import Entries, sparse_direction
-from lowvram_grpo.kernels.fold import Transform
-from lowvram_grpo.kernels.launch import launch_config
 from lowvram_grpo.kernels.logits import compute_dtype
-from lowvram_grpo.kernels.sweep import DirectionParams, Swept, sweep, without_autocast
-from lowvram_grpo.kernels.trainable_head import TrainableHead
+from lowvram_grpo.kernels.sweep.direction import Entries, sparse_direction
+from lowvram_grpo.kernels.sweep.fold import Transform
+from lowvram_grpo.kernels.sweep.launch import launch_config
+from lowvram_grpo.kernels.sweep.sweep import DirectionParams, Swept, sweep, without_autocast
+from lowvram_grpo.kernels.sweep.trainable_head import TrainableHead
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 

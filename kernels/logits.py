@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from lowvram_grpo.kernels.cuts import cuts
 from lowvram_grpo.kernels.int8_logits import covers, int8_logits
-from lowvram_grpo.kernels.sweep import matmul, without_autocast
+from lowvram_grpo.kernels.sweep.sweep import matmul, without_autocast
 from torch import Tensor
 
 from lowvram_grpo.policy.head import Head

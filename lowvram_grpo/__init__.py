@@ -16,8 +16,8 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir()
     __path__.append(str(_checkout))
 
 _PUBLIC = {
-    "GRPOConfig": "lowvram_grpo.config",
-    "GRPOTrainer": "lowvram_grpo.trainer",
+    "GRPOConfig": "lowvram_grpo.recipe.config",
+    "GRPOTrainer": "lowvram_grpo.training.trainer",
     "UserError": "lowvram_grpo.errors",
     "linear_logps": "lowvram_grpo.kernels.linear_logps",
 }

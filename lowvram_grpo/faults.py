@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lowvram_grpo.errors import UserError, one_line, why_unwritten
 
 if TYPE_CHECKING:
-    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.recipe.resolve import Recipe
 
 _OURS = str(Path(__file__).parent)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
 # exp() of a log-ratio beyond this is a number no clipped objective can use; it also keeps k3 finite.
 MAX_LOG_RATIO = 20.0

@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from lowvram_grpo.kernels.decode_attention_triton import decode_attention_triton
-from lowvram_grpo.kernels.decode_launch import decode_path
+from lowvram_grpo.kernels.decode.attention_triton import decode_attention_triton
+from lowvram_grpo.kernels.decode.launch import decode_path
 from lowvram_grpo.kernels.runtime import HAS_TRITON, is_out_of_memory, trial
 from torch import Tensor
 

@@ -19,13 +19,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lowvram_grpo.kernels.decode_launch import Splits, Tiles, card, power_of_2, ranges, tiles_of
-from lowvram_grpo.kernels.fold import LOWEST, transform_logit
+from lowvram_grpo.kernels.decode.launch import Splits, Tiles, card, power_of_2, ranges, tiles_of
 from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, device_guard, interpreted, jit, tl
+from lowvram_grpo.kernels.sweep.fold import LOWEST, transform_logit
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lowvram_grpo.kernels.decode_attention import KV, Rows
+    from lowvram_grpo.kernels.decode.attention import KV, Rows
 
 _constant = tl.constexpr if HAS_TRITON else float
 _LOWEST, _LOG2E = _constant(LOWEST), _constant(1.4426950408889634)

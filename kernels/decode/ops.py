@@ -17,7 +17,7 @@ from __future__ import annotations
 from itertools import product
 
 import torch
-from lowvram_grpo.kernels.decode_launch import power_of_2
+from lowvram_grpo.kernels.decode.launch import power_of_2
 from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, device_guard, jit, require_triton, tl
 from torch import Tensor
 from torch.nn import functional as F

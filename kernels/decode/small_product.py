@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from lowvram_grpo.kernels.decode_launch import card, power_of_2
+from lowvram_grpo.kernels.decode.launch import card, power_of_2
 from lowvram_grpo.kernels.quantized import BLOCK
 from lowvram_grpo.kernels.runtime import (
     HAS_TRITON,

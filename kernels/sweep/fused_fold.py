@@ -12,7 +12,8 @@ reference rows. No probabilities are written: the dense direction needs the tile
 from __future__ import annotations
 
 import torch
-from lowvram_grpo.kernels.fold import (
+from lowvram_grpo.kernels.runtime import CompileCase, compile_case, interpreted, jit, tl
+from lowvram_grpo.kernels.sweep.fold import (
     _D,
     _D0,
     _E,
@@ -27,8 +28,7 @@ from lowvram_grpo.kernels.fold import (
     Transform,
     transform_logit,
 )
-from lowvram_grpo.kernels.launch import FusedConfig, fused_config, whole_waves
-from lowvram_grpo.kernels.runtime import CompileCase, compile_case, interpreted, jit, tl
+from lowvram_grpo.kernels.sweep.launch import FusedConfig, fused_config, whole_waves
 from torch import Tensor
 
 

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import torch
 from lowvram_grpo.kernels.cuts import cuts
-from lowvram_grpo.kernels.direction import Entries
-from lowvram_grpo.kernels.fold import (
+from lowvram_grpo.kernels.runtime import is_out_of_memory
+from lowvram_grpo.kernels.sweep.direction import Entries
+from lowvram_grpo.kernels.sweep.fold import (
     D0,
     REF_M,
     REF_S,
@@ -37,10 +38,9 @@ from lowvram_grpo.kernels.fold import (
     fold_torch,
     fold_triton,
 )
-from lowvram_grpo.kernels.fused_fold import fused_fold
-from lowvram_grpo.kernels.launch import LaunchConfig
-from lowvram_grpo.kernels.lists import entries_of
-from lowvram_grpo.kernels.runtime import is_out_of_memory
+from lowvram_grpo.kernels.sweep.fused_fold import fused_fold
+from lowvram_grpo.kernels.sweep.launch import LaunchConfig
+from lowvram_grpo.kernels.sweep.lists import entries_of
 from torch import Tensor
 
 from lowvram_grpo.policy.head import Head

@@ -9,7 +9,7 @@ Memory: the workspace, and the gradients themselves.
 from __future__ import annotations
 
 import torch
-from lowvram_grpo.kernels.sweep import add_matmul, matmul, plan_tiles, without_autocast
+from lowvram_grpo.kernels.sweep.sweep import add_matmul, matmul, plan_tiles, without_autocast
 
 from lowvram_grpo.policy.head import Head
 

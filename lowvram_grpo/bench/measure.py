@@ -27,11 +27,11 @@ from lowvram_grpo.bench.models import random_model, word_prompts, word_tokenizer
 from lowvram_grpo.bench.rows import ROOT, reason
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.guard import is_out_of_memory
-from lowvram_grpo.recipe import Recipe
+from lowvram_grpo.recipe.resolve import Recipe
 from lowvram_grpo.run.observer import Observer
 
 if TYPE_CHECKING:
-    from lowvram_grpo.trainer import GRPOTrainer
+    from lowvram_grpo.training.trainer import GRPOTrainer
 
 MIB = 2**20
 # What runs between the phases: clipping, zeroing, the self-test before step 1.
@@ -163,11 +163,11 @@ def trainer_of(recipe: Recipe, steps: int, device: torch.device, folder: str, **
     from datasets import Dataset
     from peft import LoraConfig
 
-    from lowvram_grpo.config import GRPOConfig
-    from lowvram_grpo.memory.architectures import resolve_config
-    from lowvram_grpo.memory.planner import setting
+    from lowvram_grpo.plan.planner import setting
+    from lowvram_grpo.policy.known_models import resolve_config
     from lowvram_grpo.policy.load import DTYPES, compute_dtype
-    from lowvram_grpo.trainer import GRPOTrainer
+    from lowvram_grpo.recipe.config import GRPOConfig
+    from lowvram_grpo.training.trainer import GRPOTrainer
 
     config, _ = resolve_config(recipe.model)
     vocab = config.get_text_config().vocab_size
@@ -287,7 +287,7 @@ def apart(
 
 
 def main(train: Train = train) -> None:
-    from lowvram_grpo.cli.quiet import hush
+    from lowvram_grpo.run.quiet import hush
 
     hush()
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))

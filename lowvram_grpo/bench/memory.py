@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lowvram_grpo import preset as presets
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ladder import PHASES
+from lowvram_grpo.recipe import preset as presets
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from lowvram_grpo.bench.rows import Rows
-    from lowvram_grpo.memory.planner import Plan
-    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.plan.planner import Plan
+    from lowvram_grpo.recipe.resolve import Recipe
 
 MIB = 2**20
 DEVICES = ("auto", "cuda", "cpu", "none")
@@ -54,7 +54,7 @@ def cases(models: Iterable[str], names: Iterable[str], flags: dict[str, Any], co
     Raises:
         UserError: an unknown preset or setting, or a preset that is for no card.
     """
-    from lowvram_grpo.recipe import resolve
+    from lowvram_grpo.recipe.resolve import resolve
 
     models, found = list(models), []
     for name in names:
@@ -74,9 +74,9 @@ def cards() -> list[str]:
 
 def planned(case: Case, *, device: str = "cuda", half: str = "bfloat16") -> Plan:
     """What would run."""
-    from lowvram_grpo.memory.architectures import resolve_config
     from lowvram_grpo.memory.cards import typical
-    from lowvram_grpo.memory.planner import Planner
+    from lowvram_grpo.plan.planner import Planner
+    from lowvram_grpo.policy.known_models import resolve_config
 
     config, _ = resolve_config(str(case.recipe.model))
     planner = Planner(config, device=device, half=half, card=typical(case.card))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lowvram_grpo import preset as presets
 from lowvram_grpo.bench.memory import MIB, Case
 from lowvram_grpo.memory.ladder import PHASES, Rung
-from lowvram_grpo.memory.planner import Planner, ladder_of, setting, with_setting
+from lowvram_grpo.plan.planner import Planner, ladder_of, setting, with_setting
+from lowvram_grpo.recipe import preset as presets
 
 # What a saver is switched off to, where the preset has it on already.
 _WITHOUT = {"quantization": "none", "head_dtype": "dense", "embedding_offload": False, "gradient_checkpointing": False,
@@ -19,7 +19,7 @@ _LAST = (Rung("optimizer_offload", True),)
 
 def table(case: Case) -> Iterator[dict[str, Any]]:
     """One entry a saver: MiB that it takes off each phase's peak and off the highest, alone."""
-    from lowvram_grpo.memory.architectures import resolve_config
+    from lowvram_grpo.policy.known_models import resolve_config
 
     config, _ = resolve_config(str(case.recipe.model))
     planner, recipe = Planner(config), case.recipe

@@ -35,7 +35,7 @@ def memory(
 
     Takes the flags of train. Rows are appended to OUT/memory.jsonl; what is there already is not measured again.
     """
-    from lowvram_grpo.cli.quiet import hush
+    from lowvram_grpo.run.quiet import hush
 
     hush()
     from lowvram_grpo.bench.memory import MODELS, cards, cases

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from lowvram_grpo.cli.quiet import hush
 from lowvram_grpo.cli.train import parse_extra, prepare_cuda
 from lowvram_grpo.errors import UserError, counted
+from lowvram_grpo.run.quiet import hush
 
 if TYPE_CHECKING:
-    from lowvram_grpo.conversation import Conversation, Prompt
-    from lowvram_grpo.inference import Answer, LoadedPolicy
-    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.data.conversation import Conversation, Prompt
+    from lowvram_grpo.jobs.inference import Answer, LoadedPolicy
+    from lowvram_grpo.recipe.resolve import Recipe
     from lowvram_grpo.rollout.sampler import Sampling
 
 _NEW_TOKENS = 512
@@ -46,8 +46,8 @@ def start(
     """
     notice = prepare_cuda()
     hush()
-    from lowvram_grpo.inference import load_policy, recipe_to_sample
-    from lowvram_grpo.loading import check_device, load_tokenizer_of, training_config
+    from lowvram_grpo.jobs.inference import load_policy, recipe_to_sample
+    from lowvram_grpo.jobs.loading import check_device, load_tokenizer_of, training_config
 
     check_filters(filters, max_new_tokens)
     console = Console(stderr=True, highlight=False)
@@ -87,7 +87,7 @@ def check_filters(filters: dict[str, Any], max_new_tokens: int | None) -> None:
     Raises:
         UserError: one is out of its range.
     """
-    from lowvram_grpo.ranges import TRAINING_RANGES, Range, check_ranges
+    from lowvram_grpo.recipe.ranges import TRAINING_RANGES, Range, check_ranges
 
     ranges = {**TRAINING_RANGES, "temperature": Range(at_least=0), "max_new_tokens": Range(at_least=1)}
     check_ranges({**filters, "max_new_tokens": max_new_tokens}, ranges)
@@ -113,9 +113,9 @@ def _text(content: bytes) -> str:
 
 def _conversation(recipe: Recipe, policy: LoadedPolicy) -> Conversation:
     """As the run's prompts began: its system prompt or template's, and worked examples."""
-    from lowvram_grpo.conversation import Conversation
-    from lowvram_grpo.data import opening_turns
-    from lowvram_grpo.task import few_shot
+    from lowvram_grpo.data.conversation import Conversation
+    from lowvram_grpo.data.load import opening_turns
+    from lowvram_grpo.jobs.task import few_shot
 
     system, shots = opening_turns(recipe.template, recipe.system_prompt, few_shot(recipe.few_shot))
     return Conversation(
@@ -259,7 +259,7 @@ class Chat:
         return answer
 
     def _sampled(self, prompt: Prompt, show: Callable[[str], None]) -> Answer:
-        from lowvram_grpo.inference import stream_answer
+        from lowvram_grpo.jobs.inference import stream_answer
         from lowvram_grpo.memory.guard import is_out_of_memory, release
 
         try:

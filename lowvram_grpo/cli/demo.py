@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowvram_grpo.cli.quiet import hush
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.run.quiet import hush
 
 _ASSETS = Path(__file__).resolve().parent.parent / "demo"
 
@@ -19,9 +19,9 @@ def start(output_dir: Path | None, steps: int | None, *, plain: bool) -> None:
     if steps is not None and steps < 1:
         raise UserError(f"--steps is {steps}; the demo takes 1 step or more (leave it out for the whole demo).")
     hush()
-    from lowvram_grpo.job import run
-    from lowvram_grpo.recipe import resolve
-    from lowvram_grpo.tables import read_table
+    from lowvram_grpo.jobs.train import run
+    from lowvram_grpo.recipe.resolve import resolve
+    from lowvram_grpo.recipe.tables import read_table
 
     recipe_file = _ASSETS / "recipe.toml"
     table = read_table(recipe_file)

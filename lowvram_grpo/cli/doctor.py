@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from lowvram_grpo.cli.quiet import hush
+from lowvram_grpo.run.quiet import hush
 
 if TYPE_CHECKING:
     from lowvram_grpo.memory.devices import Device
@@ -81,8 +81,8 @@ def _device(table: Table) -> list[str]:
 
 def _describe(table: Table, device: Device, note: str) -> None:
     """The rows of one device: what it is, its memory by every opinion, what of it is ours, and the preset for that."""
-    from lowvram_grpo import preset
     from lowvram_grpo.memory.budget import budget, gib
+    from lowvram_grpo.recipe import preset
 
     table.add_row("device", device.name if device.kind == "cpu" else f"cuda:{device.index} {device.name}", note)
     if device.capability is not None:
@@ -102,8 +102,8 @@ def _sweep() -> tuple[str, str]:
     """Which path log-probs and loss take here, and why; for hidden states of Qwen2.5-0.5B's width and Qwen2.5-7B's."""
     import torch
 
-    from lowvram_grpo.loss import choose_kernels
     from lowvram_grpo.policy.load import compute_dtype
+    from lowvram_grpo.training.loss import choose_kernels
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small, large = (choose_kernels("auto", device, compute_dtype(device), width).reason for width in (896, 3584))

@@ -13,21 +13,21 @@ from rich.markup import escape
 from lowvram_grpo.cli.chat import check_filters
 from lowvram_grpo.cli.eval_report import as_json, explained, found_of, settings_of, versions
 from lowvram_grpo.cli.eval_screen import Progress, print_tables
-from lowvram_grpo.cli.quiet import hush
 from lowvram_grpo.cli.train import parse_extra, prepare_cuda
 from lowvram_grpo.errors import UserError, counted
+from lowvram_grpo.run.quiet import hush
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from lowvram_grpo.evaluation import Scored
-    from lowvram_grpo.experience import Rollout
-    from lowvram_grpo.inference import LoadedPolicy
+    from lowvram_grpo.jobs.evaluation import Scored
+    from lowvram_grpo.jobs.inference import LoadedPolicy
     from lowvram_grpo.memory.guard import Guard
-    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.recipe.resolve import Recipe
     from lowvram_grpo.rewards.runner import RewardRunner
-    from lowvram_grpo.rollout.collect import Collector
     from lowvram_grpo.rollout.sampler import Sampling
+    from lowvram_grpo.training.collect import Collector
+    from lowvram_grpo.training.experience import Rollout
 
 _SPLITS = ("test", "validation", "valid", "dev", "train")
 _USUAL_KS = (1, 4, 8)
@@ -63,7 +63,7 @@ class Wanted:
         Raises:
             UserError: numbers that can't be, or nothing to do.
         """
-        from lowvram_grpo.evaluation import check_ks
+        from lowvram_grpo.jobs.evaluation import check_ks
 
         samples, limit, out = rest["samples"], rest["limit"], rest["out"]
         if samples < 0 or not (samples or rest["greedy"]):
@@ -99,12 +99,12 @@ def start(flags: dict[str, Any], extra: list[str], **options: Any) -> None:
     """
     notice = prepare_cuda()
     hush()
-    from lowvram_grpo.evaluation import default_threshold
-    from lowvram_grpo.inference import load_policy, recipe_to_sample
-    from lowvram_grpo.loading import check_device, load_tokenizer_of, training_config
+    from lowvram_grpo.jobs.evaluation import default_threshold
+    from lowvram_grpo.jobs.inference import load_policy, recipe_to_sample
+    from lowvram_grpo.jobs.loading import check_device, load_tokenizer_of, training_config
+    from lowvram_grpo.jobs.task import check_reward_columns, guess_notice, prepared, reward_specs
     from lowvram_grpo.rewards.registry import full_marks, resolve_reward
     from lowvram_grpo.rewards.runner import RewardRunner
-    from lowvram_grpo.task import check_reward_columns, guess_notice, prepared, reward_specs
 
     wanted = Wanted.checked(**options)
     console = Console(stderr=True, highlight=False)
@@ -164,7 +164,7 @@ def _data(recipe: Recipe, flags: dict[str, Any]) -> tuple[Dataset, str]:
     Raises:
         UserError: there is none, or it can't be read.
     """
-    from lowvram_grpo.data import load
+    from lowvram_grpo.data.load import load
 
     if "data" in flags:
         place, split, config = recipe.data, flags.get("split"), flags.get("data_config")
@@ -184,8 +184,8 @@ def _check_lengths(recipe: Recipe, args, tokenizer, data: Dataset, tell: Callabl
     Raises:
         UserError: a prompt and its completion exceed the model's positions.
     """
-    from lowvram_grpo.encoding import check_prompts, prompt_length_report
-    from lowvram_grpo.loading import hub_arguments
+    from lowvram_grpo.data.encoding import check_prompts, prompt_length_report
+    from lowvram_grpo.jobs.loading import hub_arguments
     from lowvram_grpo.policy.load import model_config
 
     check_prompts(tokenizer, data, chat_template_kwargs=args.chat_template_kwargs)
@@ -213,7 +213,7 @@ def _passes(
     tell: Callable[[str], None],
 ) -> dict[str, dict[str, Scored]]:
     """policy -> pass -> scores, both in the order in which they are shown."""
-    from lowvram_grpo.evaluation import completion_rows, evaluate
+    from lowvram_grpo.jobs.evaluation import completion_rows, evaluate
     from lowvram_grpo.run import jsonl
 
     call = _COMPLETIONS_A_CALL.get(policy.args.device.type, 16)
@@ -258,7 +258,7 @@ def _samplings(policy: LoadedPolicy, filters: dict[str, Any]) -> tuple[Sampling,
 
 
 def _collector(policy: LoadedPolicy, runner: RewardRunner, guard: Guard) -> Collector:
-    from lowvram_grpo.rollout.collect import Collector
+    from lowvram_grpo.training.collect import Collector
 
     args = policy.args
     return Collector(
@@ -277,7 +277,7 @@ def _collector(policy: LoadedPolicy, runner: RewardRunner, guard: Guard) -> Coll
 def _guard(policy: LoadedPolicy, rows: int, tell: Callable[[str], None]) -> Guard:
     """When memory runs out: smaller waves, then smaller tiles of the head."""
     from lowvram_grpo.memory.guard import Guard
-    from lowvram_grpo.memory.planner import ladder_of
+    from lowvram_grpo.plan.planner import ladder_of
 
     args, engine = policy.args, policy.engine
     names = {"rollout_batch_size": "rows"}

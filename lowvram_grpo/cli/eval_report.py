@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from lowvram_grpo.cli.eval import Wanted
-    from lowvram_grpo.config import GRPOConfig
-    from lowvram_grpo.evaluation import Scored
-    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.jobs.evaluation import Scored
+    from lowvram_grpo.recipe.config import GRPOConfig
+    from lowvram_grpo.recipe.resolve import Recipe
 
 _PACKAGES = ("lowvram-grpo", "torch", "transformers", "peft", "bitsandbytes", "datasets")
 
@@ -47,7 +47,7 @@ def found_of(scored: dict[str, dict[str, Scored]], wanted: Wanted, threshold: fl
 
 def explained(wanted: Wanted, threshold: float, full: list[float], scored: dict[str, dict[str, Scored]]) -> list[str]:
     """What the numbers mean, in sentences."""
-    from lowvram_grpo.evaluation import all_or_nothing
+    from lowvram_grpo.jobs.evaluation import all_or_nothing
 
     by = "--threshold" if wanted.threshold is not None else "full marks from every reward; --threshold sets another"
     said = [

@@ -9,7 +9,7 @@ import typing
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from lowvram_grpo.cli.quiet import hush
+from lowvram_grpo.run.quiet import hush
 
 _INTRO = (
     "Every field of GRPOConfig is a flag of `lowvram-grpo train` (--no-NAME switches one off) and a key of a recipe "
@@ -20,8 +20,8 @@ _INTRO = (
 def show() -> None:
     """Print the flags in three groups: GRPO's, those of transformers.TrainingArguments, and those without effect."""
     hush()
-    from lowvram_grpo.config import GRPOConfig, why_inert
-    from lowvram_grpo.recipe import training_types
+    from lowvram_grpo.recipe.config import GRPOConfig, why_inert
+    from lowvram_grpo.recipe.resolve import training_types
 
     types = training_types()
     grpo: dict[str, str] = {}
@@ -74,7 +74,7 @@ def first_sentence(text: str) -> str:
 
 
 def _default(field: Field) -> str:
-    from lowvram_grpo.recipe import JOB_DEFAULTS
+    from lowvram_grpo.recipe.resolve import JOB_DEFAULTS
 
     value = field.default_factory() if field.default_factory is not MISSING else field.default
     value = JOB_DEFAULTS.get(field.name, value)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from lowvram_grpo.cli.quiet import hush
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.run.quiet import hush
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lowvram_grpo.memory.planner import Plan
+    from lowvram_grpo.plan.planner import Plan
 
 GIB = 2**30
 
@@ -29,13 +29,13 @@ def start(
         UserError: an unknown model, preset or flag.
     """
     hush()
-    from lowvram_grpo import preset as presets
     from lowvram_grpo.cli.train import parse_extra
-    from lowvram_grpo.loading import hub_arguments
-    from lowvram_grpo.memory.architectures import named, resolve_config
+    from lowvram_grpo.jobs.loading import hub_arguments
     from lowvram_grpo.memory.cards import typical
-    from lowvram_grpo.memory.planner import Planner
-    from lowvram_grpo.recipe import resolve
+    from lowvram_grpo.plan.planner import Planner
+    from lowvram_grpo.policy.known_models import named, resolve_config
+    from lowvram_grpo.recipe import preset as presets
+    from lowvram_grpo.recipe.resolve import resolve
 
     if vram is not None and not vram > 2:
         raise UserError(f"--vram is {vram:g}; it must be a size of card above 2 GB, as in --vram 8.")
@@ -114,7 +114,7 @@ def _name(plan: Plan, source: str) -> str:
 
 def show(plan: Plan, card: float, source: str) -> None:
     """The plan in full, for people."""
-    from lowvram_grpo.memory.planner import setting
+    from lowvram_grpo.plan.planner import setting
 
     console, found = Console(highlight=False), plan.prediction
     verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from lowvram_grpo.cli.quiet import hush
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.run.quiet import hush
 
 
 def start(words: Sequence[str]) -> None:
@@ -31,7 +31,7 @@ def start(words: Sequence[str]) -> None:
 
 
 def _list(console: Console) -> None:
-    from lowvram_grpo import preset
+    from lowvram_grpo.recipe import preset
 
     table = Table(box=None, pad_edge=False)
     for column in ("preset", "card", "what it is"):
@@ -42,7 +42,7 @@ def _list(console: Console) -> None:
 
 
 def _show(console: Console, name: str) -> None:
-    from lowvram_grpo import preset
+    from lowvram_grpo.recipe import preset
 
     chosen = preset.load(name)
     console.print(f"[bold]{chosen.name}[/bold]  {chosen.summary}", soft_wrap=True)

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from lowvram_grpo.cli.quiet import hush
 from lowvram_grpo.errors import UserError, did_you_mean
 from lowvram_grpo.faults import boundary, given_settings
+from lowvram_grpo.run.quiet import hush
 
 
 def start(options: dict[str, Any], extra: list[str], *, config: Path | None, resume: str | None, dry_run: bool) -> None:
@@ -20,10 +20,10 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     """
     notice = prepare_cuda()
     hush()
-    from lowvram_grpo.job import run
-    from lowvram_grpo.memory.architectures import named
+    from lowvram_grpo.jobs.train import run
     from lowvram_grpo.policy.hub import offline_where_unreachable
-    from lowvram_grpo.recipe import resolve
+    from lowvram_grpo.policy.known_models import named
+    from lowvram_grpo.recipe.resolve import resolve
     from lowvram_grpo.run.directory import RunDirectory
 
     flags = {key: value for key, value in options.items() if not (value is None or value is False or value == [])}
@@ -69,7 +69,7 @@ def parse_extra(arguments: list[str]) -> dict[str, Any]:
     Raises:
         UserError: an argument that is no flag, an unknown flag, or a flag without its value.
     """
-    from lowvram_grpo.recipe import ALIASES, IGNORED, LOADING, job_types, training_types
+    from lowvram_grpo.recipe.resolve import ALIASES, IGNORED, LOADING, job_types, training_types
 
     types = {**training_types(), **job_types(), **dict.fromkeys([*LOADING, "use_peft"], bool)}
     found: dict[str, Any] = {}

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lowvram_grpo.data.messages import is_messages, joined
 from lowvram_grpo.errors import UserError, did_you_mean
-from lowvram_grpo.messages import is_messages, joined
 
 if TYPE_CHECKING:
     from datasets import Dataset

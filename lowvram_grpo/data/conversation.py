@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowvram_grpo.decoding import silent_ids, spoken
-from lowvram_grpo.encoding import encode_prompts
+from lowvram_grpo.data.decoding import silent_ids, spoken
+from lowvram_grpo.data.encoding import encode_prompts
 from lowvram_grpo.errors import UserError, counted
 
 if TYPE_CHECKING:

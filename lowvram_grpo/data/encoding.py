@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lowvram_grpo.data.messages import in_text, is_conversational
 from lowvram_grpo.errors import UserError, counted
-from lowvram_grpo.messages import in_text, is_conversational
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lowvram_grpo.answers import Answer
+from lowvram_grpo.data.answers import Answer
+from lowvram_grpo.data.messages import is_conversational, written_out
+from lowvram_grpo.data.prompts import PROMPT_COLUMNS, find_prompt_column, look_at, prompt_and_last
+from lowvram_grpo.data.reading import load
+from lowvram_grpo.data.templates import template as find_template
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.messages import is_conversational, written_out
-from lowvram_grpo.prompts import PROMPT_COLUMNS, find_prompt_column, look_at, prompt_and_last
-from lowvram_grpo.reading import load
-from lowvram_grpo.templates import template as find_template
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lowvram_grpo.data.messages import as_messages, decoded, is_messages, written_out
 from lowvram_grpo.errors import UserError, counted, did_you_mean
-from lowvram_grpo.messages import as_messages, decoded, is_messages, written_out
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowvram_grpo.data.tabular import csv_options, json_mistake, unfolded
+from lowvram_grpo.data.textfile import as_utf8
 from lowvram_grpo.errors import UserError, did_you_mean, one_line
-from lowvram_grpo.tabular import csv_options, json_mistake, unfolded
-from lowvram_grpo.textfile import as_utf8
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

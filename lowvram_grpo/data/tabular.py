@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowvram_grpo.data.messages import is_messages
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.messages import is_messages
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowvram_grpo.data.textfile import read_text
 from lowvram_grpo.errors import UserError, did_you_mean
-from lowvram_grpo.textfile import read_text
 
 
 @dataclass(frozen=True)

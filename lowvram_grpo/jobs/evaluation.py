@@ -16,9 +16,9 @@ from lowvram_grpo.errors import UserError, counted
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from lowvram_grpo.experience import Rollout
-    from lowvram_grpo.rollout.collect import Collector
     from lowvram_grpo.rollout.sampler import Sampling
+    from lowvram_grpo.training.collect import Collector
+    from lowvram_grpo.training.experience import Rollout
 
 _Z = 1.959964  # 97.5 % of a normal distribution lie below
 

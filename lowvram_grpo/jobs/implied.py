@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.memory.paper import OF_THE_ADAPTER
+from lowvram_grpo.plan.paper import OF_THE_ADAPTER
 from lowvram_grpo.policy.adapter import adapter_config
 from lowvram_grpo.run.directory import RunDirectory
 
 if TYPE_CHECKING:
-    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.recipe.resolve import Recipe
 
 # Who set eval_strategy, in the written recipe.
 IMPLIED = "implied by the evaluation data"
@@ -80,7 +80,7 @@ def adopt_adapter(recipe: Recipe, tell: Callable[[str], None]) -> None:
 
 def _adopt_base(recipe: Recipe) -> list[str]:
     """What is changed by it: a memory plan may have kept that run's base in something else than its preset says."""
-    from lowvram_grpo.recipe import resolve
+    from lowvram_grpo.recipe.resolve import resolve
 
     file = RunDirectory(Path(recipe.adapter).resolve().parent).recipe_path
     if not (Path(recipe.adapter).is_dir() and file.is_file()):

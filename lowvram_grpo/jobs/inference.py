@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lowvram_grpo.conversation import TextStream
-from lowvram_grpo.decoding import silent_ids
+from lowvram_grpo.data.conversation import TextStream
+from lowvram_grpo.data.decoding import silent_ids
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.loading import adopt_stored_quantization, hub_arguments, load_model_of
-from lowvram_grpo.memory.architectures import named
+from lowvram_grpo.jobs.loading import adopt_stored_quantization, hub_arguments, load_model_of
 from lowvram_grpo.policy.adapter import adapter_config
 from lowvram_grpo.policy.attention_choice import check_asked
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.hub import offline_where_unreachable
+from lowvram_grpo.policy.known_models import named
 from lowvram_grpo.policy.load import model_config
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
-from lowvram_grpo.recipe import Recipe, resolve
+from lowvram_grpo.recipe.resolve import Recipe, resolve
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
 from lowvram_grpo.rollout.sampler import Sampling, sampling_of
 from lowvram_grpo.run.directory import RunDirectory
@@ -34,7 +34,7 @@ from lowvram_grpo.run.directory import RunDirectory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
 _ADAPTER_FILE = "adapter_config.json"
 # What of a run's training settings says how its policy is loaded, prompted and scored. The rest (optimizer, batches,

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from lowvram_grpo.config import GRPOConfig
-    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.recipe.config import GRPOConfig
+    from lowvram_grpo.recipe.resolve import Recipe
 
 
 def check_device(recipe: Recipe) -> None:
@@ -50,9 +50,9 @@ def load_tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
         UserError: no such model, one of another kind, no tokenizer, tokens that the model has no embedding for, or no
             such template.
     """
+    from lowvram_grpo.data.templates import chat_template
     from lowvram_grpo.policy.load import load_tokenizer, model_config
     from lowvram_grpo.policy.refusals import check_rows
-    from lowvram_grpo.templates import chat_template
 
     config = model_config(recipe.model, **hub_arguments(recipe))
     tokenizer = load_tokenizer(recipe.model, **hub_arguments(recipe))
@@ -71,8 +71,8 @@ def training_config(recipe: Recipe, *, weights: list[float]) -> GRPOConfig:
     import torch
     from transformers.integrations import get_available_reporting_integrations
 
-    from lowvram_grpo.config import GRPOConfig
     from lowvram_grpo.policy.load import check_attention
+    from lowvram_grpo.recipe.config import GRPOConfig
 
     check_attention(recipe.attn_implementation)
     settings = {"reward_weights": weights, **recipe.training}

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from lowvram_grpo.continuation import Made, made_with, serves_on, shift_of, steps_an_epoch
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.faults import flag_of
-from lowvram_grpo.resumable import step_of
+from lowvram_grpo.training.continuation import Made, made_with, serves_on, shift_of, steps_an_epoch
+from lowvram_grpo.training.resumable import step_of
 
 if TYPE_CHECKING:
-    from lowvram_grpo.config import GRPOConfig
-    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.recipe.config import GRPOConfig
+    from lowvram_grpo.recipe.resolve import Recipe
     from lowvram_grpo.run.directory import RunDirectory
 
 # A checkpoint holds the weights of an adapter of this shape, on this base.
@@ -83,7 +83,7 @@ _APART = ("resume", "output_dir", "plain", "training", "origin")
 def changes(begun: Recipe, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Setting -> (value in the run's recipe, value now), for each that differs; those of the training under the default
     of GRPOConfig where they are not set."""
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
     default = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(GRPOConfig) if f.init}
     found = {f.name: (getattr(begun, f.name), getattr(recipe, f.name)) for f in fields(recipe) if f.name not in _APART}

@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from lowvram_grpo.data.textfile import read_text
 from lowvram_grpo.errors import UserError, one_line
-from lowvram_grpo.textfile import read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.recipe.resolve import Recipe
 
 
 def reward_specs(recipe: Recipe, columns: list[str]) -> list[str]:
@@ -21,8 +21,8 @@ def reward_specs(recipe: Recipe, columns: list[str]) -> list[str]:
     Raises:
         UserError: no reward is named, and none follows from the columns.
     """
+    from lowvram_grpo.data.templates import guess
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
-    from lowvram_grpo.templates import guess
 
     if not recipe.template and not recipe.reward:
         recipe.template = guess(columns)
@@ -53,7 +53,7 @@ def prepared(recipe: Recipe, dataset: Dataset, tell: Callable[[str], None] = lam
     Raises:
         UserError: as `data.prepare`, or an unreadable few-shot file.
     """
-    from lowvram_grpo.data import prepare
+    from lowvram_grpo.data.load import prepare
 
     return prepare(
         dataset,
@@ -109,7 +109,7 @@ def check_reward_columns(recipe: Recipe, rewards: list[Callable | str], data: Da
         UserError: it lacks one.
     """
     from lowvram_grpo.rewards.runner import check_columns
-    from lowvram_grpo.rollout.collect import reward_columns
+    from lowvram_grpo.training.collect import reward_columns
 
     only_prompts = bool(recipe.training.get("remove_unused_columns"))
     check_columns(rewards, reward_columns(data.column_names, only_prompts=only_prompts))

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
 
-    from lowvram_grpo.config import GRPOConfig
-    from lowvram_grpo.recipe import Recipe
-    from lowvram_grpo.trainer import GRPOTrainer
+    from lowvram_grpo.recipe.config import GRPOConfig
+    from lowvram_grpo.recipe.resolve import Recipe
+    from lowvram_grpo.training.trainer import GRPOTrainer
 
 
 def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
@@ -35,16 +35,16 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
 
 def _run(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
     """`held` gets the lock of the run directory."""
-    from lowvram_grpo.data import load
-    from lowvram_grpo.encoding import check_prompts, raw_text_notice
-    from lowvram_grpo.implied import adopt_adapter, imply_evaluation
-    from lowvram_grpo.loading import check_device, load_tokenizer_of, training_config
-    from lowvram_grpo.recipe import resolve
-    from lowvram_grpo.resume import check_changes, check_unfinished, newest_checkpoint, planned_steps
+    from lowvram_grpo.data.encoding import check_prompts, raw_text_notice
+    from lowvram_grpo.data.load import load
+    from lowvram_grpo.jobs.implied import adopt_adapter, imply_evaluation
+    from lowvram_grpo.jobs.loading import check_device, load_tokenizer_of, training_config
+    from lowvram_grpo.jobs.resume import check_changes, check_unfinished, newest_checkpoint, planned_steps
+    from lowvram_grpo.jobs.task import reward_specs
+    from lowvram_grpo.recipe.resolve import resolve
+    from lowvram_grpo.recipe.settings import check_before_loading
     from lowvram_grpo.rewards.registry import resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
-    from lowvram_grpo.settings import check_before_loading
-    from lowvram_grpo.task import reward_specs
 
     check_device(recipe)
     if not recipe.model:
@@ -97,12 +97,12 @@ def _run(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
 
 def _fitted(recipe: Recipe, args: GRPOConfig, tokenizer, train_data, tell: Callable[[str], None]) -> Recipe:
     """The recipe with what the memory plan makes of it, and without a quantization that the checkpoint has already."""
-    from lowvram_grpo.cold_start import REFERENCE_COLUMN
-    from lowvram_grpo.encoding import prompt_length_report
-    from lowvram_grpo.fitting import fit
-    from lowvram_grpo.loading import adopt_stored_quantization, hub_arguments
+    from lowvram_grpo.data.encoding import prompt_length_report
+    from lowvram_grpo.jobs.loading import adopt_stored_quantization, hub_arguments
     from lowvram_grpo.memory.devices import detect
+    from lowvram_grpo.plan.fitting import fit
     from lowvram_grpo.policy.load import model_config
+    from lowvram_grpo.training.cold_start import REFERENCE_COLUMN
 
     config = model_config(recipe.model, **hub_arguments(recipe))
     if not adopt_stored_quantization(recipe, config, tell):
@@ -126,8 +126,8 @@ def _fitted(recipe: Recipe, args: GRPOConfig, tokenizer, train_data, tell: Calla
 
 
 def _data(recipe: Recipe, raw: Dataset, said: list[str]) -> tuple[Dataset, Dataset | None]:
-    from lowvram_grpo.data import load
-    from lowvram_grpo.task import prepared
+    from lowvram_grpo.data.load import load
+    from lowvram_grpo.jobs.task import prepared
 
     train_data, evaluated = prepared(recipe, raw, said.append), None
     if recipe.eval_data or recipe.eval_split:
@@ -138,7 +138,7 @@ def _data(recipe: Recipe, raw: Dataset, said: list[str]) -> tuple[Dataset, Datas
 
 
 def _check_reward_columns(recipe: Recipe, rewards: list, train_data: Dataset, eval_data: Dataset | None) -> None:
-    from lowvram_grpo.task import check_reward_columns
+    from lowvram_grpo.jobs.task import check_reward_columns
 
     check_reward_columns(recipe, rewards, train_data)
     if eval_data is not None:
@@ -165,16 +165,16 @@ def _lora(recipe: Recipe):
 def _train(recipe, args, directory, checkpoint, rewards, tokenizer, train_data, eval_data, said) -> None:
     from transformers.trainer_callback import PrinterCallback
 
-    from lowvram_grpo.implied import IMPLIED
-    from lowvram_grpo.loading import load_model_of
-    from lowvram_grpo.memory.planner import ladder_for
-    from lowvram_grpo.resume import AfterFirstStep, planned_steps, step_of
+    from lowvram_grpo.jobs.implied import IMPLIED
+    from lowvram_grpo.jobs.loading import load_model_of
+    from lowvram_grpo.jobs.resume import AfterFirstStep, planned_steps, step_of
+    from lowvram_grpo.jobs.task import guess_notice
+    from lowvram_grpo.plan.planner import ladder_for
     from lowvram_grpo.run.completions import CompletionsLog
     from lowvram_grpo.run.console import Console
     from lowvram_grpo.run.interrupt import StopAfterStep
     from lowvram_grpo.run.metrics import MetricsWriter
-    from lowvram_grpo.task import guess_notice
-    from lowvram_grpo.trainer import GRPOTrainer
+    from lowvram_grpo.training.trainer import GRPOTrainer
 
     # Until a resumed process has made a step the directory is the earlier one's. A new run's completions wait too: one
     # that fails in its first step leaves nothing that stands in the way of the next.
@@ -238,7 +238,7 @@ def _train(recipe, args, directory, checkpoint, rewards, tokenizer, train_data, 
 def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory, settings: dict[str, Any]) -> None:
     """Train; where a mistake in the data or a reward ends the run, keep the steps that were done. Behind a fault of the
     machine nothing in memory is trusted: the last checkpoint is what is kept."""
-    from lowvram_grpo.resume import step_of
+    from lowvram_grpo.jobs.resume import step_of
 
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -282,7 +282,7 @@ def _print_plan(recipe: Recipe, args: GRPOConfig, specs: list[str], tokenizer, t
     from rich.console import Console as RichConsole
     from rich.markup import escape
 
-    from lowvram_grpo.encoding import encode_prompts, prompt_length_report
+    from lowvram_grpo.data.encoding import encode_prompts, prompt_length_report
 
     plan = args.batch_plan()
     ids, _ = encode_prompts(

@@ -21,7 +21,7 @@ from lowvram_grpo.memory.devices import detect
 from lowvram_grpo.memory.ladder import Rung, next_rung
 
 if TYPE_CHECKING:
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
 T = TypeVar("T")
 

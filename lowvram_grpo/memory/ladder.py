@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lowvram_grpo.preset import AT_LOAD, saves
+from lowvram_grpo.recipe.preset import AT_LOAD, saves
 
 PHASES = ("load", "rollout", "score", "forward", "backward", "optimizer")
 _TRAINING = ("score", "forward", "backward")

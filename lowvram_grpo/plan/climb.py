@@ -12,21 +12,21 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.memory.guess import Guess
 from lowvram_grpo.memory.ladder import Rung
-from lowvram_grpo.memory.paper import by_a_person, paper_config, setting, with_its_batch, with_setting
-from lowvram_grpo.memory.rehearsal import workload
-from lowvram_grpo.memory.speed import Choice, Shape, Speed, shape_of
+from lowvram_grpo.plan.guess import Guess
+from lowvram_grpo.plan.paper import by_a_person, paper_config, setting, with_its_batch, with_setting
+from lowvram_grpo.plan.speed import Choice, Shape, Speed, shape_of
 from lowvram_grpo.policy.trials import wanted
 from lowvram_grpo.rewards.registry import is_model
+from lowvram_grpo.training.rehearsal import workload
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from lowvram_grpo.config import GRPOConfig
     from lowvram_grpo.memory.cards import Card
-    from lowvram_grpo.memory.prediction import Prediction
-    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.plan.prediction import Prediction
+    from lowvram_grpo.recipe.config import GRPOConfig
+    from lowvram_grpo.recipe.resolve import Recipe
 
 # Of the budget: what a climb leaves free for what the prediction does not know.
 MARGIN = 0.85

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from lowvram_grpo.memory.devices import Device
-    from lowvram_grpo.memory.planner import Plan
-    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.plan.planner import Plan
+    from lowvram_grpo.recipe.resolve import Recipe
 
 
 def fit(
@@ -47,8 +47,8 @@ def fit(
         return recipe
     from lowvram_grpo.memory.cards import present
     from lowvram_grpo.memory.overheads import CUDA
-    from lowvram_grpo.memory.planner import Planner
-    from lowvram_grpo.memory.prediction import CannotPredict
+    from lowvram_grpo.plan.planner import Planner
+    from lowvram_grpo.plan.prediction import CannotPredict
 
     half = "bfloat16" if device.bf16 else "float16"
     # The context is there already, and the prediction counts one.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lowvram_grpo.memory.prediction import Prediction
-    from lowvram_grpo.memory.speed import Choice, Speed
+    from lowvram_grpo.plan.prediction import Prediction
+    from lowvram_grpo.plan.speed import Choice, Speed
 
 # Bytes that a layer keeps for its backward pass without recomputation, for each number that its linear layers read or
 # write a token: 3.2 to 3.4 were predicted for Qwen2.5. A first guess, corrected by the first prediction.

@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.recipe import job_types
+from lowvram_grpo.recipe.resolve import job_types
 
 if TYPE_CHECKING:
-    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.recipe.resolve import Recipe
 
 # Who set a value, as the resolved recipe records it.
 PLANNED = "memory plan"
@@ -28,7 +28,7 @@ def setting(recipe: Recipe, key: str) -> Any:
         return getattr(recipe, key)
     if key in recipe.training:
         return recipe.training[key]
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
     return GRPOConfig.__dataclass_fields__[key].default
 
@@ -62,7 +62,7 @@ def paper_config(recipe: Recipe) -> Any:
     Raises:
         UserError: settings that do not fit together.
     """
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
     settings = {k: v for k, v in recipe.training.items() if k not in ("bf16", "fp16", "tf32", "reward_weights")}
     settings |= {"output_dir": "plan", "use_cpu": True, "report_to": "none", "model_init_kwargs": None}

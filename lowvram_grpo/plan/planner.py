@@ -12,19 +12,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lowvram_grpo import preset as presets
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ladder import RELIEVES, Rung, way_back
-from lowvram_grpo.memory.paper import OF_THE_ADAPTER, by_a_person, paper_config, setting, with_its_batch, with_setting
-from lowvram_grpo.recipe import typed
+from lowvram_grpo.plan.paper import OF_THE_ADAPTER, by_a_person, paper_config, setting, with_its_batch, with_setting
+from lowvram_grpo.recipe import preset as presets
+from lowvram_grpo.recipe.resolve import typed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from lowvram_grpo.memory.cards import Card
-    from lowvram_grpo.memory.climb import Climb
-    from lowvram_grpo.memory.prediction import Prediction
-    from lowvram_grpo.recipe import Recipe
+    from lowvram_grpo.plan.climb import Climb
+    from lowvram_grpo.plan.prediction import Prediction
+    from lowvram_grpo.recipe.resolve import Recipe
 
 GIB = 2**30
 # A rung that saves less of the peak is passed over.
@@ -144,7 +144,7 @@ class Planner:
         """
         import torch
 
-        from lowvram_grpo.memory.prediction import Blueprint, predict
+        from lowvram_grpo.plan.prediction import Blueprint, predict
         from lowvram_grpo.policy.load import DTYPES
 
         args = paper_config(recipe)
@@ -171,7 +171,7 @@ class Planner:
         plan = self._descend(recipe, budget, advise=advise)
         if not plan.fits or self.card is None or self.device != "cuda" or recipe.memory_plan == "savers":
             return plan
-        from lowvram_grpo.memory.climb import Climber
+        from lowvram_grpo.plan.climb import Climber
 
         climber = Climber(self.config, self.card, self.half, self.longest_prompt, self.predict)
         try:
@@ -280,7 +280,7 @@ class Planner:
                 done.add(rung.key)
 
     def _smaller_model(self, plan: Plan) -> str | None:
-        from lowvram_grpo.memory.architectures import family, resolve_config
+        from lowvram_grpo.policy.known_models import family, resolve_config
 
         for name in reversed(family(str(plan.recipe.model))):
             config, _ = resolve_config(name)

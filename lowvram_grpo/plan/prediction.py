@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lowvram_grpo.learner import Learner
-from lowvram_grpo.memory.four_bit import hidden_copy
 from lowvram_grpo.memory.ladder import PHASES
 from lowvram_grpo.memory.ledger import ACTIVATIONS, Ledger, Peak
 from lowvram_grpo.memory.overheads import Overheads, on
-from lowvram_grpo.memory.stand_in import StandIn
+from lowvram_grpo.plan.four_bit import hidden_copy
+from lowvram_grpo.plan.stand_in import StandIn
+from lowvram_grpo.training.learner import Learner
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from lowvram_grpo.config import GRPOConfig
     from lowvram_grpo.memory.cards import Card
+    from lowvram_grpo.recipe.config import GRPOConfig
 
 _META = torch.device("meta")
 # Phases that are counted in two parts.
@@ -170,8 +170,8 @@ def _with_overheads(peaks: dict[str, Peak], extra: Overheads, widths: int, layer
 
 def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     """Peak of each phase as the ledger counts it: tensors only."""
-    from lowvram_grpo.memory.rehearsal import Rehearsal, workload
     from lowvram_grpo.policy.stream import skeleton
+    from lowvram_grpo.training.rehearsal import Rehearsal, workload
 
     half = str(blueprint.dtype).removeprefix("torch.")
     hidden = {"hidden": hidden_copy(blueprint.card, half)} if blueprint.device == "cuda" else {}
@@ -264,12 +264,12 @@ def _many(value: Any) -> bool:
 
 def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: StandIn, ledger: Ledger):
     """The engine and the learner that a trainer would put around the model."""
-    from lowvram_grpo.correction import correction_of
-    from lowvram_grpo.loss import KernelChoice
     from lowvram_grpo.objective import objective_of
     from lowvram_grpo.policy.reference import Reference
     from lowvram_grpo.rollout.engine import engine_of
     from lowvram_grpo.rollout.sampler import filters_of
+    from lowvram_grpo.training.correction import correction_of
+    from lowvram_grpo.training.loss import KernelChoice
 
     # peft makes a second adapter on the CPU, and moves it wherever the base is, but not to meta.
     with ledger.making("adapter"), _META:

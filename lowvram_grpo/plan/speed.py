@@ -13,16 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from lowvram_grpo.memory import four_bit
-from lowvram_grpo.memory.prediction import cut, period_of
+from lowvram_grpo.plan import four_bit
+from lowvram_grpo.plan.prediction import cut, period_of
 from lowvram_grpo.rollout.graphs import bucket
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from lowvram_grpo.config import GRPOConfig
     from lowvram_grpo.memory.cards import Card
-    from lowvram_grpo.memory.rehearsal import Workload
+    from lowvram_grpo.recipe.config import GRPOConfig
+    from lowvram_grpo.training.rehearsal import Workload
 
 # Seconds: a launch by PyTorch's host code (11,000 are 70 to 90 ms on Linux, more on Windows), a node of a CUDA graph, a
 # step that waits for the device and sends it something.

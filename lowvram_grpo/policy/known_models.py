@@ -1,6 +1,6 @@
 """Well-known models by name: the configuration without the hub, so that memory can be planned before anything loads.
 
-`architectures.json` holds, a family at a time, the values of the published config.json files (those of the Instruct
+`known_models.json` holds, a family at a time, the values of the published config.json files (those of the Instruct
 models where they differ) and the published number of parameters, tied weights counted once. Gemma 3 4B is its language
 model alone: what there is to train on text.
 
@@ -154,7 +154,7 @@ def resolve_config(model: str, **hub: Any) -> tuple[PretrainedConfig, str]:
 @cache
 def _families() -> dict[str, dict[str, dict[str, Any]]]:
     """Family -> name -> configuration with `parameters` and `hub`, each family sorted by size."""
-    table = json.loads(files("lowvram_grpo.memory").joinpath("architectures.json").read_text(encoding="utf-8"))
+    table = json.loads(files("lowvram_grpo.policy").joinpath("known_models.json").read_text(encoding="utf-8"))
     merged = {}
     for name, entry in table.items():
         by_size = sorted(entry["models"].items(), key=lambda item: item[1]["parameters"])

@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from torch import nn
 
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.errors import UserError, did_you_mean, one_line, some
-from lowvram_grpo.memory.architectures import names, repositories
 from lowvram_grpo.policy.hub import cached, way_to_the_hub
+from lowvram_grpo.policy.known_models import names, repositories
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -9,16 +9,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowvram_grpo.kernels import decode_ops, gradient_ops
-from lowvram_grpo.kernels.decode_launch import card
-from lowvram_grpo.kernels.decode_ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
+from lowvram_grpo.kernels import gradient_ops
+from lowvram_grpo.kernels.decode import ops as decode_ops
+from lowvram_grpo.kernels.decode.launch import card
+from lowvram_grpo.kernels.decode.noise import GOLDEN, signed
+from lowvram_grpo.kernels.decode.ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
+from lowvram_grpo.kernels.decode.sample import block_masses, block_masses_ref, draw_by_masses, draw_by_masses_ref
+from lowvram_grpo.kernels.decode.small_product import FourBit, Sibling, all_tiles, small_product, small_product_ref
 from lowvram_grpo.kernels.logits import linear_logits
 from lowvram_grpo.kernels.nf4_dense import dense_nf4
-from lowvram_grpo.kernels.noise import GOLDEN, signed
 from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
 from lowvram_grpo.kernels.runtime import is_out_of_memory, trial
-from lowvram_grpo.kernels.sample import block_masses, block_masses_ref, draw_by_masses, draw_by_masses_ref
-from lowvram_grpo.kernels.small_product import FourBit, Sibling, all_tiles, small_product, small_product_ref
 from lowvram_grpo.policy.head import Head
 
 MODES = ("auto", "on", "off")

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from lowvram_grpo.correction import CORRECTION_MODES
 from lowvram_grpo.errors import UserError, one_line
-from lowvram_grpo.ranges import TRAINING_RANGES, check_ranges
-from lowvram_grpo.rollout.foreign import settle_generation_kwargs
-from lowvram_grpo.settings import check_built, check_choices, settle_best_model
+from lowvram_grpo.recipe.generation_kwargs import settle_generation_kwargs
+from lowvram_grpo.recipe.ranges import TRAINING_RANGES, check_ranges
+from lowvram_grpo.recipe.settings import check_built, check_choices, settle_best_model
+from lowvram_grpo.training.correction import CORRECTION_MODES
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 KL_ESTIMATORS = ("k1", "k2", "k3", "exact")

@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.errors import UserError, did_you_mean
-from lowvram_grpo.tables import parse_toml
+from lowvram_grpo.recipe.tables import parse_toml
 
 if TYPE_CHECKING:
     from lowvram_grpo.memory.budget import Budget

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lowvram_grpo import preset
 from lowvram_grpo.errors import UserError, did_you_mean
-from lowvram_grpo.ranges import LORA_RANGES, check_ranges
+from lowvram_grpo.recipe import preset
+from lowvram_grpo.recipe.ranges import LORA_RANGES, check_ranges
+from lowvram_grpo.recipe.tables import parse_arguments, read_table
 from lowvram_grpo.rewards.registry import BUILTIN, parse_spec
 from lowvram_grpo.run.directory import RECIPE_HEADER
-from lowvram_grpo.tables import parse_arguments, read_table
 
 # Keys of TRL's and open-r1's recipes that have another name here.
 ALIASES = {
@@ -202,7 +202,7 @@ def job_types() -> dict[str, Any]:
 
 def training_types() -> dict[str, Any]:
     """Field name -> type of every GRPOConfig field (imports torch and transformers)."""
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
     hints = typing.get_type_hints(GRPOConfig)
     return {f.name: hints[f.name] for f in fields(GRPOConfig) if f.init and f.name not in ("output_dir",)}

@@ -18,13 +18,13 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrate
 from transformers.training_args import OptimizerNames
 from transformers.utils.logging import get_log_levels_dict
 
-from lowvram_grpo.data import check_dataset
+from lowvram_grpo.data.load import check_dataset
 from lowvram_grpo.errors import UserError, did_you_mean, one_line
-from lowvram_grpo.gradient_check import STEP_IN_BACKWARD
-from lowvram_grpo.pushing import check_hub
+from lowvram_grpo.training.gradient_check import STEP_IN_BACKWARD
+from lowvram_grpo.training.pushing import check_hub
 
 if TYPE_CHECKING:
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
 _CHOICES = {
     "optim": OptimizerNames,

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lowvram_grpo.data.textfile import read_text
 from lowvram_grpo.errors import UserError, one_line
-from lowvram_grpo.textfile import read_text
 
 
 def read_table(path: str | Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lowvram_grpo.encoding import text_ids
+from lowvram_grpo.data.encoding import text_ids
 from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.policy.accounting import account
 from lowvram_grpo.policy.adapter import check_whole

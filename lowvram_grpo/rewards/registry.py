@@ -15,11 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from lowvram_grpo.data.textfile import utf8_source
 from lowvram_grpo.errors import Terminated, UserError, did_you_mean
 from lowvram_grpo.rewards.language import language_consistency
 from lowvram_grpo.rewards.maths import accuracy
 from lowvram_grpo.rewards.tags import content, format, label, label_strict
-from lowvram_grpo.textfile import utf8_source
 
 BUILTIN: dict[str, Callable] = {
     "label": label,

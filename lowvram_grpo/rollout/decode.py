@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.kernels.decode_attention import Rows
+from lowvram_grpo.kernels.decode.attention import Rows
 from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy.attention import laid_out
 from lowvram_grpo.policy.embeddings import HostEmbedding

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lowvram_grpo.kernels.decode_attention import settle
+from lowvram_grpo.kernels.decode.attention import settle
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 from lowvram_grpo.policy.attention import attention_set
 from lowvram_grpo.policy.attention_choice import kernel_of
@@ -32,7 +32,7 @@ from lowvram_grpo.rollout.schedule import Schedule, rows_within
 from lowvram_grpo.rollout.support import why_not
 
 if TYPE_CHECKING:
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
 
 @contextmanager

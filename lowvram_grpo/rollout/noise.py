@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowvram_grpo.kernels.noise import GOLDEN, MULTIPLIERS, signed
+from lowvram_grpo.kernels.decode.noise import GOLDEN, MULTIPLIERS, signed
 
 _MASK64 = 2**64 - 1
 

@@ -1,7 +1,7 @@
 """What happens between a step's logits and the sampled tokens, on the device and without the host's help.
 
 The filters have the meaning and the order of transformers' own: unknown ids, repetition penalty, minimum length, then,
-unless greedy, temperature, top-k, top-p, min-p. Random numbers are those of `kernels/noise.py`.
+unless greedy, temperature, top-k, top-p, min-p. Random numbers are those of `kernels/decode/noise.py`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowvram_grpo.kernels.noise import draw
-from lowvram_grpo.kernels.sample import block_masses, draw_by_masses, has_kernel
+from lowvram_grpo.kernels.decode.noise import draw
+from lowvram_grpo.kernels.decode.sample import block_masses, draw_by_masses, has_kernel
 
 if TYPE_CHECKING:
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
 
 @dataclass(frozen=True)

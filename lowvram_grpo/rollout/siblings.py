@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lowvram_grpo.kernels import small_product as kernel
-from lowvram_grpo.kernels.small_product import MOST_ROWS, FourBit, Sibling, small_product
+from lowvram_grpo.kernels.decode import small_product as kernel
+from lowvram_grpo.kernels.decode.small_product import MOST_ROWS, FourBit, Sibling, small_product
 from lowvram_grpo.policy.plain_lora import PlainLora, has_plain_base
 from lowvram_grpo.policy.trials import runs, wanted
 

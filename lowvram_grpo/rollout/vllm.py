@@ -26,7 +26,7 @@ from lowvram_grpo.rollout.vllm_client import VLLMClient, server_command
 if TYPE_CHECKING:
     from torch import nn
 
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.rollout.sampler import Sampling
 
 # generation_kwargs that vLLM takes under the same name.

@@ -12,7 +12,7 @@ from lowvram_grpo.rollout.vllm import Completion, VLLMEngine
 from lowvram_grpo.rollout.vllm_client import allowed_rank
 
 if TYPE_CHECKING:
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.rollout.sampler import Sampling
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.experience import Rollout
+from lowvram_grpo.training.experience import Rollout
 
 # Mean |difference| in nats. A missing mask costs about 1. LLM.int8 rounds activations, so that a decode step and a full
 # pass over the same tokens differ by 0.1 to 0.2 (measured on SmolLM2-135M; nf4 differs by 1e-5).

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lowvram_grpo.experience import pad_right
 from lowvram_grpo.policy.dropout import training_mode
 from lowvram_grpo.rollout.batch import pad_left
-from lowvram_grpo.scoring import score
+from lowvram_grpo.training.experience import pad_right
+from lowvram_grpo.training.scoring import score
 
 REFERENCE_COLUMN = "reference_completion"
 

@@ -6,16 +6,16 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lowvram_grpo.decoding import silent_ids, spoken
-from lowvram_grpo.encoding import encode_prompts
-from lowvram_grpo.experience import Rollout
+from lowvram_grpo.data.decoding import silent_ids, spoken
+from lowvram_grpo.data.encoding import encode_prompts
+from lowvram_grpo.data.messages import is_conversational
 from lowvram_grpo.memory.guard import Guard
-from lowvram_grpo.messages import is_conversational
 from lowvram_grpo.objective import group_advantages
 from lowvram_grpo.rewards.runner import RewardRunner
 from lowvram_grpo.rollout.batch import RolloutBatch
 from lowvram_grpo.rollout.engine import RolloutEngine
 from lowvram_grpo.rollout.sampler import Sampling
+from lowvram_grpo.training.experience import Rollout
 
 # What a reward function receives by name anyway, or must not see.
 _NOT_COLUMNS = {

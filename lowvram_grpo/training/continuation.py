@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from lowvram_grpo.batching import PromptSampler
+from lowvram_grpo.data.batching import PromptSampler
 from lowvram_grpo.errors import UserError, one_line
 
 if TYPE_CHECKING:
-    from lowvram_grpo.config import BatchPlan, GRPOConfig
+    from lowvram_grpo.recipe.config import BatchPlan, GRPOConfig
 
 _FILE = "made_with.json"
 # What a rollout that has steps left to serve was sampled, scored and weighed with. Where one of these changes, the rest

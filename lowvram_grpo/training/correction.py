@@ -21,7 +21,7 @@ from torch import Tensor
 from lowvram_grpo.objective import MAX_LOG_RATIO
 
 if TYPE_CHECKING:
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
 CORRECTION_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.experience import MicroBatch, Rollout
+from lowvram_grpo.training.experience import MicroBatch, Rollout
 
 # One step could be chance: log-probs so close to 0 that they round to it.
 _STEPS = 2

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowvram_grpo.config import GRPOConfig
-from lowvram_grpo.correction import Correction
-from lowvram_grpo.experience import MicroBatch
-from lowvram_grpo.loss import KernelChoice, LossSums, micro_loss, wanted_rows
 from lowvram_grpo.objective import Objective
 from lowvram_grpo.policy.dropout import training_mode
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.shared_prefix import shared_groups
 from lowvram_grpo.policy.wrapper import unwrap
-from lowvram_grpo.scoring import Scores, score, scored_states
+from lowvram_grpo.recipe.config import GRPOConfig
+from lowvram_grpo.training.correction import Correction
+from lowvram_grpo.training.experience import MicroBatch
+from lowvram_grpo.training.loss import KernelChoice, LossSums, micro_loss, wanted_rows
+from lowvram_grpo.training.scoring import Scores, score, scored_states
 
 
 class Learner:

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lowvram_grpo.correction import Correction, quotients
-from lowvram_grpo.loss import LossSums
-from lowvram_grpo.scoring import Scores
+from lowvram_grpo.training.correction import Correction, quotients
+from lowvram_grpo.training.loss import LossSums
+from lowvram_grpo.training.scoring import Scores
 
 
 def read(groups: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowvram_grpo.errors import counted
+from lowvram_grpo.jobs.resume import planned_steps
 from lowvram_grpo.policy.wrapper import is_peft
-from lowvram_grpo.resume import planned_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lowvram_grpo.experience import Rollout
-    from lowvram_grpo.trainer import GRPOTrainer
+    from lowvram_grpo.training.experience import Rollout
+    from lowvram_grpo.training.trainer import GRPOTrainer
 
 # Completions that stay below this share of the limit may grow, and the steps with them.
 _SHORT = 0.8

@@ -9,11 +9,11 @@ import torch
 
 from lowvram_grpo.memory.budget import gib
 from lowvram_grpo.memory.guard import release
-from lowvram_grpo.memory.rehearsal import Rehearsal, workload
 from lowvram_grpo.policy.wrapper import unwrap
+from lowvram_grpo.training.rehearsal import Rehearsal, workload
 
 if TYPE_CHECKING:
-    from lowvram_grpo.trainer import GRPOTrainer
+    from lowvram_grpo.training.trainer import GRPOTrainer
 
 
 def probe(trainer: GRPOTrainer, longest_prompt: int) -> None:

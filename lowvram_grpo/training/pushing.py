@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lowvram_grpo.errors import UserError, one_line
 
 if TYPE_CHECKING:
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
 
 def check_hub(args: GRPOConfig) -> None:

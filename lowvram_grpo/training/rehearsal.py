@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lowvram_grpo.experience import MicroBatch
-from lowvram_grpo.learner import Learner
 from lowvram_grpo.rollout.engine import RolloutEngine
+from lowvram_grpo.training.experience import MicroBatch
+from lowvram_grpo.training.learner import Learner
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
 
 @dataclass(frozen=True)

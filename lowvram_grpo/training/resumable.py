@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 
 from transformers import Trainer
 
-from lowvram_grpo import continuation
-from lowvram_grpo.continuation import Made
 from lowvram_grpo.errors import CantWrite, UserError, counted, why_unwritten
 from lowvram_grpo.run.checkpoints import STATE, seal
 from lowvram_grpo.run.directory import RunDirectory
+from lowvram_grpo.training import continuation
+from lowvram_grpo.training.continuation import Made
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lowvram_grpo.config import BatchPlan, GRPOConfig
+    from lowvram_grpo.recipe.config import BatchPlan, GRPOConfig
     from lowvram_grpo.rewards.runner import RewardRunner
     from lowvram_grpo.run.observer import Observer
 

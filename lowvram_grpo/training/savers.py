@@ -15,7 +15,7 @@ from lowvram_grpo.memory.optimizer import GuardedStep
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 
 if TYPE_CHECKING:
-    from lowvram_grpo.trainer import GRPOTrainer
+    from lowvram_grpo.training.trainer import GRPOTrainer
 
 
 class TrainerGuard(Guard):

@@ -16,21 +16,37 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
-from lowvram_grpo.batching import PromptLoader, PromptSampler
-from lowvram_grpo.checks import unjudged_row
-from lowvram_grpo.config import GRPOConfig
-from lowvram_grpo.correction import correction_of
-from lowvram_grpo.data import check_dataset
+from lowvram_grpo.data.batching import PromptLoader, PromptSampler
+from lowvram_grpo.data.load import check_dataset
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.experience import MicroBatch, Rollout, load_updates, save_updates, split, updates_of
-from lowvram_grpo.gradient_check import GradientCheck, could_teach
-from lowvram_grpo.learner import Learner
-from lowvram_grpo.loss import choose_kernels
-from lowvram_grpo.memory.architectures import named
 from lowvram_grpo.memory.guard import cap
 from lowvram_grpo.memory.ladder import Rung
-from lowvram_grpo.memory.probe import probe
-from lowvram_grpo.metrics import (
+from lowvram_grpo.objective import objective_of
+from lowvram_grpo.policy.adapter import restore_adapter
+from lowvram_grpo.policy.attention_choice import check as check_attention
+from lowvram_grpo.policy.dropout import adapter_dropout, training_mode
+from lowvram_grpo.policy.known_models import named
+from lowvram_grpo.policy.load import build_policy, check_tokens, compute_dtype, load_tokenizer_for
+from lowvram_grpo.policy.precision import slow_dtype
+from lowvram_grpo.policy.reference import Reference
+from lowvram_grpo.policy.variants import check_adapter
+from lowvram_grpo.policy.wrapper import is_peft, unwrap
+from lowvram_grpo.recipe.config import GRPOConfig
+from lowvram_grpo.recipe.settings import check_before_loading, check_best_metric, check_evaluation, optimizer_error
+from lowvram_grpo.rewards.runner import RewardRunner, check_columns, log_by_name
+from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
+from lowvram_grpo.rollout.sampler import Sampling, sampling_of
+from lowvram_grpo.rollout.vllm import VLLMEngine, check_vllm, vllm_engine
+from lowvram_grpo.run.completions import CompletionsLog, as_text
+from lowvram_grpo.run.observer import Observer
+from lowvram_grpo.training.checks import unjudged_row
+from lowvram_grpo.training.collect import Collector, reward_columns
+from lowvram_grpo.training.correction import correction_of
+from lowvram_grpo.training.experience import MicroBatch, Rollout, load_updates, save_updates, split, updates_of
+from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
+from lowvram_grpo.training.learner import Learner
+from lowvram_grpo.training.loss import choose_kernels
+from lowvram_grpo.training.metrics import (
     MetricBook,
     UpdateSums,
     length_metrics,
@@ -39,27 +55,11 @@ from lowvram_grpo.metrics import (
     reward_metrics,
     sampler_metrics,
 )
-from lowvram_grpo.objective import objective_of
-from lowvram_grpo.policy.adapter import restore_adapter
-from lowvram_grpo.policy.attention_choice import check as check_attention
-from lowvram_grpo.policy.dropout import adapter_dropout, training_mode
-from lowvram_grpo.policy.load import build_policy, check_tokens, compute_dtype, load_tokenizer_for
-from lowvram_grpo.policy.precision import slow_dtype
-from lowvram_grpo.policy.reference import Reference
-from lowvram_grpo.policy.variants import check_adapter
-from lowvram_grpo.policy.wrapper import is_peft, unwrap
-from lowvram_grpo.pushing import HubPushes
-from lowvram_grpo.resumable import ResumableTrainer
-from lowvram_grpo.rewards.runner import RewardRunner, check_columns, log_by_name
-from lowvram_grpo.rollout.collect import Collector, reward_columns
-from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
-from lowvram_grpo.rollout.sampler import Sampling, sampling_of
-from lowvram_grpo.rollout.vllm import VLLMEngine, check_vllm, vllm_engine
-from lowvram_grpo.run.completions import CompletionsLog, as_text
-from lowvram_grpo.run.observer import Observer
-from lowvram_grpo.savers import TrainerGuard
-from lowvram_grpo.settings import check_before_loading, check_best_metric, check_evaluation, optimizer_error
-from lowvram_grpo.warmup import before_first_step, check_lengths
+from lowvram_grpo.training.probe import probe
+from lowvram_grpo.training.pushing import HubPushes
+from lowvram_grpo.training.resumable import ResumableTrainer
+from lowvram_grpo.training.savers import TrainerGuard
+from lowvram_grpo.training.warmup import before_first_step, check_lengths
 
 if TYPE_CHECKING:
     from datasets import Dataset

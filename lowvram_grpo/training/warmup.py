@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowvram_grpo.checks import Elsewhere, Signal, endless_remedy, self_test, signal_of
-from lowvram_grpo.cold_start import REFERENCE_COLUMN, ColdStart, reference_ids
-from lowvram_grpo.encoding import prompt_length_report
+from lowvram_grpo.data.encoding import prompt_length_report
 from lowvram_grpo.errors import UserError, counted
 from lowvram_grpo.memory.optimizer import GuardedStep
-from lowvram_grpo.pace import pace_of, timed
 from lowvram_grpo.policy.wrapper import unwrap
+from lowvram_grpo.training.checks import Elsewhere, Signal, endless_remedy, self_test, signal_of
+from lowvram_grpo.training.cold_start import REFERENCE_COLUMN, ColdStart, reference_ids
+from lowvram_grpo.training.pace import pace_of, timed
 
 if TYPE_CHECKING:
-    from lowvram_grpo.experience import Rollout
-    from lowvram_grpo.trainer import GRPOTrainer
+    from lowvram_grpo.training.experience import Rollout
+    from lowvram_grpo.training.trainer import GRPOTrainer
 
 _PROBE_EVERY = 4
 # Columns that rewards judge by, most likely first.

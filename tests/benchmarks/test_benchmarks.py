@@ -26,7 +26,7 @@ from profiles import SHAPES, Shape, head_weight, inputs_of, measured
 from lowvram_grpo.policy.head import Head
 from lowvram_grpo.run import jsonl
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow

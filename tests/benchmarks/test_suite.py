@@ -347,7 +347,7 @@ def test_every_crash_is_on_the_page_once():
         {**shared, "part": "train", "op": "demo", "model": "bundled", "error": "exit code 1: no such thing"},
     ]  # fmt: skip
     page = crashes.page(rows)
-    assert "2 distinct faults" in page and page.count("[1] 5 x  kernels/fold.py:7") == 1
+    assert "2 distinct faults" in page and page.count("[1] 5 x  kernels/sweep/fold.py:7") == 1
     assert page.count("launch of 0 programs failed") == 2 and "launch of 3" not in page  # first lines, and whole
     assert "[2] 1 x  tests/gpu/test_a.py:12" in page
     assert "begun and not ended (it hangs, or time ran out): fused" in page and "never begun: 1: t::never" in page

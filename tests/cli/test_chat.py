@@ -14,9 +14,9 @@ from conftest import CHAT_TEMPLATE, make_model, make_tokenizer
 
 from lowvram_grpo.cli import app
 from lowvram_grpo.cli.chat import Chat
-from lowvram_grpo.conversation import Conversation, Prompt
-from lowvram_grpo.inference import find_adapter, load_policy, recipe_to_sample, stream_answer
-from lowvram_grpo.loading import load_tokenizer_of, training_config
+from lowvram_grpo.data.conversation import Conversation, Prompt
+from lowvram_grpo.jobs.inference import find_adapter, load_policy, recipe_to_sample, stream_answer
+from lowvram_grpo.jobs.loading import load_tokenizer_of, training_config
 from lowvram_grpo.rollout.engine import RolloutEngine
 
 DEMO = str(Path(app.__file__).parents[1] / "demo" / "model")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lowvram_grpo.cli import app
-from lowvram_grpo.recipe import resolve
+from lowvram_grpo.recipe.resolve import resolve
 
 # As recipes of open-r1 hold it: longer than any path may be.
 INLINE = "{# " + "a long comment " * 30 + "#}{% for m in messages %}{{ m.content }} {% endfor %}\n0 "

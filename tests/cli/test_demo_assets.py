@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "lowvram_grpo" / "demo"
 JOB_KEYS = {"model", "data", "prompt_column", "answer_column", "reward", "quantization", "lora_r", "lora_alpha"}
 WORKED = "7+5=12 10+20=30 <answer>42</answer>"
@@ -125,7 +125,7 @@ def test_the_model_is_right_sometimes(model, tokenizer, rows, recipe):
 
 
 def test_the_recipe_names_what_exists(recipe):
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.rewards.registry import BUILTIN, resolve_reward
 
     assert (DEMO / recipe["model"] / "config.json").is_file() and (DEMO / recipe["data"]).is_file()
@@ -134,7 +134,7 @@ def test_the_recipe_names_what_exists(recipe):
 
 
 def test_the_recipe_steps_over_whole_groups(recipe, tmp_path):
-    from lowvram_grpo.config import GRPOConfig
+    from lowvram_grpo.recipe.config import GRPOConfig
 
     settings = {key: value for key, value in recipe.items() if key not in JOB_KEYS}
     config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)

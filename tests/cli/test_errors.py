@@ -324,7 +324,7 @@ def test_memory_that_runs_out_for_good_keeps_the_steps_that_were_done(monkeypatc
     import torch
 
     from lowvram_grpo.rollout.engine import RolloutEngine
-    from lowvram_grpo.savers import TrainerGuard
+    from lowvram_grpo.training.savers import TrainerGuard
 
     inner, calls = RolloutEngine.generate, []
 

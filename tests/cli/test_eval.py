@@ -10,7 +10,7 @@ from statistics import fmean
 import pytest
 
 from lowvram_grpo.cli import app
-from lowvram_grpo.evaluation import pass_at_k
+from lowvram_grpo.jobs.evaluation import pass_at_k
 
 DEMO = Path(app.__file__).parents[1] / "demo"
 TASK = ("-m", DEMO / "model", "-d", DEMO / "prompts.jsonl", "-r", "accuracy", "--use-cpu", "--max-completion-length", 8)

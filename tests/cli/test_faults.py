@@ -14,7 +14,7 @@ import torch
 
 from lowvram_grpo.cli import app
 from lowvram_grpo.faults import explain, given_settings, suspects
-from lowvram_grpo.recipe import resolve
+from lowvram_grpo.recipe.resolve import resolve
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -48,13 +48,13 @@ def from_the_hub(name, said):
     return error
 
 
-LOAD = "lowvram_grpo.loading.load_model_of"
-STEP = "lowvram_grpo.trainer.GRPOTrainer.training_step"
+LOAD = "lowvram_grpo.jobs.loading.load_model_of"
+STEP = "lowvram_grpo.training.trainer.GRPOTrainer.training_step"
 SAVE = "peft.PeftModel.save_pretrained"
 OPTIMIZER_FILE = "transformers.trainer.Trainer._save_optimizer_and_scheduler"
 LOG = "lowvram_grpo.run.jsonl.append"
 ADAPTER = "lowvram_grpo.run.model_card.model_card"
-EVALUATE = "lowvram_grpo.trainer.GRPOTrainer.prediction_step"
+EVALUATE = "lowvram_grpo.training.trainer.GRPOTrainer.prediction_step"
 FAULTS = [
     (LOAD, MemoryError(), "machine's own memory"),
     (LOAD, RuntimeError("[alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), "machine's own memory"),
@@ -115,7 +115,7 @@ def test_a_bug_is_one_sentence_too_and_its_traceback_a_file(monkeypatch, capsys,
 
 def test_a_fault_in_the_middle_says_what_is_kept(monkeypatch, capsys, job, tmp_path):
     """After a fault of the machine the last checkpoint counts, not what is in memory."""
-    from lowvram_grpo.trainer import GRPOTrainer
+    from lowvram_grpo.training.trainer import GRPOTrainer
 
     inner, arguments = GRPOTrainer.training_step, [part for pair in job.items() for part in pair]
 
@@ -185,7 +185,7 @@ def test_debug_prints_the_traceback_wherever_it_stands(monkeypatch, capsys, tmp_
 )
 def test_sampling_without_training_has_the_same_boundary(monkeypatch, capsys, job, command):
     monkeypatch.setattr(
-        "lowvram_grpo.inference.load_policy", raising(ModuleNotFoundError("No flash_attn", name="flash_attn"))
+        "lowvram_grpo.jobs.inference.load_policy", raising(ModuleNotFoundError("No flash_attn", name="flash_attn"))
     )
     data = ["--data", job["--data"]] if command[0] == "eval" else []
     code, err = run(monkeypatch, capsys, *command, "--model", job["--model"], *data, "--use-cpu")

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from test_errors import sentence, train
 from transformers.training_args import OptimizerNames
 
-from lowvram_grpo import GRPOTrainer, resume
+from lowvram_grpo import GRPOTrainer
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.recipe import job_types, training_types
+from lowvram_grpo.jobs import resume
+from lowvram_grpo.recipe.resolve import job_types, training_types
 from lowvram_grpo.run import jsonl, lock
 from lowvram_grpo.run.checkpoints import damage, seal
 

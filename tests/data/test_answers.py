@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from lowvram_grpo.answers import Answer
+from lowvram_grpo.data.answers import Answer
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.rewards.maths import accuracy
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from lowvram_grpo.batching import PromptLoader, PromptSampler
+from lowvram_grpo.data.batching import PromptLoader, PromptSampler
 
 
 def sampler(**overrides):

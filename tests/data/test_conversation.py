@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import make_tokenizer
 
-from lowvram_grpo.conversation import Conversation, TextStream
+from lowvram_grpo.data.conversation import Conversation, TextStream
 from lowvram_grpo.errors import UserError
 
 TEXT = "Grüße: 你好, мир! 🎉🧑‍🚀 é — done"

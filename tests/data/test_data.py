@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
-from lowvram_grpo.data import check_dataset, is_conversational, load, prepare
+from lowvram_grpo.data.load import check_dataset, is_conversational, load, prepare
 from lowvram_grpo.errors import UserError
 
 ROWS = [{"prompt": f"p{i}", "answer": f"a{i}"} for i in range(5)]
@@ -368,8 +368,8 @@ def test_a_completion_of_messages_is_tldrs_answer():
 
 @pytest.mark.parametrize("rewards,answer", [(["accuracy"], "7"), (["r.py:f"], {"ground_truth": "7", "index": 107})])
 def test_built_in_rewards_get_the_answer_and_own_ones_the_column(rewards, answer):
-    from lowvram_grpo.recipe import Recipe
-    from lowvram_grpo.task import prepared as prepared_by
+    from lowvram_grpo.jobs.task import prepared as prepared_by
+    from lowvram_grpo.recipe.resolve import Recipe
 
     data = Dataset.from_list([{"prompt": "a", "answer": {"ground_truth": "7", "index": 107}}])
     assert prepared_by(Recipe(reward=rewards), data)[0]["answer"] == answer

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import torch
 from conftest import make_tokenizer
 
-from lowvram_grpo.cold_start import reference_ids
-from lowvram_grpo.conversation import TextStream
-from lowvram_grpo.decoding import silent_ids, spoken
+from lowvram_grpo.data.conversation import TextStream
+from lowvram_grpo.data.decoding import silent_ids, spoken
 from lowvram_grpo.rewards.tags import format, label
 from lowvram_grpo.rollout.batch import RolloutBatch
-from lowvram_grpo.rollout.collect import Collector
 from lowvram_grpo.rollout.sampler import Sampling
+from lowvram_grpo.training.cold_start import reference_ids
+from lowvram_grpo.training.collect import Collector
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<|tool_call|>"]
 

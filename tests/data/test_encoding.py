@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from lowvram_grpo.encoding import check_prompts, encode_prompts, prompt_length_report, raw_text_notice
+from lowvram_grpo.data.encoding import check_prompts, encode_prompts, prompt_length_report, raw_text_notice
 from lowvram_grpo.errors import UserError
 
 WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "system", "user", "assistant", *"abcdefgh"]

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from lowvram_grpo.data import load
+from lowvram_grpo.data.load import load
 from lowvram_grpo.errors import UserError
 
 ROWS = [{"prompt": "a, b?", "answer": "x"}, {"prompt": "好", "answer": "y"}]

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from lowvram_grpo.data.templates import PLAIN_CHAT_TEMPLATE, TEMPLATES, chat_template, is_inline, template
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.templates import PLAIN_CHAT_TEMPLATE, TEMPLATES, chat_template, is_inline, template
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

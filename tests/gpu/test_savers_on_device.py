@@ -13,7 +13,7 @@ from peft import LoraConfig
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 from lowvram_grpo.policy.load import attach_lora
 from lowvram_grpo.policy.shared_prefix import why_not
-from lowvram_grpo.scoring import score
+from lowvram_grpo.training.scoring import score
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

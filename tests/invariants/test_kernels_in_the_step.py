@@ -123,7 +123,7 @@ def test_dead_micro_batches_cost_no_backward_and_change_nothing(config, dataset,
         with pytest.MonkeyPatch.context() as patch:
             if not skip:
                 everything = lambda micro, objective: torch.ones_like(micro.weights, dtype=torch.bool)
-                patch.setattr("lowvram_grpo.learner.wanted_rows", everything)
+                patch.setattr("lowvram_grpo.training.learner.wanted_rows", everything)
             found.append(step(trainer, rows))
         passes.append(len(calls))
     assert passes == ([2, 4] if beta == 0 else [4, 4])
@@ -141,7 +141,7 @@ def test_a_wholly_dead_update_still_moves_the_optimizer_by_its_momentum(config, 
 
 
 def test_fused_loss_on_without_a_gpu_says_so(config, dataset, tokenizer, model, monkeypatch):
-    monkeypatch.setattr("lowvram_grpo.loss.interpreted", lambda: False)
+    monkeypatch.setattr("lowvram_grpo.training.loss.interpreted", lambda: False)
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="fused_loss is on"):

@@ -10,13 +10,13 @@ import torch
 from conftest import Quiet, digit_share
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.evaluation import Interval, Scored, all_or_nothing, default_threshold, evaluate, pass_at_k
+from lowvram_grpo.jobs.evaluation import Interval, Scored, all_or_nothing, default_threshold, evaluate, pass_at_k
 from lowvram_grpo.memory.guard import Guard
 from lowvram_grpo.rewards.registry import BUILTIN, TEMPLATE_REWARDS, full_marks
 from lowvram_grpo.rewards.runner import RewardRunner
-from lowvram_grpo.rollout.collect import Collector
 from lowvram_grpo.rollout.engine import RolloutEngine
 from lowvram_grpo.rollout.sampler import Sampling
+from lowvram_grpo.training.collect import Collector
 
 
 def scored(rewards, *, per_func=None, truncated=None, lengths=None, names=("right",)):

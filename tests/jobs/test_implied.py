@@ -6,8 +6,8 @@ import pytest
 from peft import LoraConfig
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.implied import IMPLIED, adopt_adapter, imply_evaluation
-from lowvram_grpo.recipe import resolve
+from lowvram_grpo.jobs.implied import IMPLIED, adopt_adapter, imply_evaluation
+from lowvram_grpo.recipe.resolve import resolve
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def modules() -> list[str]:
     """Modules of kernels/ that have compile cases; those without import nothing heavy here."""
-    names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
-    return [name for name in names if "def compile_cases(" in (ROOT / "kernels" / f"{name}.py").read_text()]
+    folder = ROOT / "kernels"
+    with_cases = [path for path in folder.rglob("*.py") if "def compile_cases(" in path.read_text()]
+    return sorted(".".join(path.relative_to(folder).with_suffix("").parts) for path in with_cases)
 
 
 def _compile_module(job: tuple[str, int]) -> list[dict[str, Any]]:

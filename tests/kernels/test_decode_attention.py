@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from decode_problems import DEVICE, RAGGED, Problem, assert_no_worse
-from lowvram_grpo.kernels import decode_attention_triton as kernels
-from lowvram_grpo.kernels.decode_attention import KV, decode_attention, spread_of
-from lowvram_grpo.kernels.decode_launch import Tiles, decode_path, ranges, tiles_of
+from lowvram_grpo.kernels.decode import attention_triton as kernels
+from lowvram_grpo.kernels.decode.attention import KV, decode_attention, spread_of
+from lowvram_grpo.kernels.decode.launch import Tiles, decode_path, ranges, tiles_of
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed on this platform")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowvram_grpo.kernels import decode_ops
-from lowvram_grpo.kernels.decode_ops import (
+from lowvram_grpo.kernels.decode import ops as decode_ops
+from lowvram_grpo.kernels.decode.ops import (
     MAX_WIDTH,
     rms_norm,
     rms_norm_ref,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowvram_grpo.kernels import decode_ops, gradient_ops
+from lowvram_grpo.kernels import gradient_ops
+from lowvram_grpo.kernels.decode import ops as decode_ops
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed on this platform")

@@ -10,18 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from decode_problems import RAGGED, Problem
-from lowvram_grpo.kernels import (
-    decode_attention,
-    decode_attention_triton,
-    decode_ops,
-    int8_logits,
-    runtime,
-    sample,
-    small_product,
-    sweep,
-)
+from lowvram_grpo.kernels import int8_logits, runtime
+from lowvram_grpo.kernels.decode import attention as decode_attention
+from lowvram_grpo.kernels.decode import attention_triton as decode_attention_triton
+from lowvram_grpo.kernels.decode import ops as decode_ops
+from lowvram_grpo.kernels.decode import sample, small_product
 from lowvram_grpo.kernels.quantized import Int8Weight
 from lowvram_grpo.kernels.runtime import HAS_TRITON, device_guard, interpreted, sync_debug, trial
+from lowvram_grpo.kernels.sweep import sweep
 
 FOLDER = Path(runtime.__file__).parent
 # Launched inside of linear_logps' own guard.
@@ -41,7 +37,7 @@ def launches(tree, guarded=False):
 
 
 def test_every_launch_is_in_a_guard():
-    found = {path.name: list(launches(ast.parse(path.read_text("utf-8")))) for path in FOLDER.glob("*.py")}
+    found = {path.name: list(launches(ast.parse(path.read_text("utf-8")))) for path in FOLDER.rglob("*.py")}
     assert len([line for lines in found.values() for line in lines]) >= 12
     bare = {name for name, lines in found.items() if not all(guarded for _, guarded in lines)}
     assert bare == GUARDED_BY_THE_SWEEP

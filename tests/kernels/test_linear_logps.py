@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from lowvram_grpo.kernels import fold
 from lowvram_grpo.kernels.linear_logps import linear_logps, linear_logps_ref
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
-from lowvram_grpo.kernels.sweep import DirectionParams
+from lowvram_grpo.kernels.sweep import fold
+from lowvram_grpo.kernels.sweep.sweep import DirectionParams
 from problems import in_dtype, peaked, problem
 
 from lowvram_grpo.policy.head import Head

@@ -37,7 +37,7 @@ def test_modules_import_and_say_what_is_missing():
 @pytest.mark.parametrize("cores", [24, 28, 30, 34, 46, 132])
 @pytest.mark.parametrize("rows,block", [(2048, 64), (1470, 32), (300, 64), (17, 64)])
 def test_launches_fill_the_last_wave(cores, rows, block):
-    from lowvram_grpo.kernels.launch import whole_waves
+    from lowvram_grpo.kernels.sweep.launch import whole_waves
 
     blocks = -(-rows // block)
     splits = whole_waves(blocks, 1187, cores)

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
-from lowvram_grpo.kernels.sample import (
+from lowvram_grpo.kernels.decode.sample import (
     block_masses,
     block_masses_ref,
     block_masses_triton,
@@ -15,6 +14,7 @@ from lowvram_grpo.kernels.sample import (
     draw_by_masses_ref,
     draw_by_masses_triton,
 )
+from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 
 from lowvram_grpo.rollout import sampler as sampler_module
 from lowvram_grpo.rollout.noise import stream_key

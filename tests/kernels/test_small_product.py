@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowvram_grpo.kernels import small_product as module
-from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
-from lowvram_grpo.kernels.small_product import (
+from lowvram_grpo.kernels.decode import small_product as module
+from lowvram_grpo.kernels.decode.small_product import (
     FourBit,
     Sibling,
     covers,
@@ -15,6 +14,7 @@ from lowvram_grpo.kernels.small_product import (
     small_product_ref,
     tiles_of,
 )
+from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 
 from lowvram_grpo.memory.ledger import Ledger
 

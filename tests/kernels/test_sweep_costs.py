@@ -6,7 +6,7 @@ import pytest
 import torch
 from lowvram_grpo.kernels.linear_logps import linear_logps, linear_logps_ref
 from lowvram_grpo.kernels.runtime import HAS_TRITON
-from lowvram_grpo.kernels.sweep import DirectionParams, plan_tiles
+from lowvram_grpo.kernels.sweep.sweep import DirectionParams, plan_tiles
 from problems import peaked, problem
 from torch.utils.flop_counter import FlopCounterMode
 

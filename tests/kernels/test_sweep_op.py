@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowvram_grpo.kernels.direction import Entries, sparse_direction
 from lowvram_grpo.kernels.linear_logps import _sweep_op, linear_logps
 from lowvram_grpo.kernels.runtime import HAS_TRITON
+from lowvram_grpo.kernels.sweep.direction import Entries, sparse_direction
 from problems import peaked
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowvram_grpo.kernels import lists, sweep
 from lowvram_grpo.kernels.linear_logps import linear_logps
 from lowvram_grpo.kernels.runtime import HAS_TRITON
+from lowvram_grpo.kernels.sweep import lists, sweep
 from problems import peaked, problem
 from waits import Waits
 

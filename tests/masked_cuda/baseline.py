@@ -77,7 +77,7 @@ def _run(layers: int, **settings: Any) -> dict[str, Phase]:
     from lowvram_grpo.memory.optimizer import GuardedStep
     from lowvram_grpo.rollout.decode import Decoder
     from lowvram_grpo.rollout.graphs import StepGraphs
-    from lowvram_grpo.trainer import GRPOTrainer
+    from lowvram_grpo.training.trainer import GRPOTrainer
     from tests.masked_cuda.record import RECORD
     from tests.masked_cuda.scenarios import trained
 

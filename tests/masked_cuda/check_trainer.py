@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lowvram_grpo import preset
+from lowvram_grpo.recipe import preset
 from tests.masked_cuda.record import RECORD
 from tests.masked_cuda.scenarios import HALF, full_once, of_preset, trained
 

@@ -32,15 +32,16 @@ def ours() -> None:
     plain = lambda x, *more: (
         builtins.type(x, *more) if more else torch.Tensor if builtins.type(x) is Masked else builtins.type(x)
     )
-    for path in (*ROOT.glob("lowvram_grpo/**/*.py"), *ROOT.glob("kernels/*.py")):
+    for path in (*ROOT.glob("lowvram_grpo/**/*.py"), *ROOT.glob("kernels/**/*.py")):
         if re.search(r"\btype\(\w+\) (is|not|in)\b.*Tensor", path.read_text(encoding="utf-8")):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             module = importlib.import_module(name if name.startswith("lowvram_grpo") else f"lowvram_grpo.{name}")
             module.type = plain
     import lowvram_grpo.kernels as kernels
 
-    for path in ROOT.glob("kernels/*.py"):
-        module = importlib.import_module(f"{kernels.__name__}.{path.stem}")
+    for path in ROOT.glob("kernels/**/*.py"):
+        name = ".".join(path.relative_to(ROOT / "kernels").with_suffix("").parts)
+        module = importlib.import_module(f"{kernels.__name__}.{name}")
         for op in vars(module).values():
             if isinstance(op, torch.library.CustomOpDef):
                 BODIES[op._qualname] = op._init_fn

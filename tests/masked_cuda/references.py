@@ -11,7 +11,11 @@ import functools
 from typing import Any
 
 import torch
-from lowvram_grpo.kernels import decode_attention, decode_ops, direction, fold, gradient_ops, sample, sweep
+from lowvram_grpo.kernels import gradient_ops
+from lowvram_grpo.kernels.decode import attention as decode_attention
+from lowvram_grpo.kernels.decode import ops as decode_ops
+from lowvram_grpo.kernels.decode import sample
+from lowvram_grpo.kernels.sweep import direction, fold, sweep
 from torch.utils._mode_utils import no_dispatch
 
 from tests.masked_cuda import launches

@@ -13,8 +13,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from lowvram_grpo import GRPOConfig, GRPOTrainer, preset
+from lowvram_grpo import GRPOConfig, GRPOTrainer
 from lowvram_grpo.policy.load import bitsandbytes_config
+from lowvram_grpo.recipe import preset
 from tests.conftest import Quiet, digit_share, make_model, make_tokenizer
 from tests.masked_cuda.record import RECORD
 

@@ -7,9 +7,9 @@ import itertools
 import pytest
 from fake_cards import GIB, card
 
-from lowvram_grpo import preset
 from lowvram_grpo.memory import devices
 from lowvram_grpo.memory.budget import LINUX_DESKTOP_RESERVE, LINUX_RESERVE, budget
+from lowvram_grpo.recipe import preset
 
 WINDOWS_8GB = card("RTX 4060", 7.996, 7.0, system="windows", display=True)
 

@@ -9,20 +9,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowvram_grpo import preset as presets
 from lowvram_grpo.cli.app import app
-from lowvram_grpo.memory import cards, four_bit, overheads
-from lowvram_grpo.memory.architectures import resolve_config
-from lowvram_grpo.memory.climb import EACH, MARGIN, RAISES, WORTH, Climber
+from lowvram_grpo.memory import cards, overheads
 from lowvram_grpo.memory.ladder import Rung, next_rung
 from lowvram_grpo.memory.ledger import Ledger
-from lowvram_grpo.memory.paper import paper_config
-from lowvram_grpo.memory.planner import GIB, Planner, ladder_for, setting
-from lowvram_grpo.memory.prediction import Prediction
-from lowvram_grpo.memory.rehearsal import workload
-from lowvram_grpo.memory.speed import Choice, Speed, shape_of
+from lowvram_grpo.plan import four_bit
+from lowvram_grpo.plan.climb import EACH, MARGIN, RAISES, WORTH, Climber
+from lowvram_grpo.plan.paper import paper_config
+from lowvram_grpo.plan.planner import GIB, Planner, ladder_for, setting
+from lowvram_grpo.plan.prediction import Prediction
+from lowvram_grpo.plan.speed import Choice, Speed, shape_of
+from lowvram_grpo.policy.known_models import resolve_config
 from lowvram_grpo.policy.trials import wanted
-from lowvram_grpo.recipe import resolve
+from lowvram_grpo.recipe import preset as presets
+from lowvram_grpo.recipe.resolve import resolve
+from lowvram_grpo.training.rehearsal import workload
 from tests.conftest import make_model
 
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B")
@@ -227,7 +228,7 @@ def test_the_guard_comes_back_by_the_way_that_the_plan_went():
 
 
 def _with(recipe, **changed):
-    from lowvram_grpo.memory.paper import with_setting
+    from lowvram_grpo.plan.paper import with_setting
 
     for key, value in changed.items():
         recipe = with_setting(recipe, key, value)
@@ -355,7 +356,7 @@ def test_a_climb_that_fails_leaves_the_plan(monkeypatch):
     def fails(*_):
         raise AttributeError("a model of another kind")
 
-    monkeypatch.setattr("lowvram_grpo.memory.climb.shape_of", fails)
+    monkeypatch.setattr("lowvram_grpo.plan.climb.shape_of", fails)
     planner = told("Qwen2.5-0.5B")
     _, plan = planned(planner, "Qwen2.5-0.5B", 8)
     assert plan.fits and not plan.climbs

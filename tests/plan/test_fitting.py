@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.fitting import fit
-from lowvram_grpo.memory.architectures import resolve_config
 from lowvram_grpo.memory.devices import Device
-from lowvram_grpo.recipe import resolve
+from lowvram_grpo.plan.fitting import fit
+from lowvram_grpo.policy.known_models import resolve_config
+from lowvram_grpo.recipe.resolve import resolve
 
 GIB = 2**30
 
@@ -62,7 +62,7 @@ def test_a_cap_counts_as_the_card():
 
 
 def test_a_model_that_cannot_be_planned_is_trained_all_the_same(monkeypatch):
-    from lowvram_grpo.memory import planner
+    from lowvram_grpo.plan import planner
 
     def broken(*args, **kwargs):
         raise NotImplementedError("no meta kernel")

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from lowvram_grpo.policy.load import attach_lora
-from lowvram_grpo.scoring import Scores, score
+from lowvram_grpo.training.scoring import Scores, score
 
 TINY = {
     "vocab_size": 41, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

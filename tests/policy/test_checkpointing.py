@@ -12,7 +12,7 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps, untile_mlps
 from lowvram_grpo.policy.shared_prefix import why_not
-from lowvram_grpo.scoring import score
+from lowvram_grpo.training.scoring import score
 
 
 def mlp_calls(model) -> list[int]:

@@ -16,7 +16,7 @@ from lowvram_grpo import GRPOTrainer, UserError
 from lowvram_grpo.policy.checkpointing import checkpoint_activations
 from lowvram_grpo.policy.embeddings import HostEmbedding, QuantizedEmbedding, QuantizedHead, place_embeddings
 from lowvram_grpo.policy.head import head_of
-from lowvram_grpo.scoring import score
+from lowvram_grpo.training.scoring import score
 
 CPU = torch.device("cpu")
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)

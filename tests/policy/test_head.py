@@ -10,7 +10,7 @@ from torch import nn
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.policy.head import head_of
-from lowvram_grpo.scoring import score
+from lowvram_grpo.training.scoring import score
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

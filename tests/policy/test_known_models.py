@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.memory import architectures
+from lowvram_grpo.policy import known_models as architectures
 
 
 @pytest.mark.parametrize("name", architectures.names())

@@ -14,7 +14,7 @@ from lowvram_grpo.policy import offload
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 from lowvram_grpo.policy.offload import Offload, offloaded_activations
 from lowvram_grpo.policy.shared_prefix import why_not
-from lowvram_grpo.scoring import score
+from lowvram_grpo.training.scoring import score
 
 
 @pytest.fixture(autouse=True)

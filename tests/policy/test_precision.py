@@ -93,8 +93,8 @@ def test_who_asks_is_told(cpu, config, tokenizer, dataset, dtype, settings, word
 
 
 def test_chat_and_evaluation_are_told_too(cpu, model_dir):
-    from lowvram_grpo.inference import load_policy, recipe_to_sample
-    from lowvram_grpo.loading import load_tokenizer_of, training_config
+    from lowvram_grpo.jobs.inference import load_policy, recipe_to_sample
+    from lowvram_grpo.jobs.loading import load_tokenizer_of, training_config
 
     said = []
     for dtype in ("auto", "bfloat16"):

@@ -9,14 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import FalconConfig, FalconForCausalLM
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.experience import MicroBatch, load_updates, save_updates
 from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.policy.attention import NAME
 from lowvram_grpo.policy.checkpointing import checkpoint_activations
 from lowvram_grpo.policy.shared_prefix import PrefixLayout, packed_tokens, shared_groups, why_not
 from lowvram_grpo.rollout.engine import RolloutEngine
 from lowvram_grpo.rollout.sampler import Sampling
-from lowvram_grpo.scoring import score, scored_states
+from lowvram_grpo.training.experience import MicroBatch, load_updates, save_updates
+from lowvram_grpo.training.scoring import score, scored_states
 
 SLIDING_AND_FULL = {"layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES = {

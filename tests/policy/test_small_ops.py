@@ -10,7 +10,9 @@ import weakref
 import pytest
 import torch
 from conftest import make_model
-from lowvram_grpo.kernels import decode_ops, int8_logits, small_product
+from lowvram_grpo.kernels import int8_logits
+from lowvram_grpo.kernels.decode import ops as decode_ops
+from lowvram_grpo.kernels.decode import small_product
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from models import LISTED, build, with_lora
 from torch import nn

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 from conftest import Quiet, digit_share, make_model
-from lowvram_grpo.kernels import decode_ops, gradient_ops
+from lowvram_grpo.kernels import gradient_ops
+from lowvram_grpo.kernels.decode import ops as decode_ops
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from models import LISTED, build
 from passes import adapted, assert_same, tiny, training_pass

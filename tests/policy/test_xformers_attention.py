@@ -11,7 +11,6 @@ import torch
 from biases import DOCUMENTED, ops_of
 from passes import COMPLETIONS, GROUPS, PROMPTS, adapted, assert_same, micro_batch, tiny, training_pass
 
-from lowvram_grpo import scoring
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy import attention_choice, xformers_attention
@@ -24,6 +23,7 @@ from lowvram_grpo.policy.spread import Fold, spread
 from lowvram_grpo.policy.xformers_attention import Case, Kernel, shared_pieces
 from lowvram_grpo.rollout.attention import PrefillLayout
 from lowvram_grpo.rollout.cache import GroupCache
+from lowvram_grpo.training import scoring
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -7,8 +7,8 @@ from conftest import Quiet, digit_share
 from test_decode import PROMPTS, check_logps, sampling
 
 from lowvram_grpo import GRPOTrainer, UserError
+from lowvram_grpo.recipe.generation_kwargs import settle_generation_kwargs
 from lowvram_grpo.rollout.engine import RolloutEngine
-from lowvram_grpo.rollout.foreign import settle_generation_kwargs
 
 SETTINGS = {"temperature": 0.9, "top_p": 1.0, "max_completion_length": 6, "cache_implementation": None}
 

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
-from lowvram_grpo import preset
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory import devices
-from lowvram_grpo.recipe import resolve
+from lowvram_grpo.recipe import preset
+from lowvram_grpo.recipe.resolve import resolve
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from lowvram_grpo import GRPOConfig, UserError
-from lowvram_grpo.ranges import LORA_RANGES, TRAINING_RANGES, Range
-from lowvram_grpo.recipe import Recipe, resolve
+from lowvram_grpo.recipe.ranges import LORA_RANGES, TRAINING_RANGES, Range
+from lowvram_grpo.recipe.resolve import Recipe, resolve
 
 
 @pytest.mark.parametrize(

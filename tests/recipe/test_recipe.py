@@ -6,7 +6,7 @@ import pytest
 
 from lowvram_grpo.cli.train import parse_extra
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.recipe import resolve
+from lowvram_grpo.recipe.resolve import resolve
 
 TRL_YAML = """
 model_name_or_path: Qwen/Qwen2.5-0.5B
@@ -195,8 +195,8 @@ def test_local_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
 
 
 def test_a_zero_on_the_command_line_is_a_value(tmp_path, monkeypatch):
-    from lowvram_grpo import job
     from lowvram_grpo.cli.train import start
+    from lowvram_grpo.jobs import train as job
 
     (tmp_path / "r.toml").write_text("lora_dropout = 0.1\n", encoding="utf-8")
     seen = []
@@ -206,7 +206,8 @@ def test_a_zero_on_the_command_line_is_a_value(tmp_path, monkeypatch):
 
 
 def test_every_preset_resolves():
-    from lowvram_grpo import GRPOConfig, preset
+    from lowvram_grpo import GRPOConfig
+    from lowvram_grpo.recipe import preset
 
     assert preset.names() == ["4gb", "6gb", "8gb", "12gb", "16gb", "24gb", "cpu"]
     for name in preset.names():
@@ -216,8 +217,8 @@ def test_every_preset_resolves():
 
 
 def test_the_automatic_preset_follows_the_card(monkeypatch):
-    from lowvram_grpo import preset
     from lowvram_grpo.memory import devices
+    from lowvram_grpo.recipe import preset
 
     def card(gib):
         return devices.Device("cuda", "card", 0, int(gib * 2**30), int(gib * 2**30), (8, 6), True)

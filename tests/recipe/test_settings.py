@@ -9,8 +9,8 @@ from conftest import Quiet, digit_share
 from peft import LoraConfig
 
 from lowvram_grpo import GRPOConfig, GRPOTrainer, UserError
-from lowvram_grpo.pushing import check_hub
-from lowvram_grpo.settings import check_best_metric
+from lowvram_grpo.recipe.settings import check_best_metric
+from lowvram_grpo.training.pushing import check_hub
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -249,7 +249,7 @@ def test_the_hub_is_asked_before_training(config, monkeypatch):
 
 def test_a_push_that_fails_loses_no_training(config, dataset, tokenizer, model, monkeypatch):
     args = config(max_steps=2, save_strategy="steps", save_steps=1, push_to_hub=True)
-    monkeypatch.setattr("lowvram_grpo.settings.check_hub", lambda args: None)
+    monkeypatch.setattr("lowvram_grpo.recipe.settings.check_hub", lambda args: None)
     with pytest.raises(UserError, match="can't make the repository"):
         trainer_for(model, args, dataset, tokenizer)
     monkeypatch.setattr(GRPOTrainer, "init_hf_repo", lambda self: setattr(self, "push_in_progress", None))

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
-from lowvram_grpo.kernels import small_product
+from lowvram_grpo.kernels.decode import small_product
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from peft import LoraConfig, get_peft_model
 from torch import nn

@@ -27,7 +27,7 @@ from lowvram_grpo.rollout.decode import DecodeSettings
 from lowvram_grpo.rollout.engine import RolloutEngine
 from lowvram_grpo.rollout.graphs import StepGraphs, bucket
 from lowvram_grpo.rollout.sampler import Sampling
-from lowvram_grpo.scoring import score
+from lowvram_grpo.training.scoring import score
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 LONG = [[3 + i % 30 for i in range(21)], [4, 5, 6], [7], [7, 8, 9, 10, 11, 12, 13, 14, 15]]

@@ -12,7 +12,7 @@ from lowvram_grpo.policy import trials
 from lowvram_grpo.rollout.batch import pad_left
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids
 from lowvram_grpo.rollout.sampler import Sampling
-from lowvram_grpo.scoring import score
+from lowvram_grpo.training.scoring import score
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from lowvram_grpo.kernels.noise import GOLDEN, draw, gumbel
+from lowvram_grpo.kernels.decode.noise import GOLDEN, draw, gumbel
 
 from lowvram_grpo.rollout import noise
 from lowvram_grpo.rollout.noise import stream_key

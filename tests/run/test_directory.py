@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lowvram_grpo.errors import CantWrite, UserError
-from lowvram_grpo.recipe import Recipe
+from lowvram_grpo.recipe.resolve import Recipe
 from lowvram_grpo.run import jsonl
 from lowvram_grpo.run.checkpoints import CUT_OFF
 from lowvram_grpo.run.directory import RunDirectory

@@ -9,10 +9,10 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from lowvram_grpo import GRPOTrainer
-from lowvram_grpo.checks import endless_remedy, signal_of, unjudged_row
-from lowvram_grpo.experience import Rollout
 from lowvram_grpo.objective import group_advantages
 from lowvram_grpo.rollout.batch import RolloutBatch
+from lowvram_grpo.training.checks import endless_remedy, signal_of, unjudged_row
+from lowvram_grpo.training.experience import Rollout
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 

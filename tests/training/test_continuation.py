@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
-from lowvram_grpo.batching import PromptSampler
-from lowvram_grpo.continuation import (
+from lowvram_grpo.data.batching import PromptSampler
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.training.continuation import (
     ROLLOUT_SETTINGS,
     Made,
     kind_of,
@@ -21,7 +22,6 @@ from lowvram_grpo.continuation import (
     shift_of,
     steps_an_epoch,
 )
-from lowvram_grpo.errors import UserError
 
 
 def made(rows, prompts, repeats, shift=0, **settings):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lowvram_grpo import UserError
-from lowvram_grpo.correction import CORRECTION_MODES, Correction, correction_of, quotients
-from lowvram_grpo.metrics import sampler_metrics
+from lowvram_grpo.training.correction import CORRECTION_MODES, Correction, correction_of, quotients
+from lowvram_grpo.training.metrics import sampler_metrics
 
 
 def batch(seed=0, rows=5, tokens=7):

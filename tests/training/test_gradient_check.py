@@ -10,7 +10,7 @@ from conftest import Quiet, digit_share
 from peft import LoraConfig
 
 from lowvram_grpo import GRPOTrainer, UserError
-from lowvram_grpo.gradient_check import GradientCheck, could_teach
+from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 

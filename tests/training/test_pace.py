@@ -11,7 +11,7 @@ from conftest import Quiet, digit_share, make_model
 from peft import LoraConfig
 
 from lowvram_grpo import GRPOTrainer
-from lowvram_grpo.pace import Pace, pace_of, spoken, timed
+from lowvram_grpo.training.pace import Pace, pace_of, spoken, timed
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 

@@ -244,7 +244,7 @@ def test_long_prompts_lose_their_left_end_and_it_is_said(config, tokenizer, mode
 
 
 def test_self_test_stops_a_model_that_does_not_score_what_it_samples(config, dataset, tokenizer, model, monkeypatch):
-    import lowvram_grpo.scoring as scoring
+    import lowvram_grpo.training.scoring as scoring
 
     monkeypatch.setattr(scoring, "position_ids", lambda mask: torch.arange(mask.shape[1]).expand_as(mask).flip(1))
     trainer = trainer_for(model, config(shared_prefix="off"), dataset, tokenizer, peft_config=LORA)
@@ -311,7 +311,7 @@ def test_float16_weights_are_trained_in_float32(config, dataset, tokenizer, mode
 
 @pytest.mark.parametrize("where", ["generate", "score"])
 def test_out_of_memory_names_its_phase(config, dataset, tokenizer, model, monkeypatch, where):
-    import lowvram_grpo.learner as module
+    import lowvram_grpo.training.learner as module
 
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")

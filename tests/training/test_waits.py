@@ -12,13 +12,13 @@ from peft import LoraConfig
 from waits import Waits
 
 from lowvram_grpo import GRPOTrainer
-from lowvram_grpo.experience import MicroBatch, load_updates, save_updates, split
-from lowvram_grpo.gradient_check import GradientCheck
-from lowvram_grpo.loss import KernelChoice, LossSums
 from lowvram_grpo.memory.host import upload
-from lowvram_grpo.metrics import MetricBook, UpdateSums, read, sampler_metrics
 from lowvram_grpo.rewards.runner import RewardRunner
-from lowvram_grpo.scoring import Scores
+from lowvram_grpo.training.experience import MicroBatch, load_updates, save_updates, split
+from lowvram_grpo.training.gradient_check import GradientCheck
+from lowvram_grpo.training.loss import KernelChoice, LossSums
+from lowvram_grpo.training.metrics import MetricBook, UpdateSums, read, sampler_metrics
+from lowvram_grpo.training.scoring import Scores
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 

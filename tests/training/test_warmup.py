@@ -9,9 +9,9 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from lowvram_grpo import GRPOTrainer, UserError
-from lowvram_grpo.checks import Signal
-from lowvram_grpo.cold_start import ColdStart, reference_ids
-from lowvram_grpo.scoring import score
+from lowvram_grpo.training.checks import Signal
+from lowvram_grpo.training.cold_start import ColdStart, reference_ids
+from lowvram_grpo.training.scoring import score
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 WANTED = "1 2 3"
