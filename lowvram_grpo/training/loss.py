@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from lowvram_grpo.kernels.grpo_loss import fused_grpo_loss
-from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
-from lowvram_grpo.kernels.sweep.launch import launch_config
 from torch import Tensor
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.kernels.grpo_loss import fused_grpo_loss
+from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
+from lowvram_grpo.kernels.sweep.launch import launch_config
 from lowvram_grpo.objective import Objective, grpo_loss
 from lowvram_grpo.training.experience import MicroBatch
 from lowvram_grpo.training.scoring import Scores

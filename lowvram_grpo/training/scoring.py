@@ -7,9 +7,9 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
-from lowvram_grpo.kernels.linear_logps import linear_logps
 from torch import Tensor, nn
 
+from lowvram_grpo.kernels.linear_logps import linear_logps
 from lowvram_grpo.memory.host import upload
 from lowvram_grpo.memory.ledger import counted_as
 from lowvram_grpo.policy.attention import runs

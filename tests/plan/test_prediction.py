@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.plan.measured import measured, settings
 
 from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.plan.prediction import Blueprint, count, predict
 from lowvram_grpo.plan.stand_in import StandIn
 from tests.conftest import make_model, make_tokenizer
+from tests.plan.measured import measured, settings
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 SIZES = {
