@@ -162,8 +162,8 @@ def trainer_of(recipe: Recipe, steps: int, device: torch.device, folder: str, **
     from datasets import Dataset
     from peft import LoraConfig
 
+    from lowvram_grpo.plan.architectures import resolve_config
     from lowvram_grpo.plan.planner import setting
-    from lowvram_grpo.policy.known_models import resolve_config
     from lowvram_grpo.policy.load import DTYPES, compute_dtype
     from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.training.trainer import GRPOTrainer

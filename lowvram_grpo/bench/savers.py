@@ -18,7 +18,7 @@ _LAST = (Rung("optimizer_offload", True),)
 
 def table(case: Case) -> Iterator[dict[str, Any]]:
     """One entry a saver: MiB that it takes off each phase's peak and off the highest, alone."""
-    from lowvram_grpo.policy.known_models import resolve_config
+    from lowvram_grpo.plan.architectures import resolve_config
 
     config, _ = resolve_config(str(case.recipe.model))
     planner, recipe = Planner(config), case.recipe

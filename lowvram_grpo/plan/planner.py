@@ -280,7 +280,8 @@ class Planner:
                 done.add(rung.key)
 
     def _smaller_model(self, plan: Plan) -> str | None:
-        from lowvram_grpo.policy.known_models import family, resolve_config
+        from lowvram_grpo.plan.architectures import resolve_config
+        from lowvram_grpo.policy.known_models import family
 
         for name in reversed(family(str(plan.recipe.model))):
             config, _ = resolve_config(name)

@@ -9,9 +9,9 @@ import pytest
 from lowvram_grpo.cli.app import app
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ladder import AT_LOAD, RELIEVES, Rung, next_rung
+from lowvram_grpo.plan.architectures import resolve_config
 from lowvram_grpo.plan.planner import GIB, Planner, ladder_of, setting
 from lowvram_grpo.plan.prediction import Prediction
-from lowvram_grpo.policy.known_models import resolve_config
 from lowvram_grpo.recipe import preset as presets
 from lowvram_grpo.recipe.resolve import resolve
 from tests.conftest import make_model
