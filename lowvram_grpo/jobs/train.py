@@ -42,9 +42,9 @@ def _run(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
     from lowvram_grpo.jobs.resume import check_changes, check_unfinished, newest_checkpoint, planned_steps
     from lowvram_grpo.jobs.task import reward_specs
     from lowvram_grpo.recipe.resolve import resolve
-    from lowvram_grpo.recipe.settings import check_before_loading
     from lowvram_grpo.rewards.registry import resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
+    from lowvram_grpo.training.early_checks import check_before_loading
 
     check_device(recipe)
     if not recipe.model:

@@ -32,7 +32,7 @@ from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.variants import check_adapter
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.recipe.config import GRPOConfig
-from lowvram_grpo.recipe.settings import check_before_loading, check_best_metric, check_evaluation, optimizer_error
+from lowvram_grpo.recipe.settings import optimizer_error
 from lowvram_grpo.rewards.runner import RewardRunner, check_columns, log_by_name
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
 from lowvram_grpo.rollout.sampler import Sampling, sampling_of
@@ -42,6 +42,7 @@ from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.training.checks import unjudged_row
 from lowvram_grpo.training.collect import Collector, reward_columns
 from lowvram_grpo.training.correction import correction_of
+from lowvram_grpo.training.early_checks import check_before_loading, check_best_metric, check_evaluation
 from lowvram_grpo.training.experience import MicroBatch, Rollout, load_updates, save_updates, split, updates_of
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
 from lowvram_grpo.training.learner import Learner
