@@ -21,7 +21,6 @@ from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.recipe.generation_kwargs import settle_generation_kwargs
 from lowvram_grpo.recipe.ranges import TRAINING_RANGES, check_ranges
 from lowvram_grpo.recipe.settings import check_built, check_choices, settle_best_model
-from lowvram_grpo.training.correction import CORRECTION_MODES
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
@@ -32,6 +31,7 @@ HEAD_DTYPES = ("dense", "int8", "nf4")
 KV_DTYPES = ("auto", "int8")
 ATTENTIONS = ("auto", "sdpa", "xformers")
 ADAPTER_MODES = ("auto", "fused", "merged", "off")
+CORRECTION_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 # Accepted so that a TRL script runs unchanged; each says on screen why it does nothing when it is set.
 INERT_FIELDS = {

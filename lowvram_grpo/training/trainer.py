@@ -21,7 +21,6 @@ from lowvram_grpo.data.load import check_dataset
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.guard import cap
 from lowvram_grpo.memory.ladder import Rung
-from lowvram_grpo.objective import objective_of
 from lowvram_grpo.policy.adapter import restore_adapter
 from lowvram_grpo.policy.attention_choice import check as check_attention
 from lowvram_grpo.policy.dropout import adapter_dropout, training_mode
@@ -41,12 +40,12 @@ from lowvram_grpo.run.completions import CompletionsLog, as_text
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.training.checks import unjudged_row
 from lowvram_grpo.training.collect import Collector, reward_columns
-from lowvram_grpo.training.correction import correction_of
 from lowvram_grpo.training.early_checks import check_before_loading, check_best_metric, check_evaluation
 from lowvram_grpo.training.experience import MicroBatch, Rollout, load_updates, save_updates, split, updates_of
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
 from lowvram_grpo.training.learner import Learner
 from lowvram_grpo.training.loss import choose_kernels
+from lowvram_grpo.training.loss_settings import correction_of, objective_of
 from lowvram_grpo.training.metrics import (
     MetricBook,
     UpdateSums,
@@ -123,7 +122,7 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         check_tokens(model, tokenizer, args)
         if args.use_vllm:
             check_vllm(args)
-        cap(args)
+        cap(args.device, args.vram_gib)
         model = build_policy(model, args, quantization_config, peft_config, self.observer.notice)
         if slow := slow_dtype(model, args):
             self.observer.notice(slow)
