@@ -96,6 +96,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def flag_of(setting: str) -> str:
+    """`--lora-r` for `lora_r`."""
+    return f"--{setting.replace('_', '-')}"
+
+
 def one_line(error: Exception) -> str:
     """The whole message of another library's error as one line of at most 300 characters, without its full stop."""
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

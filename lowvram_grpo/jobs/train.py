@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.errors import CantWrite, Stopped, UserError, counted
-from lowvram_grpo.faults import explain, given_settings, note_phase
+from lowvram_grpo.faults import explain, note_phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -227,7 +227,7 @@ def _train(recipe, args, directory, checkpoint, rewards, tokenizer, train_data, 
             take_over()
         else:
             with interrupt.armed():
-                _fit(trainer, checkpoint, directory, given_settings(recipe))
+                _fit(trainer, checkpoint, directory, recipe.given_settings())
             if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
                 console.notice(f"stopped at step {trainer.state.global_step}; go on with --resume {directory.path}")
                 raise Stopped(interrupt.requested)
