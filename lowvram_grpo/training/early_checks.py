@@ -13,7 +13,7 @@ from lowvram_grpo.data.load import check_dataset
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.policy.attention_choice import check_asked
 from lowvram_grpo.recipe.settings import value_of
-from lowvram_grpo.rewards.runner import names_before_loading
+from lowvram_grpo.rewards.signatures import names_before_loading
 from lowvram_grpo.training.pushing import check_hub
 
 if TYPE_CHECKING:

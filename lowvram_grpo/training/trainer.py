@@ -28,11 +28,13 @@ from lowvram_grpo.policy.known_models import named
 from lowvram_grpo.policy.load import build_policy, check_tokens, compute_dtype, load_tokenizer_for
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.reference import Reference
+from lowvram_grpo.policy.reward_model import load_reward_model
 from lowvram_grpo.policy.variants import check_adapter
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.recipe.config import GRPOConfig
 from lowvram_grpo.recipe.settings import optimizer_error
-from lowvram_grpo.rewards.runner import RewardRunner, check_columns, log_by_name
+from lowvram_grpo.rewards.runner import RewardRunner
+from lowvram_grpo.rewards.signatures import check_columns, log_by_name
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
 from lowvram_grpo.rollout.sampler import Sampling, sampling_of
 from lowvram_grpo.rollout.vllm import VLLMEngine, check_vllm, vllm_engine
@@ -171,6 +173,7 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
             else [reward_processing_classes],
             device=args.device,
             timeout=args.reward_timeout,
+            load_model=load_reward_model,
         )
         self.guard = TrainerGuard(self, ladder)
         self.collector = Collector(

@@ -235,7 +235,7 @@ def test_the_settings_are_those_that_a_person_set(tmp_path):
 
 def test_a_script_catches_it_as_a_value_error(config):
     """TRL raises ValueError where we have a sentence."""
-    from lowvram_grpo.rewards.runner import check_columns
+    from lowvram_grpo.rewards.signatures import check_columns
 
     with pytest.raises(ValueError, match=r"temperature is 0; it must be above 0"):
         config(temperature=0)
