@@ -47,8 +47,8 @@ from rollout_providers import BASELINE, PROVIDERS, Task, cache_bytes, has_graphs
 from torch import nn
 
 from lowvram_grpo.bench.rows import Rows, reason
+from lowvram_grpo.plan.architectures import resolve_config
 from lowvram_grpo.policy.embeddings import place_embeddings
-from lowvram_grpo.policy.known_models import resolve_config
 from lowvram_grpo.policy.load import compute_dtype
 from lowvram_grpo.policy.wrapper import unwrap
 

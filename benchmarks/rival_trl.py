@@ -15,8 +15,8 @@ import torch
 
 from lowvram_grpo.bench.measure import drawn, main
 from lowvram_grpo.bench.models import random_model, word_prompts, word_tokenizer
+from lowvram_grpo.plan.architectures import resolve_config
 from lowvram_grpo.plan.planner import setting
-from lowvram_grpo.policy.known_models import resolve_config
 from lowvram_grpo.policy.load import compute_dtype
 from lowvram_grpo.recipe.resolve import Recipe
 

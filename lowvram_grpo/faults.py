@@ -17,12 +17,9 @@ import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lowvram_grpo.errors import UserError, one_line, why_unwritten
-
-if TYPE_CHECKING:
-    from lowvram_grpo.recipe.resolve import Recipe
+from lowvram_grpo.errors import UserError, flag_of, one_line, why_unwritten
 
 _OURS = str(Path(__file__).parent)
 
@@ -150,12 +147,6 @@ def while_doing(error: BaseException) -> str:
     return f" while {phase}" if phase else ""
 
 
-def given_settings(recipe: Recipe) -> dict[str, Any]:
-    """What a person set, by flag or file, as setting -> value."""
-    values = {**vars(recipe), **recipe.training}
-    return {key: values[key] for key, who in recipe.origin.items() if who in ("flag", "file") and key in values}
-
-
 def explain(error: Exception, *, settings: Mapping[str, Any]) -> UserError | None:
     """One sentence for an error that is nobody's bug: the machine's, the hub's, or another library's word on a setting.
 
@@ -182,10 +173,6 @@ def explain(error: Exception, *, settings: Mapping[str, Any]) -> UserError | Non
     advice = "change or drop it" if len(found) == 1 else "change or drop one of them" if found else "see --debug"
     said = f"{_library(error)} stopped{while_}: {type(error).__name__}: {one_line(error)}"
     return UserError(f"{said}.{named.rstrip('.')}; {advice}." if found else f"{said}; {advice}.")
-
-
-def flag_of(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
 
 
 def suspects(chain: list[BaseException], settings: Mapping[str, Any]) -> list[str]:

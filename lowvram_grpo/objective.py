@@ -15,14 +15,11 @@ Sources: GRPO, Shao et al. 2024 (arXiv:2402.03300) eq. 3-4; clip-higher and the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from lowvram_grpo.recipe.config import GRPOConfig
 
 # exp() of a log-ratio beyond this is a number no clipped objective can use; it also keeps k3 finite.
 MAX_LOG_RATIO = 20.0
@@ -43,10 +40,6 @@ class Objective:
     @property
     def upper(self) -> float:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
-
-def objective_of(args: GRPOConfig) -> Objective:
-    return Objective(**{f.name: getattr(args, f.name) for f in fields(Objective)})
 
 
 class Advantages(NamedTuple):

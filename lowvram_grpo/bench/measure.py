@@ -25,8 +25,7 @@ import torch
 
 from lowvram_grpo.bench.models import random_model, word_prompts, word_tokenizer
 from lowvram_grpo.bench.rows import ROOT, reason
-from lowvram_grpo.errors import UserError
-from lowvram_grpo.memory.guard import is_out_of_memory
+from lowvram_grpo.errors import UserError, is_out_of_memory
 from lowvram_grpo.recipe.resolve import Recipe
 from lowvram_grpo.run.observer import Observer
 
@@ -163,8 +162,8 @@ def trainer_of(recipe: Recipe, steps: int, device: torch.device, folder: str, **
     from datasets import Dataset
     from peft import LoraConfig
 
+    from lowvram_grpo.plan.architectures import resolve_config
     from lowvram_grpo.plan.planner import setting
-    from lowvram_grpo.policy.known_models import resolve_config
     from lowvram_grpo.policy.load import DTYPES, compute_dtype
     from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.training.trainer import GRPOTrainer

@@ -75,8 +75,8 @@ def cards() -> list[str]:
 def planned(case: Case, *, device: str = "cuda", half: str = "bfloat16") -> Plan:
     """What would run."""
     from lowvram_grpo.memory.cards import typical
+    from lowvram_grpo.plan.architectures import resolve_config
     from lowvram_grpo.plan.planner import Planner
-    from lowvram_grpo.policy.known_models import resolve_config
 
     config, _ = resolve_config(str(case.recipe.model))
     planner = Planner(config, device=device, half=half, card=typical(case.card))

@@ -103,6 +103,7 @@ def start(flags: dict[str, Any], extra: list[str], **options: Any) -> None:
     from lowvram_grpo.jobs.inference import load_policy, recipe_to_sample
     from lowvram_grpo.jobs.loading import check_device, load_tokenizer_of, training_config
     from lowvram_grpo.jobs.task import check_reward_columns, guess_notice, prepared, reward_specs
+    from lowvram_grpo.policy.reward_model import load_reward_model
     from lowvram_grpo.rewards.registry import full_marks, resolve_reward
     from lowvram_grpo.rewards.runner import RewardRunner
 
@@ -137,7 +138,11 @@ def start(flags: dict[str, Any], extra: list[str], **options: Any) -> None:
     with console.status(f"loading {escape(recipe.model)}"):
         policy = load_policy(recipe, args, tokenizer, tell)
         runner = RewardRunner(
-            [func for func, _ in rewards], weights=args.reward_weights, device=args.device, timeout=args.reward_timeout
+            [func for func, _ in rewards],
+            weights=args.reward_weights,
+            device=args.device,
+            timeout=args.reward_timeout,
+            load_model=load_reward_model,
         )
     adapter = f" with {recipe.adapter}" if recipe.adapter else ""
     tell(f"{recipe.model}{adapter} on {args.device}; {counted(len(data), 'prompt')} of {place}.")

@@ -20,7 +20,8 @@ _INTRO = (
 def show() -> None:
     """Print the flags in three groups: GRPO's, those of transformers.TrainingArguments, and those without effect."""
     hush()
-    from lowvram_grpo.recipe.config import GRPOConfig, why_inert
+    from lowvram_grpo.recipe.config import GRPOConfig
+    from lowvram_grpo.recipe.notices import why_inert
     from lowvram_grpo.recipe.resolve import training_types
 
     types = training_types()

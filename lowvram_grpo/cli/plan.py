@@ -32,8 +32,9 @@ def start(
     from lowvram_grpo.cli.train import parse_extra
     from lowvram_grpo.jobs.loading import hub_arguments
     from lowvram_grpo.memory.cards import typical
+    from lowvram_grpo.plan.architectures import resolve_config
     from lowvram_grpo.plan.planner import Planner
-    from lowvram_grpo.policy.known_models import named, resolve_config
+    from lowvram_grpo.policy.known_models import named
     from lowvram_grpo.recipe import preset as presets
     from lowvram_grpo.recipe.resolve import resolve
 

@@ -42,6 +42,7 @@ def _list(console: Console) -> None:
 
 
 def _show(console: Console, name: str) -> None:
+    from lowvram_grpo.memory.ladder import AT_LOAD
     from lowvram_grpo.recipe import preset
 
     chosen = preset.load(name)
@@ -56,5 +57,5 @@ def _show(console: Console, name: str) -> None:
     ladder = Table(box=None, show_header=False, show_edge=False)
     ladder.add_column(justify="right")
     for number, (key, value) in enumerate(chosen.ladder, 1):
-        ladder.add_row(f"{number}.", f"{key}={value}{' *' if key in preset.AT_LOAD else ''}")
+        ladder.add_row(f"{number}.", f"{key}={value}{' *' if key in AT_LOAD else ''}")
     console.print(ladder)

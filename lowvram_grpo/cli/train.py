@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_grpo.errors import UserError, did_you_mean
-from lowvram_grpo.faults import boundary, given_settings
+from lowvram_grpo.faults import boundary
 from lowvram_grpo.run.quiet import hush
 
 
@@ -48,7 +48,7 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
         if recipe.model:
             recipe.model = named(recipe.model, say)
         offline_where_unreachable([recipe.model, recipe.adapter, recipe.data, recipe.eval_data], say)
-        with boundary(given_settings(recipe)):
+        with boundary(recipe.given_settings()):
             run(recipe, dry_run=dry_run)
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lowvram_grpo.rollout.sampler import Sampling
 
-
-def silent_ids(tokenizer: PreTrainedTokenizerBase, sampling: Sampling | None = None) -> frozenset[int]:
-    """Ids that end a completion or fill it up, of the sampler as of the tokenizer: they say nothing."""
-    found = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    if sampling is not None:
-        found |= {*sampling.eos_ids, sampling.pad_id}
-    return frozenset(found - {None})
+def silent_ids(tokenizer: PreTrainedTokenizerBase, sampled: Iterable[int] = ()) -> frozenset[int]:
+    """Ids that end a completion or fill it up, of the tokenizer as of the sampler (`sampled`): they say nothing."""
+    return frozenset({tokenizer.eos_token_id, tokenizer.pad_token_id, *sampled} - {None})
 
 
 def spoken(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], silent: Collection[int]) -> str:

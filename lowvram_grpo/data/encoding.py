@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowvram_grpo.data.messages import in_text, is_conversational
+from lowvram_grpo.data.messages import is_conversational
+from lowvram_grpo.data.rendering import UserTurn, chat_ids, check_tokenizer, rendered
 from lowvram_grpo.errors import UserError, counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_LEFT_OUT = " ... "
-# With less of it than this, the text of a user says nothing, and the left end is the smaller loss.
-_FEWEST_TOKENS_OF_A_TURN = 16
-# The cut is looked for by interpolation: two or three tries land within this many tokens of the limit.
-_SLACK, _TRIES = 4, 8
 _CHECKED = 1000
 
 
@@ -30,7 +26,7 @@ def check_prompts(
     check_tokenizer(tokenizer)
     prompts = dataset.select(range(min(len(dataset), _CHECKED)))["prompt"]
     chats = [prompt for prompt in prompts if is_conversational(prompt)]
-    texts = [_rendered(tokenizer, chat, chat_template_kwargs or {}) for chat in chats]
+    texts = [rendered(tokenizer, chat, chat_template_kwargs or {}) for chat in chats]
     _check_roles(tokenizer, chats, texts, chat_template_kwargs or {})
     encode_prompts(tokenizer, prompts[:1], max_prompt_length=None, chat_template_kwargs=chat_template_kwargs)
     for chat, text in zip(chats, texts):
@@ -49,7 +45,7 @@ def _check_roles(tokenizer: PreTrainedTokenizerBase, chats: list, texts: list[st
         UserError: it does not.
     """
     asks = chats and any(message["role"] == "user" for message in chats[0])
-    if asks and _rendered(tokenizer, [_more(message) for message in chats[0]], kwargs) == texts[0]:
+    if asks and rendered(tokenizer, [_more(message) for message in chats[0]], kwargs) == texts[0]:
         raise UserError(
             "The chat template renders every conversation as the same text, without its messages; pass "
             "--chat-template plain, or a .jinja file that prints messages."
@@ -59,7 +55,7 @@ def _check_roles(tokenizer: PreTrainedTokenizerBase, chats: list, texts: list[st
         for role in {message["role"] for message in chat} - seen:
             seen.add(role)
             other = [_more(message) if message["role"] == role else message for message in chat]
-            if _rendered(tokenizer, other, kwargs) == text:
+            if rendered(tokenizer, other, kwargs) == text:
                 raise UserError(
                     f"The chat template leaves out messages of role {role!r}, so the model would not see them; rename "
                     "the role (system, user and assistant are the usual ones), drop such messages, or pass another "
@@ -105,7 +101,7 @@ def encode_prompts(
     plain = sorted({*range(len(prompts))} - {*chats})
     ids: list[list[int]] = [[] for _ in prompts]
     if chats:
-        for i, row in zip(chats, _chat_ids(tokenizer, [prompts[i] for i in chats], chat_template_kwargs)):
+        for i, row in zip(chats, chat_ids(tokenizer, [prompts[i] for i in chats], chat_template_kwargs)):
             ids[i] = row
     if plain:
         behind = len(_special_tokens(tokenizer)[1])
@@ -119,26 +115,10 @@ def encode_prompts(
         return ids, 0
     cut = [i for i, row in enumerate(ids) if len(row) > max_prompt_length]
     for i in cut:
-        turn = _Turn.last_of(tokenizer, prompts[i], chat_template_kwargs) if is_conversational(prompts[i]) else None
+        turn = UserTurn.last_of(tokenizer, prompts[i], chat_template_kwargs) if is_conversational(prompts[i]) else None
         in_turn = turn.cut(len(ids[i]), max_prompt_length) if turn else None
         ids[i] = in_turn or ids[i][-max_prompt_length:]
     return ids, len(cut)
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Whether there is a tokenizer: for a folder without its files transformers makes one that knows no words.
-
-    Raises:
-        UserError: it encodes nothing.
-    """
-    ids = tokenizer("Any text at all: 1 a", add_special_tokens=False)["input_ids"]
-    only_special = {*tokenizer.get_vocab()} <= {*tokenizer.all_special_tokens}
-    if not ids or (only_special and {*ids} == {tokenizer.unk_token_id}):
-        place = getattr(tokenizer, "name_or_path", "") or "the model"
-        raise UserError(
-            f"The tokenizer of {place} encodes nothing ({counted(len(tokenizer), 'token')}): its files are missing; "
-            "copy tokenizer.json and tokenizer_config.json from where the model comes from into its folder."
-        )
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -148,94 +128,6 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
     rows = tokenizer(texts, verbose=False)["input_ids"]
     n = len(front)
     return [row[n:] if n and row[:n] == front and row[n : 2 * n] == front else row for row in rows]
-
-
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, chats: list, kwargs: dict[str, Any] | None) -> list[list[int]]:
-    texts = [_rendered(tokenizer, chat, kwargs or {}) for chat in chats]
-    # The chat template has written the special tokens already.
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-class _Turn:
-    """The last user turn of a conversation, of which the middle can be left out."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list, index: int, kwargs: dict[str, Any] | None):
-        self.tokenizer, self.messages, self.index, self.kwargs = tokenizer, messages, index, kwargs
-        self.text = messages[index]["content"]
-        self.frame = self._with(0)
-
-    @classmethod
-    def last_of(cls, tokenizer, messages: list, kwargs: dict[str, Any] | None) -> _Turn | None:
-        messages = in_text(messages)
-        users = [i for i, m in enumerate(messages) if m["role"] == "user" and isinstance(m["content"], str)]
-        return cls(tokenizer, messages, users[-1], kwargs) if users else None
-
-    def leaves_room(self, limit: int) -> bool:
-        """Whether a cut to `limit` tokens keeps enough of the turn for it to mean something."""
-        return limit - len(self.frame) >= _FEWEST_TOKENS_OF_A_TURN
-
-    def cut(self, tokens: int, limit: int) -> list[int] | None:
-        """Ids of the conversation with as much of the turn as fits; None where it does not leave room.
-
-        Args:
-            tokens: length of the whole conversation, more than `limit`.
-        """
-        if not self.leaves_room(limit):
-            return None
-        best, low, high = self.frame, 0, len(self.text)
-        for _ in range(_TRIES):
-            if limit - len(best) <= _SLACK or high - low <= 1:
-                break
-            guess = low + (high - low) * (limit - len(best)) // (tokens - len(best))
-            kept = min(max(guess, low + 1), high - 1)
-            ids = self._with(kept)
-            if len(ids) <= limit:
-                best, low = ids, kept
-            else:
-                tokens, high = len(ids), kept
-        return best
-
-    def _with(self, characters: int) -> list[int]:
-        """Ids of the conversation with this many characters of the turn, half of them from each of its ends."""
-        head, tail = (characters + 1) // 2, characters // 2
-        text = self.text[:head].rstrip() + _LEFT_OUT + self.text[len(self.text) - tail :].lstrip()
-        changed = {**self.messages[self.index], "content": text}
-        messages = [*self.messages[: self.index], changed, *self.messages[self.index + 1 :]]
-        return _chat_ids(self.tokenizer, [messages], self.kwargs)[0]
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], kwargs: dict[str, Any]) -> str:
-    from jinja2 import TemplateSyntaxError
-
-    if not tokenizer.chat_template:
-        check_tokenizer(tokenizer)
-        raise UserError(
-            "The prompts are conversations, but this model's tokenizer has no chat template; pass --chat-template "
-            "plain, or a .jinja file, or use plain-text prompts without a template, system prompt or few-shot examples."
-        )
-    goes_on = messages[-1]["role"] == "assistant"
-    # Arrow fills the keys that only some messages have with None, and many templates print it.
-    messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
-    try:
-        messages = in_text(messages)  # many templates print a list of parts as Python does, or nothing at all
-    except ValueError as error:
-        raise UserError(f"A prompt {error}.") from error
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on, **kwargs
-        )
-    except TemplateSyntaxError as error:
-        raise UserError(
-            f"The chat template is no Jinja template (line {error.lineno}: {error.message}); mend it, or pass "
-            "--chat-template with `plain` or another .jinja file."
-        ) from error
-    except Exception as error:  # a template is a program of somebody else's: it may do anything but print
-        reason = " ".join(str(error).split()).rstrip(".")
-        roles = ", ".join(m["role"] for m in messages)
-        raise UserError(
-            f"The chat template refuses a conversation of {roles} ({reason}); change the system prompt, few-shot "
-            "examples or messages to fit it, or pass another --chat-template."
-        ) from error
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -305,6 +197,6 @@ def prompt_length_report(
         for prompt, length in zip(prompts, lengths):
             if max_prompt_length is not None and length > max_prompt_length:
                 cut += 1
-                turn = _Turn.last_of(tokenizer, prompt, chat_template_kwargs) if is_conversational(prompt) else None
+                turn = UserTurn.last_of(tokenizer, prompt, chat_template_kwargs) if is_conversational(prompt) else None
                 in_turn += turn is not None and turn.leaves_room(max_prompt_length)
     return LengthReport(longest, cut, looked_at, len(rows), in_turn, is_conversational(rows[0]["prompt"]))

@@ -13,7 +13,7 @@ from lowvram_grpo.data.templates import template as find_template
 from lowvram_grpo.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 __all__ = ["PROMPT_COLUMNS", "check_dataset", "is_conversational", "load", "opening_turns", "prepare"]
 
@@ -59,8 +59,6 @@ def prepare(
     Raises:
         UserError: a column is missing, a row has no usable prompt, or an answer is not one value.
     """
-    from datasets import Features, Value
-
     form = find_template(template) if template else None
     source = find_prompt_column(dataset, prompt_column, tell)
     answer = _answer(dataset, answer_column, answer_columns or (form.answer_columns if form else ()))
@@ -90,24 +88,28 @@ def prepare(
             new[_REFERENCE] = last
         return new
 
-    text = Value("string")
-    features = {**dataset.features, "prompt": [{"role": text, "content": text}] if conversational else text}
-    if answer or last_is_answer:
-        features["answer"] = text
-    if formats_reference or last_is_reference:
-        features[_REFERENCE] = text
+    texts = ["answer"] if answer or last_is_answer else []
+    texts += [_REFERENCE] if formats_reference or last_is_reference else []
     dropped = [answer.column] if answer and answer.column == "completion" else []
-    for name in dropped:
-        del features[name]
     # In memory: a cache on disk would be keyed on names of our functions, not their code, and outlive an upgrade.
     return dataset.map(
         columns,
         with_indices=True,
         remove_columns=dropped,
-        features=Features(features),
+        features=_features(dataset, conversational, texts, dropped),
         keep_in_memory=True,
         desc="Preparing prompts",
     )
+
+
+def _features(dataset: Dataset, conversational: bool, texts: Sequence[str], dropped: Sequence[str]) -> Features:
+    """The types of a prepared dataset's columns: its own, `prompt`, and `texts`, without `dropped`."""
+    from datasets import Features, Value
+
+    text = Value("string")
+    types = {**dataset.features, "prompt": [{"role": text, "content": text}] if conversational else text}
+    types |= dict.fromkeys(texts, text)
+    return Features({name: kind for name, kind in types.items() if name not in dropped})
 
 
 def opening_turns(

@@ -207,7 +207,7 @@ def stream_answer(
     """Sample one answer to the prompt `ids`; `show` gets its text piece by piece. Ctrl-C ends it where it is."""
     answer, text, started = (
         Answer(),
-        TextStream(policy.tokenizer, silent_ids(policy.tokenizer, sampling)),
+        TextStream(policy.tokenizer, silent_ids(policy.tokenizer, (*sampling.eos_ids, sampling.pad_id))),
         perf_counter(),
     )
 

@@ -129,7 +129,7 @@ def load_model_of(recipe: Recipe, args: GRPOConfig, tell: Callable[[str], None])
     from lowvram_grpo.policy.embeddings import stays_on_host
     from lowvram_grpo.policy.load import DTYPES, bitsandbytes_config, compute_dtype, load_causal_lm
 
-    cap(args)  # before a byte is allocated
+    cap(args.device, args.vram_gib)  # before a byte is allocated
     dtype = compute_dtype(args.device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
     init = {**hub_arguments(recipe), **(recipe.training.get("model_init_kwargs") or {})}
     if recipe.attn_implementation:

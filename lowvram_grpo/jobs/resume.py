@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from lowvram_grpo.errors import UserError
-from lowvram_grpo.faults import flag_of
+from lowvram_grpo.errors import UserError, flag_of
 from lowvram_grpo.training.continuation import Made, made_with, serves_on, shift_of, steps_an_epoch
 from lowvram_grpo.training.resumable import step_of
 

@@ -108,7 +108,7 @@ def check_reward_columns(recipe: Recipe, rewards: list[Callable | str], data: Da
     Raises:
         UserError: it lacks one.
     """
-    from lowvram_grpo.rewards.runner import check_columns
+    from lowvram_grpo.rewards.signatures import check_columns
     from lowvram_grpo.training.collect import reward_columns
 
     only_prompts = bool(recipe.training.get("remove_unused_columns"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.errors import CantWrite, Stopped, UserError, counted
-from lowvram_grpo.faults import explain, given_settings, note_phase
+from lowvram_grpo.faults import explain, note_phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,9 +42,9 @@ def _run(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
     from lowvram_grpo.jobs.resume import check_changes, check_unfinished, newest_checkpoint, planned_steps
     from lowvram_grpo.jobs.task import reward_specs
     from lowvram_grpo.recipe.resolve import resolve
-    from lowvram_grpo.recipe.settings import check_before_loading
     from lowvram_grpo.rewards.registry import resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
+    from lowvram_grpo.training.early_checks import check_before_loading
 
     check_device(recipe)
     if not recipe.model:
@@ -227,7 +227,7 @@ def _train(recipe, args, directory, checkpoint, rewards, tokenizer, train_data, 
             take_over()
         else:
             with interrupt.armed():
-                _fit(trainer, checkpoint, directory, given_settings(recipe))
+                _fit(trainer, checkpoint, directory, recipe.given_settings())
             if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
                 console.notice(f"stopped at step {trainer.state.global_step}; go on with --resume {directory.path}")
                 raise Stopped(interrupt.requested)

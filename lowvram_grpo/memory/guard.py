@@ -10,18 +10,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from lowvram_grpo.errors import UserError
-from lowvram_grpo.kernels.runtime import is_out_of_memory
+from lowvram_grpo.errors import UserError, is_out_of_memory
 from lowvram_grpo.memory.budget import budget
 from lowvram_grpo.memory.devices import detect
 from lowvram_grpo.memory.ladder import Rung, next_rung
-
-if TYPE_CHECKING:
-    from lowvram_grpo.recipe.config import GRPOConfig
 
 T = TypeVar("T")
 
@@ -40,14 +36,18 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def cap(args: GRPOConfig) -> None:
+def cap(device: torch.device, cap_gib: float | None) -> None:
     """Hold PyTorch's allocator to what of the card is ours: beyond it allocations fail, before a driver pages to host
-    memory or a desktop starves. Nothing to do without CUDA."""
-    if args.device.type != "cuda":
+    memory or a desktop starves. Nothing to do without CUDA.
+
+    Args:
+        cap_gib: GRPOConfig's vram_gib, which only ever lowers that.
+    """
+    if device.type != "cuda":
         return
-    device = detect(args.device.index or 0)
-    allowed = budget(device, args.vram_gib).allocator_bytes
-    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / device.total_bytes), args.device)
+    card = detect(device.index or 0)
+    allowed = budget(card, cap_gib).allocator_bytes
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / card.total_bytes), device)
 
 
 class Guard:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lowvram_grpo.recipe.preset import AT_LOAD, saves
+from lowvram_grpo.errors import UserError
 
 PHASES = ("load", "rollout", "score", "forward", "backward", "optimizer")
 _TRAINING = ("score", "forward", "backward")
@@ -45,6 +45,16 @@ _WORDS = {
     "quantization": "the base is kept in {}",
 }
 
+# Settings that are fixed once the weights are on the card; a rung of one of these means loading again. The KV cache
+# stays as it began too: what rounds the policy's samples is decided before a run, not in the middle of it.
+AT_LOAD = frozenset({"quantization", "head_dtype", "embedding_offload", "kv_cache_dtype"})
+# From the largest to the smallest: what counts as a saving, where it is not a smaller number or a switch.
+_ORDERS = {
+    "quantization": ("none", "int8", "nf4"),
+    "head_dtype": ("dense", "int8", "nf4"),
+    "kv_cache_dtype": ("auto", "int8"),
+}
+
 
 class Rung(NamedTuple):
     """One setting and the value it is lowered to."""
@@ -60,6 +70,30 @@ class Rung(NamedTuple):
         """For people, as in `training on 2 completions at once`."""
         count = f"{self.value} completion{'s' if self.value != 1 else ''}"
         return _WORDS.get(self.key, str(self)).format(count if self.key.endswith("batch_size") else self.value)
+
+
+def saves(key: str, value: Any, current: Any) -> bool:
+    """Whether `value` takes less memory than `current` (None: unset) for a setting of a ladder; either may be text.
+
+    A smaller number does, a switch that goes on, or a smaller kind of weights. So a rung never undoes what a person has
+    set lower, nor what an earlier rung did.
+
+    Raises:
+        UserError: it cannot be told.
+    """
+    word = str(value).lower()
+    if word in ("true", "false"):
+        return word == "true" and str(current).lower() != "true"
+    try:
+        if key in _ORDERS:
+            order = _ORDERS[key]
+            return order.index(word) > order.index(str(current or order[0]))
+        return current is None or int(value) < int(current)
+    except ValueError as error:
+        raise UserError(
+            f"{key}={value} is no rung of a ladder after {key}={current}; a rung is a smaller whole number, true, or "
+            f"a smaller kind of {' or '.join(_ORDERS)}."
+        ) from error
 
 
 def _halvings(now: int) -> Iterator[int]:

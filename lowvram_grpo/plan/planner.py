@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.memory.ladder import RELIEVES, Rung, way_back
+from lowvram_grpo.memory.ladder import RELIEVES, Rung, saves, way_back
 from lowvram_grpo.plan.paper import OF_THE_ADAPTER, by_a_person, paper_config, setting, with_its_batch, with_setting
 from lowvram_grpo.recipe import preset as presets
 from lowvram_grpo.recipe.resolve import typed
@@ -244,13 +244,13 @@ class Planner:
     def _bottom(self, recipe: Recipe, left: list[Rung], budget: int, taken: tuple[Rung, ...] = ()) -> Plan:
         """With every rung that still saves something."""
         for rung in left:
-            if self._possible(recipe, rung) and presets.saves(rung.key, rung.value, setting(recipe, rung.key)):
+            if self._possible(recipe, rung) and saves(rung.key, rung.value, setting(recipe, rung.key)):
                 recipe, taken = with_setting(recipe, rung.key, rung.value), (*taken, rung)
         return Plan(recipe, budget, self.predict(recipe), taken)
 
     def _next(self, recipe: Recipe, found: Prediction, left: list[Rung]) -> Rung | None:
         helpful = (r for r in left if found.peak_phase in RELIEVES[r.key])
-        return next((r for r in helpful if presets.saves(r.key, r.value, setting(recipe, r.key))), None)
+        return next((r for r in helpful if saves(r.key, r.value, setting(recipe, r.key))), None)
 
     def _advice(self, plan: Plan) -> Iterator[str]:
         """What would fit, at the bottom of the ladder: shorter completions or prompts, a smaller model or card."""
@@ -274,13 +274,14 @@ class Planner:
             set_by = plan.recipe.origin.get(rung.key)
             if rung.key in done or set_by not in ("flag", "file", OF_THE_ADAPTER):
                 continue
-            saving = presets.saves(rung.key, rung.value, setting(plan.recipe, rung.key))
+            saving = saves(rung.key, rung.value, setting(plan.recipe, rung.key))
             if saving and self.predict(with_setting(plan.recipe, rung.key, rung.value)).peak <= plan.budget:
                 yield f"--{rung.key.replace('_', '-')} {str(rung).partition('=')[2]} fits"
                 done.add(rung.key)
 
     def _smaller_model(self, plan: Plan) -> str | None:
-        from lowvram_grpo.policy.known_models import family, resolve_config
+        from lowvram_grpo.plan.architectures import resolve_config
+        from lowvram_grpo.policy.known_models import family
 
         for name in reversed(family(str(plan.recipe.model))):
             config, _ = resolve_config(name)

@@ -264,12 +264,11 @@ def _many(value: Any) -> bool:
 
 def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: StandIn, ledger: Ledger):
     """The engine and the learner that a trainer would put around the model."""
-    from lowvram_grpo.objective import objective_of
     from lowvram_grpo.policy.reference import Reference
     from lowvram_grpo.rollout.engine import engine_of
     from lowvram_grpo.rollout.sampler import filters_of
-    from lowvram_grpo.training.correction import correction_of
     from lowvram_grpo.training.loss import KernelChoice
+    from lowvram_grpo.training.loss_settings import correction_of, objective_of
 
     # peft makes a second adapter on the CPU, and moves it wherever the base is, but not to meta.
     with ledger.making("adapter"), _META:

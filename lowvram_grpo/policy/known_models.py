@@ -16,13 +16,9 @@ import re
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lowvram_grpo.errors import UserError, did_you_mean, one_line
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from lowvram_grpo.errors import did_you_mean
 
 # Parts of a hub id that say how a model was tuned or packed, and leave its shape alone.
 _SAME_SHAPE = frozenset(
@@ -46,6 +42,11 @@ def lookup(model: str) -> str | None:
     None. The owner is ignored; so are parts that do not change the shape."""
     key = _key(model)
     return _SHORT.get(key) or next((name for name in names() if _key(name) == key), None)
+
+
+def near(model: str) -> str:
+    """` (did you mean X?)` for a misspelled name of the table, or an empty string."""
+    return did_you_mean(_tail(model), map(str.lower, names()))
 
 
 def family(model: str) -> list[str]:
@@ -101,54 +102,6 @@ def named(model: str, tell: Callable[[str], None]) -> str:
         tell(f"model: {model} is {place} on the hub.")
         return place
     return model
-
-
-def resolve_config(model: str, **hub: Any) -> tuple[PretrainedConfig, str]:
-    """The configuration of `model`, and where it comes from, for people; `hub` as for `policy.load.model_config`.
-
-    `model` is a folder with a config.json, the file itself, a GGUF file, a name that `lookup` knows, or a hub id; the
-    hub (or its cache) is asked last, so that planning a model of the table works without a network.
-
-    Raises:
-        UserError: none of these.
-    """
-    from transformers import AutoConfig
-
-    from lowvram_grpo.policy.hub import way_to_the_hub
-    from lowvram_grpo.policy.load import model_config
-    from lowvram_grpo.policy.refusals import check_kind, explained, not_a_model
-
-    path = Path(model).expanduser()
-    if path.suffix.lower() == ".gguf":
-        return model_config(str(path)), str(path)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise not_a_model(str(path))
-    # Else transformers asks at the terminal.
-    hub = {"trust_remote_code": False, **hub}
-    if path.is_dir() or path.is_file():
-        try:
-            config = AutoConfig.from_pretrained(str(path), **hub)
-        except (OSError, ValueError) as error:
-            if "trust_remote_code" in str(error):
-                raise explained(str(path), error) from error
-            raise UserError(f"{model!r} is not a model's configuration ({one_line(error)}).") from error
-        check_kind(str(path), config)
-        return config, str(path)
-    name = lookup(model)
-    if name is not None:
-        return AutoConfig.for_model(dtype="bfloat16", **config_dict(name)), f"the table of architectures ({name})"
-    try:
-        config = AutoConfig.from_pretrained(model, **hub)
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise explained(model, error) from error
-        near = did_you_mean(_tail(model), map(str.lower, names()))
-        raise UserError(
-            f"{model!r} is no folder with a config.json, not in the table of architectures{near}, and not to be had "
-            f"from the hub; name a local folder, {way_to_the_hub()}, or take one of {', '.join(names())}."
-        ) from error
-    check_kind(model, config)
-    return config, f"the hub ({model})"
 
 
 @cache

@@ -2,106 +2,49 @@
 
 Where TRL asks for batch sizes that divide each other, this config derives them: `prompts_per_step` prompts, times
 `num_generations` completions each, are one optimizer step; `per_device_train_batch_size` only bounds how many of those
-completions go through the model at once. `BatchPlan` holds the arithmetic.
+completions go through the model at once. `batch_plan` has the arithmetic.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.recipe.batch_plan import BatchPlan
 from lowvram_grpo.recipe.generation_kwargs import settle_generation_kwargs
+from lowvram_grpo.recipe.notices import notices_of
 from lowvram_grpo.recipe.ranges import TRAINING_RANGES, check_ranges
 from lowvram_grpo.recipe.settings import check_built, check_choices, settle_best_model
-from lowvram_grpo.training.correction import CORRECTION_MODES
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
-KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
-SCALE_REWARDS = ("group", "batch", "none")
-IMPORTANCE_LEVELS = ("token", "sequence")
-SWITCH = ("auto", "on", "off")
-HEAD_DTYPES = ("dense", "int8", "nf4")
-KV_DTYPES = ("auto", "int8")
-ATTENTIONS = ("auto", "sdpa", "xformers")
-ADAPTER_MODES = ("auto", "fused", "merged", "off")
-
-# Accepted so that a TRL script runs unchanged; each says on screen why it does nothing when it is set.
-INERT_FIELDS = {
-    "ds3_gather_for_generation": "DeepSpeed ZeRO-3 is not supported yet, so there are no sharded weights to gather",
-    "cache_implementation": "rollouts choose their own KV cache",
-    "dataloader_drop_last": "a smaller last batch is still whole groups",
-    "dataloader_num_workers": "a row is only a prompt, which the main process reads at no cost",
-    "log_unique_prompts": "one sample is shown a step, and completions.jsonl holds all",
-    "num_completions_to_print": "one sample is shown a step, and completions.jsonl holds all",
-    "neftune_noise_alpha": "noise on the embeddings would make the log-probs those of another policy",
-    "label_smoothing_factor": "the loss is GRPO's, which has no labels",
-    "group_by_length": "prompts come shuffled or in order (shuffle_dataset)",
-    "train_sampling_strategy": "prompts come shuffled or in order (shuffle_dataset)",
-    "bf16_full_eval": "evaluation computes as training does",
-    "fp16_full_eval": "evaluation computes as training does",
-    "fsdp_config": "more than one process is not supported yet",
-    "torch_compile": "the sampler and the scorer do not go through the compiled forward",
-    "cast_lm_head_to_fp32": "logits are always computed in float32 here, tile by tile",
-    "use_liger_kernel": "the loss head is already fused here (fused_loss)",
-    "use_transformers_continuous_batching": "rollouts have their own engine",
-    "vllm_structured_outputs_regex": "completions are sampled without a grammar",
-    "vllm_guided_decoding_regex": "completions are sampled without a grammar",
-    "vllm_group_port": "weights go to vLLM as LoRA adapters, which takes no communicator",
-    "vllm_device": "a colocated vLLM runs on the card that trains",
-    "vllm_dtype": "vLLM takes the model's own dtype, and a server its --dtype",
-    "vllm_enable_prefix_caching": "vLLM decides itself; no version of an adapter finds the cache of another",
-    "vllm_tensor_parallel_size": "a colocated vLLM runs on one card, and a server takes --tensor-parallel-size",
+CORRECTION_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+_SWITCH = ("auto", "on", "off")
+# The words that a field may have.
+_CHOICES = {
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo"),
+    "kl_estimator": ("k1", "k2", "k3", "exact"),
+    "scale_rewards": ("group", "batch", "none"),
+    "importance_sampling_level": ("token", "sequence"),
+    "fused_loss": _SWITCH,
+    "head_dtype": ("dense", "int8", "nf4"),
+    "shared_prefix": _SWITCH,
+    "attention": ("auto", "sdpa", "xformers"),
+    "kv_cache_dtype": ("auto", "int8"),
+    "rollout_adapters": ("auto", "fused", "merged", "off"),
+    "fused_ops": _SWITCH,
+    "memory_probe": _SWITCH,
+    "vllm_mode": ("server", "colocate"),
+    "vllm_importance_sampling_mode": CORRECTION_MODES,
 }
-VLLM_MODES = ("server", "colocate")
-_ONLY_SERVER = ("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
-                "vllm_adapter_server_dir", "vllm_server_model")  # fmt: skip
-_ONLY_COLOCATED = ("vllm_model_impl", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization",
-                   "vllm_max_model_length", "vllm_max_model_len")  # fmt: skip
-
-
-def why_inert(name: str) -> str | None:
-    """Why a field does nothing here; None where it does something."""
-    return INERT_FIELDS.get(name)
 
 
 def _help(text: str, default: Any = None, **kwargs: Any) -> Any:
     return field(default=default, metadata={"help": text, **kwargs})
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How one rollout becomes optimizer steps. All counts are per process.
-
-    Attributes:
-        prompts_per_rollout: prompts sampled from at once.
-        num_generations: completions per prompt (G).
-        updates_per_rollout: optimizer steps that share one rollout, each on its own slice of the completions.
-        num_iterations: passes over the whole rollout (mu in the GRPO paper).
-        micro_batch_size: completions in one forward and backward pass, at most.
-    """
-
-    prompts_per_rollout: int
-    num_generations: int
-    updates_per_rollout: int
-    num_iterations: int
-    micro_batch_size: int
-
-    @property
-    def completions_per_rollout(self) -> int:
-        return self.prompts_per_rollout * self.num_generations
-
-    @property
-    def steps_per_rollout(self) -> int:
-        """Optimizer steps between two rollouts."""
-        return self.updates_per_rollout * self.num_iterations
 
 
 @dataclass
@@ -272,16 +215,16 @@ class GRPOConfig(TrainingArguments):
         self._settle_vllm()
         if self.warmup_ratio is not None and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio
-        self._emulated_bf16 = bool(self.bf16) and not self.use_cpu and not _has_bf16()
-        if self.bf16 is None or self._emulated_bf16:
+        self.emulated_bf16 = bool(self.bf16) and not self.use_cpu and not _has_bf16()
+        if self.bf16 is None or self.emulated_bf16:
             self.bf16, self.fp16 = _pick_autocast(self.fp16, self.use_cpu)
         # From here on checkpointing is ours to switch (policy.load), under one name in every transformers version.
         checkpointing = self.gradient_checkpointing or bool(getattr(self, "activation_checkpointing", None))
         self.gradient_checkpointing = None if hasattr(self, "activation_checkpointing") else False
-        self._idle_backend = None
+        self.idle_backend = None
         if self.ddp_backend is not None and os.environ.get("WORLD_SIZE", "1") == "1":
             # transformers would look for the process group that it belongs to
-            self._idle_backend, self.ddp_backend = self.ddp_backend, None
+            self.idle_backend, self.ddp_backend = self.ddp_backend, None
         check_choices(self)
         settle_best_model(self)
         try:
@@ -300,25 +243,10 @@ class GRPOConfig(TrainingArguments):
             if not ok:
                 raise UserError(message)
 
-        def one_of(name: str, allowed: tuple[str, ...]) -> None:
+        check_ranges(vars(self), TRAINING_RANGES)
+        for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             need(value in allowed, f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
-
-        check_ranges(vars(self), TRAINING_RANGES)
-        one_of("loss_type", LOSS_TYPES)
-        one_of("kl_estimator", KL_ESTIMATORS)
-        one_of("scale_rewards", SCALE_REWARDS)
-        one_of("importance_sampling_level", IMPORTANCE_LEVELS)
-        one_of("fused_loss", SWITCH)
-        one_of("head_dtype", HEAD_DTYPES)
-        one_of("shared_prefix", SWITCH)
-        one_of("attention", ATTENTIONS)
-        one_of("kv_cache_dtype", KV_DTYPES)
-        one_of("rollout_adapters", ADAPTER_MODES)
-        one_of("fused_ops", SWITCH)
-        one_of("memory_probe", SWITCH)
-        one_of("vllm_mode", VLLM_MODES)
-        one_of("vllm_importance_sampling_mode", CORRECTION_MODES)
         need(not (self.generation_batch_size and self.steps_per_generation),
              "generation_batch_size and steps_per_generation say the same thing; set one of them.")  # fmt: skip
         need(not self.auto_find_batch_size,
@@ -347,90 +275,12 @@ class GRPOConfig(TrainingArguments):
             )
 
     def batch_plan(self) -> BatchPlan:
-        """Derive prompts, updates and micro-batches from whichever of the fields were set. Never fails on divisibility:
-        completions are rounded up to whole groups."""
-        group, rows, accumulate = (
-            self.num_generations,
-            self.per_device_train_batch_size,
-            self.gradient_accumulation_steps,
-        )
-        per_step = self.prompts_per_step * group if self.prompts_per_step else rows * accumulate
-        if self.steps_per_generation:
-            per_rollout = max(per_step, rows * self.steps_per_generation)
-        elif self.generation_batch_size:
-            per_rollout = max(per_step, self.generation_batch_size // max(self.world_size, 1))
-        else:
-            per_rollout = per_step
-        prompts = math.ceil(per_rollout / group)
-        updates = max(1, round(prompts * group / max(per_step, 1))) if per_rollout > per_step else 1
-        return BatchPlan(prompts, group, updates, self.num_iterations, max(1, min(rows, prompts * group)))
+        """What whichever of the batch fields were set come to."""
+        return BatchPlan.of(self)
 
     def notices(self) -> list[str]:
         """One sentence for each setting that has no effect, or another effect than its digits say."""
-        default = {f.name: f.default for f in fields(type(self))}
-        said = [
-            f"{name} has no effect: {why}."
-            for name, why in INERT_FIELDS.items()
-            if name in default and getattr(self, name) != default[name]
-        ]
-        idle = [
-            name
-            for name in default
-            if name.startswith("vllm_") and name not in INERT_FIELDS and not self._vllm_reads(name)
-            if getattr(self, name) != default[name]
-        ]
-        if idle:
-            where = f"with vllm_mode {self.vllm_mode}" if self.use_vllm else "without use_vllm"
-            said.append(f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect {where}.")
-        said += self._step_notices()
-        if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
-            said.append(
-                f"importance_sampling_level sequence with loss_type {self.loss_type} weighs each sequence by its "
-                "length; loss_type grpo weighs all alike, as in the paper (GSPO)."
-            )
-        if self.top_p < 1 or self.top_k or self.min_p:
-            said.append(
-                "top_p, top_k and min_p bias the sampler: log-probs are those of the full softmax at this temperature."
-            )
-        if self.prompts_per_step and self.gradient_accumulation_steps > 1:
-            said.append(
-                f"prompts_per_step {self.prompts_per_step} sets the step; gradient_accumulation_steps has no effect."
-            )
-        if self.kl_estimator == "k1" and self.beta:
-            said.append(
-                "kl_estimator k1 measures the KL but does not restrain it: its expected gradient is zero; use k2 or k3."
-            )
-        if "paged" in str(self.optim) and sys.platform == "win32":
-            said.append(f"optim {self.optim} pages through the driver, which fails on Windows; adamw_8bit does not.")
-        if self._idle_backend is not None:
-            said.append(f"ddp_backend {self._idle_backend} has no effect: one process trains.")
-        if self.vram_gib is not None and self.device.type != "cuda":
-            said.append("vram_gib has no effect without a CUDA device.")
-        if self._emulated_bf16:
-            said.append("this GPU has no bfloat16 in hardware; float16 is used instead.")
-        if self.world_size > 1:
-            said.append("more than one process is not supported yet; results are only tested on one.")
-        return said
-
-    def _step_notices(self) -> list[str]:
-        """Where a step has another number of completions than the batch fields multiply to."""
-        plan, group = self.batch_plan(), self.num_generations
-        asked = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        per_step = self.prompts_per_step * group if self.prompts_per_step else asked
-        total, updates = plan.completions_per_rollout, plan.updates_per_rollout
-        if total == updates * per_step:
-            return []
-        if not (self.steps_per_generation or self.generation_batch_size):
-            return [f"{per_step} completions a step do not make whole groups of {group}; a step uses {total}."]
-        name = "generation_batch_size" if self.generation_batch_size else "steps_per_generation"
-        counts = " or ".join(map(str, sorted({total // updates, -(-total // updates)})))
-        return [
-            f"with {name} {getattr(self, name)} a rollout has {total} completions, which make no whole number of steps "
-            f"of {per_step}; a step uses {counts}."
-        ]
-
-    def _vllm_reads(self, name: str) -> bool:
-        return self.use_vllm and name not in (_ONLY_COLOCATED if self.vllm_mode == "server" else _ONLY_SERVER)
+        return notices_of(self)
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, default=str)

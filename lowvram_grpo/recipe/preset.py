@@ -14,21 +14,13 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.memory.ladder import saves
 from lowvram_grpo.recipe.tables import parse_toml
 
 if TYPE_CHECKING:
     from lowvram_grpo.memory.budget import Budget
     from lowvram_grpo.memory.devices import Device
 
-# Settings that are fixed once the weights are on the card; a rung of one of these means loading again. The KV cache
-# stays as it began too: what rounds the policy's samples is decided before a run, not in the middle of it.
-AT_LOAD = frozenset({"quantization", "head_dtype", "embedding_offload", "kv_cache_dtype"})
-# From the largest to the smallest: what counts as a saving, where it is not a smaller number or a switch.
-_ORDERS = {
-    "quantization": ("none", "int8", "nf4"),
-    "head_dtype": ("dense", "int8", "nf4"),
-    "kv_cache_dtype": ("auto", "int8"),
-}
 _KEYS = {"summary", "vram_gib", "extends", "settings", "ladder"}
 _GIB = 2**30
 # What of a card is not ours on a working day, in GiB and as a share of a large one: desktop, driver and reserve. An 8
@@ -87,30 +79,6 @@ def load(name: str) -> Preset:
         ladder = basis.get("ladder") if ladder is None else ladder
     rungs = _remaining(settings, [_rung(name, text) for text in ladder or []])
     return Preset(name, table["summary"], table.get("vram_gib"), settings, rungs)
-
-
-def saves(key: str, value: Any, current: Any) -> bool:
-    """Whether `value` takes less memory than `current` (None: unset) for a setting of a ladder; either may be text.
-
-    A smaller number does, a switch that goes on, or a smaller kind of weights. So a rung never undoes what a person has
-    set lower, nor what an earlier rung did.
-
-    Raises:
-        UserError: it cannot be told.
-    """
-    word = str(value).lower()
-    if word in ("true", "false"):
-        return word == "true" and str(current).lower() != "true"
-    try:
-        if key in _ORDERS:
-            order = _ORDERS[key]
-            return order.index(word) > order.index(str(current or order[0]))
-        return current is None or int(value) < int(current)
-    except ValueError as error:
-        raise UserError(
-            f"{key}={value} is no rung of a ladder after {key}={current}; a rung is a smaller whole number, true, or "
-            f"a smaller kind of {' or '.join(_ORDERS)}."
-        ) from error
 
 
 def pick(device: Device | None = None, budget: Budget | None = None) -> str:

@@ -80,6 +80,11 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict, compare=False)
 
+    def given_settings(self) -> dict[str, Any]:
+        """What a person set, by flag or file, as setting -> value."""
+        values = {**vars(self), **self.training}
+        return {key: values[key] for key, who in self.origin.items() if who in ("flag", "file") and key in values}
+
     def to_toml(self) -> str:
         """As a recipe file that resolves to this recipe again; a comment on each line says who set it."""
         import tomli_w

@@ -1,30 +1,24 @@
 """Settings of transformers' TrainingArguments that would fail in the middle of a job, looked at before it begins.
 
-transformers finds out about a wrong optimizer, schedule, logger or hub when the model is loaded, about a best-model
-metric that does not exist at the first evaluation. Here the same functions are called at once, on next to nothing, and
-what they raise becomes a sentence that names the setting.
+transformers finds out about a wrong optimizer, schedule or logger when the model is loaded. Here the same functions are
+called at once, on next to nothing, and what they raise becomes a sentence that names the setting. What takes more than
+the settings to know is looked at by `training.early_checks`.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils.logging import get_log_levels_dict
 
-from lowvram_grpo.data.load import check_dataset
 from lowvram_grpo.errors import UserError, did_you_mean, one_line
-from lowvram_grpo.training.gradient_check import STEP_IN_BACKWARD
-from lowvram_grpo.training.pushing import check_hub
-
-if TYPE_CHECKING:
-    from lowvram_grpo.recipe.config import GRPOConfig
 
 _CHOICES = {
     "optim": OptimizerNames,
@@ -45,6 +39,8 @@ _UNSUPPORTED = {
 }
 _DICTIONARIES = ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs", "lr_scheduler_kwargs",
                  "gradient_checkpointing_kwargs")  # fmt: skip
+# Such optimizers step while the backward pass runs, and leave no gradient behind.
+STEP_IN_BACKWARD = ("layerwise", "lomo")
 _PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 # What a schedule cannot do without, or is most often meant to have.
 _SCHEDULE_EXAMPLES = {
@@ -59,7 +55,7 @@ _SCHEDULE_EXAMPLES = {
 _FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
-def check_choices(args: GRPOConfig) -> None:
+def check_choices(args: TrainingArguments) -> None:
     """Names that have to be of a list, dictionaries that have to be JSON, and what is not supported. Before
     TrainingArguments looks at them.
 
@@ -78,7 +74,7 @@ def check_choices(args: GRPOConfig) -> None:
             raise UserError(f"{name} is {value!r}{did_you_mean(str(value), known)}; choose one of {shown}.")
     if args.bf16 and args.fp16:
         raise UserError("bf16 and fp16 are both set; leave one of them, or neither: the device decides then.")
-    if args.load_best_model_at_end and _value(args.eval_strategy) == "no":
+    if args.load_best_model_at_end and value_of(args.eval_strategy) == "no":
         raise UserError(
             "load_best_model_at_end is set, but nothing is evaluated; pass --eval-data or --eval-split (in a script "
             "eval_dataset and eval_strategy), or drop it."
@@ -95,12 +91,12 @@ def check_choices(args: GRPOConfig) -> None:
             raise UserError(f"{name} is {value!r}, which is no JSON object; write it as '{{\"name\": value}}'.")
 
 
-def settle_best_model(args: GRPOConfig) -> None:
+def settle_best_model(args: TrainingArguments) -> None:
     """What is followed where no metric is named: the reward of the evaluation, which transformers would replace by the
     lowest loss, and a GRPO loss says nothing."""
-    by_metric = _value(args.lr_scheduler_type) in _FOLLOW_A_METRIC
+    by_metric = value_of(args.lr_scheduler_type) in _FOLLOW_A_METRIC
     if args.metric_for_best_model is None and (
-        args.load_best_model_at_end or _value(args.save_strategy) == "best" or by_metric
+        args.load_best_model_at_end or value_of(args.save_strategy) == "best" or by_metric
     ):
         args.metric_for_best_model = "eval_reward"
     if args.metric_for_best_model is not None and args.greater_is_better is None:
@@ -111,7 +107,7 @@ def settle_best_model(args: GRPOConfig) -> None:
         args.lr_scheduler_kwargs = {"mode": "max", **(json.loads(given) if isinstance(given, str) else given)}
 
 
-def check_built(args: GRPOConfig) -> None:
+def check_built(args: TrainingArguments) -> None:
     """Build the optimizer and the schedule for one weight, and look for the loggers.
 
     Raises:
@@ -119,7 +115,7 @@ def check_built(args: GRPOConfig) -> None:
     """
     _check_optimizer(args)
     _check_schedule(args)
-    if _value(args.save_strategy) == "best" and _value(args.eval_strategy) == "no":
+    if value_of(args.save_strategy) == "best" and value_of(args.eval_strategy) == "no":
         raise UserError(
             "save_strategy is best, but nothing is evaluated, so nothing would be saved; set eval_strategy."
         )
@@ -139,8 +135,8 @@ def check_built(args: GRPOConfig) -> None:
             raise UserError(f"report_to asks for {name}, which is not installed; `pip install {name}`, or drop it.")
 
 
-def _check_optimizer(args: GRPOConfig) -> None:
-    optim = _value(args.optim)
+def _check_optimizer(args: TrainingArguments) -> None:
+    optim = value_of(args.optim)
     if any(part in optim for part in STEP_IN_BACKWARD):
         raise UserError(
             f"optim {optim} steps while the backward pass runs, and a step here is made of several of them; take "
@@ -172,8 +168,8 @@ def optimizer_error(optim: str, error: Exception, remedy: str | None = None) -> 
     )
 
 
-def _check_schedule(args: GRPOConfig) -> None:
-    name = _value(args.lr_scheduler_type)
+def _check_schedule(args: TrainingArguments) -> None:
+    name = value_of(args.lr_scheduler_type)
     if name == "linear" and not args.lr_scheduler_kwargs:
         return
     from transformers import get_scheduler
@@ -196,73 +192,6 @@ def _check_schedule(args: GRPOConfig) -> None:
         ) from error
 
 
-def check_before_loading(args: GRPOConfig, rewards: Sequence[Any], evaluated: Any) -> None:
-    """What can be known before a model is loaded, but not from the settings alone.
-
-    Raises:
-        UserError: the hub, the best model's metric or the attention are out of reach.
-    """
-    from lowvram_grpo.policy.attention_choice import check_asked
-    from lowvram_grpo.rewards.runner import names_before_loading
-
-    check_asked(args.attention, args.device)
-    names, may_log = names_before_loading(rewards)
-    check_best_metric(args, names, evaluated, (), final=not may_log)
-    check_hub(args)
-
-
-def check_evaluation(args: GRPOConfig, evaluated: Any) -> None:
-    """Raises:
-    UserError: an evaluation is asked for without data, or on data that can't be used."""
-    if evaluated is not None:
-        check_dataset(evaluated, "eval_dataset", several=True)
-    elif args.eval_on_start or _value(args.eval_strategy) != "no":
-        what = "eval_on_start is set" if args.eval_on_start else f"eval_strategy is {_value(args.eval_strategy)}"
-        raise UserError(f"{what}, but there is no eval_dataset; pass one, or drop it.")
-
-
-def _value(choice: Any) -> str:
+def value_of(choice: Any) -> str:
+    """The text of a setting that transformers turns into an enum."""
     return str(getattr(choice, "value", choice))
-
-
-# What an evaluation measures of itself, without eval_ in front; rewards, and what they log, come to it.
-EVAL_METRICS = (
-    "loss", "reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "runtime", "samples_per_second",
-    "steps_per_second", "step_time", "ratio/min", "ratio/max",
-    *(f"clip_ratio/{part}" for part in ("low_mean", "high_mean", "region_mean", "low_min", "high_max")),
-    *(f"completions/{part}_length" for part in ("mean", "min", "max")),
-    *(f"completions/{part}_terminated_length" for part in ("mean", "min", "max")), "completions/clipped_ratio",
-)  # fmt: skip
-
-
-def check_best_metric(
-    args: GRPOConfig, rewards: Sequence[str], evaluated: Any, logged: Iterable[str], *, final: bool
-) -> None:
-    """Whether the metric that the best model is chosen by will be there at the first evaluation.
-
-    Args:
-        rewards: names of the reward functions.
-        evaluated: the evaluation data: one dataset, or several by name.
-        logged: metrics that the rewards have logged themselves.
-        final: no other can come: the rewards have been called, or none of them logs any.
-
-    Raises:
-        UserError: it won't.
-    """
-    wanted = args.metric_for_best_model
-    if wanted is None or evaluated is None:
-        return
-    wanted = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
-    names = [*EVAL_METRICS, *(f"rewards/{name}/{part}" for name in rewards for part in ("mean", "std")), *logged]
-    if not args.beta:
-        names.remove("kl")
-    prefixes = [f"eval_{name}_" for name in evaluated] if isinstance(evaluated, dict) else ["eval_"]
-    known = [prefix + name for prefix in prefixes for name in names]
-    if wanted in known or not final:
-        return
-    usual = [name for name in known if name.endswith(("_reward", "_loss", "/mean", *logged))]
-    several = "there are several evaluation datasets, and " if len(prefixes) > 1 else ""
-    raise UserError(
-        f"metric_for_best_model is {args.metric_for_best_model!r}, but {several}an evaluation gives no such "
-        f"metric; choose one of {', '.join(usual)}."
-    )

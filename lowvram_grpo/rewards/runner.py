@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.errors import Terminated, UserError
-from lowvram_grpo.rewards.model import RewardModel, model_name
+from lowvram_grpo.rewards.model import RewardModel
 from lowvram_grpo.rewards.registry import BUILTIN
+from lowvram_grpo.rewards.signatures import arguments_of, distinct, name_of
+
+LoadModel = Callable[[str, dict[str, Any]], torch.nn.Module]
 
 # How often a person's Ctrl-C is looked for while the batch waits for a thread.
 _POLL_SECONDS = 0.2
@@ -53,6 +56,7 @@ class RewardRunner:
         processing_classes: tokenizers of the models, one a function; None entries are loaded with the model.
         device: where models run; results lie on the host.
         timeout: seconds a function may take on one batch; None waits forever.
+        load_model: makes a model of a name and `model_init_kwargs` (`policy.reward_model.load_reward_model`).
         model_init_kwargs: for `from_pretrained` of models given as strings.
 
     Attributes:
@@ -71,6 +75,7 @@ class RewardRunner:
         processing_classes: Sequence | None = None,
         device: torch.device | str = "cpu",
         timeout: float | None = None,
+        load_model: LoadModel | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
     ):
         if not reward_funcs:
@@ -79,8 +84,9 @@ class RewardRunner:
             if values is not None and len(values) != len(reward_funcs):
                 raise UserError(f"{len(values)} {what} for {len(reward_funcs)} reward functions; give one for each.")
         classes = processing_classes if processing_classes is not None else [None] * len(reward_funcs)
-        self.funcs = [_as_function(f, c, device, model_init_kwargs) for f, c in zip(reward_funcs, classes)]
-        self.names = _distinct([_name(f) for f in self.funcs])
+        load = partial(_loaded, load_model, model_init_kwargs or {})
+        self.funcs = [_as_function(f, c, device, load) for f, c in zip(reward_funcs, classes)]
+        self.names = distinct([name_of(f) for f in self.funcs])
         self.weights = torch.tensor([1.0] * len(self.funcs) if weights is None else weights, dtype=torch.float32)
         self.timeout = timeout
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -110,7 +116,7 @@ class RewardRunner:
         logs = [_Logs() for _ in self.funcs]
         calls = [
             partial(
-                func, **_arguments(func, name, {**given, "log_extra": log.extra, "log_metric": log.metric}, columns)
+                func, **arguments_of(func, name, {**given, "log_extra": log.extra, "log_metric": log.metric}, columns)
             )
             for func, name, log in zip(self.funcs, self.names, logs)
         ]
@@ -226,11 +232,11 @@ def _mean_metrics(logs: Sequence[_Logs]) -> dict[str, float]:
     return {name: sum(logged) / len(logged) for name, logged in values.items()}
 
 
-def _as_function(func: Any, processing_class: Any, device: torch.device | str, init_kwargs: dict | None) -> Callable:
+def _as_function(func: Any, processing_class: Any, device: torch.device | str, load: Callable) -> Callable:
     if isinstance(func, str) and func in BUILTIN:
         return BUILTIN[func]
     if isinstance(func, (str, torch.nn.Module)):
-        return RewardModel(func, processing_class, device, init_kwargs)
+        return RewardModel(load(func) if isinstance(func, str) else func, processing_class, device)
     if not callable(func):
         raise UserError(
             f"a reward function is {func!r}, which can't be called; give a function, a model or a model's name."
@@ -238,86 +244,16 @@ def _as_function(func: Any, processing_class: Any, device: torch.device | str, i
     return func
 
 
-def _name(func: Callable) -> str:
-    while isinstance(func, partial):
-        func = func.func
-    return getattr(func, "__name__", type(func).__name__)
-
-
-def names_before_loading(funcs: Sequence[Any]) -> tuple[list[str], bool]:
-    """The names that a runner of these functions will have, without loading a model, and whether some function can log
-    metrics of its own: it takes `log_metric`, or everything."""
-    names, logs = [], False
-    for func in funcs:
-        func = BUILTIN.get(func, func) if isinstance(func, str) else func
-        if isinstance(func, (str, torch.nn.Module)):
-            names.append(model_name(func))
-            continue
-        names.append(_name(func))
-        try:
-            parameters = inspect.signature(func).parameters.values() if func not in BUILTIN.values() else ()
-        except (TypeError, ValueError):  # a function in C without a signature
-            parameters = ()
-        logs = logs or any(p.name == "log_metric" or p.kind is p.VAR_KEYWORD for p in parameters)
-    return _distinct(names), logs
-
-
-def log_by_name(funcs: Sequence[Callable]) -> bool:
-    """Whether a function asks for `log_metric` by its name: what it will log need not be there at its first call."""
-    return any("log_metric" in inspect.signature(func).parameters for func in funcs if inspect.isfunction(func))
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    taken: list[str] = []
-    for name in names:
-        candidate, count = name, 1
-        while candidate in taken:
-            count += 1
-            candidate = f"{name}_{count}"
-        taken.append(candidate)
-    return taken
+def _loaded(load_model: LoadModel | None, init_kwargs: dict[str, Any], name: str) -> torch.nn.Module:
+    if load_model is None:
+        raise UserError(
+            f"the reward {name!r} is no built-in one, and nothing was given here that loads models by name."
+        )
+    return load_model(name, init_kwargs)
 
 
 def _is_async(func: Callable) -> bool:
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
-
-
-def _arguments(func: Callable, name: str, given: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
-    """Those of `given` that `func` accepts; lists are copied, so that no function can reorder another's."""
-    parameters = inspect.signature(func).parameters.values()
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    required = [p.name for p in parameters if p.name in named and p.default is p.empty]
-    if missing := [parameter for parameter in required if parameter not in given]:
-        raise UserError(
-            f"the reward function {name!r} needs {', '.join(map(repr, missing))}, which the data lacks; columns found: "
-            f"{', '.join(sorted(columns)) or 'none'} (rename one in the data, or name it with --answer-column)."
-        )
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    accepted = given if takes_all else {key: value for key, value in given.items() if key in named}
-    return {key: list(value) if isinstance(value, list) else value for key, value in accepted.items()}
-
-
-def check_columns(funcs: Sequence[Any], columns: Sequence[str]) -> None:
-    """Whether the data has what each function asks for by name. Models, and names of models, need only the texts.
-
-    Raises:
-        UserError: a column is missing; as in the first call, but before a model is loaded.
-    """
-    lists: dict[str, Any] = {name: [] for name in columns}
-    given = {name: [] for name in ("prompts", "completions", "completion_ids")} | lists
-    given |= dict.fromkeys(("trainer_state", "log_extra", "log_metric"))
-    for func in funcs:
-        func = BUILTIN.get(func, func) if isinstance(func, str) else func
-        if isinstance(func, (str, torch.nn.Module)) or not callable(func):
-            continue
-        try:
-            arguments = _arguments(func, _name(func), given, lists)
-        except UserError:
-            raise
-        except ValueError:  # a function in C without a signature
-            continue
-        if func in BUILTIN.values():
-            func(**arguments)  # `accuracy` takes either of two columns, which its signature can't say
 
 
 def _floats(output: Any, n: int, name: str) -> list[float]:

@@ -101,7 +101,8 @@ class Collector:
         return rollout, scored.metrics
 
     def _decode(self, batch: RolloutBatch, prompts: list) -> list:
-        silent = silent_ids(self.tokenizer, self.engine.sampling)
+        sampling = self.engine.sampling
+        silent = silent_ids(self.tokenizer, (*sampling.eos_ids, sampling.pad_id))
         texts = [spoken(self.tokenizer, ids, silent) for ids in batch.completion_ids]
         return [
             [{"role": "assistant", "content": text}] if is_conversational(prompt) else text

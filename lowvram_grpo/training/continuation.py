@@ -17,7 +17,8 @@ from lowvram_grpo.data.batching import PromptSampler
 from lowvram_grpo.errors import UserError, one_line
 
 if TYPE_CHECKING:
-    from lowvram_grpo.recipe.config import BatchPlan, GRPOConfig
+    from lowvram_grpo.recipe.batch_plan import BatchPlan
+    from lowvram_grpo.recipe.config import GRPOConfig
 
 _FILE = "made_with.json"
 # What a rollout that has steps left to serve was sampled, scored and weighed with. Where one of these changes, the rest

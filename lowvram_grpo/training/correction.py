@@ -13,17 +13,11 @@ Secretly Brings You Off-Policy RL Training"; the four modes and their bounds are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lowvram_grpo.objective import MAX_LOG_RATIO
-
-if TYPE_CHECKING:
-    from lowvram_grpo.recipe.config import GRPOConfig
-
-CORRECTION_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 @dataclass(frozen=True)
@@ -31,8 +25,8 @@ class Correction:
     """How a quotient becomes a weight.
 
     Attributes:
-        mode: the quotient is a token's, or the product over its whole completion; outside the bounds it is set to the
-            bound it has passed (`truncate`), or to 0 (`mask`).
+        mode: one of `recipe.config.CORRECTION_MODES`. The quotient is a token's, or the product over its whole
+            completion; outside the bounds it is set to the bound it has passed (`truncate`), or to 0 (`mask`).
         low, high: the bounds; None for none.
     """
 
@@ -71,16 +65,3 @@ def quotients(scored: Tensor, sampled: Tensor, mask: Tensor, *, per_sequence: bo
     if per_sequence:
         gap = gap.sum(1, keepdim=True).expand_as(gap)
     return gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-
-
-def correction_of(args: GRPOConfig) -> Correction | None:
-    """What a training configuration asks for; None where the sampler is the policy itself."""
-    if not args.use_vllm:
-        return Correction() if args.kv_cache_dtype == "int8" else None
-    if not args.vllm_importance_sampling_correction:
-        return None
-    return Correction(
-        args.vllm_importance_sampling_mode,
-        args.vllm_importance_sampling_clip_min,
-        args.vllm_importance_sampling_clip_max,
-    )

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.recipe.settings import STEP_IN_BACKWARD
 from lowvram_grpo.training.experience import MicroBatch, Rollout
 
 # One step could be chance: log-probs so close to 0 that they round to it.
 _STEPS = 2
-# Such optimizers step while the backward pass runs, and leave no gradient behind.
-STEP_IN_BACKWARD = ("layerwise", "lomo")
 
 
 def could_teach(rollout: Rollout) -> bool:

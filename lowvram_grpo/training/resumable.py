@@ -22,7 +22,8 @@ from lowvram_grpo.training.continuation import Made
 if TYPE_CHECKING:
     from torch import nn
 
-    from lowvram_grpo.recipe.config import BatchPlan, GRPOConfig
+    from lowvram_grpo.recipe.batch_plan import BatchPlan
+    from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.rewards.runner import RewardRunner
     from lowvram_grpo.run.observer import Observer
 

@@ -21,7 +21,6 @@ from lowvram_grpo.data.load import check_dataset
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.guard import cap
 from lowvram_grpo.memory.ladder import Rung
-from lowvram_grpo.objective import objective_of
 from lowvram_grpo.policy.adapter import restore_adapter
 from lowvram_grpo.policy.attention_choice import check as check_attention
 from lowvram_grpo.policy.dropout import adapter_dropout, training_mode
@@ -29,11 +28,13 @@ from lowvram_grpo.policy.known_models import named
 from lowvram_grpo.policy.load import build_policy, check_tokens, compute_dtype, load_tokenizer_for
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.reference import Reference
+from lowvram_grpo.policy.reward_model import load_reward_model
 from lowvram_grpo.policy.variants import check_adapter
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.recipe.config import GRPOConfig
-from lowvram_grpo.recipe.settings import check_before_loading, check_best_metric, check_evaluation, optimizer_error
-from lowvram_grpo.rewards.runner import RewardRunner, check_columns, log_by_name
+from lowvram_grpo.recipe.settings import optimizer_error
+from lowvram_grpo.rewards.runner import RewardRunner
+from lowvram_grpo.rewards.signatures import check_columns, log_by_name
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
 from lowvram_grpo.rollout.sampler import Sampling, sampling_of
 from lowvram_grpo.rollout.vllm import VLLMEngine, check_vllm, vllm_engine
@@ -41,11 +42,12 @@ from lowvram_grpo.run.completions import CompletionsLog, as_text
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.training.checks import unjudged_row
 from lowvram_grpo.training.collect import Collector, reward_columns
-from lowvram_grpo.training.correction import correction_of
+from lowvram_grpo.training.early_checks import check_before_loading, check_best_metric, check_evaluation
 from lowvram_grpo.training.experience import MicroBatch, Rollout, load_updates, save_updates, split, updates_of
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
 from lowvram_grpo.training.learner import Learner
 from lowvram_grpo.training.loss import choose_kernels
+from lowvram_grpo.training.loss_settings import correction_of, objective_of
 from lowvram_grpo.training.metrics import (
     MetricBook,
     UpdateSums,
@@ -122,7 +124,7 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         check_tokens(model, tokenizer, args)
         if args.use_vllm:
             check_vllm(args)
-        cap(args)
+        cap(args.device, args.vram_gib)
         model = build_policy(model, args, quantization_config, peft_config, self.observer.notice)
         if slow := slow_dtype(model, args):
             self.observer.notice(slow)
@@ -171,6 +173,7 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
             else [reward_processing_classes],
             device=args.device,
             timeout=args.reward_timeout,
+            load_model=load_reward_model,
         )
         self.guard = TrainerGuard(self, ladder)
         self.collector = Collector(

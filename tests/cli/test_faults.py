@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lowvram_grpo.cli import app
-from lowvram_grpo.faults import explain, given_settings, suspects
+from lowvram_grpo.faults import explain, suspects
 from lowvram_grpo.recipe.resolve import resolve
 
 
@@ -230,12 +230,12 @@ def test_our_own_errors_are_no_faults_of_the_world(error):
 
 def test_the_settings_are_those_that_a_person_set(tmp_path):
     recipe = resolve({"model": "m", "data": "d", "optim": "adamw_torch", "preset": "cpu"})
-    assert given_settings(recipe) == {"model": "m", "data": "d", "optim": "adamw_torch", "preset": "cpu"}
+    assert recipe.given_settings() == {"model": "m", "data": "d", "optim": "adamw_torch", "preset": "cpu"}
 
 
 def test_a_script_catches_it_as_a_value_error(config):
     """TRL raises ValueError where we have a sentence."""
-    from lowvram_grpo.rewards.runner import check_columns
+    from lowvram_grpo.rewards.signatures import check_columns
 
     with pytest.raises(ValueError, match=r"temperature is 0; it must be above 0"):
         config(temperature=0)

@@ -106,7 +106,7 @@ def test_under_autocast_and_with_an_embedding_in_host_memory(replays):
 
 def test_four_bit_weights_are_captured(replays):
     from lowvram_grpo.bench.models import random_model
-    from lowvram_grpo.policy.known_models import resolve_config
+    from lowvram_grpo.plan.architectures import resolve_config
 
     config, _ = resolve_config("Qwen2.5-0.5B")
     config.num_hidden_layers = 3

@@ -11,7 +11,8 @@ from lowvram_grpo.kernels.runtime import HAS_TRITON
 from test_full_gradient import BETA, EPSILON, LORA, TEMPERATURE, naive_logps
 
 from lowvram_grpo import GRPOTrainer
-from lowvram_grpo.training.correction import CORRECTION_MODES, Correction
+from lowvram_grpo.recipe.config import CORRECTION_MODES
+from lowvram_grpo.training.correction import Correction
 
 LOW, HIGH = 0.6, 1.5
 

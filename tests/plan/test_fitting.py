@@ -6,8 +6,8 @@ import pytest
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.devices import Device
+from lowvram_grpo.plan.architectures import resolve_config
 from lowvram_grpo.plan.fitting import fit
-from lowvram_grpo.policy.known_models import resolve_config
 from lowvram_grpo.recipe.resolve import resolve
 
 GIB = 2**30

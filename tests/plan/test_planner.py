@@ -8,10 +8,10 @@ import pytest
 
 from lowvram_grpo.cli.app import app
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.memory.ladder import RELIEVES, Rung, next_rung
+from lowvram_grpo.memory.ladder import AT_LOAD, RELIEVES, Rung, next_rung
+from lowvram_grpo.plan.architectures import resolve_config
 from lowvram_grpo.plan.planner import GIB, Planner, ladder_of, setting
 from lowvram_grpo.plan.prediction import Prediction
-from lowvram_grpo.policy.known_models import resolve_config
 from lowvram_grpo.recipe import preset as presets
 from lowvram_grpo.recipe.resolve import resolve
 from tests.conftest import make_model
@@ -73,7 +73,7 @@ def test_advice_where_nothing_fits(monkeypatch):
 def test_every_rung_of_every_preset_is_known_and_typed(name):
     for rung in ladder_of(name):
         assert rung.key in RELIEVES
-        assert not isinstance(rung.value, str) or rung.key in presets.AT_LOAD
+        assert not isinstance(rung.value, str) or rung.key in AT_LOAD
         assert rung.words
 
 

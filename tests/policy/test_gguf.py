@@ -162,7 +162,7 @@ def test_int8_and_arguments_of_from_pretrained_are_refused(tmp_path):
 
 def test_a_gguf_file_can_be_planned(tmp_path):
     """What `plan` and `bench` ask for a configuration knows the file too."""
-    from lowvram_grpo.policy.known_models import resolve_config
+    from lowvram_grpo.plan.architectures import resolve_config
 
     model = tiny_model("qwen2")
     write_gguf(tmp_path / "tiny.gguf", model, "qwen2")

@@ -82,7 +82,7 @@ def test_what_writes_text_on_is_taken(tmp_path, config):
 
 
 def test_a_model_with_code_of_its_own(tmp_path):
-    from lowvram_grpo.policy.known_models import resolve_config
+    from lowvram_grpo.plan.architectures import resolve_config
 
     folder = configured(tmp_path / "m", model_type="mine", auto_map={"AutoConfig": "mine.Mine"})
     for call in (model_config, resolve_config):

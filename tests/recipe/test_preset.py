@@ -8,6 +8,7 @@ import pytest
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory import devices
+from lowvram_grpo.memory.ladder import saves
 from lowvram_grpo.recipe import preset
 from lowvram_grpo.recipe.resolve import resolve
 
@@ -80,26 +81,6 @@ def test_a_malformed_rung_is_named(folder, rung):
         preset.load("odd")
 
 
-@pytest.mark.parametrize(
-    "key,value,current,answer",
-    [
-        ("mlp_tile", "512", None, True),
-        ("mlp_tile", "512", 256, False),
-        ("mlp_tile", "512", 512, False),
-        ("rollout_batch_size", 8, "16", True),
-        ("activation_offload", "true", False, True),
-        ("activation_offload", "true", None, True),
-        ("activation_offload", True, True, False),
-        ("activation_offload", "false", True, False),
-        ("quantization", "nf4", "none", True),
-        ("quantization", "nf4", None, True),
-        ("head_dtype", "int8", "nf4", False),
-    ],
-)
-def test_what_saves_memory(key, value, current, answer):
-    assert preset.saves(key, value, current) is answer
-
-
 @pytest.mark.parametrize("gib,name", [(3, "4gb"), (6, "6gb"), (7.99, "8gb"), (8, "8gb"), (11, "8gb"), (80, "24gb")])
 def test_a_card_can_be_named_by_its_size(gib, name):
     assert preset.pick_for_gib(gib) == name
@@ -123,7 +104,7 @@ def test_every_rung_resolves_and_saves_something(name):
     for key, value in loaded.ladder:
         taken = resolve({"preset": name, key: value})
         new = {"quantization": taken.quantization, **taken.training}[key]
-        assert preset.saves(key, new, values.get(key)), (key, value)
+        assert saves(key, new, values.get(key)), (key, value)
         values[key] = new
 
 

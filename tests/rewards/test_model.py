@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
@@ -8,7 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.rewards.runner import RewardRunner
+from lowvram_grpo.policy.reward_model import load_reward_model
+from lowvram_grpo.rewards import runner as module
+
+RewardRunner = partial(module.RewardRunner, load_model=load_reward_model)
 
 PROMPTS = ["a b c", "d", "e f"] * 4
 COMPLETIONS = [" 1 2", " 3", " 4 5 6 7"] * 4
@@ -95,6 +100,11 @@ def test_what_cannot_judge_is_named(tmp_path, judge_dir):
         run(judge_dir, [[{"role": "user", "content": "a"}]], [[{"role": "assistant", "content": "b"}]])
     with pytest.raises(UserError, match=r"make 40 tokens, but the reward model 'tiny-judge' reads 32"):
         run(judge_dir, ["a " * 38], ["b b"])
+
+
+def test_a_model_by_name_takes_something_that_loads_models(judge_dir):
+    with pytest.raises(UserError, match=r"tiny-judge' is no built-in one, and nothing was given here that loads"):
+        module.RewardRunner([judge_dir])
 
 
 def rewritten(folder, change):

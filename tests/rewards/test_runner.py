@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.rewards.runner import RewardRunner, check_columns
+from lowvram_grpo.rewards.runner import RewardRunner
+from lowvram_grpo.rewards.signatures import check_columns
 
 COMPLETIONS = ["a", "bb", "ccc"]
 

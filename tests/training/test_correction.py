@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from lowvram_grpo import UserError
-from lowvram_grpo.training.correction import CORRECTION_MODES, Correction, correction_of, quotients
+from lowvram_grpo.recipe.config import CORRECTION_MODES
+from lowvram_grpo.training.correction import Correction, quotients
+from lowvram_grpo.training.loss_settings import correction_of
 from lowvram_grpo.training.metrics import sampler_metrics
 
 

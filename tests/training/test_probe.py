@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowvram_grpo.errors import is_out_of_memory
 from lowvram_grpo.memory import guard as module
 from lowvram_grpo.memory.devices import Device
-from lowvram_grpo.memory.guard import Guard, cap, is_out_of_memory
+from lowvram_grpo.memory.guard import Guard, cap
 from lowvram_grpo.memory.ladder import Rung
 from tests.invariants.test_out_of_memory import full, trained
 
@@ -57,21 +58,13 @@ def test_the_cap_is_what_is_ours(monkeypatch, vram_gib):
     asked = []
     monkeypatch.setattr(module, "detect", lambda index: there)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: asked.append(share))
-
-    class Args:
-        device = torch.device("cuda", 0)
-
-    Args.vram_gib = vram_gib
-    cap(Args)
+    cap(torch.device("cuda", 0), vram_gib)
     assert asked[0] * 8 == pytest.approx(3.0 - 400 / 1024 if vram_gib else 7 - 128 / 1024)
 
 
 def test_cpu_runs_have_no_cap(monkeypatch):
-    class Args:
-        device, vram_gib = torch.device("cpu"), None
-
     monkeypatch.setattr(module, "detect", None)
-    cap(Args)
+    cap(torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""The configuration of whatever a person plans for, a model that is not on this machine too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.policy.hub import way_to_the_hub
+from lowvram_grpo.policy.known_models import config_dict, lookup, names, near
+from lowvram_grpo.policy.load import model_config
+from lowvram_grpo.policy.refusals import check_kind, explained, not_a_model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def resolve_config(model: str, **hub: Any) -> tuple[PretrainedConfig, str]:
+    """The configuration of `model`, and where it comes from, for people; `hub` as for `policy.load.model_config`.
+
+    `model` is a folder with a config.json, the file itself, a GGUF file, a name that `lookup` knows, or a hub id; the
+    hub (or its cache) is asked last, so that planning a model of the table works without a network.
+
+    Raises:
+        UserError: none of these.
+    """
+    from transformers import AutoConfig
+
+    path = Path(model).expanduser()
+    if path.suffix.lower() == ".gguf":
+        return model_config(str(path)), str(path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise not_a_model(str(path))
+    # Else transformers asks at the terminal.
+    hub = {"trust_remote_code": False, **hub}
+    if path.is_dir() or path.is_file():
+        try:
+            config = AutoConfig.from_pretrained(str(path), **hub)
+        except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise explained(str(path), error) from error
+            raise UserError(f"{model!r} is not a model's configuration ({one_line(error)}).") from error
+        check_kind(str(path), config)
+        return config, str(path)
+    name = lookup(model)
+    if name is not None:
+        return AutoConfig.for_model(dtype="bfloat16", **config_dict(name)), f"the table of architectures ({name})"
+    try:
+        config = AutoConfig.from_pretrained(model, **hub)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise explained(model, error) from error
+        raise UserError(
+            f"{model!r} is no folder with a config.json, not in the table of architectures{near(model)}, and not to be "
+            f"had from the hub; name a local folder, {way_to_the_hub()}, or take one of {', '.join(names())}."
+        ) from error
+    check_kind(model, config)
+    return config, f"the hub ({model})"
