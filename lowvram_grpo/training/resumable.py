@@ -1,5 +1,6 @@
-"""transformers.Trainer, with checkpoints that say what they were made with, and a resume that follows the settings of
-today: what has changed takes effect at its place, and what is unchanged goes on bit for bit."""
+"""transformers.Trainer, with checkpoints that hold adapter, reference and rollout in progress and say what they were made
+with, and a resume that follows the settings of today: what has changed takes effect at its place, and what is unchanged
+goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -11,26 +12,33 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import Trainer
 
 from lowvram_grpo.errors import CantWrite, UserError, counted, why_unwritten
+from lowvram_grpo.policy.adapter import restore_adapter
+from lowvram_grpo.policy.wrapper import is_peft
 from lowvram_grpo.run.checkpoints import STATE, seal
 from lowvram_grpo.run.directory import RunDirectory
 from lowvram_grpo.training import continuation
 from lowvram_grpo.training.continuation import Made
+from lowvram_grpo.training.experience import MicroBatch, load_updates, save_updates
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from lowvram_grpo.policy.reference import Reference
     from lowvram_grpo.recipe.config import BatchPlan, GRPOConfig
     from lowvram_grpo.rewards.runner import RewardRunner
     from lowvram_grpo.run.observer import Observer
+    from lowvram_grpo.training.savers import TrainerGuard
 
 
 class ResumableTrainer(Trainer):
-    """Where checkpoints are written and read. GRPOTrainer brings `grpo_args`, `plan`, `observer` and `rewards`.
+    """Where checkpoints are written and read. GRPOTrainer brings the parts that are named here without a value.
 
     Attributes:
+        policy_adapter: name of the adapter that is trained; None where all weights are.
         shift: optimizer steps that `state.global_step` is ahead of the place in the data (`continuation.shift_of`).
     """
 
@@ -38,7 +46,11 @@ class ResumableTrainer(Trainer):
     plan: BatchPlan
     observer: Observer
     rewards: RewardRunner
+    guard: TrainerGuard
+    reference: Reference | None
+    policy_adapter: str | None
     shift = 0
+    _updates: list[list[MicroBatch]] | None = None  # of the rollout that steps learn from now
     _made: Made | None = None
 
     # Reading
@@ -115,10 +127,13 @@ class ResumableTrainer(Trainer):
         return all(self._made.settings.get(name) == now.get(name) for name in names)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._go_on_from(Path(checkpoint))
+        self.guard.settle_moments()
+
+    def _go_on_from(self, folder: Path) -> None:
         """The checkpoint's moments under today's settings, and today's schedule at the place where the run stands."""
-        if checkpoint is None:
-            return
-        folder, step = Path(checkpoint), self.state.global_step
+        step = self.state.global_step
         moments = continuation.load_state(folder / "optimizer.pt")
         if moments is None:
             self.observer.notice(
@@ -134,6 +149,25 @@ class ResumableTrainer(Trainer):
                 f"lr_scheduler_type {self.args.lr_scheduler_type} follows the metrics, and {folder.name} has none for "
                 f"these settings: it begins anew at learning rate {self._get_learning_rate():g}."
             )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if is_peft(self.model):
+            self._restore_adapter(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.reference is not None:
+            self.reference.restore(resume_from_checkpoint)
+        self._updates = load_updates(resume_from_checkpoint, self.args.device) or self._updates
+
+    def _restore_adapter(self, folder: str) -> None:
+        if self.policy_adapter != "default":
+            folder = os.path.join(folder, self.policy_adapter)
+        restore_adapter(self.model, folder, self.policy_adapter)
+
+    def _load_best_model(self) -> None:
+        if not is_peft(self.model):
+            return super()._load_best_model()
+        self._restore_adapter(self.state.best_model_checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if getattr(self.accelerator, "scaler", None) is None:
@@ -151,6 +185,16 @@ class ResumableTrainer(Trainer):
             )
 
     # Writing
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """For an adapter: the policy's only, not the frozen reference beside it."""
+        if not is_peft(self.model):
+            return super()._save(output_dir, state_dict)
+        output_dir = output_dir or self.args.output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        self.model.save_pretrained(output_dir, selected_adapters=[self.policy_adapter], save_embedding_layers=False)
+        self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """A whole checkpoint, or none and one sentence: what can't be finished is taken away again.
@@ -181,8 +225,7 @@ class ResumableTrainer(Trainer):
     def _save_beside(self, folder: str) -> None:
         """What a checkpoint has beside transformers' files; they come after: it is not taken for whole before."""
         self._made_with(self.optimizer).save(folder)
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """The N of checkpoint-N; 0 without one."""
-    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+        if self.reference is not None and (self.reference.moved or self.grpo_args.sync_ref_model):
+            self.reference.save(folder)
+        if (self.state.global_step - self.shift) % self.plan.steps_per_rollout and self._updates:
+            save_updates(self._updates, folder)
