@@ -141,8 +141,8 @@ class Signal:
         if self.unjudged:
             example = "" if self.reference is None else f", as for the reference {self.reference}"
             return (
-                f"signal check: {', '.join(self.silent)} gave None to every completion{example}, so there is nothing to "
-                "learn from; take a reward that can judge such references, or references that this one can read."
+                f"signal check: {', '.join(self.silent)} gave None to every completion{example}, so there is nothing "
+                "to learn from; take a reward that can judge such references, or references that this one can read."
             )
         facts = (
             f"signal check: {self.dead:.0%} of the groups are dead (all rewards equal), "

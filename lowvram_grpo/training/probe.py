@@ -17,13 +17,7 @@ from lowvram_grpo.training.rehearsal import Rehearsal, workload
 from lowvram_grpo.training.savers import TrainerGuard
 
 if TYPE_CHECKING:
-    from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.run.observer import Observer
-
-
-def asked_for(args: GRPOConfig) -> bool:
-    """Whether `memory_probe` wants one on this device."""
-    return args.memory_probe == "on" or (args.memory_probe == "auto" and args.device.type == "cuda")
 
 
 def probe(

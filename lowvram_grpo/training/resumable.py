@@ -1,6 +1,6 @@
-"""transformers.Trainer, with checkpoints that hold adapter, reference and rollout in progress and say what they were made
-with, and a resume that follows the settings of today: what has changed takes effect at its place, and what is unchanged
-goes on bit for bit."""
+"""transformers.Trainer, with checkpoints that hold adapter, reference and rollout in progress and say what they were
+made with, and a resume that follows the settings of today: what has changed takes effect at its place, and what is
+unchanged goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class ResumableTrainer(Trainer):
-    """Where checkpoints are written and read. GRPOTrainer brings the parts that are named here without a value.
+    """Where steps are counted, checkpoints written and read. GRPOTrainer brings the parts named here without a value.
 
     Attributes:
         policy_adapter: name of the adapter that is trained; None where all weights are.
@@ -43,7 +43,6 @@ class ResumableTrainer(Trainer):
     """
 
     grpo_args: GRPOConfig
-    plan: BatchPlan
     observer: Observer
     rewards: RewardRunner
     guard: TrainerGuard
@@ -52,6 +51,30 @@ class ResumableTrainer(Trainer):
     shift = 0
     _updates: list[list[MicroBatch]] | None = None  # of the rollout that steps learn from now
     _made: Made | None = None
+
+    @property
+    def plan(self) -> BatchPlan:
+        """How a rollout becomes optimizer steps; its micro-batches get smaller where memory runs out."""
+        return self.guard.plan
+
+    # Counting
+
+    def get_total_train_batch_size(self, args=None) -> int:
+        """Completions a step, which transformers counts its samples by."""
+        return self.plan.completions_per_rollout // self.plan.updates_per_rollout
+
+    def floating_point_ops(self, inputs) -> int:
+        """Not counted: transformers' estimate knows nothing of rollouts."""
+        return 0
+
+    def set_initial_training_values(self, args, dataloader):
+        """transformers' counts, for a run whose earlier steps had batches of another size."""
+        epochs, per_epoch, *counts, max_steps = super().set_initial_training_values(args, dataloader)
+        if args.max_steps > 0:
+            epochs = max(1, math.ceil((max_steps - self.shift) / per_epoch))
+        else:
+            max_steps += self.shift
+        return epochs, per_epoch, *counts, max_steps
 
     # Reading
 
@@ -93,15 +116,6 @@ class ResumableTrainer(Trainer):
         return continuation.made_with(
             self.grpo_args, self.train_dataset, self.plan, list(self.rewards.names), self.shift, optimizer
         )
-
-    def set_initial_training_values(self, args, dataloader):
-        """transformers' counts, for a run whose earlier steps had batches of another size."""
-        epochs, per_epoch, *counts, max_steps = super().set_initial_training_values(args, dataloader)
-        if args.max_steps > 0:
-            epochs = max(1, math.ceil((max_steps - self.shift) / per_epoch))
-        else:
-            max_steps += self.shift
-        return epochs, per_epoch, *counts, max_steps
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial

@@ -19,21 +19,21 @@ from lowvram_grpo.data.load import check_dataset
 from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.policy.dropout import training_mode
 from lowvram_grpo.policy.wrapper import is_peft
-from lowvram_grpo.recipe.config import BatchPlan, GRPOConfig
+from lowvram_grpo.recipe.config import GRPOConfig
 from lowvram_grpo.recipe.settings import check_best_metric, optimizer_error
 from lowvram_grpo.rewards.runner import log_by_name
 from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.observer import Observer
-from lowvram_grpo.training import parts, warmup
+from lowvram_grpo.training import parts
 from lowvram_grpo.training.checks import RolloutChecks
 from lowvram_grpo.training.collect import rollout_seed
 from lowvram_grpo.training.experience import MicroBatch, Rollout, split
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
 from lowvram_grpo.training.metrics import MetricBook, UpdateSums, complete_row, rollout_metrics
-from lowvram_grpo.training.probe import asked_for, probe
 from lowvram_grpo.training.pushing import HubPushes
 from lowvram_grpo.training.resumable import ResumableTrainer
 from lowvram_grpo.training.savers import TrainerGuard
+from lowvram_grpo.training.warmup import WarmUp
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,14 +81,12 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         ladder: tuple[Rung, ...] = (),
     ):
         args = args or GRPOConfig(output_dir="grpo")
-        self.observer = observer or Observer(log_completions=args.log_completions)
+        self.grpo_args, self.observer = args, observer or Observer(log_completions=args.log_completions)
+        notice = self.observer.notice
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         parts.check_arguments(args, reward_funcs, train_dataset, eval_dataset, peft_config)
         set_seed(args.seed)
-        model, tokenizer = parts.make_policy(
-            model, args, processing_class, quantization_config, peft_config, self.observer.notice
-        )
-        self.grpo_args = args
+        model, tokenizer = parts.make_policy(model, args, processing_class, quantization_config, peft_config, notice)
         super().__init__(
             model=model,
             args=parts.for_transformers(args),
@@ -101,41 +99,30 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         )
         self.model_accepts_loss_kwargs = False
         self.policy_adapter = model.active_adapters[0] if is_peft(model) else None
-        self.learner = parts.make_learner(model, args, self.compute_loss_context_manager, self.observer.notice)
+        self.learner = parts.make_learner(model, args, self.compute_loss_context_manager, notice)
         self.reference = self.learner.reference
         self.rewards = parts.make_rewards(reward_funcs, args, reward_processing_classes)
         engine = parts.make_engine(model, args, tokenizer)
-        self.guard = TrainerGuard(
-            model, engine, args, ladder, notice=self.observer.notice, log=lambda row: self.log(row)
-        )
+        self.guard = TrainerGuard(model, engine, args, ladder, notice=notice, log=lambda row: self.log(row))
         self.collector = parts.make_collector(engine, self.rewards, tokenizer, self.guard, args, self.observer.phase)
         self.metrics = {"train": MetricBook(), "eval": MetricBook()}
         self.completions_log: CompletionsLog | None = None
         if args.log_completions:
             self.completions_log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl"))
         self.pending_rollout: Rollout | None = None
-        self._rollout_checks = RolloutChecks(self._check_best_metric, self.observer.notice)
+        self._rollout_checks = RolloutChecks(self._check_best_metric, notice)
         self._gradient_check, self._teaches = GradientCheck(str(args.optim)), False
         self._checked = False
         self._early_log: list[dict[str, Any]] = []
         self._eval_prefix, self._eval_batches = "eval", 0
 
-    @property
-    def plan(self) -> BatchPlan:
-        """How a rollout becomes optimizer steps; its micro-batches get smaller where memory runs out."""
-        return self.guard.plan
-
     # Data
 
     def get_train_dataloader(self) -> PromptLoader:
-        sampler = PromptSampler(
-            self.train_dataset,
-            prompts=self.plan.prompts_per_rollout,
-            repeats=self.plan.steps_per_rollout,
-            shuffle=self.grpo_args.shuffle_dataset,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-        )
-        return PromptLoader(self.train_dataset, sampler)
+        data, plan, shuffle = self.train_dataset, self.plan, self.grpo_args.shuffle_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        prompts, repeats = plan.prompts_per_rollout, plan.steps_per_rollout
+        return PromptLoader(data, PromptSampler(data, prompts=prompts, repeats=repeats, shuffle=shuffle, seed=seed))
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> PromptLoader:
         data = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -148,48 +135,31 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
     def generations_eval(self) -> int:
         return self.grpo_args.num_generations_eval or self.plan.num_generations
 
-    def get_total_train_batch_size(self, args=None) -> int:
-        """Completions a step, which transformers counts its samples by."""
-        return self.plan.completions_per_rollout // self.plan.updates_per_rollout
-
     # The run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        notice = self.observer.notice
-        for sentence in warmup.notices(self.grpo_args, self.model):
-            notice(sentence)
-        longest = warmup.check_lengths(self.grpo_args, self.model, self.processing_class, self.train_dataset, notice)
+        warm_up = WarmUp(
+            self.learner,
+            self.collector,
+            self.guard,
+            self.observer,
+            self.train_dataset,
+            roll_out=self._roll_out_anew,
+            log=self.log,
+            save=lambda: self._save(os.path.join(self.args.output_dir, "cold_start")),
+        )
+        longest = warm_up.check_settings()
         if not self._checked:
-            self._before_first_step(longest, resumed=bool(resume_from_checkpoint))
+            warm_up.probe(longest, backward=self.accelerator.backward, moments=self.optimizer is not None)
+            if not resume_from_checkpoint:
+                self.pending_rollout = warm_up.first_rollout(self.get_train_dataloader()) or self.pending_rollout
+                self._early_log = list(self.state.log_history)
         self._checked = True
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _before_first_step(self, longest_prompt: int, *, resumed: bool) -> None:
-        """Probe for memory, and look at the first rollout, which step 1 then learns from."""
-        if asked_for(self.grpo_args):
-            backward, moments = self.accelerator.backward, self.optimizer is not None
-            probe(self.learner, self.guard, longest_prompt, backward=backward, observer=self.observer, moments=moments)
-        if resumed:
-            return
-        if warmup.asked_for(self.grpo_args):
-            rows = next(iter(self.get_train_dataloader()))
-
-            def roll_out() -> Rollout:
-                self.metrics["train"].take()
-                return self.collect(rows, 0)
-
-            self.pending_rollout = warmup.WarmUp(
-                self.learner,
-                self.collector,
-                self.guard,
-                self.observer,
-                self.train_dataset,
-                rows,
-                roll_out=roll_out,
-                log=self.log,
-                save=lambda: self._save(os.path.join(self.args.output_dir, "cold_start")),
-            ).run()
-        self._early_log = list(self.state.log_history)
+    def _roll_out_anew(self, rows: list[dict[str, Any]]) -> Rollout:
+        self.metrics["train"].take()
+        return self.collect(rows, 0)
 
     def compute_loss_context_manager(self):
         """Autocast for the sampler and the scorer alike. transformers leaves it to the wrapped `model.forward`, which
@@ -260,9 +230,8 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
 
     def _learnable(self, rollout: Rollout) -> list[list[MicroBatch]]:
         """Its updates, with what is computed once a rollout."""
-        updates, gaps = self.guard.run(
-            "score", lambda: self.learner.learnable(rollout, self.plan, self.collector.pad_id)
-        )
+        learnable = lambda: self.learner.learnable(rollout, self.plan, self.collector.pad_id)
+        updates, gaps = self.guard.run("score", learnable)
         for gap in gaps:
             self.metrics["train"].add(gap)
         return updates
@@ -297,10 +266,6 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
             raise optimizer_error(str(self.args.optim.value), error) from error
         self.guard.guard_step(optimizer)
         return optimizer
-
-    def floating_point_ops(self, inputs) -> int:
-        """Not counted: transformers' estimate knows nothing of rollouts."""
-        return 0
 
     # Evaluation and logging
 

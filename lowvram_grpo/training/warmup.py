@@ -1,16 +1,17 @@
-"""What happens between a loaded model and its first GRPO step: length check, signal check, cold start, self-test.
+"""What happens between a loaded model and its first GRPO step: length check, memory probe, signal check, cold start,
+self-test.
 
 The rollout that the checks look at is the very one that step 1 then learns from, so they cost nothing extra.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowvram_grpo.data.encoding import prompt_length_report
 from lowvram_grpo.errors import UserError, counted
@@ -31,6 +32,7 @@ from lowvram_grpo.training.continuation import planned_steps
 from lowvram_grpo.training.experience import Rollout
 from lowvram_grpo.training.learner import Learner
 from lowvram_grpo.training.pace import pace_of, timed
+from lowvram_grpo.training.probe import probe
 from lowvram_grpo.training.savers import TrainerGuard
 
 if TYPE_CHECKING:
@@ -39,56 +41,22 @@ if TYPE_CHECKING:
     from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.run.observer import Observer
 
+Rows = list[dict[str, Any]]
+
 _PROBE_EVERY = 4
 # Columns that rewards judge by, most likely first.
 _ANSWERS = ("answer", "solution", "ground_truth", "target", "label", REFERENCE_COLUMN)
 
 
-def notices(args: GRPOConfig, model: nn.Module) -> Iterator[str]:
-    """One sentence for each setting that has no effect, or another than one would think."""
-    yield from args.notices()
-    if dropped := adapter_dropout(model):
-        yield (
-            f"the adapter's dropout of {dropped:g} is on in training passes only, so ratio and kl carry its noise; "
-            "set lora_dropout to 0, or disable_dropout, to switch it off."
-        )
-
-
-def check_lengths(args: GRPOConfig, model: nn.Module, tokenizer, data: Dataset, notice: Callable[[str], None]) -> int:
-    """Say how many prompts are cut; stop where even a cut prompt and its completion exceed the model's positions.
-
-    Returns:
-        the tokens of the longest prompt, cut as it will be.
-    """
-    report = prompt_length_report(
-        tokenizer, data, max_prompt_length=args.max_prompt_length, chat_template_kwargs=args.chat_template_kwargs
-    )
-    if report.cut:
-        notice(report.sentence(args.max_prompt_length))
-    longest = min(report.longest, args.max_prompt_length or report.longest)
-    limit = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
-    if limit and longest + args.max_completion_length > limit:
-        raise UserError(
-            f"The longest prompt ({longest} tokens) and max_completion_length {args.max_completion_length} do not fit "
-            f"the model's {limit} positions; lower max_prompt_length or max_completion_length."
-        )
-    return longest
-
-
-def asked_for(args: GRPOConfig) -> bool:
-    """Whether there is anything to do with the first rollout before step 1."""
-    return args.signal_check or args.self_test or str(args.cold_start) != "off"
-
-
 @dataclass(frozen=True)
 class WarmUp:
-    """Checks the first rollout, warms the adapter up where that is asked for or needed, and tests the plumbing.
+    """Looks at settings and prompts, rehearses the longest step, checks the first rollout, warms the adapter up where
+    that is asked for or needed, and tests the plumbing.
 
     Attributes:
         learner, collector, guard, observer: those of the run.
         data: the prompts, perhaps with references.
-        rows: those of step 1.
-        roll_out: samples and scores them as step 1 would, and forgets the metrics of the time before.
+        roll_out: samples and rewards these rows of the data as step 1 would; metrics of the time before are forgotten.
         log: takes a row of metrics.
         save: keeps the adapter as the cold start leaves it.
     """
@@ -98,18 +66,65 @@ class WarmUp:
     guard: TrainerGuard
     observer: Observer
     data: Dataset
-    rows: list[dict[str, Any]]
-    roll_out: Callable[[], Rollout]
+    roll_out: Callable[[Rows], Rollout]
     log: Callable[[dict[str, Any]], None]
     save: Callable[[], None]
 
-    def run(self) -> Rollout:
-        """The rollout that step 1 is to learn from.
+    def check_settings(self) -> int:
+        """Say which settings have no effect, or another than one would think, and how many prompts are cut; stop where
+        even a cut prompt and its completion exceed the model's positions.
+
+        Returns:
+            the tokens of the longest prompt, cut as it will be.
+        """
+        args, model, notice = self.learner.args, self.learner.model, self.observer.notice
+        for sentence in args.notices():
+            notice(sentence)
+        if dropped := adapter_dropout(model):
+            notice(
+                f"the adapter's dropout of {dropped:g} is on in training passes only, so ratio and kl carry its noise; "
+                "set lora_dropout to 0, or disable_dropout, to switch it off."
+            )
+        report = prompt_length_report(
+            self.collector.tokenizer,
+            self.data,
+            max_prompt_length=args.max_prompt_length,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
+        if report.cut:
+            notice(report.sentence(args.max_prompt_length))
+        longest = min(report.longest, args.max_prompt_length or report.longest)
+        limit = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+        if limit and longest + args.max_completion_length > limit:
+            raise UserError(
+                f"The longest prompt ({longest} tokens) and max_completion_length {args.max_completion_length} do not "
+                f"fit the model's {limit} positions; lower max_prompt_length or max_completion_length."
+            )
+        return longest
+
+    def probe(self, longest_prompt: int, *, backward: Callable[[Tensor], None], moments: bool) -> None:
+        """Rehearse the longest step, where `memory_probe` wants that; see `probe.probe`."""
+        args = self.learner.args
+        if args.memory_probe == "on" or (args.memory_probe == "auto" and args.device.type == "cuda"):
+            probe(
+                self.learner,
+                self.guard,
+                longest_prompt,
+                backward=backward,
+                observer=self.observer,
+                moments=moments,
+            )
+
+    def first_rollout(self, loader: Iterable[Rows]) -> Rollout | None:
+        """The rollout that step 1 is to learn from; None where nothing is asked of it before.
 
         Raises:
             UserError: the self-test failed, or a cold start was asked for that the data cannot feed.
         """
         args, notice = self.learner.args, self.observer.notice
+        if not (args.signal_check or args.self_test or str(args.cold_start) != "off"):
+            return None
+        rows = next(iter(loader))
         references = fitting_references(
             self.data,
             self.collector.tokenizer,
@@ -117,24 +132,24 @@ class WarmUp:
             seed=args.seed,
             notice=None if str(args.cold_start) == "off" else notice,
         )
-        rollout, signal = self._probed()
+        rollout, signal = self._probed(rows)
         if args.signal_check:
             notice(signal.sentence(has_references=len(references) >= FEWEST_REFERENCES))
         if steps := self._cold_steps(signal, references):
             self.log(_cold_row(0, signal))
-            rollout = self._cold_start(references, steps)
+            rollout = self._cold_start(rows, references, steps)
         scored = self._self_test(rollout) if args.self_test else None
         run = planned_steps(args, self.data)
         notice(pace_of(self.learner, self.guard.plan, rollout, scored, run=run).sentence())
         return rollout
 
-    def _probed(self) -> tuple[Rollout, Signal]:
+    def _probed(self, rows: Rows) -> tuple[Rollout, Signal]:
         """The rollout of step 1 as the model stands, and what it says."""
-        rollout, sampling = self.roll_out(), self.collector.engine.sampling
+        rollout, sampling = self.roll_out(rows), self.collector.engine.sampling
         return rollout, signal_of(
             rollout,
             self.collector.rewards.names,
-            reference=next((self.rows[0][name] for name in _ANSWERS if self.rows[0].get(name) is not None), None),
+            reference=next((rows[0][name] for name in _ANSWERS if rows[0].get(name) is not None), None),
             endless=endless_remedy(rollout, self.collector.tokenizer, sampling.eos_ids, sampling.max_new_tokens),
         )
 
@@ -161,7 +176,7 @@ class WarmUp:
         )
         return 0
 
-    def _cold_start(self, references: list[int], steps: int) -> Rollout:
+    def _cold_start(self, rows: Rows, references: list[int], steps: int) -> Rollout:
         """Supervised steps until there is a live signal, or nothing left to learn (or exactly `steps`); then the
         adapter is frozen as the reference."""
         args = self.learner.args
@@ -189,7 +204,7 @@ class WarmUp:
             loss = warm.step(step, self.learner.autocast)
             probed = (step + 1) % _PROBE_EVERY == 0 or step + 1 == steps
             if probed:
-                rollout, signal = self._probed()
+                rollout, signal = self._probed(rows)
             self.log({"cold_start/loss": loss, **_cold_row(step + 1, signal if probed else None)})
             if stop_early and signal is not None and (signal.alive or signal.saturated):
                 break
