@@ -106,14 +106,12 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         self.guard = TrainerGuard(model, engine, args, ladder, notice=notice, log=lambda row: self.log(row))
         self.collector = parts.make_collector(engine, self.rewards, tokenizer, self.guard, args, self.observer.phase)
         self.metrics = {"train": MetricBook(), "eval": MetricBook()}
-        self.completions_log: CompletionsLog | None = None
-        if args.log_completions:
-            self.completions_log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl"))
+        log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl")) if args.log_completions else None
+        self.completions_log: CompletionsLog | None = log
         self.pending_rollout: Rollout | None = None
         self._rollout_checks = RolloutChecks(self._check_best_metric, notice)
         self._gradient_check, self._teaches = GradientCheck(str(args.optim)), False
-        self._checked = False
-        self._early_log: list[dict[str, Any]] = []
+        self._checked, self._early_log = False, []
         self._eval_prefix, self._eval_batches = "eval", 0
 
     # Data
@@ -255,8 +253,7 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         """This micro-batch's share of the update's loss."""
         sums, scores = self.learner.loss(inputs)
         first = inputs.old_per_token_logps is None and self.model.training
-        gap = self.learner.sampler_gap(inputs, scores.logps.detach()) if first else None
-        self._sums.add(sums, scores, gap)
+        self._sums.add(sums, scores, self.learner.sampler_gap(inputs, scores.logps.detach()) if first else None)
         return (sums.loss, scores) if return_outputs else sums.loss
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
