@@ -184,7 +184,7 @@ def _data(recipe: Recipe, flags: dict[str, Any]) -> tuple[Dataset, str]:
 
 
 def _check_lengths(recipe: Recipe, args, tokenizer, data: Dataset, tell: Callable[[str], None]) -> None:
-    """Say how many prompts are cut, as training cuts them; see `warmup.check_lengths`.
+    """Say how many prompts are cut, as training cuts them; see `WarmUp.check_settings`.
 
     Raises:
         UserError: a prompt and its completion exceed the model's positions.

@@ -9,9 +9,8 @@ over once a run has begun), refused because another setting outvotes it, without
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +18,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from lowvram_grpo.errors import UserError, flag_of
-from lowvram_grpo.training.continuation import Made, made_with, serves_on, shift_of, steps_an_epoch
-from lowvram_grpo.training.resumable import step_of
+from lowvram_grpo.training.continuation import Made, step_of
 
 if TYPE_CHECKING:
-    from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.recipe.resolve import Recipe
     from lowvram_grpo.run.directory import RunDirectory
 
@@ -227,16 +224,6 @@ def check_unfinished(directory: RunDirectory, checkpoint: Path | None, planned: 
         raise UserError(
             f"{directory.path} has done {done} steps, more than the {planned} asked for; ask for {done} or more."
         )
-
-
-def planned_steps(args: GRPOConfig, data: Sequence[dict], checkpoint: Path | None = None) -> int:
-    """Optimizer steps of the whole run, counted as the trainer does, which goes on from `checkpoint`."""
-    if args.max_steps > 0:
-        return args.max_steps
-    made = Made.load(checkpoint) if checkpoint is not None else None
-    now = made_with(args, data, args.batch_plan(), made.data[2] if made is not None else [], 0, None)
-    shift = shift_of(made, step_of(checkpoint), now, serves=serves_on(made, now))
-    return shift + math.ceil(args.num_train_epochs * steps_an_epoch(now.data[0], now.prompts, now.repeats))
 
 
 class AfterFirstStep(TrainerCallback):

@@ -39,11 +39,12 @@ def _run(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
     from lowvram_grpo.data.load import load
     from lowvram_grpo.jobs.implied import adopt_adapter, imply_evaluation
     from lowvram_grpo.jobs.loading import check_device, load_tokenizer_of, training_config
-    from lowvram_grpo.jobs.resume import check_changes, check_unfinished, newest_checkpoint, planned_steps
+    from lowvram_grpo.jobs.resume import check_changes, check_unfinished, newest_checkpoint
     from lowvram_grpo.jobs.task import reward_specs
     from lowvram_grpo.recipe.resolve import resolve
     from lowvram_grpo.rewards.registry import resolve_reward
     from lowvram_grpo.run.directory import RunDirectory
+    from lowvram_grpo.training.continuation import planned_steps
     from lowvram_grpo.training.early_checks import check_before_loading
 
     check_device(recipe)
@@ -167,13 +168,14 @@ def _train(recipe, args, directory, checkpoint, rewards, tokenizer, train_data, 
 
     from lowvram_grpo.jobs.implied import IMPLIED
     from lowvram_grpo.jobs.loading import load_model_of
-    from lowvram_grpo.jobs.resume import AfterFirstStep, planned_steps, step_of
+    from lowvram_grpo.jobs.resume import AfterFirstStep
     from lowvram_grpo.jobs.task import guess_notice
     from lowvram_grpo.plan.planner import ladder_for
     from lowvram_grpo.run.completions import CompletionsLog
     from lowvram_grpo.run.console import Console
     from lowvram_grpo.run.interrupt import StopAfterStep
     from lowvram_grpo.run.metrics import MetricsWriter
+    from lowvram_grpo.training.continuation import planned_steps, step_of
     from lowvram_grpo.training.trainer import GRPOTrainer
 
     # Until a resumed process has made a step the directory is the earlier one's. A new run's completions wait too: one
@@ -238,7 +240,7 @@ def _train(recipe, args, directory, checkpoint, rewards, tokenizer, train_data, 
 def _fit(trainer: GRPOTrainer, checkpoint: Path | None, directory, settings: dict[str, Any]) -> None:
     """Train; where a mistake in the data or a reward ends the run, keep the steps that were done. Behind a fault of the
     machine nothing in memory is trusted: the last checkpoint is what is kept."""
-    from lowvram_grpo.jobs.resume import step_of
+    from lowvram_grpo.training.continuation import step_of
 
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

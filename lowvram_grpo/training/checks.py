@@ -1,9 +1,9 @@
-"""Two questions before the first optimizer step: do sampler and trainer agree, and is there anything to learn from?"""
+"""What rollouts say: do sampler and trainer agree, is there anything to learn from, and did every reward judge?"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ def mean_gap(a: Tensor, b: Tensor, mask: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class OtherSampler:
     """A sampler other than the policy.
 
     Attributes:
@@ -56,13 +56,13 @@ def self_test(
     mask: Tensor,
     dtype: torch.dtype,
     *,
-    elsewhere: Elsewhere | None = None,
+    other: OtherSampler | None = None,
 ) -> str:
     """Compare (B, T) log-probs of one rollout as the sampler, the scorer and the reference see them.
 
     Args:
         dtype: whose rounding separates them.
-        elsewhere: what sampled, where that is not the policy itself.
+        other: what sampled, where that is not the policy itself.
 
     Returns:
         one sentence for the screen.
@@ -72,20 +72,20 @@ def self_test(
     """
     tolerance = _TOLERANCE.get(dtype, 0.1)
     gap = mean_gap(sampled, scored, mask)
-    allowed = tolerance if elsewhere is None else elsewhere.allowed(tolerance)
+    allowed = tolerance if other is None else other.allowed(tolerance)
     if not gap <= allowed:
         differ = (
             f"Self-test failed: sampled and scored log-probs differ by {gap:.3g} nats a token (allowed {allowed:g})"
         )
-        if elsewhere is not None:
+        if other is not None:
             raise UserError(
-                f"{differ}, so {elsewhere.name} does not run the model that is trained; see that it serves the same "
+                f"{differ}, so {other.name} does not run the model that is trained; see that it serves the same "
                 "weights, with --logprobs-mode processed_logprobs, or set self_test to false (--no-self-test)."
             )
         raise UserError(f"{differ}, so the model does not score what it sampled; {_WAY_OUT}")
     text = f"self-test passed: sampled and scored log-probs differ by {gap:.1e} nats a token"
     if allowed == float("inf"):
-        text += f" ({elsewhere.name}'s are those behind the filters, so this is not judged)"
+        text += f" ({other.name}'s are those behind the filters, so this is not judged)"
     if reference is not None:
         drift = mean_gap(scored, reference, mask)
         if not drift <= tolerance / 10:
@@ -139,10 +139,10 @@ class Signal:
 
     def sentence(self, *, has_references: bool) -> str:
         if self.unjudged:
-            at = "" if self.reference is None else f", as for the reference {self.reference}"
+            example = "" if self.reference is None else f", as for the reference {self.reference}"
             return (
-                f"signal check: {', '.join(self.silent)} gave None to every completion{at}, so there is nothing to "
-                "learn from; take a reward that can judge such references, or references that this one can read."
+                f"signal check: {', '.join(self.silent)} gave None to every completion{example}, so there is nothing "
+                "to learn from; take a reward that can judge such references, or references that this one can read."
             )
         facts = (
             f"signal check: {self.dead:.0%} of the groups are dead (all rewards equal), "
@@ -215,15 +215,37 @@ def endless_remedy(rollout: Rollout, tokenizer, ends: Sequence[int], limit: int)
     )
 
 
+class RolloutChecks:
+    """What is looked at in rollouts as they come, and told once.
+
+    Args:
+        known_metrics: called with the metrics that rewards have logged, once, at the first rollout that is trained on.
+        tell: hears of the first completion that no reward function judged.
+    """
+
+    def __init__(self, known_metrics: Callable[[dict[str, float]], None], tell: Callable[[str], None]):
+        self._known_metrics: Callable[[dict[str, float]], None] | None = known_metrics
+        self._tell: Callable[[str], None] | None = tell
+
+    def look(self, rollout: Rollout, rows: list[dict[str, Any]], logged: dict[str, float], *, training: bool) -> None:
+        """At a rollout, the `rows` of the data it was made from, and what its rewards `logged`."""
+        if training and self._known_metrics is not None:
+            known_metrics, self._known_metrics = self._known_metrics, None
+            known_metrics(logged)
+        if self._tell is not None and (warning := unjudged_row(rollout, rows)):
+            self._tell(warning)
+            self._tell = None
+
+
 def unjudged_row(rollout: Rollout, rows: list[dict[str, Any]]) -> str | None:
     """TRL's warning for the first completion that no reward function judged, with what they were given; None where
     there is none."""
     unjudged = rollout.rewards.isnan().nonzero().flatten().tolist()
     if not unjudged:
         return None
-    at = unjudged[0]
-    row = rows[at * len(rows) // len(rollout.rewards)]
-    given = {**row, "prompt": rollout.prompts[at], "completion": rollout.completions[at]}
+    first = unjudged[0]
+    row = rows[first * len(rows) // len(rollout.rewards)]
+    given = {**row, "prompt": rollout.prompts[first], "completion": rollout.completions[first]}
     text = ", ".join(f"{name}={shortened(value)}" for name, value in given.items())
     return (
         f"All reward functions returned None for the following kwargs: {text}. Please ensure that at least one reward "

@@ -29,6 +29,11 @@ def reward_columns(columns: Iterable[str], *, only_prompts: bool) -> list[str]:
     return [] if only_prompts else [name for name in columns if name not in _NOT_COLUMNS]
 
 
+def rollout_seed(seed: int, number: int) -> int:
+    """Of the run's `seed` and a rollout's own number: its optimizer step, or less than 0 for evaluations."""
+    return (seed * 1_000_003 + number) % 2**63
+
+
 class Collector:
     """Rows of a dataset to a `Rollout`.
 
@@ -53,6 +58,10 @@ class Collector:
         self.engine, self.rewards, self.tokenizer, self.guard, self.tell = engine, rewards, tokenizer, guard, tell
         self.max_prompt_length, self.chat_template_kwargs = max_prompt_length, chat_template_kwargs
         self.scale_rewards, self.only_prompts = scale_rewards, only_prompts
+
+    @property
+    def pad_id(self) -> int:
+        return self.engine.sampling.pad_id
 
     def encode(self, prompts: list) -> list[list[int]]:
         """Token ids of each prompt, cut to max_prompt_length."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,6 +124,21 @@ class _Rows(Sized):
 
     def __len__(self) -> int:
         return self.count
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The N of checkpoint-N; 0 without one."""
+    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+
+
+def planned_steps(args: GRPOConfig, data: Sequence[dict], checkpoint: Path | None = None) -> int:
+    """Optimizer steps of the whole run, counted as the trainer does, which goes on from `checkpoint`."""
+    if args.max_steps > 0:
+        return args.max_steps
+    made = Made.load(checkpoint) if checkpoint is not None else None
+    now = made_with(args, data, args.batch_plan(), made.data[2] if made is not None else [], 0, None)
+    shift = shift_of(made, step_of(checkpoint), now, serves=serves_on(made, now))
+    return shift + math.ceil(args.num_train_epochs * steps_an_epoch(now.data[0], now.prompts, now.repeats))
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lowvram_grpo.memory.host import upload
 from lowvram_grpo.objective import Advantages, token_weights
 from lowvram_grpo.rollout.batch import RolloutBatch, pad_left
+from lowvram_grpo.run.completions import as_text
 
 _FILE = "rollout.pt"
 
@@ -43,6 +44,32 @@ class Rollout:
     advantages: Advantages
     extras: dict[str, list]
     seconds: float = 0.0
+
+    @property
+    def sampled_tokens(self) -> int:
+        return sum(map(len, self.batch.completion_ids))
+
+    @property
+    def tokens(self) -> int:
+        """Sampled ones, and those of the prompts once for each completion."""
+        return self.sampled_tokens + sum(map(len, self.batch.prompt_ids))
+
+    def columns(self, names: list[str]) -> dict[str, Any]:
+        """What `CompletionsLog.write` takes, with the names of the reward functions; None where one does not apply."""
+        none_for_nan = lambda column: [None if v != v else v for v in column.tolist()]
+        return {
+            "prompts": self.prompts,
+            "completions": self.completions,
+            "rewards": {name: none_for_nan(column) for name, column in zip(names, self.rewards_per_func.T)},
+            "advantages": self.advantages.values.tolist(),
+            "extras": self.extras,
+        }
+
+    def best(self) -> tuple[str, str, float]:
+        """(prompt, completion, reward) of the completion with the greatest advantage, as text."""
+        advantages = self.advantages.values.tolist()
+        i = max(range(len(advantages)), key=advantages.__getitem__)
+        return as_text(self.prompts[i]), as_text(self.completions[i]), float(self.rewards[i])
 
 
 @dataclass

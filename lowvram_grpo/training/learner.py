@@ -1,4 +1,4 @@
-"""From micro-batches to gradients: what an optimizer step does between its rollout and its optimizer.
+"""From a rollout to losses: what an optimizer step does between its sampler and its optimizer.
 
 The trainer, the start-up probe and the memory ledger (which runs it on meta tensors) all call this one class.
 """
@@ -19,15 +19,16 @@ from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.shared_prefix import shared_groups
 from lowvram_grpo.policy.wrapper import unwrap
-from lowvram_grpo.recipe.config import GRPOConfig
+from lowvram_grpo.recipe.config import BatchPlan, GRPOConfig
 from lowvram_grpo.training.correction import Correction
-from lowvram_grpo.training.experience import MicroBatch
+from lowvram_grpo.training.experience import MicroBatch, Rollout, updates_of
 from lowvram_grpo.training.loss import KernelChoice, LossSums, micro_loss, wanted_rows
+from lowvram_grpo.training.metrics import read, sampler_metrics
 from lowvram_grpo.training.scoring import Scores, score, scored_states
 
 
 class Learner:
-    """Scores micro-batches under the policy and its reference, and makes their losses.
+    """Cuts rollouts into micro-batches, scores those under the policy and its reference, and makes their losses.
 
     Args:
         args: read anew at each pass: savers may be switched on in the middle of a run.
@@ -98,13 +99,49 @@ class Learner:
             micro = replace(micro, weights=self.corrected_weights(micro, scores.logps))
         return micro_loss(scores, micro, self.objective, self.kernels.fused), scores
 
-    def learning(self, update: list[MicroBatch]) -> list[bool]:
+    def need_gradients(self, update: list[MicroBatch]) -> list[bool]:
         """Which micro-batches need a gradient. One at least: the optimizer must see gradients of zero, not none, as
         its momentum moves the weights all the same."""
-        learns = torch.stack([wanted_rows(micro, self.objective).any() for micro in update]).tolist()
-        if not any(learns):
-            learns[0] = True
-        return learns
+        needed = torch.stack([wanted_rows(micro, self.objective).any() for micro in update]).tolist()
+        if not any(needed):
+            needed[0] = True
+        return needed
+
+    def cut(self, rollout: Rollout, plan: BatchPlan, pad_id: int, *, updates: int) -> list[list[MicroBatch]]:
+        """As many `updates`, each a list of micro-batches of the size that `plan` has, on the device."""
+        args = self.args
+        return updates_of(
+            rollout,
+            updates=updates,
+            micro_batch_size=plan.micro_batch_size,
+            loss_type=args.loss_type,
+            max_completion_length=args.max_completion_length,
+            mask_truncated=args.mask_truncated_completions,
+            pad_id=pad_id,
+            device=args.device,
+        )
+
+    def learnable(
+        self, rollout: Rollout, plan: BatchPlan, pad_id: int
+    ) -> tuple[list[list[MicroBatch]], list[dict[str, float]]]:
+        """The updates of a rollout, with what is computed once for all steps that it serves; and the `sampler_gap` of
+        each micro-batch that was scored for that."""
+        updates, gaps = self.cut(rollout, plan, pad_id, updates=plan.updates_per_rollout), []
+        for micro in (micro for update in updates for micro in update):
+            self.prepare(micro)
+            if micro.old_per_token_logps is not None:
+                gaps.append(self.sampler_gap(micro, micro.old_per_token_logps))
+        return updates, read(gaps)
+
+    def sampler_gap(self, micro: MicroBatch, logps: Tensor) -> dict[str, Tensor]:
+        """How far `logps` (b, T), the policy's before its first update on these tokens, are from the sampler's."""
+        return sampler_metrics(logps, micro.sampling_per_token_logps, micro.completion_mask, self.correction)
+
+    def sync_reference(self, step: int) -> None:
+        """Mix the policy into its reference where that is due before optimizer step `step`, counted from 0."""
+        args = self.args
+        if args.sync_ref_model and self.reference and step and step % args.ref_model_sync_steps == 0:
+            self.reference.sync(args.ref_model_mixup_alpha)
 
     def prepare(self, micro: MicroBatch) -> None:
         """Fill in what is computed once a rollout: old log-probs where it serves several steps, with the weights that

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.training.correction import Correction, quotients
+from lowvram_grpo.training.experience import Rollout
 from lowvram_grpo.training.loss import LossSums
 from lowvram_grpo.training.scoring import Scores
 
@@ -33,6 +34,14 @@ class MetricBook:
         for name, value in values.items():
             self._values[name].append(float(value))
 
+    def add_update(self, update: UpdateSums) -> dict[str, float]:
+        """Add what an update has summed up, and return its means: here the host waits for the device."""
+        means = update.take()
+        for gap in update.gaps:
+            self.add(gap)
+        self.add(means)
+        return means
+
     def take(self) -> dict[str, float]:
         """All metrics since the last call, and forget them. NaN (not applicable) counts in no mean."""
         folded = {}
@@ -42,6 +51,34 @@ class MetricBook:
             folded[name] = {"min": min, "max": max}.get(kind, lambda v: sum(v) / len(v))(present)
         self._values.clear()
         return folded
+
+
+def complete_row(
+    row: dict[str, float], books: Mapping[str, MetricBook], *, eval_prefix: str, tokens: int, device: torch.device
+) -> None:
+    """Add to a row of transformers' log what was measured since the last of its kind.
+
+    Args:
+        books: `train` and `eval`.
+        eval_prefix: `eval`, or `eval_NAME` for one of several datasets.
+        tokens: seen by the model since the run began.
+    """
+    if any(key.startswith("eval_") for key in row):
+        row.update({f"{eval_prefix}_{name}": value for name, value in books["eval"].take().items()})
+    elif "loss" in row or ("train_runtime" in row and books["train"]):
+        # As in TRL, the last row has what was measured since the last logged step.
+        row.update(books["train"].take())
+        row["num_tokens"] = tokens
+        memory = peak_memory_gib(device)
+        if memory is not None:
+            row["memory/peak_gib"] = memory
+
+
+def rollout_metrics(rollout: Rollout, names: list[str]) -> dict[str, float]:
+    """Lengths and rewards of a rollout, with the names of its reward functions."""
+    lengths = [len(ids) for ids in rollout.batch.completion_ids]
+    rewards = reward_metrics(rollout.rewards, rollout.rewards_per_func, names, rollout.advantages.dead)
+    return {**length_metrics(lengths, rollout.batch.truncated), **rewards}
 
 
 def length_metrics(lengths: list[int], truncated: list[bool]) -> dict[str, float]:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowvram_grpo.errors import counted
-from lowvram_grpo.jobs.resume import planned_steps
 from lowvram_grpo.policy.wrapper import is_peft
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from lowvram_grpo.recipe.config import BatchPlan
     from lowvram_grpo.training.experience import Rollout
-    from lowvram_grpo.training.trainer import GRPOTrainer
+    from lowvram_grpo.training.learner import Learner
 
 # Completions that stay below this share of the limit may grow, and the steps with them.
 _SHORT = 0.8
@@ -95,18 +95,19 @@ def timed(work: Callable, device: torch.device, clock: Callable[[], float] = tim
     return done, clock() - started
 
 
-def pace_of(trainer: GRPOTrainer, rollout: Rollout, scored: tuple[int, float] | None) -> Pace:
-    """The pace of `trainer`, seen on the rollout of step 1.
+def pace_of(learner: Learner, plan: BatchPlan, rollout: Rollout, scored: tuple[int, float] | None, *, run: int) -> Pace:
+    """The pace of training with `learner`, seen on the rollout of step 1.
 
     Args:
         scored: tokens (prompts included) of the micro-batch that was scored without gradient, and the seconds that it
             took; None where none was.
+        run: optimizer steps of the whole run.
     """
-    args, plan, learner, batch = trainer.grpo_args, trainer.plan, trainer.learner, rollout.batch
+    args, batch = learner.args, rollout.batch
     lengths = [len(ids) for ids in batch.completion_ids]
     joint = learner.joint_reference
-    each_step = (2 if is_peft(trainer.model) else 3) + int(args.gradient_checkpointing) + int(joint)
-    each_rollout = int(plan.steps_per_rollout > 1) + int(trainer.reference is not None and not joint)
+    each_step = (2 if is_peft(learner.model) else 3) + int(args.gradient_checkpointing) + int(joint)
+    each_rollout = int(plan.steps_per_rollout > 1) + int(learner.reference is not None and not joint)
     tokens = sum(lengths) + sum(map(len, batch.prompt_ids))
     return Pace(
         sampling=rollout.seconds,
@@ -118,6 +119,6 @@ def pace_of(trainer: GRPOTrainer, rollout: Rollout, scored: tuple[int, float] | 
         updates=plan.updates_per_rollout,
         each_step=each_step,
         each_rollout=each_rollout,
-        run=planned_steps(args, trainer.train_dataset),
+        run=run,
         evaluated=args.eval_strategy != "no",
     )

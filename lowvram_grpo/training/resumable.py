@@ -1,5 +1,6 @@
-"""transformers.Trainer, with checkpoints that say what they were made with, and a resume that follows the settings of
-today: what has changed takes effect at its place, and what is unchanged goes on bit for bit."""
+"""transformers.Trainer, with checkpoints that hold adapter, reference and rollout in progress and say what they were
+made with, and a resume that follows the settings of today: what has changed takes effect at its place, and what is
+unchanged goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -11,36 +12,70 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import Trainer
 
 from lowvram_grpo.errors import CantWrite, UserError, counted, why_unwritten
+from lowvram_grpo.policy.adapter import restore_adapter
+from lowvram_grpo.policy.wrapper import is_peft
 from lowvram_grpo.run.checkpoints import STATE, seal
 from lowvram_grpo.run.directory import RunDirectory
 from lowvram_grpo.training import continuation
 from lowvram_grpo.training.continuation import Made
+from lowvram_grpo.training.experience import MicroBatch, load_updates, save_updates
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from lowvram_grpo.policy.reference import Reference
     from lowvram_grpo.recipe.batch_plan import BatchPlan
     from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.rewards.runner import RewardRunner
     from lowvram_grpo.run.observer import Observer
+    from lowvram_grpo.training.savers import TrainerGuard
 
 
 class ResumableTrainer(Trainer):
-    """Where checkpoints are written and read. GRPOTrainer brings `grpo_args`, `plan`, `observer` and `rewards`.
+    """Where steps are counted, checkpoints written and read. GRPOTrainer brings the parts named here without a value.
 
     Attributes:
+        policy_adapter: name of the adapter that is trained; None where all weights are.
         shift: optimizer steps that `state.global_step` is ahead of the place in the data (`continuation.shift_of`).
     """
 
     grpo_args: GRPOConfig
-    plan: BatchPlan
     observer: Observer
     rewards: RewardRunner
+    guard: TrainerGuard
+    reference: Reference | None
+    policy_adapter: str | None
     shift = 0
+    _updates: list[list[MicroBatch]] | None = None  # of the rollout that steps learn from now
     _made: Made | None = None
+
+    @property
+    def plan(self) -> BatchPlan:
+        """How a rollout becomes optimizer steps; its micro-batches get smaller where memory runs out."""
+        return self.guard.plan
+
+    # Counting
+
+    def get_total_train_batch_size(self, args=None) -> int:
+        """Completions a step, which transformers counts its samples by."""
+        return self.plan.completions_per_rollout // self.plan.updates_per_rollout
+
+    def floating_point_ops(self, inputs) -> int:
+        """Not counted: transformers' estimate knows nothing of rollouts."""
+        return 0
+
+    def set_initial_training_values(self, args, dataloader):
+        """transformers' counts, for a run whose earlier steps had batches of another size."""
+        epochs, per_epoch, *counts, max_steps = super().set_initial_training_values(args, dataloader)
+        if args.max_steps > 0:
+            epochs = max(1, math.ceil((max_steps - self.shift) / per_epoch))
+        else:
+            max_steps += self.shift
+        return epochs, per_epoch, *counts, max_steps
 
     # Reading
 
@@ -83,15 +118,6 @@ class ResumableTrainer(Trainer):
             self.grpo_args, self.train_dataset, self.plan, list(self.rewards.names), self.shift, optimizer
         )
 
-    def set_initial_training_values(self, args, dataloader):
-        """transformers' counts, for a run whose earlier steps had batches of another size."""
-        epochs, per_epoch, *counts, max_steps = super().set_initial_training_values(args, dataloader)
-        if args.max_steps > 0:
-            epochs = max(1, math.ceil((max_steps - self.shift) / per_epoch))
-        else:
-            max_steps += self.shift
-        return epochs, per_epoch, *counts, max_steps
-
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
@@ -116,10 +142,13 @@ class ResumableTrainer(Trainer):
         return all(self._made.settings.get(name) == now.get(name) for name in names)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._go_on_from(Path(checkpoint))
+        self.guard.settle_moments()
+
+    def _go_on_from(self, folder: Path) -> None:
         """The checkpoint's moments under today's settings, and today's schedule at the place where the run stands."""
-        if checkpoint is None:
-            return
-        folder, step = Path(checkpoint), self.state.global_step
+        step = self.state.global_step
         moments = continuation.load_state(folder / "optimizer.pt")
         if moments is None:
             self.observer.notice(
@@ -135,6 +164,25 @@ class ResumableTrainer(Trainer):
                 f"lr_scheduler_type {self.args.lr_scheduler_type} follows the metrics, and {folder.name} has none for "
                 f"these settings: it begins anew at learning rate {self._get_learning_rate():g}."
             )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if is_peft(self.model):
+            self._restore_adapter(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.reference is not None:
+            self.reference.restore(resume_from_checkpoint)
+        self._updates = load_updates(resume_from_checkpoint, self.args.device) or self._updates
+
+    def _restore_adapter(self, folder: str) -> None:
+        if self.policy_adapter != "default":
+            folder = os.path.join(folder, self.policy_adapter)
+        restore_adapter(self.model, folder, self.policy_adapter)
+
+    def _load_best_model(self) -> None:
+        if not is_peft(self.model):
+            return super()._load_best_model()
+        self._restore_adapter(self.state.best_model_checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if getattr(self.accelerator, "scaler", None) is None:
@@ -152,6 +200,16 @@ class ResumableTrainer(Trainer):
             )
 
     # Writing
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """For an adapter: the policy's only, not the frozen reference beside it."""
+        if not is_peft(self.model):
+            return super()._save(output_dir, state_dict)
+        output_dir = output_dir or self.args.output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        self.model.save_pretrained(output_dir, selected_adapters=[self.policy_adapter], save_embedding_layers=False)
+        self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """A whole checkpoint, or none and one sentence: what can't be finished is taken away again.
@@ -182,8 +240,7 @@ class ResumableTrainer(Trainer):
     def _save_beside(self, folder: str) -> None:
         """What a checkpoint has beside transformers' files; they come after: it is not taken for whole before."""
         self._made_with(self.optimizer).save(folder)
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """The N of checkpoint-N; 0 without one."""
-    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+        if self.reference is not None and (self.reference.moved or self.grpo_args.sync_ref_model):
+            self.reference.save(folder)
+        if (self.state.global_step - self.shift) % self.plan.steps_per_rollout and self._updates:
+            save_updates(self._updates, folder)

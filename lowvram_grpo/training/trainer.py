@@ -6,10 +6,8 @@ samples and scores them when a rollout is due, cuts them into micro-batches and 
 
 from __future__ import annotations
 
-import copy
 import os
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,50 +16,25 @@ from transformers import TrainerCallback, set_seed
 
 from lowvram_grpo.data.batching import PromptLoader, PromptSampler
 from lowvram_grpo.data.load import check_dataset
-from lowvram_grpo.errors import UserError
-from lowvram_grpo.memory.guard import cap
 from lowvram_grpo.memory.ladder import Rung
-from lowvram_grpo.policy.adapter import restore_adapter
-from lowvram_grpo.policy.attention_choice import check as check_attention
-from lowvram_grpo.policy.dropout import adapter_dropout, training_mode
-from lowvram_grpo.policy.known_models import named
-from lowvram_grpo.policy.load import build_policy, check_tokens, compute_dtype, load_tokenizer_for
-from lowvram_grpo.policy.precision import slow_dtype
-from lowvram_grpo.policy.reference import Reference
-from lowvram_grpo.policy.reward_model import load_reward_model
-from lowvram_grpo.policy.variants import check_adapter
-from lowvram_grpo.policy.wrapper import is_peft, unwrap
+from lowvram_grpo.policy.dropout import training_mode
+from lowvram_grpo.policy.wrapper import is_peft
 from lowvram_grpo.recipe.config import GRPOConfig
 from lowvram_grpo.recipe.settings import optimizer_error
-from lowvram_grpo.rewards.runner import RewardRunner
-from lowvram_grpo.rewards.signatures import check_columns, log_by_name
-from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
-from lowvram_grpo.rollout.sampler import Sampling, sampling_of
-from lowvram_grpo.rollout.vllm import VLLMEngine, check_vllm, vllm_engine
-from lowvram_grpo.run.completions import CompletionsLog, as_text
+from lowvram_grpo.rewards.signatures import log_by_name
+from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.observer import Observer
-from lowvram_grpo.training.checks import unjudged_row
-from lowvram_grpo.training.collect import Collector, reward_columns
-from lowvram_grpo.training.early_checks import check_before_loading, check_best_metric, check_evaluation
-from lowvram_grpo.training.experience import MicroBatch, Rollout, load_updates, save_updates, split, updates_of
+from lowvram_grpo.training import parts
+from lowvram_grpo.training.checks import RolloutChecks
+from lowvram_grpo.training.collect import rollout_seed
+from lowvram_grpo.training.early_checks import check_best_metric
+from lowvram_grpo.training.experience import MicroBatch, Rollout, split
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
-from lowvram_grpo.training.learner import Learner
-from lowvram_grpo.training.loss import choose_kernels
-from lowvram_grpo.training.loss_settings import correction_of, objective_of
-from lowvram_grpo.training.metrics import (
-    MetricBook,
-    UpdateSums,
-    length_metrics,
-    peak_memory_gib,
-    read,
-    reward_metrics,
-    sampler_metrics,
-)
-from lowvram_grpo.training.probe import probe
+from lowvram_grpo.training.metrics import MetricBook, UpdateSums, complete_row, rollout_metrics
 from lowvram_grpo.training.pushing import HubPushes
 from lowvram_grpo.training.resumable import ResumableTrainer
 from lowvram_grpo.training.savers import TrainerGuard
-from lowvram_grpo.training.warmup import before_first_step, check_lengths
+from lowvram_grpo.training.warmup import WarmUp
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -109,29 +82,15 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         ladder: tuple[Rung, ...] = (),
     ):
         args = args or GRPOConfig(output_dir="grpo")
-        self.observer = observer or Observer(log_completions=args.log_completions)
-        check_dataset(train_dataset, "train_dataset")
-        check_evaluation(args, eval_dataset)
+        self.grpo_args, self.observer = args, observer or Observer(log_completions=args.log_completions)
+        notice = self.observer.notice
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        check_columns(reward_funcs, reward_columns(train_dataset[0], only_prompts=bool(args.remove_unused_columns)))
-        check_before_loading(args, reward_funcs, eval_dataset)
-        if peft_config is not None:  # build_policy does so too, once a tokenizer has been fetched
-            check_adapter(peft_config, fresh=True, reference=args.beta > 0)
+        parts.check_arguments(args, reward_funcs, train_dataset, eval_dataset, peft_config)
         set_seed(args.seed)
-        if isinstance(model, str):
-            model = named(model, self.observer.notice)
-        tokenizer = processing_class or load_tokenizer_for(model, args)
-        check_tokens(model, tokenizer, args)
-        if args.use_vllm:
-            check_vllm(args)
-        cap(args.device, args.vram_gib)
-        model = build_policy(model, args, quantization_config, peft_config, self.observer.notice)
-        if slow := slow_dtype(model, args):
-            self.observer.notice(slow)
-        self.plan, self.grpo_args = args.batch_plan(), args
+        model, tokenizer = parts.make_policy(model, args, processing_class, quantization_config, peft_config, notice)
         super().__init__(
             model=model,
-            args=_for_transformers(args),
+            args=parts.for_transformers(args),
             data_collator=list,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -141,74 +100,28 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         )
         self.model_accepts_loss_kwargs = False
         self.policy_adapter = model.active_adapters[0] if is_peft(model) else None
-        self.reference = Reference(model, follows=args.sync_ref_model) if args.beta > 0 else None
-        if self.reference is not None and not is_peft(model) and args.kl_estimator == "exact":
-            raise UserError(
-                "kl_estimator exact sweeps policy and reference through one frozen lm_head, and here all weights are "
-                "trained; pass a peft_config, or take k3."
-            )
-        kernels = choose_kernels(
-            args.fused_loss, args.device, compute_dtype(args.device), unwrap(model).get_output_embeddings().in_features
-        )
-        with self.compute_loss_context_manager():
-            causal_lm = unwrap(model)
-            decoder = getattr(causal_lm, causal_lm.base_model_prefix)
-            if partly := check_attention(args.attention, "training", decoder, args.device):
-                self.observer.notice(partly)
-        self.learner = Learner(
-            model,
-            self.reference,
-            objective_of(args),
-            kernels,
-            args,
-            steps_per_rollout=self.plan.steps_per_rollout,
-            autocast=self.compute_loss_context_manager,
-            correction=correction_of(args),
-        )
-        self.rewards = RewardRunner(
-            reward_funcs,
-            weights=args.reward_weights,
-            processing_classes=reward_processing_classes
-            if isinstance(reward_processing_classes, list) or reward_processing_classes is None
-            else [reward_processing_classes],
-            device=args.device,
-            timeout=args.reward_timeout,
-            load_model=load_reward_model,
-        )
-        self.guard = TrainerGuard(self, ladder)
-        self.collector = Collector(
-            _engine(args, model, sampling_of(args, end_ids(model, tokenizer), tokenizer)),
-            self.rewards,
-            tokenizer,
-            self.guard,
-            max_prompt_length=args.max_prompt_length,
-            chat_template_kwargs=args.chat_template_kwargs,
-            scale_rewards=args.scale_rewards,
-            only_prompts=bool(args.remove_unused_columns),
-            tell=self.observer.phase,
-        )
+        self.learner = parts.make_learner(model, args, self.compute_loss_context_manager, notice)
+        self.reference = self.learner.reference
+        self.rewards = parts.make_rewards(reward_funcs, args, reward_processing_classes)
+        engine = parts.make_engine(model, args, tokenizer)
+        self.guard = TrainerGuard(model, engine, args, ladder, notice=notice, log=lambda row: self.log(row))
+        self.collector = parts.make_collector(engine, self.rewards, tokenizer, self.guard, args, self.observer.phase)
         self.metrics = {"train": MetricBook(), "eval": MetricBook()}
-        self.completions_log: CompletionsLog | None = None
-        if args.log_completions:
-            self.completions_log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl"))
+        log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl")) if args.log_completions else None
+        self.completions_log: CompletionsLog | None = log
         self.pending_rollout: Rollout | None = None
-        self._checked = self._rewards_called = self._unjudged_said = False
-        self._early_log: list[dict[str, Any]] = []
+        self._rollout_checks = RolloutChecks(self._check_best_metric, notice)
+        self._gradient_check, self._teaches = GradientCheck(str(args.optim)), False
+        self._checked, self._early_log = False, []
         self._eval_prefix, self._eval_batches = "eval", 0
-        self._updates: list[list[MicroBatch]] | None = None
-        self._live, self._gradient_check = False, GradientCheck(str(args.optim))
 
     # Data
 
     def get_train_dataloader(self) -> PromptLoader:
-        sampler = PromptSampler(
-            self.train_dataset,
-            prompts=self.plan.prompts_per_rollout,
-            repeats=self.plan.steps_per_rollout,
-            shuffle=self.grpo_args.shuffle_dataset,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-        )
-        return PromptLoader(self.train_dataset, sampler)
+        data, plan, shuffle = self.train_dataset, self.plan, self.grpo_args.shuffle_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        prompts, repeats = plan.prompts_per_rollout, plan.steps_per_rollout
+        return PromptLoader(data, PromptSampler(data, prompts=prompts, repeats=repeats, shuffle=shuffle, seed=seed))
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> PromptLoader:
         data = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -221,71 +134,113 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
     def generations_eval(self) -> int:
         return self.grpo_args.num_generations_eval or self.plan.num_generations
 
-    def get_total_train_batch_size(self, args=None) -> int:
-        """Completions a step, which transformers counts its samples by."""
-        return self.plan.completions_per_rollout // self.plan.updates_per_rollout
-
     # The run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        for notice in self.grpo_args.notices():
-            self.observer.notice(notice)
-        if dropped := adapter_dropout(self.model):
-            self.observer.notice(
-                f"the adapter's dropout of {dropped:g} is on in training passes only, so ratio and kl carry its noise; "
-                "set lora_dropout to 0, or disable_dropout, to switch it off."
-            )
-        longest = check_lengths(self)
-        wanted = self.grpo_args.memory_probe
-        if not self._checked and (wanted == "on" or (wanted == "auto" and self.args.device.type == "cuda")):
-            probe(self, longest)
-        if not resume_from_checkpoint and not self._checked:
-            before_first_step(self)
-            self._early_log = list(self.state.log_history)
+        warm_up = WarmUp(
+            self.learner,
+            self.collector,
+            self.guard,
+            self.observer,
+            self.train_dataset,
+            roll_out=self._roll_out_anew,
+            log=self.log,
+            save=lambda: self._save(os.path.join(self.args.output_dir, "cold_start")),
+        )
+        longest = warm_up.check_settings()
+        if not self._checked:
+            warm_up.probe(longest, backward=self.accelerator.backward, moments=self.optimizer is not None)
+            if not resume_from_checkpoint:
+                self.pending_rollout = warm_up.first_rollout(self.get_train_dataloader()) or self.pending_rollout
+                self._early_log = list(self.state.log_history)
         self._checked = True
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _roll_out_anew(self, rows: list[dict[str, Any]]) -> Rollout:
+        self.metrics["train"].take()
+        return self.collect(rows, 0)
 
     def compute_loss_context_manager(self):
         """Autocast for the sampler and the scorer alike. transformers leaves it to the wrapped `model.forward`, which
         the scorer does not call."""
         return self.accelerator.autocast()
 
+    # A step: a rollout if one is due, its next update, that update's gradients. transformers then takes the step.
+
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch=None) -> Tensor:
         """One optimizer step's gradients, on the rollout that is due or already there."""
-        started = time.perf_counter()
-        step, args = self.state.global_step, self.grpo_args
-        if args.sync_ref_model and self.reference and step and step % args.ref_model_sync_steps == 0:
-            self.reference.sync(args.ref_model_mixup_alpha)
-        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+        started, step, metrics = time.perf_counter(), self.state.global_step, self.metrics["train"]
+        self.learner.sync_reference(step)
+        if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedule-free optimizers keep other weights for evaluation
-        offset = (step - self.shift) % self.plan.steps_per_rollout
-        tokens = 0
-        if offset == 0 or self._updates is None:
-            rollout = self.pending_rollout or self.collect(inputs, step)
-            self.pending_rollout = None
-            tokens = self._record(rollout)
-            self._updates, self._live = self._learnable(rollout), could_teach(rollout)
-        update = self._updates[offset % self.plan.updates_per_rollout % len(self._updates)]
+        within, sampled = (step - self.shift) % self.plan.steps_per_rollout, 0
+        if within == 0 or self._updates is None:
+            sampled = self._roll_out(inputs, step)
+        update = self._updates[within % self.plan.updates_per_rollout % len(self._updates)]
         self.observer.phase("updating")
         training_mode(self.model)
-        loss = self.guard.run("forward", lambda: self._gradients(update), self._redo_from_here())
+        loss = self.guard.accumulate(lambda: self._gradients(update))
         if self.args.torch_empty_cache_steps and step % self.args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
-        sums = self._taken()
+        means = metrics.add_update(self._sums)
         seconds = time.perf_counter() - started  # now that the device has done it all
-        self.metrics["train"].add({**sums, "step_time": seconds})
+        metrics.add({"step_time": seconds})
         if self.learner.correction is None:  # which may have taken every weight away
-            self._gradient_check.look(self.model, update, live=self._live, clipped=sums["clip_ratio/region_mean"])
-        if tokens:
-            self.metrics["train"].add({"tokens_per_second": tokens / seconds})
+            self._gradient_check.look(self.model, update, live=self._teaches, clipped=means["clip_ratio/region_mean"])
+        if sampled:
+            metrics.add({"tokens_per_second": sampled / seconds})
         return loss
+
+    def _roll_out(self, rows: list[dict[str, Any]], step: int) -> int:
+        """Sample, reward, cut and score what the next steps learn from; the number of sampled tokens."""
+        rollout = self.pending_rollout or self.collect(rows, step)
+        self.pending_rollout = None
+        self._record(rollout)
+        self._updates, self._teaches = self._learnable(rollout), could_teach(rollout)
+        return rollout.sampled_tokens
+
+    def collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
+        """Sample and reward the rollout of `step`; its random numbers depend on (seed, step) alone."""
+        training = mode == "train"
+        group = self.plan.num_generations if training else self.generations_eval
+        # Evaluation draws from seeds of its own, one a batch, the same at every evaluation.
+        seed = rollout_seed(self.args.seed, step if training else -1 - self._eval_batches)
+        with self.compute_loss_context_manager():
+            rollout, logged = self.collector.collect(rows, group, seed=seed, trainer_state=self.state)
+        self._rollout_checks.look(rollout, rows, logged, training=training)
+        self.metrics[mode].add(logged)
+        self.metrics[mode].add(rollout_metrics(rollout, self.rewards.names))
+        return rollout
+
+    def _check_best_metric(self, logged: dict[str, float]) -> None:
+        final = not log_by_name(self.rewards.funcs)
+        check_best_metric(self.grpo_args, self.rewards.names, self.eval_dataset, logged, final=final)
+
+    def _record(self, rollout: Rollout) -> None:
+        """Count the rollout's tokens and hand its completions to whoever keeps them."""
+        self.state.num_input_tokens_seen += rollout.tokens
+        step = self.state.global_step + 1
+        if self.completions_log is not None:
+            self.completions_log.write(step, **rollout.columns(self.rewards.names))
+        self.observer.sample(*rollout.best(), step)
+
+    def cut(self, rollout: Rollout, updates: int) -> list[list[MicroBatch]]:
+        return self.learner.cut(rollout, self.plan, self.collector.pad_id, updates=updates)
+
+    def _learnable(self, rollout: Rollout) -> list[list[MicroBatch]]:
+        """Its updates, with what is computed once a rollout."""
+        learnable = lambda: self.learner.learnable(rollout, self.plan, self.collector.pad_id)
+        updates, gaps = self.guard.run("score", learnable)
+        for gap in gaps:
+            self.metrics["train"].add(gap)
+        return updates
 
     def _gradients(self, update: list[MicroBatch]) -> Tensor:
         """Accumulate the update's gradients, in micro-batches as small as they have to be; its loss."""
         self.model.zero_grad()
         self._sums, loss = UpdateSums(), torch.zeros((), device=self.args.device)
         micros = [part for micro in update for part in split(micro, self.plan.micro_batch_size)]
-        for micro, needs_gradient in zip(micros, self.learner.learning(micros)):
+        for micro, needs_gradient in zip(micros, self.learner.need_gradients(micros)):
             with self.compute_loss_context_manager(), torch.set_grad_enabled(needs_gradient):
                 share = self.compute_loss(self.model, micro)
             if needs_gradient:
@@ -295,31 +250,11 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
             del share  # and with it what its graph holds, before the next forward pass
         return loss
 
-    def _taken(self) -> dict[str, float]:
-        """The update's metrics; those of its micro-batches go to the book."""
-        sums = self._sums.take()
-        for gap in self._sums.gaps:
-            self.metrics["train"].add(gap)
-        return sums
-
-    def _redo_from_here(self) -> Callable[[], None]:
-        """Brings back the random numbers (of dropout) as they are now."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        host, there = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
-
-        def undo() -> None:
-            self.model.zero_grad()
-            torch.set_rng_state(host)
-            for device, state in zip(devices, there):
-                torch.cuda.set_rng_state(state, device)
-
-        return undo
-
     def compute_loss(self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, **kwargs) -> Tensor:
         """This micro-batch's share of the update's loss."""
         sums, scores = self.learner.loss(inputs)
         first = inputs.old_per_token_logps is None and self.model.training
-        self._sums.add(sums, scores, self._sampler_gap(inputs, scores.logps.detach()) if first else None)
+        self._sums.add(sums, scores, self.learner.sampler_gap(inputs, scores.logps.detach()) if first else None)
         return (sums.loss, scores) if return_outputs else sums.loss
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
@@ -329,74 +264,6 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
             raise optimizer_error(str(self.args.optim.value), error) from error
         self.guard.guard_step(optimizer)
         return optimizer
-
-    def _sampler_gap(self, micro: MicroBatch, logps: Tensor) -> dict[str, Tensor]:
-        return sampler_metrics(logps, micro.sampling_per_token_logps, micro.completion_mask, self.learner.correction)
-
-    def collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
-        """Sample and score the rollout of `step`; its random numbers depend on (seed, step) alone."""
-        group = self.plan.num_generations if mode == "train" else self.generations_eval
-        # Evaluation draws from seeds of its own, one a batch, the same at every evaluation.
-        place = step if mode == "train" else -1 - self._eval_batches
-        seed = (self.args.seed * 1_000_003 + place) % 2**63
-        with self.compute_loss_context_manager():
-            rollout, logged = self.collector.collect(rows, group, seed=seed, trainer_state=self.state)
-        if mode == "train" and not self._rewards_called:
-            self._rewards_called = True
-            final = not log_by_name(self.rewards.funcs)
-            check_best_metric(self.grpo_args, self.rewards.names, self.eval_dataset, logged, final=final)
-        if not self._unjudged_said and (warning := unjudged_row(rollout, rows)):
-            self._unjudged_said = True
-            self.observer.notice(warning)
-        lengths = [len(ids) for ids in rollout.batch.completion_ids]
-        self.metrics[mode].add(logged)
-        self.metrics[mode].add(length_metrics(lengths, rollout.batch.truncated))
-        self.metrics[mode].add(
-            reward_metrics(rollout.rewards, rollout.rewards_per_func, self.rewards.names, rollout.advantages.dead)
-        )
-        return rollout
-
-    def _record(self, rollout: Rollout) -> int:
-        """Count the rollout's tokens and hand its completions to whoever keeps them."""
-        completed = sum(map(len, rollout.batch.completion_ids))
-        self.state.num_input_tokens_seen += completed + sum(map(len, rollout.batch.prompt_ids))
-        step, advantages = self.state.global_step + 1, rollout.advantages.values.tolist()
-        if self.completions_log is not None:
-            absent_for_nan = lambda column: [None if v != v else v for v in column.tolist()]
-            per_func = {n: absent_for_nan(c) for n, c in zip(self.rewards.names, rollout.rewards_per_func.T)}
-            self.completions_log.write(step, rollout.prompts, rollout.completions, per_func, advantages, rollout.extras)
-        best = max(range(len(advantages)), key=advantages.__getitem__)
-        prompt, completion = as_text(rollout.prompts[best]), as_text(rollout.completions[best])
-        self.observer.sample(prompt, completion, float(rollout.rewards[best]), step)
-        return completed
-
-    def cut(self, rollout: Rollout, updates: int) -> list[list[MicroBatch]]:
-        args = self.grpo_args
-        return updates_of(
-            rollout,
-            updates=updates,
-            micro_batch_size=self.plan.micro_batch_size,
-            loss_type=args.loss_type,
-            max_completion_length=args.max_completion_length,
-            mask_truncated=args.mask_truncated_completions,
-            pad_id=self.collector.engine.sampling.pad_id,
-            device=self.args.device,
-        )
-
-    def _learnable(self, rollout: Rollout) -> list[list[MicroBatch]]:
-        """Micro-batches with what is computed once a rollout."""
-        return self.guard.run("score", lambda: self._prepared(rollout))
-
-    def _prepared(self, rollout: Rollout) -> list[list[MicroBatch]]:
-        updates = self.cut(rollout, self.plan.updates_per_rollout)
-        gaps = []
-        for micro in (micro for update in updates for micro in update):
-            self.learner.prepare(micro)
-            if micro.old_per_token_logps is not None:
-                gaps.append(self._sampler_gap(micro, micro.old_per_token_logps))
-        for gap in read(gaps):
-            self.metrics["train"].add(gap)
-        return updates
 
     # Evaluation and logging
 
@@ -413,7 +280,7 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         self.model.eval()
         loss = self.guard.run("score", lambda: self._evaluated(rollout))
         self.model.train(was_training)
-        self.metrics["eval"].add(self._taken())
+        self.metrics["eval"].add_update(self._sums)
         return loss, None, None
 
     @torch.no_grad()
@@ -429,78 +296,6 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         if self.is_in_train and self._early_log:
             # transformers began a new state after the cold start; its rows belong to this run's history all the same.
             self.state.log_history[:0], self._early_log = self._early_log, []
-        if any(key.startswith("eval_") for key in logs):
-            logs.update({f"{self._eval_prefix}_{k}": v for k, v in self.metrics["eval"].take().items()})
-        elif "loss" in logs or ("train_runtime" in logs and self.metrics["train"]):
-            # As in TRL, the last row has what was measured since the last logged step.
-            logs.update(self.metrics["train"].take())
-            logs["num_tokens"] = self.state.num_input_tokens_seen
-            memory = peak_memory_gib(self.args.device)
-            if memory is not None:
-                logs["memory/peak_gib"] = memory
+        tokens = self.state.num_input_tokens_seen
+        complete_row(logs, self.metrics, eval_prefix=self._eval_prefix, tokens=tokens, device=self.args.device)
         super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs) -> int:
-        """Not counted: transformers' estimate knows nothing of rollouts."""
-        return 0
-
-    # Checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        """For an adapter: the policy's only, not the frozen reference beside it."""
-        if not is_peft(self.model):
-            return super()._save(output_dir, state_dict)
-        output_dir = output_dir or self.args.output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        self.model.save_pretrained(output_dir, selected_adapters=[self.policy_adapter], save_embedding_layers=False)
-        self.processing_class.save_pretrained(output_dir)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
-
-    def _save_beside(self, folder: str) -> None:
-        super()._save_beside(folder)
-        if self.reference is not None and (self.reference.moved or self.grpo_args.sync_ref_model):
-            self.reference.save(folder)
-        if (self.state.global_step - self.shift) % self.plan.steps_per_rollout and self._updates:
-            save_updates(self._updates, folder)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        self.guard.settle_moments()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if is_peft(self.model):
-            self._restore_adapter(resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.reference is not None:
-            self.reference.restore(resume_from_checkpoint)
-        self._updates = load_updates(resume_from_checkpoint, self.args.device) or self._updates
-
-    def _restore_adapter(self, folder: str) -> None:
-        if self.policy_adapter != "default":
-            folder = os.path.join(folder, self.policy_adapter)
-        restore_adapter(self.model, folder, self.policy_adapter)
-
-    def _load_best_model(self) -> None:
-        if not is_peft(self.model):
-            return super()._load_best_model()
-        self._restore_adapter(self.state.best_model_checkpoint)
-
-
-def _engine(args: GRPOConfig, model: nn.Module, sampling: Sampling) -> RolloutEngine | VLLMEngine:
-    """What samples: the training weights, or vLLM."""
-    if args.use_vllm:
-        return vllm_engine(args, model, sampling)
-    return engine_of(args, model, sampling)
-
-
-def _for_transformers(args: GRPOConfig) -> GRPOConfig:
-    """The copy that transformers.Trainer runs on: one loader batch is one optimizer step, and activation checkpointing
-    is already switched on."""
-    inner = copy.copy(args)
-    inner.gradient_accumulation_steps = 1
-    inner.gradient_checkpointing = inner.activation_checkpointing = False
-    inner.remove_unused_columns = False
-    inner.bf16_full_eval = inner.fp16_full_eval = False  # would cast the policy for good
-    inner._n_gpu = min(args.n_gpu, 1)  # transformers would wrap the model in DataParallel where it sees two cards
-    return inner

@@ -336,7 +336,9 @@ def test_memory_that_runs_out_for_good_keeps_the_steps_that_were_done(monkeypatc
 
     monkeypatch.setattr(RolloutEngine, "generate", full)
     init = TrainerGuard.__init__
-    monkeypatch.setattr(TrainerGuard, "__init__", lambda self, *a: (init(self, *a), setattr(self, "active", True))[0])
+    monkeypatch.setattr(
+        TrainerGuard, "__init__", lambda self, *a, **k: (init(self, *a, **k), setattr(self, "active", True))[0]
+    )
     text = sentence(train(monkeypatch, capsys, job, max_steps="5"))
     assert "rollout phase" in text and "no memory saver is left" in text and f"--resume {tmp_path / 'run'}" in text
     assert len(set(calls)) > 2  # smaller and smaller waves

@@ -94,7 +94,7 @@ def compare(config, dataset, tokenizer, model, loss_type, mode, iterations, *, c
             if mine.requires_grad:
                 scale = theirs.grad.abs().max()
                 assert (mine.grad.double() - theirs.grad).abs().max() <= 2e-4 * scale + 1e-7, name
-        trainer._taken()
+        trainer.metrics["train"].add_update(trainer._sums)
         logged = trainer.metrics["train"].take()
         assert logged["sampling/importance_sampling_ratio/max"] <= HIGH + 1e-5
         assert 0 < logged["sampling/corrected_share"] < 1

@@ -11,6 +11,7 @@ from conftest import Quiet, digit_share, make_model
 from peft import LoraConfig
 
 from lowvram_grpo import GRPOTrainer
+from lowvram_grpo.training.continuation import planned_steps
 from lowvram_grpo.training.pace import Pace, pace_of, spoken, timed
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -67,6 +68,11 @@ def trainer_of(config, tokenizer, dataset, peft_config=LORA, **settings) -> GRPO
                        peft_config=peft_config, observer=Quiet())  # fmt: skip
 
 
+def seen(trainer, rollout, scored) -> Pace:
+    run = planned_steps(trainer.grpo_args, trainer.train_dataset)
+    return pace_of(trainer.learner, trainer.plan, rollout, scored, run=run)
+
+
 @pytest.mark.parametrize("settings, peft_config, each_step, each_rollout", [
     ({}, LORA, 2, 0),
     ({"gradient_checkpointing": True}, LORA, 3, 0),
@@ -87,7 +93,7 @@ def test_the_passes_are_those_that_training_makes(
         models.append(trainer.reference._copy)
     calls = []
     rollout = trainer.collect(next(iter(trainer.get_train_dataloader())), 0)
-    found = pace_of(trainer, rollout, (1, 1.0))
+    found = seen(trainer, rollout, (1, 1.0))
     assert (found.each_step, found.each_rollout) == (each_step, each_rollout)
     trainer.model.train()
     trainer._gradients(trainer._learnable(rollout)[0])  # each model is asked once whether prompts can be shared
@@ -119,8 +125,8 @@ def test_what_was_measured_is_what_is_counted(config, tokenizer, dataset):
     rollout = trainer.collect(next(iter(trainer.get_train_dataloader())), 0)
     assert 0 < rollout.seconds < 60
     tokens = sum(map(len, rollout.batch.completion_ids)) + sum(map(len, rollout.batch.prompt_ids))
-    found = pace_of(trainer, rollout, (tokens // 2, 3.0))
+    found = seen(trainer, rollout, (tokens // 2, 3.0))
     assert found.scoring == pytest.approx(3.0 * tokens / (tokens // 2))
     assert (found.steps, found.updates, found.run, found.limit) == (2, 2, 4, 6)
     assert found.mean_length == pytest.approx(sum(map(len, rollout.batch.completion_ids)) / found.completions)
-    assert pace_of(trainer, rollout, None).scoring is None and math.isfinite(found.step)
+    assert seen(trainer, rollout, None).scoring is None and math.isfinite(found.step)

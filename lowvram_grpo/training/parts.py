@@ -1,0 +1,168 @@
+"""What a trainer conducts, made from its arguments: the policy, its learner, what samples and what rewards.
+
+In the order in which GRPOTrainer calls them: what can be known before a model is loaded is looked at first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lowvram_grpo.data.load import check_dataset
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.memory.guard import Guard, cap
+from lowvram_grpo.policy.attention_choice import check as check_attention
+from lowvram_grpo.policy.known_models import named
+from lowvram_grpo.policy.load import build_policy, check_tokens, compute_dtype, load_tokenizer_for
+from lowvram_grpo.policy.precision import slow_dtype
+from lowvram_grpo.policy.reference import Reference
+from lowvram_grpo.policy.reward_model import load_reward_model
+from lowvram_grpo.policy.variants import check_adapter
+from lowvram_grpo.policy.wrapper import is_peft, unwrap
+from lowvram_grpo.recipe.config import GRPOConfig
+from lowvram_grpo.rewards.runner import RewardRunner
+from lowvram_grpo.rewards.signatures import check_columns
+from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
+from lowvram_grpo.rollout.sampler import sampling_of
+from lowvram_grpo.rollout.vllm import VLLMEngine, check_vllm, vllm_engine
+from lowvram_grpo.training.collect import Collector, reward_columns
+from lowvram_grpo.training.early_checks import check_before_loading, check_evaluation
+from lowvram_grpo.training.learner import Learner
+from lowvram_grpo.training.loss import choose_kernels
+from lowvram_grpo.training.loss_settings import correction_of, objective_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig
+    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+
+
+def check_arguments(
+    args: GRPOConfig,
+    reward_funcs: list,
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | dict[str, Dataset] | None,
+    peft_config: PeftConfig | None,
+) -> None:
+    """What costs nothing to know.
+
+    Raises:
+        UserError: something that a person can mend.
+    """
+    check_dataset(train_dataset, "train_dataset")
+    check_evaluation(args, eval_dataset)
+    check_columns(reward_funcs, reward_columns(train_dataset[0], only_prompts=bool(args.remove_unused_columns)))
+    check_before_loading(args, reward_funcs, eval_dataset)
+    if peft_config is not None:  # build_policy does so too, once a tokenizer has been fetched
+        check_adapter(peft_config, fresh=True, reference=args.beta > 0)
+
+
+def make_policy(
+    model: str | nn.Module,
+    args: GRPOConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    quantization_config: BitsAndBytesConfig | None,
+    peft_config: PeftConfig | None,
+    notice: Callable[[str], None],
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """(policy, tokenizer), with the allocator held to what of the card is ours before weights are loaded."""
+    if isinstance(model, str):
+        model = named(model, notice)
+    tokenizer = tokenizer or load_tokenizer_for(model, args)
+    check_tokens(model, tokenizer, args)
+    if args.use_vllm:
+        check_vllm(args)
+    cap(args.device, args.vram_gib)
+    model = build_policy(model, args, quantization_config, peft_config, notice)
+    if slow := slow_dtype(model, args):
+        notice(slow)
+    return model, tokenizer
+
+
+def for_transformers(args: GRPOConfig) -> GRPOConfig:
+    """The copy that transformers.Trainer runs on: one loader batch is one optimizer step, and activation checkpointing
+    is already switched on."""
+    inner = copy.copy(args)
+    inner.gradient_accumulation_steps = 1
+    inner.gradient_checkpointing = inner.activation_checkpointing = False
+    inner.remove_unused_columns = False
+    inner.bf16_full_eval = inner.fp16_full_eval = False  # would cast the policy for good
+    inner._n_gpu = min(args.n_gpu, 1)  # transformers would wrap the model in DataParallel where it sees two cards
+    return inner
+
+
+def make_learner(
+    model: nn.Module,
+    args: GRPOConfig,
+    autocast: Callable[[], AbstractContextManager],
+    notice: Callable[[str], None],
+) -> Learner:
+    """The learner of a policy, with the reference that it starts from."""
+    reference = Reference(model, follows=args.sync_ref_model) if args.beta > 0 else None
+    if reference is not None and not is_peft(model) and args.kl_estimator == "exact":
+        raise UserError(
+            "kl_estimator exact sweeps policy and reference through one frozen lm_head, and here all weights are "
+            "trained; pass a peft_config, or take k3."
+        )
+    causal_lm = unwrap(model)
+    width = causal_lm.get_output_embeddings().in_features
+    kernels = choose_kernels(args.fused_loss, args.device, compute_dtype(args.device), width)
+    with autocast():
+        decoder = getattr(causal_lm, causal_lm.base_model_prefix)
+        if partly := check_attention(args.attention, "training", decoder, args.device):
+            notice(partly)
+    return Learner(
+        model,
+        reference,
+        objective_of(args),
+        kernels,
+        args,
+        steps_per_rollout=args.batch_plan().steps_per_rollout,
+        autocast=autocast,
+        correction=correction_of(args),
+    )
+
+
+def make_rewards(reward_funcs: list, args: GRPOConfig, processing_classes: Any) -> RewardRunner:
+    """`processing_classes`: one tokenizer, one a function, or None."""
+    if not isinstance(processing_classes, list) and processing_classes is not None:
+        processing_classes = [processing_classes]
+    return RewardRunner(
+        reward_funcs,
+        weights=args.reward_weights,
+        processing_classes=processing_classes,
+        device=args.device,
+        timeout=args.reward_timeout,
+        load_model=load_reward_model,
+    )
+
+
+def make_engine(model: nn.Module, args: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine | VLLMEngine:
+    """What samples: the training weights, or vLLM."""
+    sampling = sampling_of(args, end_ids(model, tokenizer), tokenizer)
+    return (vllm_engine if args.use_vllm else engine_of)(args, model, sampling)
+
+
+def make_collector(
+    engine: RolloutEngine | VLLMEngine,
+    rewards: RewardRunner,
+    tokenizer: PreTrainedTokenizerBase,
+    guard: Guard,
+    args: GRPOConfig,
+    phase: Callable[[str], None],
+) -> Collector:
+    return Collector(
+        engine,
+        rewards,
+        tokenizer,
+        guard,
+        max_prompt_length=args.max_prompt_length,
+        chat_template_kwargs=args.chat_template_kwargs,
+        scale_rewards=args.scale_rewards,
+        only_prompts=bool(args.remove_unused_columns),
+        tell=phase,
+    )
