@@ -16,7 +16,7 @@ from torch import nn
 from lowvram_grpo.data.conversation import TextStream
 from lowvram_grpo.data.decoding import silent_ids
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.jobs.loading import adopt_stored_quantization, hub_arguments, load_model_of
+from lowvram_grpo.jobs.loading import adopt_stored_quantization, load_model_of
 from lowvram_grpo.policy.adapter import adapter_config
 from lowvram_grpo.policy.attention_choice import check_asked
 from lowvram_grpo.policy.embeddings import place_embeddings
@@ -163,7 +163,7 @@ def load_policy(
         UserError: missing or unfit model or adapter.
     """
     check_asked(args.attention, args.device)
-    config = model_config(recipe.model, **hub_arguments(recipe))
+    config = model_config(recipe.model, **recipe.hub_arguments)
     adopt_stored_quantization(recipe, config, lambda sentence: None)
     model = load_model_of(recipe, args, tell).requires_grad_(False)
     for sentence in place_embeddings(

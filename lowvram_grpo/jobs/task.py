@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowvram_grpo.data.textfile import read_text
@@ -11,16 +12,37 @@ from lowvram_grpo.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
+    from lowvram_grpo.data.encoding import LengthReport
+    from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.recipe.resolve import Recipe
 
 
-def reward_specs(recipe: Recipe, columns: list[str]) -> list[str]:
-    """What `--reward` would say; a recipe with neither template nor rewards gets a template by the data's columns.
+@dataclass(frozen=True)
+class Rewards:
+    """What completions are scored with: as `--reward` would say it, as functions (or ids of reward models), and their
+    weights where the recipe sets no others."""
+
+    specs: list[str]
+    functions: list[Callable | str]
+    weights: list[float]
+
+
+def rewards_of(recipe: Recipe, columns: list[str]) -> Rewards:
+    """The rewards of the recipe; one with neither template nor rewards gets a template by the data's columns.
 
     Raises:
-        UserError: no reward is named, and none follows from the columns.
+        UserError: no reward is named and none follows from the columns, or there is no such reward.
     """
+    from lowvram_grpo.rewards.registry import resolve_reward
+
+    specs = _specs(recipe, columns)
+    found = [resolve_reward(spec) for spec in specs]
+    return Rewards(specs, [function for function, _ in found], [weight for _, weight in found])
+
+
+def _specs(recipe: Recipe, columns: list[str]) -> list[str]:
     from lowvram_grpo.data.templates import guess
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
 
@@ -36,7 +58,7 @@ def reward_specs(recipe: Recipe, columns: list[str]) -> list[str]:
 
 
 def guess_notice(recipe: Recipe) -> str:
-    """A sentence for people where `reward_specs` has guessed, else an empty string."""
+    """A sentence for people where `rewards_of` has guessed a template, else an empty string."""
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
 
     if not recipe.origin.get("template", "").startswith("guessed"):
@@ -55,14 +77,15 @@ def prepared(recipe: Recipe, dataset: Dataset, tell: Callable[[str], None] = lam
     """
     from lowvram_grpo.data.load import prepare
 
+    shots, answers = few_shot(recipe.few_shot), _read_by_builtins(recipe, dataset)
     return prepare(
         dataset,
         template=recipe.template,
         prompt_column=recipe.prompt_column,
         answer_column=recipe.answer_column,
         system_prompt=recipe.system_prompt,
-        few_shot=few_shot(recipe.few_shot),
-        answer_columns=_read_by_builtins(recipe, dataset),
+        few_shot=shots,
+        answer_columns=answers,
         tell=tell,
     )
 
@@ -113,3 +136,12 @@ def check_reward_columns(recipe: Recipe, rewards: list[Callable | str], data: Da
 
     only_prompts = bool(recipe.training.get("remove_unused_columns"))
     check_columns(rewards, reward_columns(data.column_names, only_prompts=only_prompts))
+
+
+def prompt_lengths(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, data: Dataset) -> LengthReport:
+    """How long the prompts of prepared data are, and how many of them are cut."""
+    from lowvram_grpo.data.encoding import prompt_length_report
+
+    return prompt_length_report(
+        tokenizer, data, max_prompt_length=args.max_prompt_length, chat_template_kwargs=args.chat_template_kwargs
+    )

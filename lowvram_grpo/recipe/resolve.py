@@ -80,6 +80,12 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict, compare=False)
 
+    @property
+    def hub_arguments(self) -> dict[str, Any]:
+        """Arguments that every from_pretrained of the model takes."""
+        found = {"trust_remote_code": bool(self.training.get("trust_remote_code", False))}
+        return {**found, "revision": self.model_revision} if self.model_revision else found
+
     def to_toml(self) -> str:
         """As a recipe file that resolves to this recipe again; a comment on each line says who set it."""
         import tomli_w
