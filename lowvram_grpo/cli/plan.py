@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from lowvram_grpo.cli.flags import parse_extra
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.run.quiet import hush
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lowvram_grpo.plan.planner import Plan
 
 GIB = 2**30
+
+
+def plan(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Well-known name, folder, config.json, GGUF file or hub id.")
+    ] = None,
+    vram: Annotated[float | None, typer.Option(help="Size of the card in GB; without it, every preset's.")] = None,
+    preset: Annotated[str | None, typer.Option(help="One of `lowvram-grpo presets`; default by --vram.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Recipe file, TOML or YAML.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict the GPU memory of a training run, phase by phase, without a GPU. Takes the flags of train, those of
+    GRPOConfig (train --help-all) too."""
+    start(model, vram, preset, context.args, config=config, as_json=as_json)
 
 
 def start(
@@ -29,8 +45,6 @@ def start(
         UserError: an unknown model, preset or flag.
     """
     hush()
-    from lowvram_grpo.cli.train import parse_extra
-    from lowvram_grpo.jobs.loading import hub_arguments
     from lowvram_grpo.memory.cards import typical
     from lowvram_grpo.plan.planner import Planner
     from lowvram_grpo.policy.known_models import named, resolve_config
@@ -48,7 +62,7 @@ def start(
         raise UserError("No model given; pass --model with a well-known name, a folder or a config.json.")
     say = (lambda sentence: None) if as_json else lambda sentence: print(f"[lowvram-grpo] {sentence}")
     named(model, say)  # the table knows its shape by either name
-    resolved, source = resolve_config(model, **hub_arguments(recipes[0]))
+    resolved, source = resolve_config(model, **recipes[0].hub_arguments)
     cards = [vram if vram is not None else presets.load(recipe.preset).vram_gib for recipe in recipes]
     if None in cards:
         raise UserError(f"Preset {chosen} has no card to plan for; take one of 4gb to 24gb, or pass --vram.")

@@ -26,6 +26,7 @@ from lowvram_grpo.policy.known_models import named
 from lowvram_grpo.policy.load import model_config
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
+from lowvram_grpo.recipe.ranges import TRAINING_RANGES, Range, check_ranges
 from lowvram_grpo.recipe.resolve import Recipe, resolve
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
 from lowvram_grpo.rollout.sampler import Sampling, sampling_of
@@ -112,6 +113,16 @@ def recipe_to_sample(flags: Mapping[str, Any], tell: Callable[[str], None]) -> R
     if not torch.cuda.is_available():
         recipe.training = {key: value for key, value in recipe.training.items() if key not in ("bf16", "fp16")}
     return recipe
+
+
+def check_filters(filters: dict[str, Any], max_new_tokens: int | None) -> None:
+    """Whether these can be sampled with.
+
+    Raises:
+        UserError: one is out of its range.
+    """
+    ranges = {**TRAINING_RANGES, "temperature": Range(at_least=0), "max_new_tokens": Range(at_least=1)}
+    check_ranges({**filters, "max_new_tokens": max_new_tokens}, ranges)
 
 
 @dataclass
