@@ -45,8 +45,7 @@ def start(
         UserError: an unknown model, preset or flag.
     """
     hush()
-    from lowvram_grpo.memory.cards import typical
-    from lowvram_grpo.plan.planner import Planner
+    from lowvram_grpo.plan.fitting import plan_on_paper
     from lowvram_grpo.policy.known_models import named, resolve_config
     from lowvram_grpo.recipe import preset as presets
     from lowvram_grpo.recipe.resolve import resolve
@@ -66,18 +65,15 @@ def start(
     cards = [vram if vram is not None else presets.load(recipe.preset).vram_gib for recipe in recipes]
     if None in cards:
         raise UserError(f"Preset {chosen} has no card to plan for; take one of 4gb to 24gb, or pass --vram.")
-    planned = lambda recipe, card, advise: Planner(resolved, card=typical(card)).plan(
-        recipe, presets.card_budget(card), advise=advise
-    )
     if chosen is None:
-        plans = [planned(recipe, card, False) for recipe, card in zip(recipes, cards)]
+        plans = [plan_on_paper(recipe, resolved, card, advise=False) for recipe, card in zip(recipes, cards)]
         matrix(plans, cards, source, as_json)
         return
-    plan = planned(recipes[0], cards[0], True)
+    found = plan_on_paper(recipes[0], resolved, cards[0])
     if as_json:
-        print(json.dumps({**plan.as_json(), "vram_gib": cards[0]}, indent=2))
+        print(json.dumps({**found.as_json(), "vram_gib": cards[0]}, indent=2))
     else:
-        show(plan, cards[0], source)
+        show(found, cards[0], source)
 
 
 def matrix(plans: list[Plan], cards: list[float], source: str, as_json: bool) -> None:
