@@ -139,8 +139,8 @@ def _text(content: bytes) -> str:
 def _conversation(recipe: Recipe, policy: LoadedPolicy) -> Conversation:
     """As the run's prompts began: its system prompt or template's, and worked examples."""
     from lowvram_grpo.data.conversation import Conversation
+    from lowvram_grpo.data.few_shot import few_shot
     from lowvram_grpo.data.load import opening_turns
-    from lowvram_grpo.jobs.task import few_shot
 
     system, shots = opening_turns(recipe.template, recipe.system_prompt, few_shot(recipe.few_shot))
     return Conversation(

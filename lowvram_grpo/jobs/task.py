@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowvram_grpo.data.textfile import read_text
-from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -75,9 +73,10 @@ def prepared(recipe: Recipe, dataset: Dataset, tell: Callable[[str], None] = lam
     Raises:
         UserError: as `data.prepare`, or an unreadable few-shot file.
     """
+    from lowvram_grpo.data.few_shot import few_shot
     from lowvram_grpo.data.load import prepare
 
-    shots, answers = few_shot(recipe.few_shot), _read_by_builtins(recipe, dataset)
+    answers, shots = _read_by_builtins(recipe, dataset), few_shot(recipe.few_shot)
     return prepare(
         dataset,
         template=recipe.template,
@@ -103,28 +102,6 @@ def _read_by_builtins(recipe: Recipe, dataset: Dataset) -> list[str]:
     return [] if found is None or type(dataset.features[found]) is Value else [found]
 
 
-def few_shot(path: str | None) -> list[dict] | None:
-    """A json list, or json lines, of {prompt, completion}.
-
-    Raises:
-        UserError: it is not.
-    """
-    if path is None:
-        return None
-    text = read_text(path, f"--few-shot {path}").strip()
-    lines = [line for line in text.split("\n") if line.strip()]
-    try:
-        turns = json.loads(text) if text.startswith("[") else [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(
-            f"--few-shot {path} is not a readable json list of {{prompt, completion}}: {one_line(error)}."
-        ) from error
-    for turn in turns:
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("prompt", "completion")):
-            raise UserError(f"Each entry of --few-shot {path} needs a `prompt` and a `completion`, both of text.")
-    return turns
-
-
 def check_reward_columns(recipe: Recipe, rewards: list[Callable | str], data: Dataset) -> None:
     """Whether the data has the columns that the rewards ask for.
 
@@ -135,7 +112,8 @@ def check_reward_columns(recipe: Recipe, rewards: list[Callable | str], data: Da
     from lowvram_grpo.training.collect import reward_columns
 
     only_prompts = bool(recipe.training.get("remove_unused_columns"))
-    check_columns(rewards, reward_columns(data.column_names, only_prompts=only_prompts))
+    columns = reward_columns(data.column_names, only_prompts=only_prompts)
+    check_columns(rewards, columns)
 
 
 def prompt_lengths(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, data: Dataset) -> LengthReport:
