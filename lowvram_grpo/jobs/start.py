@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram_grpo.jobs.resume import check_changes, newest_checkpoint
+from lowvram_grpo.jobs.resume import check_changes
 from lowvram_grpo.recipe.resolve import resolve
 from lowvram_grpo.run.directory import RunDirectory
 
@@ -38,7 +38,7 @@ def reopen(recipe: Recipe, locks: ExitStack | None, tell: Callable[[str], None])
     directory = RunDirectory.open(recipe.resume)
     if locks is not None:
         locks.enter_context(directory.lock())
-    checkpoint = newest_checkpoint(directory, tell)
+    checkpoint = directory.checkpoint_to_resume(tell)
     for sentence in check_changes(resolve({}, directory.recipe_path), recipe, directory, checkpoint):
         tell(sentence)
     return Start(directory, checkpoint, resumed=True)
