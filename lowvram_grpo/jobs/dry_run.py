@@ -20,14 +20,14 @@ def show(job: Job, said: Iterable[str]) -> None:
     """Print the recipe, the sizes of a step and the first prompt, after what was said about the job."""
     for sentence in said:
         print(f"note: {sentence}")
-    args, train_data, eval_data, plan = job.args, job.train_data, job.eval_data, job.args.batch_plan()
+    args, train_data, eval_data = job.args, job.train_data, job.eval_data
     ids, _ = encode_prompts(
         job.tokenizer,
         [train_data[0]["prompt"]],
         max_prompt_length=args.max_prompt_length,
         chat_template_kwargs=args.chat_template_kwargs,
     )
-    lengths = prompt_lengths(args, job.tokenizer, train_data)
+    lengths, plan = prompt_lengths(args, job.tokenizer, train_data), args.batch_plan()
     out = Console(highlight=False)
     out.print("[bold]What would run[/bold] (nothing was loaded or written)\n")
     out.print(escape(job.recipe.to_toml()), soft_wrap=True)
