@@ -51,10 +51,11 @@ def root(
     """GRPO for language models on the GPU you already own."""
 
 
-for _command in (train, plan):
-    app.command(context_settings=MORE_FLAGS)(_command)
-for _command in (demo, doctor, presets):
-    app.command()(_command)
+app.command(context_settings=MORE_FLAGS)(train)
+app.command(context_settings=MORE_FLAGS)(plan)
+app.command()(demo)
+app.command()(doctor)
+app.command()(presets)
 app.command(context_settings=MORE_FLAGS)(chat)
 app.command("eval", context_settings=MORE_FLAGS)(evaluate)
 app.command()(report)

@@ -43,12 +43,16 @@ class Chat:
 
     def introduce(self) -> None:
         """What is there to talk to, and how it is sampled."""
-        recipe, at = self.policy.recipe, self.sampling
+        recipe, sampling = self.policy.recipe, self.sampling
         used = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-        filters = [f"{name} {getattr(at, name):g}" for name, off in used.items() if getattr(at, name) != off]
-        drawn = ", ".join([f"temperature {at.temperature:g}" if at.temperature else "greedy", *filters])
+        filters = [
+            f"{name} {getattr(sampling, name):g}" for name, off in used.items() if getattr(sampling, name) != off
+        ]
+        drawn = ", ".join([f"temperature {sampling.temperature:g}" if sampling.temperature else "greedy", *filters])
         adapter = f" with {recipe.adapter}" if recipe.adapter else ""
-        self.tell(f"{recipe.model}{adapter} on {self.policy.args.device}; {drawn}, up to {at.max_new_tokens} tokens.")
+        self.tell(
+            f"{recipe.model}{adapter} on {self.policy.args.device}; {drawn}, up to {sampling.max_new_tokens} tokens."
+        )
         if self.conversation.templated:
             for message in self.conversation.system:
                 self.tell(f"system: {message['content']}")
