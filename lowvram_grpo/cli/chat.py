@@ -109,12 +109,12 @@ def start(
     if max_new_tokens is None:
         max_new_tokens = min(_NEW_TOKENS, policy.positions // 2) if policy.positions else _NEW_TOKENS
     sampling = replace(policy.sampling, max_new_tokens=max_new_tokens, extra={}, **filters)
-    chat = Chat(policy, _conversation(recipe, policy), sampling, args.seed, tell)
+    conversation = Chat(policy, _conversation(recipe, policy), sampling, args.seed, tell)
     if at_terminal:
-        chat.introduce()
-        chat.talk()
+        conversation.introduce()
+        conversation.talk()
     else:
-        chat.answer(prompt, lambda piece: print(piece, end="", flush=True))
+        conversation.answer(prompt, lambda piece: print(piece, end="", flush=True))
         print()
 
 
