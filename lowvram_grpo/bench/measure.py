@@ -160,11 +160,10 @@ def trainer_of(recipe: Recipe, steps: int, device: torch.device, folder: str, **
     """A trainer of a model of `recipe`'s size with random weights, and of prompts and completions of its greatest
     length, for `steps` optimizer steps that write nothing but into `folder`; `more` are further settings."""
     from datasets import Dataset
-    from peft import LoraConfig
 
+    from lowvram_grpo.jobs.loading import dtype_of, fresh_lora
     from lowvram_grpo.plan.architectures import resolve_config
-    from lowvram_grpo.plan.planner import setting
-    from lowvram_grpo.policy.load import DTYPES, compute_dtype
+    from lowvram_grpo.plan.paper import setting
     from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.training.trainer import GRPOTrainer
 
@@ -172,7 +171,6 @@ def trainer_of(recipe: Recipe, steps: int, device: torch.device, folder: str, **
     vocab = config.get_text_config().vocab_size
     completion = setting(recipe, "max_completion_length")
     data = Dataset.from_dict({"prompt": word_prompts(_PROMPTS, setting(recipe, "max_prompt_length") or 512, vocab)})
-    dtype = compute_dtype(device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
     settings = {k: v for k, v in recipe.training.items() if k not in ("bf16", "fp16", "tf32", "reward_weights")}
     settings |= {
         "fp16": recipe.dtype == "float16" and device.type == "cuda", "use_cpu": device.type == "cpu",
@@ -183,16 +181,13 @@ def trainer_of(recipe: Recipe, steps: int, device: torch.device, folder: str, **
     }  # fmt: skip
     args = GRPOConfig(**{**settings, **more, "output_dir": folder})
     model = random_model(
-        config, quantization=recipe.quantization, dtype=dtype, device=device,
+        config, quantization=recipe.quantization, dtype=dtype_of(recipe, device), device=device,
         head_dtype=args.head_dtype, embedding_offload=args.embedding_offload,
     )  # fmt: skip
-    lora = LoraConfig(
-        r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout,
-        target_modules=recipe.lora_target_modules, task_type="CAUSAL_LM",
-    )  # fmt: skip
     return GRPOTrainer(
-        model, drawn, args, data, processing_class=word_tokenizer(vocab), peft_config=lora, observer=_Quiet()
-    )
+        model, drawn, args, data, processing_class=word_tokenizer(vocab), peft_config=fresh_lora(recipe),
+        observer=_Quiet(),
+    )  # fmt: skip
 
 
 def train(

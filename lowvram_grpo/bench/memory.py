@@ -74,13 +74,11 @@ def cards() -> list[str]:
 
 def planned(case: Case, *, device: str = "cuda", half: str = "bfloat16") -> Plan:
     """What would run."""
-    from lowvram_grpo.memory.cards import typical
     from lowvram_grpo.plan.architectures import resolve_config
-    from lowvram_grpo.plan.planner import Planner
+    from lowvram_grpo.plan.fitting import plan_on_paper
 
     config, _ = resolve_config(str(case.recipe.model))
-    planner = Planner(config, device=device, half=half, card=typical(case.card))
-    return planner.plan(case.recipe, case.budget, advise=False)
+    return plan_on_paper(case.recipe, config, case.card, device=device, half=half, advise=False)
 
 
 def predicted(case: Case, plan: Plan) -> dict[str, Any]:

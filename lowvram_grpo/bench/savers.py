@@ -7,7 +7,8 @@ from typing import Any
 
 from lowvram_grpo.bench.memory import MIB, Case
 from lowvram_grpo.memory.ladder import PHASES, Rung, saves
-from lowvram_grpo.plan.planner import Planner, ladder_of, setting, with_setting
+from lowvram_grpo.plan.paper import setting, with_setting
+from lowvram_grpo.plan.planner import Planner, ladder_of
 
 # What a saver is switched off to, where the preset has it on already.
 _WITHOUT = {"quantization": "none", "head_dtype": "dense", "embedding_offload": False, "gradient_checkpointing": False,

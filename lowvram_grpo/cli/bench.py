@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowvram_grpo.cli.flags import MORE_FLAGS, parse_extra
 from lowvram_grpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ app = typer.Typer(help="Measure this machine, and hold it against what was predi
 ROWS = "memory.jsonl"
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=MORE_FLAGS)
 def memory(
     context: typer.Context,
     model: Annotated[
@@ -39,7 +40,6 @@ def memory(
 
     hush()
     from lowvram_grpo.bench.memory import MODELS, cards, cases
-    from lowvram_grpo.cli.train import parse_extra
 
     if steps < 1:
         raise UserError(f"--steps is {steps}; it must be 1 or more.")

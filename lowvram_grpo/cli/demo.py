@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from lowvram_grpo.cli.flags import OutputDir
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.run.quiet import hush
 
 _ASSETS = Path(__file__).resolve().parent.parent / "demo"
+
+
+def demo(
+    output_dir: OutputDir = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines instead of the live view.")] = False,
+) -> None:
+    """Train the small bundled model on the bundled prompts: no network, no GPU, a minute or two."""
+    start(output_dir, steps, plain=plain)
 
 
 def start(output_dir: Path | None, steps: int | None, *, plain: bool) -> None:

@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING
 
+import typer
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,11 @@ from lowvram_grpo.run.quiet import hush
 
 if TYPE_CHECKING:
     from lowvram_grpo.memory.devices import Device
+
+
+def doctor() -> None:
+    """Say what is installed, what is missing, and which line mends it."""
+    raise typer.Exit(start())
 
 
 def start() -> int:

@@ -11,12 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lowvram_grpo.run import jsonl
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from lowvram_grpo.cli.eval import Wanted
+    from lowvram_grpo.jobs.eval_job import EvalJob, Wanted
     from lowvram_grpo.jobs.evaluation import Scored
     from lowvram_grpo.recipe.config import GRPOConfig
-    from lowvram_grpo.recipe.resolve import Recipe
 
 _PACKAGES = ("lowvram-grpo", "torch", "transformers", "peft", "bitsandbytes", "datasets")
 
@@ -45,7 +42,7 @@ def found_of(scored: dict[str, dict[str, Scored]], wanted: Wanted, threshold: fl
     return found
 
 
-def explained(wanted: Wanted, threshold: float, full: list[float], scored: dict[str, dict[str, Scored]]) -> list[str]:
+def explained(wanted: Wanted, job: EvalJob, scored: dict[str, dict[str, Scored]]) -> list[str]:
     """What the numbers mean, in sentences."""
     from lowvram_grpo.jobs.evaluation import all_or_nothing
 
@@ -53,31 +50,29 @@ def explained(wanted: Wanted, threshold: float, full: list[float], scored: dict[
     said = [
         "± is half of a 95 % interval of the mean over prompts (normal approximation"
         + ("; differences are paired by prompt)." if wanted.compare_base else ")."),
-        f"A completion passes with a total reward of {threshold:g} or more ({by}).",
+        f"A completion passes with a total reward of {job.threshold:g} or more ({by}).",
     ]
     everything = [one for passes in scored.values() for one in passes.values()]
-    if wanted.threshold is None and not all(all_or_nothing(one, full) for one in everything):
-        marks = ", ".join(f"{name} {best:g}" for name, best in zip(everything[0].names, full))
+    if wanted.threshold is None and not all(all_or_nothing(one, job.full) for one in everything):
+        marks = ", ".join(f"{name} {best:g}" for name, best in zip(everything[0].names, job.full))
         said.append(f"Some rewards lie elsewhere than at 0 and full marks ({marks}): say with --threshold what passes.")
     return said
 
 
-def settings_of(
-    recipe: Recipe, args: GRPOConfig, specs: list[str], wanted: Wanted, threshold: float, place: str, data: Dataset
-) -> dict[str, Any]:
+def settings_of(job: EvalJob, wanted: Wanted) -> dict[str, Any]:
     """What it would take to evaluate again."""
     kept = ("model", "model_revision", "adapter", "template", "quantization", "dtype", "preset", "chat_template")
     trained = ("head_dtype", "max_prompt_length", "max_completion_length", "generation_kwargs", "seed")
-    asked = {key: value for key, value in asdict(wanted).items() if key not in ("out", "as_json")}
+    asked = {key: value for key, value in asdict(wanted).items() if key != "out"}
     return {
-        **{key: getattr(recipe, key) for key in kept},
-        **{key: getattr(args, key) for key in trained},
+        **{key: getattr(job.recipe, key) for key in kept},
+        **{key: getattr(job.args, key) for key in trained},
         **asked,
-        "threshold": threshold,
-        "data": place,
-        "prompts": len(data),
-        "rewards": specs,
-        "reward_weights": list(args.reward_weights),
+        "threshold": job.threshold,
+        "data": job.place,
+        "prompts": len(job.data),
+        "rewards": job.rewards.specs,
+        "reward_weights": list(job.args.reward_weights),
         "interval": "95 %, normal approximation over prompts",
     }
 

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from lowvram_grpo.cli.flags import parse_extra
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.run.quiet import hush
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lowvram_grpo.plan.planner import Plan
 
 GIB = 2**30
+
+
+def plan(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Well-known name, folder, config.json, GGUF file or hub id.")
+    ] = None,
+    vram: Annotated[float | None, typer.Option(help="Size of the card in GB; without it, every preset's.")] = None,
+    preset: Annotated[str | None, typer.Option(help="One of `lowvram-grpo presets`; default by --vram.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Recipe file, TOML or YAML.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict the GPU memory of a training run, phase by phase, without a GPU. Takes the flags of train, those of
+    GRPOConfig (train --help-all) too."""
+    start(model, vram, preset, context.args, config=config, as_json=as_json)
 
 
 def start(
@@ -29,11 +45,8 @@ def start(
         UserError: an unknown model, preset or flag.
     """
     hush()
-    from lowvram_grpo.cli.train import parse_extra
-    from lowvram_grpo.jobs.loading import hub_arguments
-    from lowvram_grpo.memory.cards import typical
     from lowvram_grpo.plan.architectures import resolve_config
-    from lowvram_grpo.plan.planner import Planner
+    from lowvram_grpo.plan.fitting import plan_on_paper
     from lowvram_grpo.policy.known_models import named
     from lowvram_grpo.recipe import preset as presets
     from lowvram_grpo.recipe.resolve import resolve
@@ -49,22 +62,19 @@ def start(
         raise UserError("No model given; pass --model with a well-known name, a folder or a config.json.")
     say = (lambda sentence: None) if as_json else lambda sentence: print(f"[lowvram-grpo] {sentence}")
     named(model, say)  # the table knows its shape by either name
-    resolved, source = resolve_config(model, **hub_arguments(recipes[0]))
+    resolved, source = resolve_config(model, **recipes[0].hub_arguments)
     cards = [vram if vram is not None else presets.load(recipe.preset).vram_gib for recipe in recipes]
     if None in cards:
         raise UserError(f"Preset {chosen} has no card to plan for; take one of 4gb to 24gb, or pass --vram.")
-    planned = lambda recipe, card, advise: Planner(resolved, card=typical(card)).plan(
-        recipe, presets.card_budget(card), advise=advise
-    )
     if chosen is None:
-        plans = [planned(recipe, card, False) for recipe, card in zip(recipes, cards)]
+        plans = [plan_on_paper(recipe, resolved, card, advise=False) for recipe, card in zip(recipes, cards)]
         matrix(plans, cards, source, as_json)
         return
-    plan = planned(recipes[0], cards[0], True)
+    found = plan_on_paper(recipes[0], resolved, cards[0])
     if as_json:
-        print(json.dumps({**plan.as_json(), "vram_gib": cards[0]}, indent=2))
+        print(json.dumps({**found.as_json(), "vram_gib": cards[0]}, indent=2))
     else:
-        show(plan, cards[0], source)
+        show(found, cards[0], source)
 
 
 def matrix(plans: list[Plan], cards: list[float], source: str, as_json: bool) -> None:
@@ -115,7 +125,7 @@ def _name(plan: Plan, source: str) -> str:
 
 def show(plan: Plan, card: float, source: str) -> None:
     """The plan in full, for people."""
-    from lowvram_grpo.plan.planner import setting
+    from lowvram_grpo.plan.paper import setting
 
     console, found = Console(highlight=False), plan.prediction
     verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"

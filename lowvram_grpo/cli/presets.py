@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.run.quiet import hush
+
+
+def presets(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[[show] NAME]", help="Show this one whole.")] = None,
+) -> None:
+    """List the presets, or show one with its ladder."""
+    start(words or [])
 
 
 def start(words: Sequence[str]) -> None:

@@ -2,14 +2,94 @@
 
 from __future__ import annotations
 
-import typing
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lowvram_grpo.errors import UserError, did_you_mean
+import typer
+
+from lowvram_grpo.cli.flags import OutputDir, parse_extra
+from lowvram_grpo.cli.terminal import prepare_cuda
+from lowvram_grpo.errors import UserError
 from lowvram_grpo.faults import boundary
 from lowvram_grpo.run.quiet import hush
+
+
+def _help_all(wanted: bool) -> None:
+    if wanted:
+        from lowvram_grpo.cli.fields import show
+
+        show()
+        raise typer.Exit
+
+
+def train(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder, GGUF file, hub id, or name such as Qwen2.5-0.5B.")
+    ] = None,
+    model_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", help="save_to_disk folder, json/jsonl/csv/parquet file or folder, or hub id."),
+    ] = None,
+    data_config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split to train on; default train.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Data to evaluate on.")] = None,
+    eval_split: Annotated[str | None, typer.Option(help="Split to evaluate on.")] = None,
+    template: Annotated[str | None, typer.Option("--template", "-t", help="tldr, tldr-zh or r1.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column with the prompts.")] = None,
+    answer_column: Annotated[str | None, typer.Option(help="Column with the reference answers.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="System prompt; replaces the template's.")] = None,
+    few_shot: Annotated[
+        str | None, typer.Option(help="json file with a list of {prompt, completion} shown first.")
+    ] = None,
+    chat_template: Annotated[str | None, typer.Option(help="`plain` (base models) or a .jinja file.")] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward",
+            "-r",
+            help="Built-in name, file.py:function, module:function or reward model; append :weight. Repeatable.",
+        ),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="auto, or one of `lowvram-grpo presets`.")] = None,
+    memory_plan: Annotated[
+        str | None,
+        typer.Option(help="auto (savers where memory is short, climb where it is left), savers, or off."),
+    ] = None,
+    quantization: Annotated[str | None, typer.Option("--quantization", "-q", help="none, int8 or nf4.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager or flash_attention_2.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Start from this LoRA adapter; it becomes the reference too.")
+    ] = None,
+    lora_r: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="Scale of the adapter.")] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="Dropout of the adapter; default 0.")] = None,
+    lora_target_modules: Annotated[
+        str | None, typer.Option(help="all-linear, or module names separated by commas.")
+    ] = None,
+    cold_start: Annotated[
+        str | None, typer.Option(help="auto, off, or a number of supervised steps on the references.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Recipe file, TOML or YAML (TRL's keys work).")
+    ] = None,
+    output_dir: OutputDir = None,
+    resume: Annotated[str | None, typer.Option(help="Run directory to go on with.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines instead of the live view.")] = False,
+    help_all: Annotated[
+        bool,
+        typer.Option("--help-all", callback=_help_all, is_eager=True, help="List the flags of GRPOConfig, and exit."),
+    ] = False,
+) -> None:
+    """Train a LoRA adapter with GRPO. Every GRPOConfig field is a flag too; --help-all lists them."""
+    options = dict(locals())
+    for apart in ("context", "config", "resume", "dry_run", "help_all"):
+        del options[apart]
+    start(options, context.args, config=config, resume=resume, dry_run=dry_run)
 
 
 def start(options: dict[str, Any], extra: list[str], *, config: Path | None, resume: str | None, dry_run: bool) -> None:
@@ -20,7 +100,6 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     """
     notice = prepare_cuda()
     hush()
-    from lowvram_grpo.jobs.train import run
     from lowvram_grpo.policy.hub import offline_where_unreachable
     from lowvram_grpo.policy.known_models import named
     from lowvram_grpo.recipe.resolve import resolve
@@ -48,61 +127,7 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
         if recipe.model:
             recipe.model = named(recipe.model, say)
         offline_where_unreachable([recipe.model, recipe.adapter, recipe.data, recipe.eval_data], say)
+        from lowvram_grpo.jobs.train import run  # after the flags: it takes seconds, and most mistakes are made there
+
         with boundary(recipe.given_settings()):
             run(recipe, dry_run=dry_run)
-
-
-def prepare_cuda() -> str | None:
-    """What has to be settled before CUDA starts: the allocator, and one card of several. Returns a sentence for people
-    where there was a choice."""
-    from lowvram_grpo.memory.devices import growing_segments, pin_card
-
-    growing_segments()
-    return pin_card()
-
-
-def parse_extra(arguments: list[str]) -> dict[str, Any]:
-    """Settings without an option of their own (GRPOConfig fields, TRL's names, job keys with underscores) from
-    `--learning-rate 1e-5`, `--learning_rate=1e-5`, `--bf16` and `--no-bf16`. Given several times, a setting that
-    is a list takes all values, any other the last.
-
-    Raises:
-        UserError: an argument that is no flag, an unknown flag, or a flag without its value.
-    """
-    from lowvram_grpo.recipe.resolve import ALIASES, IGNORED, LOADING, job_types, training_types
-
-    types = {**training_types(), **job_types(), **dict.fromkeys([*LOADING, "use_peft"], bool)}
-    found: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        raw = rest.pop(0)
-        if not raw.startswith("--"):
-            raise UserError(f"Unexpected argument {raw!r}; settings are flags, as in --learning-rate 1e-5.")
-        name, has_value, value = raw[2:].partition("=")
-        key = name.replace("-", "_")
-        if not has_value and key.startswith("no_") and key not in types and key[3:] in types:
-            key, value = key[3:], "false"
-        elif key not in types and key not in ALIASES and key not in IGNORED:
-            known = [f"--{n.replace('_', '-')}" for n in types]
-            raise UserError(f"Unknown flag {raw.partition('=')[0]}{did_you_mean('--' + key.replace('_', '-'), known)}.")
-        elif not has_value:
-            if rest and not rest[0].startswith("--"):
-                value = rest.pop(0)
-            elif _is_bool(types.get(key)):
-                value = "true"
-            else:
-                raise UserError(f"--{name} needs a value.")
-        if key in found and _is_list(types.get(ALIASES.get(key, key))):
-            earlier = found[key] if isinstance(found[key], list) else [found[key]]
-            found[key] = [*earlier, value]
-        else:
-            found[key] = value
-    return found
-
-
-def _is_bool(hint: Any) -> bool:
-    return hint is bool or bool in typing.get_args(hint)
-
-
-def _is_list(hint: Any) -> bool:
-    return any((typing.get_origin(part) or part) is list for part in (hint, *typing.get_args(hint)))

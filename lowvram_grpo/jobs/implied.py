@@ -20,6 +20,14 @@ _EVAL_STEPS = 50
 _BASE = ("quantization", "head_dtype")
 
 
+def imply(recipe: Recipe, tell: Callable[[str], None]) -> None:
+    """Write into `recipe` what its adapter and its evaluation data imply. Raises as `adopt_adapter` and
+    `imply_evaluation`."""
+    if recipe.adapter:
+        adopt_adapter(recipe, tell)
+    imply_evaluation(recipe)
+
+
 def imply_evaluation(recipe: Recipe) -> None:
     """Whoever names evaluation data wants it used: every `eval_steps` steps, with each checkpoint when unset (every
     logged step, transformers' default, would spend most of the run on it).

@@ -16,7 +16,7 @@ from torch import nn
 from lowvram_grpo.data.conversation import TextStream
 from lowvram_grpo.data.decoding import silent_ids
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.jobs.loading import adopt_stored_quantization, hub_arguments, load_model_of
+from lowvram_grpo.jobs.loading import adopt_stored_quantization, load_model_of
 from lowvram_grpo.policy.adapter import adapter_config
 from lowvram_grpo.policy.attention_choice import check_asked
 from lowvram_grpo.policy.embeddings import place_embeddings
@@ -26,6 +26,7 @@ from lowvram_grpo.policy.known_models import named
 from lowvram_grpo.policy.load import model_config
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
+from lowvram_grpo.recipe.ranges import TRAINING_RANGES, Range, check_ranges
 from lowvram_grpo.recipe.resolve import Recipe, resolve
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
 from lowvram_grpo.rollout.sampler import Sampling, sampling_of
@@ -114,6 +115,16 @@ def recipe_to_sample(flags: Mapping[str, Any], tell: Callable[[str], None]) -> R
     return recipe
 
 
+def check_filters(filters: dict[str, Any], max_new_tokens: int | None) -> None:
+    """Whether these can be sampled with.
+
+    Raises:
+        UserError: one is out of its range.
+    """
+    ranges = {**TRAINING_RANGES, "temperature": Range(at_least=0), "max_new_tokens": Range(at_least=1)}
+    check_ranges({**filters, "max_new_tokens": max_new_tokens}, ranges)
+
+
 @dataclass
 class LoadedPolicy:
     """A model to sample from, with what belongs to it.
@@ -163,7 +174,7 @@ def load_policy(
         UserError: missing or unfit model or adapter.
     """
     check_asked(args.attention, args.device)
-    config = model_config(recipe.model, **hub_arguments(recipe))
+    config = model_config(recipe.model, **recipe.hub_arguments)
     adopt_stored_quantization(recipe, config, lambda sentence: None)
     model = load_model_of(recipe, args, tell).requires_grad_(False)
     for sentence in place_embeddings(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lowvram_grpo.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+    from peft import LoraConfig
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -34,17 +36,9 @@ def check_device(recipe: Recipe) -> None:
         )
 
 
-def hub_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Arguments that every from_pretrained of the recipe's model takes."""
-    found = {"trust_remote_code": bool(recipe.training.get("trust_remote_code", False))}
-    if recipe.model_revision:
-        found["revision"] = recipe.model_revision
-    return found
-
-
-def load_tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer of the recipe's model, with the recipe's chat template where it names one. The model's
-    configuration is read for it, its weights are not.
+def read_model_of(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of the recipe's model, with the recipe's chat template where it names one. No weights
+    are read.
 
     Raises:
         UserError: no such model, one of another kind, no tokenizer, tokens that the model has no embedding for, or no
@@ -54,12 +48,17 @@ def load_tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
     from lowvram_grpo.policy.load import load_tokenizer, model_config
     from lowvram_grpo.policy.refusals import check_rows
 
-    config = model_config(recipe.model, **hub_arguments(recipe))
-    tokenizer = load_tokenizer(recipe.model, **hub_arguments(recipe))
+    config = model_config(recipe.model, **recipe.hub_arguments)
+    tokenizer = load_tokenizer(recipe.model, **recipe.hub_arguments)
     check_rows(recipe.model, tokenizer, config)
     if recipe.chat_template:
         tokenizer.chat_template = chat_template(recipe.chat_template)
-    return tokenizer
+    return config, tokenizer
+
+
+def load_tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer alone. Raises as `read_model_of`."""
+    return read_model_of(recipe)[1]
 
 
 def training_config(recipe: Recipe, *, weights: list[float]) -> GRPOConfig:
@@ -115,6 +114,26 @@ def adopt_stored_quantization(recipe: Recipe, config: PretrainedConfig, tell: Ca
     return True
 
 
+def fresh_lora(recipe: Recipe) -> LoraConfig:
+    """The adapter that the recipe begins with where it names none."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=recipe.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Of the base weights that are not quantized."""
+    from lowvram_grpo.policy.load import DTYPES, compute_dtype
+
+    return compute_dtype(device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
+
+
 def load_model_of(recipe: Recipe, args: GRPOConfig, tell: Callable[[str], None]) -> nn.Module:
     """The recipe's model on the device of `args`, quantized as it says, in its adapter where it names one.
 
@@ -127,11 +146,12 @@ def load_model_of(recipe: Recipe, args: GRPOConfig, tell: Callable[[str], None])
     from lowvram_grpo.memory.guard import cap
     from lowvram_grpo.policy.adapter import load_adapter
     from lowvram_grpo.policy.embeddings import stays_on_host
-    from lowvram_grpo.policy.load import DTYPES, bitsandbytes_config, compute_dtype, load_causal_lm
+    from lowvram_grpo.policy.load import load_causal_lm
+    from lowvram_grpo.policy.quantization import bitsandbytes_config
 
     cap(args.device, args.vram_gib)  # before a byte is allocated
-    dtype = compute_dtype(args.device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
-    init = {**hub_arguments(recipe), **(recipe.training.get("model_init_kwargs") or {})}
+    dtype = dtype_of(recipe, args.device)
+    init = {**recipe.hub_arguments, **(recipe.training.get("model_init_kwargs") or {})}
     if recipe.attn_implementation:
         init["attn_implementation"] = recipe.attn_implementation
     quantization = bitsandbytes_config(recipe.quantization, dtype)

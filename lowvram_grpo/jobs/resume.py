@@ -183,26 +183,6 @@ def _moved_away(place: Any) -> bool:
     return isinstance(place, str) and os.path.isabs(place) and not os.path.exists(place)
 
 
-def newest_checkpoint(directory: RunDirectory, tell: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from; `tell` hears of damaged ones. None where the run has not come to its first.
-
-    Raises:
-        UserError: there were checkpoints, and none is whole.
-    """
-    from lowvram_grpo.run.checkpoints import CUT_OFF
-
-    damaged: list[tuple[Path, str]] = []
-    found = directory.latest_checkpoint(lambda path, why: damaged.append((path, why)))
-    lost = [f"{path.name}: {why}" for path, why in damaged if why != CUT_OFF]
-    if found is None and lost:
-        raise UserError(
-            f"No checkpoint of {directory.path} is whole ({'; '.join(lost)}); put the files back, or begin a new run."
-        )
-    for path, why in damaged:
-        tell(f"{path.name} is left out: {why}.")
-    return found
-
-
 def check_unfinished(directory: RunDirectory, checkpoint: Path | None, planned: int) -> None:
     """Whether there are steps to do, or at least an adapter to leave.
 

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowvram_grpo.data.textfile import read_text
-from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
+    from lowvram_grpo.data.encoding import LengthReport
+    from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.recipe.resolve import Recipe
 
 
-def reward_specs(recipe: Recipe, columns: list[str]) -> list[str]:
-    """What `--reward` would say; a recipe with neither template nor rewards gets a template by the data's columns.
+@dataclass(frozen=True)
+class Rewards:
+    """What completions are scored with: as `--reward` would say it, as functions (or ids of reward models), and their
+    weights where the recipe sets no others."""
+
+    specs: list[str]
+    functions: list[Callable | str]
+    weights: list[float]
+
+
+def rewards_of(recipe: Recipe, columns: list[str]) -> Rewards:
+    """The rewards of the recipe; one with neither template nor rewards gets a template by the data's columns.
 
     Raises:
-        UserError: no reward is named, and none follows from the columns.
+        UserError: no reward is named and none follows from the columns, or there is no such reward.
     """
+    from lowvram_grpo.rewards.registry import resolve_reward
+
+    specs = _specs(recipe, columns)
+    found = [resolve_reward(spec) for spec in specs]
+    return Rewards(specs, [function for function, _ in found], [weight for _, weight in found])
+
+
+def _specs(recipe: Recipe, columns: list[str]) -> list[str]:
     from lowvram_grpo.data.templates import guess
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
 
@@ -36,7 +56,7 @@ def reward_specs(recipe: Recipe, columns: list[str]) -> list[str]:
 
 
 def guess_notice(recipe: Recipe) -> str:
-    """A sentence for people where `reward_specs` has guessed, else an empty string."""
+    """A sentence for people where `rewards_of` has guessed a template, else an empty string."""
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
 
     if not recipe.origin.get("template", "").startswith("guessed"):
@@ -53,16 +73,18 @@ def prepared(recipe: Recipe, dataset: Dataset, tell: Callable[[str], None] = lam
     Raises:
         UserError: as `data.prepare`, or an unreadable few-shot file.
     """
+    from lowvram_grpo.data.few_shot import few_shot
     from lowvram_grpo.data.load import prepare
 
+    answers, shots = _read_by_builtins(recipe, dataset), few_shot(recipe.few_shot)
     return prepare(
         dataset,
         template=recipe.template,
         prompt_column=recipe.prompt_column,
         answer_column=recipe.answer_column,
         system_prompt=recipe.system_prompt,
-        few_shot=few_shot(recipe.few_shot),
-        answer_columns=_read_by_builtins(recipe, dataset),
+        few_shot=shots,
+        answer_columns=answers,
         tell=tell,
     )
 
@@ -80,28 +102,6 @@ def _read_by_builtins(recipe: Recipe, dataset: Dataset) -> list[str]:
     return [] if found is None or type(dataset.features[found]) is Value else [found]
 
 
-def few_shot(path: str | None) -> list[dict] | None:
-    """A json list, or json lines, of {prompt, completion}.
-
-    Raises:
-        UserError: it is not.
-    """
-    if path is None:
-        return None
-    text = read_text(path, f"--few-shot {path}").strip()
-    lines = [line for line in text.split("\n") if line.strip()]
-    try:
-        turns = json.loads(text) if text.startswith("[") else [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(
-            f"--few-shot {path} is not a readable json list of {{prompt, completion}}: {one_line(error)}."
-        ) from error
-    for turn in turns:
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("prompt", "completion")):
-            raise UserError(f"Each entry of --few-shot {path} needs a `prompt` and a `completion`, both of text.")
-    return turns
-
-
 def check_reward_columns(recipe: Recipe, rewards: list[Callable | str], data: Dataset) -> None:
     """Whether the data has the columns that the rewards ask for.
 
@@ -112,4 +112,14 @@ def check_reward_columns(recipe: Recipe, rewards: list[Callable | str], data: Da
     from lowvram_grpo.training.collect import reward_columns
 
     only_prompts = bool(recipe.training.get("remove_unused_columns"))
-    check_columns(rewards, reward_columns(data.column_names, only_prompts=only_prompts))
+    columns = reward_columns(data.column_names, only_prompts=only_prompts)
+    check_columns(rewards, columns)
+
+
+def prompt_lengths(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, data: Dataset) -> LengthReport:
+    """How long the prompts of prepared data are, and how many of them are cut."""
+    from lowvram_grpo.data.encoding import prompt_length_report
+
+    return prompt_length_report(
+        tokenizer, data, max_prompt_length=args.max_prompt_length, chat_template_kwargs=args.chat_template_kwargs
+    )

@@ -1,18 +1,19 @@
-"""From the card that is there to settings that fit it: the budget, the plan, and what to say about both."""
+"""From a card to settings that fit it: the budget and the plan, and what to say about both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.memory.budget import budget, gib
+from lowvram_grpo.recipe.preset import card_budget
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from lowvram_grpo.memory.devices import Device
-    from lowvram_grpo.plan.planner import Plan
+    from lowvram_grpo.plan.planner import Plan, Planner
     from lowvram_grpo.recipe.resolve import Recipe
 
 
@@ -48,24 +49,14 @@ def fit(
     from lowvram_grpo.memory.cards import present
     from lowvram_grpo.memory.overheads import CUDA
     from lowvram_grpo.plan.planner import Planner
-    from lowvram_grpo.plan.prediction import CannotPredict
 
     half = "bfloat16" if device.bf16 else "float16"
     # The context is there already, and the prediction counts one.
     room = ours.allocator_bytes + CUDA.context
     card = present(device.index, device.total_bytes / 2**30)
     planner = Planner(config, half=half, cold_start=cold_start, longest_prompt=longest_prompt, card=card)
-    try:
-        plan = planner.plan(recipe, room)
-    except UserError:
-        raise
-    except CannotPredict as error:
-        tell(f"no memory plan: {error}; the run begins as the preset says, and takes savers when memory runs out.")
-        return recipe
-    except Exception as error:
-        # Code of a model that does not run on meta tensors is no reason not to train it.
-        tell(f"no memory plan: {type(error).__name__} while predicting this model ({one_line(error)}); the run begins "
-             "as the preset says, and takes savers when memory runs out.")  # fmt: skip
+    plan = _planned(planner, recipe, room, tell)
+    if plan is None:
         return recipe
     if not plan.fits:
         raise UserError(
@@ -73,20 +64,43 @@ def fit(
             f"there is room for {gib(room)} on {device.name}. What would: {'; '.join(plan.advice)}. "
             "(--memory-plan off tries anyway.)"
         )
+    for sentence in _chosen(plan):
+        tell(sentence)
+    return plan.recipe
+
+
+def _planned(planner: Planner, recipe: Recipe, room: int, tell: Callable[[str], None]) -> Plan | None:
+    """The plan for `room` bytes; None where the model can't be predicted, which is no reason not to train it."""
+    from lowvram_grpo.plan.prediction import CannotPredict
+
+    try:
+        return planner.plan(recipe, room)
+    except UserError:
+        raise
+    except CannotPredict as error:
+        tell(f"no memory plan: {error}; the run begins as the preset says, and takes savers when memory runs out.")
+    except Exception as error:  # code of a model that does not run on meta tensors
+        tell(
+            f"no memory plan: {type(error).__name__} while predicting this model ({one_line(error)}); the run begins "
+            "as the preset says, and takes savers when memory runs out."
+        )
+    return None
+
+
+def _chosen(plan: Plan) -> Iterator[str]:
+    """What a plan has chosen, in sentences."""
     taken = f"; taken for it: {', '.join(map(str, plan.rungs))}" if plan.rungs else ""
-    tell(
-        f"memory plan: a peak of {gib(plan.prediction.peak)} of {gib(room)} is predicted, in the "
-        f"{plan.prediction.peak_phase} phase"
-        f"{taken}."
+    yield (
+        f"memory plan: a peak of {gib(plan.prediction.peak)} of {gib(plan.budget)} is predicted, in the "
+        f"{plan.prediction.peak_phase} phase{taken}."
     )
     if plan.climbs:
-        tell(f"climbed: {climbed(plan)}. --memory-plan savers keeps the preset's settings.")
+        yield f"climbed: {climbed(plan)}. --memory-plan savers keeps the preset's settings."
         if any(climb.rung.key in ("quantization", "head_dtype") for climb in plan.climbs):
-            tell(
+            yield (
                 "on this base a recipe gives other numbers than on the preset's, which rounds; recipe.toml has it "
                 "for --resume, chat, eval and --adapter."
             )
-    return plan.recipe
 
 
 def climbed(plan: Plan) -> str:
@@ -95,3 +109,26 @@ def climbed(plan: Plan) -> str:
     room = f"{plan.prediction.peak / 2**30:.1f} of {gib(plan.budget)}"
     time = f"modelled by counts for {plan.card}, a step takes {plan.time:.0%} of the preset's time"
     return f"{raised} (predicted {room}; {time})"
+
+
+def plan_on_paper(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    card: float,
+    *,
+    device: str = "cuda",
+    half: str = "bfloat16",
+    advise: bool = True,
+) -> Plan:
+    """The plan for a card that need not be there.
+
+    Args:
+        card: its size in GB as it is sold; the budget is what a Windows desktop leaves of it.
+        device, half: of `Planner`.
+        advise: say what else would fit, where nothing does.
+    """
+    from lowvram_grpo.memory.cards import typical
+    from lowvram_grpo.plan.planner import Planner
+
+    planner = Planner(config, device=device, half=half, card=typical(card))
+    return planner.plan(recipe, card_budget(card), advise=advise)

@@ -23,7 +23,7 @@ from typing import Any
 
 from lowvram_grpo.errors import CantWrite, UserError, why_unwritten
 from lowvram_grpo.run import jsonl, lock
-from lowvram_grpo.run.checkpoints import damage, replace_text
+from lowvram_grpo.run.checkpoints import CUT_OFF, damage, replace_text
 
 # The first line of a recipe that a run wrote.
 RECIPE_HEADER = "# The resolved recipe of a lowvram-grpo run."
@@ -180,6 +180,23 @@ class RunDirectory:
             if damaged is not None:
                 damaged(checkpoint, why)
         return None
+
+    def checkpoint_to_resume(self, tell: Callable[[str], None]) -> Path | None:
+        """The checkpoint to go on from; `tell` hears of damaged ones. None where the run has not come to its first.
+
+        Raises:
+            UserError: there were checkpoints, and none is whole.
+        """
+        damaged: list[tuple[Path, str]] = []
+        found = self.latest_checkpoint(lambda path, why: damaged.append((path, why)))
+        lost = [f"{path.name}: {why}" for path, why in damaged if why != CUT_OFF]
+        if found is None and lost:
+            raise UserError(
+                f"No checkpoint of {self.path} is whole ({'; '.join(lost)}); put the files back, or begin a new run."
+            )
+        for path, why in damaged:
+            tell(f"{path.name} is left out: {why}.")
+        return found
 
     def truncate_after(self, step: int) -> None:
         """Drop the rows of both logs whose step comes after `step` (and torn ones): a resumed run writes them again.

@@ -19,7 +19,8 @@ from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.shared_prefix import shared_groups
 from lowvram_grpo.policy.wrapper import unwrap
-from lowvram_grpo.recipe.config import BatchPlan, GRPOConfig
+from lowvram_grpo.recipe.batch_plan import BatchPlan
+from lowvram_grpo.recipe.config import GRPOConfig
 from lowvram_grpo.training.correction import Correction
 from lowvram_grpo.training.experience import MicroBatch, Rollout, updates_of
 from lowvram_grpo.training.loss import KernelChoice, LossSums, micro_loss, wanted_rows

@@ -19,7 +19,7 @@ from lowvram_grpo.policy.wrapper import is_peft
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lowvram_grpo.recipe.config import BatchPlan
+    from lowvram_grpo.recipe.batch_plan import BatchPlan
     from lowvram_grpo.training.experience import Rollout
     from lowvram_grpo.training.learner import Learner
 

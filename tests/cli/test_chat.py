@@ -13,7 +13,7 @@ import pytest
 from conftest import CHAT_TEMPLATE, make_model, make_tokenizer
 
 from lowvram_grpo.cli import app
-from lowvram_grpo.cli.chat import Chat
+from lowvram_grpo.cli.chat_screen import Chat
 from lowvram_grpo.data.conversation import Conversation, Prompt
 from lowvram_grpo.jobs.inference import find_adapter, load_policy, recipe_to_sample, stream_answer
 from lowvram_grpo.jobs.loading import load_tokenizer_of, training_config

@@ -48,12 +48,12 @@ def from_the_hub(name, said):
     return error
 
 
-LOAD = "lowvram_grpo.jobs.loading.load_model_of"
+LOAD = "lowvram_grpo.jobs.train.load_model_of"
 STEP = "lowvram_grpo.training.trainer.GRPOTrainer.training_step"
 SAVE = "peft.PeftModel.save_pretrained"
 OPTIMIZER_FILE = "transformers.trainer.Trainer._save_optimizer_and_scheduler"
 LOG = "lowvram_grpo.run.jsonl.append"
-ADAPTER = "lowvram_grpo.run.model_card.model_card"
+ADAPTER = "lowvram_grpo.jobs.train.model_card"
 EVALUATE = "lowvram_grpo.training.trainer.GRPOTrainer.prediction_step"
 FAULTS = [
     (LOAD, MemoryError(), "machine's own memory"),

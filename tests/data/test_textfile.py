@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from lowvram_grpo.data import textfile
+from lowvram_grpo.data.few_shot import few_shot
 from lowvram_grpo.data.templates import chat_template
 from lowvram_grpo.data.textfile import as_utf8, read_text
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.jobs.task import few_shot
 from lowvram_grpo.rewards.registry import resolve_reward
 
 WINDOWS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-be with a mark"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram_grpo.cli.train import parse_extra
+from lowvram_grpo.cli.flags import parse_extra
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.recipe.resolve import resolve
 

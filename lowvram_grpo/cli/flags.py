@@ -1,0 +1,64 @@
+"""Flags without an option of their own: every setting of a recipe is one, for every command that takes a recipe."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowvram_grpo.errors import UserError, did_you_mean
+
+# For a command with such flags; they come as its context's arguments.
+MORE_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+OutputDir = Annotated[
+    Path | None, typer.Option("--output-dir", "-o", help="Run directory; default runs/<model>-<data>-<time>.")
+]
+
+
+def parse_extra(arguments: list[str]) -> dict[str, Any]:
+    """Settings without an option of their own (GRPOConfig fields, TRL's names, job keys with underscores) from
+    `--learning-rate 1e-5`, `--learning_rate=1e-5`, `--bf16` and `--no-bf16`. Given several times, a setting that
+    is a list takes all values, any other the last.
+
+    Raises:
+        UserError: an argument that is no flag, an unknown flag, or a flag without its value.
+    """
+    from lowvram_grpo.recipe.resolve import ALIASES, IGNORED, LOADING, job_types, training_types
+
+    types = {**training_types(), **job_types(), **dict.fromkeys([*LOADING, "use_peft"], bool)}
+    found: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        raw = rest.pop(0)
+        if not raw.startswith("--"):
+            raise UserError(f"Unexpected argument {raw!r}; settings are flags, as in --learning-rate 1e-5.")
+        name, has_value, value = raw[2:].partition("=")
+        key = name.replace("-", "_")
+        if not has_value and key.startswith("no_") and key not in types and key[3:] in types:
+            key, value = key[3:], "false"
+        elif key not in types and key not in ALIASES and key not in IGNORED:
+            known = [f"--{n.replace('_', '-')}" for n in types]
+            raise UserError(f"Unknown flag {raw.partition('=')[0]}{did_you_mean('--' + key.replace('_', '-'), known)}.")
+        elif not has_value:
+            if rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            elif _is_bool(types.get(key)):
+                value = "true"
+            else:
+                raise UserError(f"--{name} needs a value.")
+        if key in found and _is_list(types.get(ALIASES.get(key, key))):
+            earlier = found[key] if isinstance(found[key], list) else [found[key]]
+            found[key] = [*earlier, value]
+        else:
+            found[key] = value
+    return found
+
+
+def _is_bool(hint: Any) -> bool:
+    return hint is bool or bool in typing.get_args(hint)
+
+
+def _is_list(hint: Any) -> bool:
+    return any((typing.get_origin(part) or part) is list for part in (hint, *typing.get_args(hint)))

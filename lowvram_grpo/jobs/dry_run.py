@@ -1,0 +1,47 @@
+"""What `--dry-run` shows: the job as it would run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from lowvram_grpo.data.encoding import encode_prompts
+from lowvram_grpo.jobs.task import prompt_lengths
+
+if TYPE_CHECKING:
+    from lowvram_grpo.jobs.job import Job
+
+
+def show(job: Job, said: Iterable[str]) -> None:
+    """Print the recipe, the sizes of a step and the first prompt, after what was said about the job."""
+    for sentence in said:
+        print(f"note: {sentence}")
+    args, train_data, eval_data = job.args, job.train_data, job.eval_data
+    ids, _ = encode_prompts(
+        job.tokenizer,
+        [train_data[0]["prompt"]],
+        max_prompt_length=args.max_prompt_length,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    lengths, plan = prompt_lengths(args, job.tokenizer, train_data), args.batch_plan()
+    out = Console(highlight=False)
+    out.print("[bold]What would run[/bold] (nothing was loaded or written)\n")
+    out.print(escape(job.recipe.to_toml()), soft_wrap=True)
+    out.print(f"rewards: {', '.join(job.rewards.specs)}")
+    out.print(f"data: {len(train_data)} prompts{f', {len(eval_data)} for evaluation' if eval_data else ''}")
+    out.print(
+        f"each step: {plan.prompts_per_rollout} prompts x {plan.num_generations} completions, at most "
+        f"{plan.micro_batch_size} at once; device {args.device}"
+    )
+    if lengths.cut:
+        out.print(f"note: {lengths.sentence(args.max_prompt_length)}")
+    for notice in args.notices():
+        out.print(f"note: {notice}")
+    out.print("\nfirst prompt, as the model sees it:")
+    out.print(escape(job.tokenizer.decode(ids[0])), soft_wrap=True)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        out.print("note: only one process is supported yet.")
