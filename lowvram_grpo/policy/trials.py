@@ -13,7 +13,8 @@ from lowvram_grpo.kernels.card import card
 from lowvram_grpo.kernels.decode.logits import linear_logits
 from lowvram_grpo.kernels.decode.noise import GOLDEN, signed
 from lowvram_grpo.kernels.decode.sample import block_masses, block_masses_ref, draw_by_masses, draw_by_masses_ref
-from lowvram_grpo.kernels.decode.small_product import FourBit, Sibling, all_tiles, small_product, small_product_ref
+from lowvram_grpo.kernels.decode.small_product import FourBit, Sibling, small_product, small_product_ref
+from lowvram_grpo.kernels.decode.small_product_kernel import all_tiles
 from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.layer import gradients as layer_gradients
 from lowvram_grpo.kernels.layer import ops as layer_ops

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from conftest import make_model
-from lowvram_grpo.kernels.decode import int8_logits, small_product
+from lowvram_grpo.kernels.decode import int8_logits, small_product, small_product_kernel
 from lowvram_grpo.kernels.layer import ops as layer_ops
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from models import LISTED, build, with_lora
@@ -271,7 +271,7 @@ def test_a_trial_launches_what_a_run_launches(monkeypatch):
     monkeypatch.setattr(trials, "small_product", product)
     trials.TRIALS["dense_product"](x.half())
     assert all(width > 64 * tiles.blocks for width, tiles in products)
-    assert [tiles for _, tiles in products] == small_product.all_tiles(86)
+    assert [tiles for _, tiles in products] == small_product_kernel.all_tiles(86)
     draw = trials.draw_by_masses_ref
     monkeypatch.setattr(
         trials, "draw_by_masses", lambda logits, *rest: draws.append(logits.shape[1]) or draw(logits, *rest)
