@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lowvram_grpo.kernels.decode.attention import KV, Rows, decode_attention, quantize_kv
+from lowvram_grpo.kernels.decode.attention import decode_attention
+from lowvram_grpo.kernels.decode.kv import KV, Rows, quantize_kv
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from timing import copy_ceiling, peak_mib, timed
 from torch import Tensor

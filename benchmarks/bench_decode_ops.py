@@ -33,9 +33,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are decorated
 
-from lowvram_grpo.kernels.decode import ops as decode_ops
-from lowvram_grpo.kernels.int8_logits import int8_logits
-from lowvram_grpo.kernels.logits import linear_logits
+from lowvram_grpo.kernels.decode.int8_logits import int8_logits
+from lowvram_grpo.kernels.decode.logits import linear_logits
+from lowvram_grpo.kernels.head import Head
+from lowvram_grpo.kernels.layer import ops as layer_ops
 from lowvram_grpo.kernels.quantized import BLOCK, Int8Weight
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 from timing import timed
@@ -43,7 +44,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowvram_grpo.bench.rows import Rows, reason
-from lowvram_grpo.policy.head import Head
 from lowvram_grpo.rollout import sampler
 from lowvram_grpo.rollout.noise import stream_key
 
@@ -112,11 +112,11 @@ def call_of(op: str, provider: str, at: Shape, rows: int, device: torch.device) 
     if op in ("rms_norm", "head_norm"):
         if provider == "torch":
             return lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS)
-        norm = decode_ops.rms_norm_triton if fused else decode_ops.rms_norm_ref
+        norm = layer_ops.rms_norm_triton if fused else layer_ops.rms_norm_ref
         return lambda x, weight: norm(x, weight, EPS)
     if op == "swiglu":
-        return decode_ops.swiglu_triton if fused else decode_ops.swiglu_ref
-    turn = decode_ops.rope_triton if fused else decode_ops.rope_ref
+        return layer_ops.swiglu_triton if fused else layer_ops.swiglu_ref
+    turn = layer_ops.rope_triton if fused else layer_ops.rope_ref
     return turn
 
 

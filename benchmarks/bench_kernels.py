@@ -33,13 +33,13 @@ import torch
 from correct import Exact, errors, oracle, subset, verdict
 from kernel_cases import DTYPES, OPS, Case, steps
 from loss_cases import bench_loss
+from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.runtime import interpreted
 from profiles import MAIN_SHAPES, PROFILES, SHAPES, Inputs, head_weight, inputs_of, measured
 from providers import COMPILED, OURS, RIVALS, SEQUENCES, Problem, Unavailable, names_for, provider
 from timing import copy_ceiling, matmul_ceiling, peak_mib, timed
 
 from lowvram_grpo.bench.rows import Rows, reason
-from lowvram_grpo.policy.head import Head
 
 
 class Bench:

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from lowvram_grpo.kernels.head import Head
 from torch import Tensor
-
-from lowvram_grpo.policy.head import Head
 
 ROWS = 64
 # Relative error of the gradient, or nats of a log-prob, beyond which a rival computes another function.

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.linear_logps import linear_logps
 from lowvram_grpo.kernels.sweep.launch import PATHS, launch_config
 from torch import Tensor
-
-from lowvram_grpo.policy.head import Head
 
 OURS = tuple(f"ours-{path}" for path in PATHS)
 RIVALS = ("eager", "trl", "unsloth", "cce", "torch-lce", "liger")

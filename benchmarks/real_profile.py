@@ -15,10 +15,9 @@ import argparse
 from pathlib import Path
 
 import torch
+from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.linear_logps import linear_logps
 from torch.utils.flop_counter import FlopCounterMode
-
-from lowvram_grpo.policy.head import Head
 
 PROBLEMS = [
     "A baker sells 48 rolls in the morning and half as many in the afternoon. How many rolls does she sell in a day?",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lowvram_grpo.kernels.sweep.sweep import DirectionParams, plan_tiles
+from lowvram_grpo.kernels.sweep.plan import DirectionParams, plan_tiles
 from profiles import MAIN_SHAPES, SHAPES, Shape
 
 

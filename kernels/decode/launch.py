@@ -1,23 +1,20 @@
 """Which path `decode_attention` takes on which device, with what tiles, and into how many ranges keys are cut.
 
-Plain functions of shapes and of the card, as in `launch.py`: the sizes of one step never enter, so that a CUDA graph of
-it holds for all. The numbers are estimates until `benchmarks/bench_decode_attention.py` has run on a card.
+Plain functions of shapes and of the card, as in `sweep/launch.py`: the sizes of one step never enter, so that a CUDA
+graph of it holds for all. The numbers are estimates until `benchmarks/bench_decode_attention.py` has run on a card.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from lowvram_grpo.kernels.card import power_of_2
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 
 PATHS = ("triton", "torch")
 WIDEST = 256  # head: the accumulators of a wider one would spill
 MOST_QUERIES = 16  # heads a KV head: the smallest tile of a tensor core
-# Multiprocessors of a card that is not there (meta tensors): the most that an 8 GB GeForce has (RTX 3070), so that no
-# such card makes more ranges than were counted.
-ASSUMED_MULTIPROCESSORS = 46
 
 
 class Tiles(NamedTuple):
@@ -48,11 +45,6 @@ class Splits(NamedTuple):
 
     prefix: int
     own: int
-
-
-def power_of_2(n: int) -> int:
-    """The least power of 2 that is not below n."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def decode_path(
@@ -114,13 +106,3 @@ def ranges(programs: int, length: int, tiles: Tiles, multiprocessors: int) -> in
     multiprocessor (with fewer, nothing hides how long memory takes to answer), none of them with fewer keys than
     `tiles` say is worth it; 0 of no keys."""
     return min(-(-4 * multiprocessors // max(1, programs)), -(-length // (tiles.keys * tiles.least)))
-
-
-@lru_cache
-def card(device: torch.device) -> tuple[int, int]:
-    """(compute capability, multiprocessors) of `device`; of meta tensors those of this machine's card or of any."""
-    if interpreted() or not torch.cuda.is_available():
-        return 86, ASSUMED_MULTIPROCESSORS
-    at = device if device.type == "cuda" else None
-    major, minor = torch.cuda.get_device_capability(at)
-    return 10 * major + minor, torch.cuda.get_device_properties(at).multi_processor_count

@@ -16,7 +16,7 @@ Memory: 8 R V / 128 bytes; half of that where all ids are known. No atomics: equ
 from __future__ import annotations
 
 import torch
-from lowvram_grpo.kernels.decode.launch import power_of_2
+from lowvram_grpo.kernels.card import power_of_2
 from lowvram_grpo.kernels.decode.noise import BLOCK, GOLDEN, MULTIPLIERS, draw_block, draw_inside
 from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, device_guard, jit, require_triton, tl
 from torch import Tensor

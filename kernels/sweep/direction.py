@@ -20,10 +20,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.runtime import CompileCase, compile_case, jit, tl
 from torch import Tensor
-
-from lowvram_grpo.policy.head import Head
 
 _BLOCK_H, _BLOCK_ENTRIES = 128, 16
 
@@ -48,17 +47,17 @@ class Entries(NamedTuple):
 
 @jit
 def _direction_kernel(
-    w_ptr, offsets_ptr, ids_ptr, coef_ptr, kl_coef_ptr, tail_ptr, kl_tail_ptr, c_ptr, e_ptr, mean_ptr, out_ptr, width,
-    w_stride, factor, HAS_KL: tl.constexpr, DIRECT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    w_ptr, offsets_ptr, ids_ptr, coef_ptr, kl_coef_ptr, tail_ptr, kl_tail_ptr, grad_logps_ptr, grad_kl_ptr, mean_ptr,
+    out_ptr, width, w_stride, factor, DIRECT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = at < width
-    c = tl.load(c_ptr + row)
+    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = column < width
+    c = tl.load(grad_logps_ptr + row)
     live = c != 0
     tail = -c * tl.load(tail_ptr + row)
-    if HAS_KL:
-        e = tl.load(e_ptr + row)
+    if grad_kl_ptr is not None:
+        e = tl.load(grad_kl_ptr + row)
         live = live | (e != 0)
         tail += e * tl.load(kl_tail_ptr + row)
     total = tl.zeros([BLOCK_H], tl.float32)
@@ -70,39 +69,44 @@ def _direction_kernel(
             k = k0 + tl.arange(0, BLOCK_K)
             present = k < last
             weight = -c * tl.load(coef_ptr + k, mask=present, other=0.0)
-            if HAS_KL:
+            if grad_kl_ptr is not None:
                 weight += e * tl.load(kl_coef_ptr + k, mask=present, other=0.0)
             source = k.to(tl.int64) if DIRECT else tl.load(ids_ptr + k, mask=present, other=0).to(tl.int64)
             read = present[:, None] & inside[None, :]
-            w = tl.load(w_ptr + source[:, None] * w_stride + at[None, :], mask=read, other=0.0)
+            w = tl.load(w_ptr + source[:, None] * w_stride + column[None, :], mask=read, other=0.0)
             total += tl.sum(weight[:, None] * w.to(tl.float32), 0)
             k0 += BLOCK_K
-        total += tail * tl.load(mean_ptr + at, mask=inside, other=0.0)
-    tl.store(out_ptr + row * width + at, (total * factor).to(out_ptr.dtype.element_ty), mask=inside)
+        total += tail * tl.load(mean_ptr + column, mask=inside, other=0.0)
+    tl.store(out_ptr + row * width + column, (total * factor).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(w: Tensor, entries: Entries, c: Tensor, e: Tensor | None, mean: Tensor, factor: float, out: Tensor, direct):
+def _launch(
+    w: Tensor, entries: Entries, grad_logps: Tensor, grad_kl: Tensor | None, mean: Tensor, factor: float, out: Tensor,
+    direct: bool,
+) -> None:  # fmt: skip
     """Rows of `out` (n, H); `direct`: row k of `w` belongs to entry k."""
     n, width = out.shape
     if not n:
         return
     grid = (n, -(-width // _BLOCK_H))
     _direction_kernel[grid](
-        w, entries.offsets, entries.ids, entries.coef, entries.kl_coef, entries.tail, entries.kl_tail, c, e, mean, out,
-        width, w.stride(0), factor, HAS_KL=e is not None, DIRECT=direct, BLOCK_H=_BLOCK_H, BLOCK_K=_BLOCK_ENTRIES,
+        w, entries.offsets, entries.ids, entries.coef, entries.kl_coef, entries.tail, entries.kl_tail, grad_logps,
+        grad_kl, mean, out, width, w.stride(0), factor, DIRECT=direct, BLOCK_H=_BLOCK_H, BLOCK_K=_BLOCK_ENTRIES,
         num_warps=4,
     )  # fmt: skip
 
 
-def _torch(w: Tensor, entries: Entries, c: Tensor, e: Tensor | None, mean: Tensor, factor: float, out: Tensor):
+def _torch(
+    w: Tensor, entries: Entries, grad_logps: Tensor, grad_kl: Tensor | None, mean: Tensor, factor: float, out: Tensor
+) -> None:  # fmt: skip
     """As `_launch` with `direct`, for w (k, H) of any dtype."""
     rows = torch.arange(len(out), device=out.device)
     owner = torch.repeat_interleave(rows, entries.offsets.diff(), output_size=len(entries.ids))
-    weight = -c[owner] * entries.coef
-    tail = -c * entries.tail
-    if e is not None:
-        weight += e[owner] * entries.kl_coef
-        tail += e * entries.kl_tail
+    weight = -grad_logps[owner] * entries.coef
+    tail = -grad_logps * entries.tail
+    if grad_kl is not None:
+        weight += grad_kl[owner] * entries.kl_coef
+        tail += grad_kl * entries.kl_tail
     total = tail[:, None] * mean
     out.copy_(total.index_add_(0, owner, w.float() * weight[:, None]).mul_(factor))
 
@@ -122,8 +126,8 @@ def _cut(entries: Entries, r0: int, r1: int, k0: int, k1: int) -> Entries:
 def sparse_direction(
     head: Head,
     entries: Entries,
-    c: Tensor,  # (N,) float32
-    e: Tensor | None,  # (N,) float32
+    grad_logps: Tensor,  # (N,) float32
+    grad_kl: Tensor | None,  # (N,) float32
     mean: Tensor,  # (H,) float32; zeros put no tail anywhere
     factor: float,
     dtype: torch.dtype,
@@ -134,12 +138,12 @@ def sparse_direction(
 ) -> Tensor:
     """dL/dh (N, H) of `dtype` for rows with lists; rows whose list and tail are empty get 0. `ends`: the entries'
     offsets, where the host knows them; otherwise it may have to wait for them."""
-    n, width = len(c), head.shape[1]
-    out = torch.empty(n, width, dtype=dtype, device=c.device)
+    n, width = len(grad_logps), head.shape[1]
+    out = torch.empty(n, width, dtype=dtype, device=grad_logps.device)
     if out.is_meta:
         return out
-    if use_triton and head.dense and head.weight.device == c.device:
-        _launch(head.weight.detach(), entries, c, e, mean, factor, out, direct=False)
+    if use_triton and head.dense and head.weight.device == out.device:
+        _launch(head.weight.detach(), entries, grad_logps, grad_kl, mean, factor, out, direct=False)
         return out
     # Entries whose rows fit the workspace, together with float32 copies of them and of their owners' results.
     budget = max(1, workspace_mib * 2**20 // (12 * width))
@@ -150,7 +154,8 @@ def sparse_direction(
         while r1 < n and ends[r1 + 1] - ends[r0] + (r1 + 1 - r0) <= budget:
             r1 += 1
         cut = _cut(entries, r0, r1, ends[r0], ends[r1])
-        given = cut, c[r0:r1], None if e is None else e[r0:r1], mean, factor, out[r0:r1]
+        grads = grad_logps[r0:r1], None if grad_kl is None else grad_kl[r0:r1]
+        given = cut, *grads, mean, factor, out[r0:r1]
         if use_triton:
             _launch(head.rows(cut.ids, dtype), *given, direct=True)
         else:
@@ -167,11 +172,11 @@ def compile_cases(cc: int) -> list[CompileCase]:
             for dtype in ("fp16", "fp32") if cc < 80 else ("bf16", "fp16", "fp32"):
                 types = {
                     "w_ptr": f"*{dtype}:16", "offsets_ptr": "*i64:16", "ids_ptr": "*i32:16", "coef_ptr": "*fp32:16",
-                    "kl_coef_ptr": "*fp32", "tail_ptr": "*fp32", "kl_tail_ptr": "*fp32", "c_ptr": "*fp32",
-                    "e_ptr": "*fp32" if kl else None, "mean_ptr": "*fp32:16", "out_ptr": f"*{dtype}:16",
+                    "kl_coef_ptr": "*fp32", "tail_ptr": "*fp32", "kl_tail_ptr": "*fp32", "grad_logps_ptr": "*fp32",
+                    "grad_kl_ptr": "*fp32" if kl else None, "mean_ptr": "*fp32:16", "out_ptr": f"*{dtype}:16",
                     "width": "i32", "w_stride": "i32:16", "factor": "fp32",
                 }  # fmt: skip
-                constants = {"HAS_KL": kl, "DIRECT": direct, "BLOCK_H": _BLOCK_H, "BLOCK_K": _BLOCK_ENTRIES}
+                constants = {"DIRECT": direct, "BLOCK_H": _BLOCK_H, "BLOCK_K": _BLOCK_ENTRIES}
                 name = f"direction {dtype} kl={kl} direct={direct}"
                 cases.append(compile_case(name, _direction_kernel, types, constants))
     return cases

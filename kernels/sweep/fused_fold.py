@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import torch
 from lowvram_grpo.kernels.runtime import CompileCase, compile_case, interpreted, jit, tl
-from lowvram_grpo.kernels.sweep.fold import (
+from lowvram_grpo.kernels.sweep.launch import FusedConfig, fused_config, whole_waves
+from lowvram_grpo.kernels.sweep.state import (
     _D,
     _D0,
     _E,
@@ -25,10 +26,8 @@ from lowvram_grpo.kernels.sweep.fold import (
     _TARGET,
     _X,
     RowState,
-    Transform,
-    transform_logit,
 )
-from lowvram_grpo.kernels.sweep.launch import FusedConfig, fused_config, whole_waves
+from lowvram_grpo.kernels.transform import Transform, transform_logit
 from torch import Tensor
 
 
@@ -37,8 +36,8 @@ def _fused_fold_kernel(
     h_ptr, ref_h_ptr, w_ptr, bias_ptr, stats_ptr, targets_ptr, count_ptr, ids_ptr, logits_ptr, ref_logits_ptr,
     partial_ptr, v0, columns, rows, w_stride, split_columns, capacity, scale, softcap, inv_temperature,
     log_epsilon,
-    HAS_REF: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, LISTS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
+    LISTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     # Row blocks vary fastest, so that programs that run together read the same weights out of L2.
     row_blocks = tl.cdiv(rows, BLOCK_M)
@@ -56,7 +55,7 @@ def _fused_fold_kernel(
     s = tl.zeros([BLOCK_M], tl.float32)
     x_sum = tl.zeros([BLOCK_M], tl.float32)
     target_logit = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_REF:
+    if ref_h_ptr is not None:
         ref_rows = ref_h_ptr + row.to(tl.int64)[:, None] * WIDTH
         ref_m = tl.load(stats_ptr + _REF_M * rows + row, mask=alive, other=0.0)
         d0 = tl.load(stats_ptr + _D0 * rows + row, mask=alive, other=0.0)
@@ -72,7 +71,7 @@ def _fused_fold_kernel(
         inside = c < last
         w_columns = w_ptr + c.to(tl.int64)[None, :] * w_stride
         x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if HAS_REF:
+        if ref_h_ptr is not None:
             r = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, WIDTH, BLOCK_K):
             present = k + k0 < WIDTH
@@ -82,16 +81,16 @@ def _fused_fold_kernel(
                 h = h.to(tl.float32)
                 w = w.to(tl.float32)
             x = tl.dot(h, w, x, input_precision="ieee")
-            if HAS_REF:
+            if ref_h_ptr is not None:
                 rh = tl.load(ref_rows + (k + k0)[None, :], mask=alive[:, None] & present[None, :], other=0.0)
                 if UPCAST:
                     rh = rh.to(tl.float32)
                 r = tl.dot(rh, w, r, input_precision="ieee")
-        if HAS_BIAS:
+        if bias_ptr is not None:
             b = tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
             x += b[None, :]
         is_target = c[None, :] == target[:, None]
-        logit = transform_logit(x, scale, softcap, inv_temperature, SOFTCAP)
+        logit = transform_logit(x, scale, softcap, inv_temperature)
         target_logit += tl.sum(tl.where(is_target & inside[None, :], logit, 0.0), 1)
         logit = tl.where(inside[None, :], logit, float("-inf"))
         m_new = tl.maximum(m, tl.max(logit, 1))
@@ -101,10 +100,10 @@ def _fused_fold_kernel(
         x_sum = decay * (x_sum + s * (m - m_new)) + tl.sum(tl.where(p > 0, p * shifted, 0.0), 1)
         s = decay * s + tl.sum(p, 1)
         m = m_new
-        if HAS_REF:
-            if HAS_BIAS:
+        if ref_h_ptr is not None:
+            if bias_ptr is not None:
                 r += b[None, :]
-            ref = transform_logit(r, scale, softcap, inv_temperature, SOFTCAP)
+            ref = transform_logit(r, scale, softcap, inv_temperature)
             ref_target += tl.sum(tl.where(is_target & inside[None, :], ref, 0.0), 1)
             ref = tl.where(inside[None, :], ref, float("-inf"))
             ref_new = tl.maximum(ref_m, tl.max(ref, 1))
@@ -127,17 +126,17 @@ def _fused_fold_kernel(
                 tl.store(ids_ptr + row * capacity + place, v0 + c0 + at, mask=fits)
                 tl.store(logits_ptr + row * capacity + place, best, mask=fits)
                 taken = (c0 + at)[:, None] == c[None, :]
-                if HAS_REF:
+                if ref_h_ptr is not None:
                     ref_best = tl.sum(tl.where(taken, ref, 0.0), 1)
                     tl.store(ref_logits_ptr + row * capacity + place, ref_best, mask=fits)
                 left = tl.where(taken, float("-inf"), left)
         c0 += BLOCK_N
-    partial = partial_ptr + split * (9 if HAS_REF else 4) * rows + row
+    partial = partial_ptr + split * (4 if ref_h_ptr is None else 9) * rows + row
     tl.store(partial, m, mask=alive)
     tl.store(partial + rows, s, mask=alive)
     tl.store(partial + 2 * rows, x_sum, mask=alive)
     tl.store(partial + 3 * rows, target_logit, mask=alive)
-    if HAS_REF:
+    if ref_h_ptr is not None:
         tl.store(partial + 4 * rows, ref_m, mask=alive)
         tl.store(partial + 5 * rows, ref_s, mask=alive)
         tl.store(partial + 6 * rows, ref_target, mask=alive)
@@ -218,17 +217,17 @@ def fused_fold(
     partial = torch.empty(splits, 4 if ref_h is None else 9, rows, device=h.device)
     if h.is_meta:
         return
-    has_ref, has_bias = ref_h is not None, bias is not None
     _fused_fold_kernel[(row_blocks * splits,)](
         h, ref_h, w, bias, state.stats, state.targets, state.count, state.ids, state.logits, state.ref_logits, partial,
         v0, columns, rows, w.stride(0), split_columns, state.capacity, transform.scale,
-        transform.softcap or 0.0, 1.0 / transform.temperature, log_epsilon, HAS_REF=has_ref, HAS_BIAS=has_bias,
-        SOFTCAP=transform.softcap is not None, LISTS=state.capacity > 0, BLOCK_M=config.block_m,
+        transform.softcap, 1.0 / transform.temperature, log_epsilon, LISTS=state.capacity > 0, BLOCK_M=config.block_m,
         BLOCK_N=config.block_n, BLOCK_K=config.block_k, WIDTH=h.shape[1],
         # The interpreter's dot product would take the bits of bfloat16 for integers.
         UPCAST=interpreted(), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    _merge_kernel[(-(-rows // 128),)](partial, state.stats, rows, splits, HAS_REF=has_ref, BLOCK=128, num_warps=4)
+    _merge_kernel[(-(-rows // 128),)](
+        partial, state.stats, rows, splits, HAS_REF=ref_h is not None, BLOCK=128, num_warps=4
+    )
 
 
 def compile_cases(cc: int) -> list[CompileCase]:
@@ -249,11 +248,11 @@ def compile_cases(cc: int) -> list[CompileCase]:
                     "ref_logits_ptr": "*fp32:16" if ref else None, "partial_ptr": "*fp32:16",
                     **dict.fromkeys(("v0", "columns", "rows", "capacity"), "i32"),
                     **dict.fromkeys(("w_stride", "split_columns"), "i32:16"),
-                    **dict.fromkeys(("scale", "softcap", "inv_temperature", "log_epsilon"), "fp32"),
+                    **dict.fromkeys(("scale", "inv_temperature", "log_epsilon"), "fp32"),
+                    "softcap": "fp32" if softcap else None,
                 }  # fmt: skip
                 constants = {
-                    "HAS_REF": ref, "HAS_BIAS": bias, "SOFTCAP": softcap, "LISTS": lists,
-                    "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+                    "LISTS": lists, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
                     "WIDTH": 896 if lists else 900, "UPCAST": False,
                 }  # fmt: skip
                 name = f"fused_fold {tuple(config[:5])} {half} ref={ref} lists={lists} softcap={softcap}"

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import torch
 from lowvram_grpo.kernels.sweep.direction import Entries
-from lowvram_grpo.kernels.sweep.fold import D0, TARGET, D, E, M, RowState, S, Transform
+from lowvram_grpo.kernels.sweep.state import D0, TARGET, D, E, M, RowState, S
+from lowvram_grpo.kernels.transform import Transform
 from torch import Tensor
 
 # Of a probability. A row's sum stays below 2^31 and is off by 2^-21 at most.

@@ -9,9 +9,9 @@ Memory: the workspace, and the gradients themselves.
 from __future__ import annotations
 
 import torch
-from lowvram_grpo.kernels.sweep.sweep import add_matmul, matmul, plan_tiles, without_autocast
-
-from lowvram_grpo.policy.head import Head
+from lowvram_grpo.kernels.head import Head
+from lowvram_grpo.kernels.products import add_matmul, matmul, without_autocast
+from lowvram_grpo.kernels.sweep.plan import plan_tiles
 
 
 class TrainableHead(torch.autograd.Function):

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.kernels.decode.logits import linear_logits
+from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
 from lowvram_grpo.memory.host import host_buffer
-from lowvram_grpo.policy.head import Head
 
 KINDS = {"int8": Int8Weight, "nf4": NF4Weight}
 
@@ -93,7 +94,8 @@ class QuantizedHead(nn.Module):
         """
         if hidden.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a quantized lm_head has no backward of its own; score through linear_logps")
-        logits = Head(self.table.weight, self.bias).logits(hidden.reshape(-1, self.in_features), self.workspace_mib)
+        head = Head(self.table.weight, self.bias)
+        logits = linear_logits(hidden.reshape(-1, self.in_features), head, workspace_mib=self.workspace_mib)
         return logits.unflatten(0, hidden.shape[:-1])
 
     def extra_repr(self) -> str:

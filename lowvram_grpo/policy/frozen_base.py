@@ -1,7 +1,8 @@
 """The frozen linear layer under a LoRA adapter, as two products: its output, and the gradient to its input.
 
 bitsandbytes multiplies few rows by a 4-bit weight in one kernel, and makes the weight dense for many, in three launches
-where its scales are quantized themselves. `kernels/nf4_dense.py` takes one, forward and backward, with the same bits.
+where its scales are quantized themselves. `kernels/layer/nf4_dense.py` takes one, forward and backward, of the
+same bits.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowvram_grpo.kernels.nf4_dense import dense_nf4, fits
+from lowvram_grpo.kernels.layer.nf4_dense import dense_nf4, fits
 from lowvram_grpo.policy.own_forward import has_foreign_forward, is_watched
 
 # By name, so that bitsandbytes need not be there. Exact types: a subclass may compute something else.

@@ -41,7 +41,7 @@ def fuse_lora(model: nn.Module, *, nf4_kernel: bool) -> int:
     loaded, mixed, switched and merged as ever.
 
     Args:
-        nf4_kernel: `kernels/nf4_dense.py` runs on the model's device.
+        nf4_kernel: `kernels/layer/nf4_dense.py` runs on the model's device.
     """
     groups = [known for loras in plain_groups(model) if (known := [x for x in loras if knows(x.layer.base_layer)])]
     decoder = _decoder(model)

@@ -1,5 +1,5 @@
-"""Norms, gated activations and rotary positions in fewer launches: `kernels/decode/ops.py` while sampling, and
-`kernels/gradient_ops.py` in training.
+"""Norms, gated activations and rotary positions in fewer launches: `kernels/layer/ops.py` while sampling, and
+`kernels/layer/gradients.py` in training.
 
 For the length of a block (sampling), or of the model's life (training), modules get another `forward`, and
 transformers' functions for rotary positions another value in the module whose attention looks them up. What is replaced
@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError, is_out_of_memory
-from lowvram_grpo.kernels import gradient_ops
-from lowvram_grpo.kernels.decode import ops as decode_ops
-from lowvram_grpo.kernels.decode.ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
+from lowvram_grpo.kernels.layer import gradients as layer_gradients
+from lowvram_grpo.kernels.layer import ops as layer_ops
+from lowvram_grpo.kernels.layer.ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
 from lowvram_grpo.policy.own_forward import give_forward, has_foreign_forward, is_watched, stands_in
 from lowvram_grpo.policy.trials import MODES, random_numbers, runs, wanted
 
 KINDS = ("rms_norm", "swiglu", "rope")
-# (offset, early) of decode_ops.rms_norm: Llama's, Gemma's, Olmo 2's.
+# (offset, early) of layer_ops.rms_norm: Llama's, Gemma's, Olmo 2's.
 _NORMS = ((0.0, True), (1.0, False), (0.0, False))
 # Layers of a gated MLP, and what it calls its activation: all there is in it.
 _MLPS = (({"gate_proj", "up_proj", "down_proj"}, "act_fn"), ({"gate_up_proj", "down_proj"}, "activation_fn"))
@@ -149,7 +149,7 @@ def _differentiable_norm(self: nn.Module, *args, **kwargs) -> Tensor:
     if len(args) != 1 or kwargs or (self.weight.requires_grad and torch.is_grad_enabled()):
         return type(self).forward(self, *args, **kwargs)
     offset, early = self._norm_variant
-    return gradient_ops.rms_norm(args[0], self.weight, _eps(self), offset=offset, early=early)
+    return layer_gradients.rms_norm(args[0], self.weight, _eps(self), offset=offset, early=early)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -233,7 +233,7 @@ def _differentiable_mlp(self: nn.Module, *args, **kwargs) -> Tensor:
     activation = self._modules.get(self._gate_name)  # which is not called here
     if len(args) != 1 or kwargs or (activation is not None and is_watched(activation)):
         return type(self).forward(self, *args, **kwargs)
-    return self.down_proj(_gated(self, args[0], self._gate_activation, gradient_ops.swiglu))
+    return self.down_proj(_gated(self, args[0], self._gate_activation, layer_gradients.swiglu))
 
 
 def _activation(mlp: nn.Module) -> str | None:
@@ -242,7 +242,7 @@ def _activation(mlp: nn.Module) -> str | None:
     for layers, act_name in _MLPS:
         if set(children) - {act_name} != layers or list(mlp.parameters(recurse=False)):
             continue
-        for act in decode_ops.ACTIVATIONS:
+        for act in layer_ops.ACTIVATIONS:
             small, x = _in_small(mlp, layers), random_numbers(2, 3, 8)
             ours = lambda small=small, x=x, act=act: small.down_proj(_gated(small, x, act, swiglu_ref))
             if _agree(partial(type(mlp).forward, small, x), ours):
@@ -314,7 +314,7 @@ class _Rope:
         usual = q.ndim == k.ndim == 4 and cos.ndim == 3 and (self.partial or cos.shape[-1] == q.shape[-1])
         if not args and not kwargs and usual:
             if self.users["training"]:
-                return gradient_ops.rope(q, k, cos, sin)
+                return layer_gradients.rope(q, k, cos, sin)
             if not torch.is_grad_enabled():
                 return rope(q, k, cos, sin)
         return self.original(q, k, cos, sin, *args, **kwargs)

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.errors import is_out_of_memory
-from lowvram_grpo.kernels import gradient_ops
-from lowvram_grpo.kernels.decode import ops as decode_ops
-from lowvram_grpo.kernels.decode.launch import card
+from lowvram_grpo.kernels.card import card
+from lowvram_grpo.kernels.decode.logits import linear_logits
 from lowvram_grpo.kernels.decode.noise import GOLDEN, signed
-from lowvram_grpo.kernels.decode.ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
 from lowvram_grpo.kernels.decode.sample import block_masses, block_masses_ref, draw_by_masses, draw_by_masses_ref
-from lowvram_grpo.kernels.decode.small_product import FourBit, Sibling, all_tiles, small_product, small_product_ref
-from lowvram_grpo.kernels.logits import linear_logits
-from lowvram_grpo.kernels.nf4_dense import dense_nf4
+from lowvram_grpo.kernels.decode.small_product import FourBit, Sibling, small_product, small_product_ref
+from lowvram_grpo.kernels.decode.small_product_kernel import all_tiles
+from lowvram_grpo.kernels.head import Head
+from lowvram_grpo.kernels.layer import gradients as layer_gradients
+from lowvram_grpo.kernels.layer import ops as layer_ops
+from lowvram_grpo.kernels.layer.nf4_dense import dense_nf4
+from lowvram_grpo.kernels.layer.ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
 from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
 from lowvram_grpo.kernels.runtime import trial
-from lowvram_grpo.policy.head import Head
 
 MODES = ("auto", "on", "off")
 # What `auto` takes on CUDA, where a trial on that very card is passed. Modelled, not measured: these follow from counts
@@ -60,7 +61,7 @@ def runs(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda":
         return True
     x = random_numbers(3, 4, 5, 64).to(device, dtype)
-    if not decode_ops.uses_triton(x):
+    if not layer_ops.uses_triton(x):
         return False
     try:
         found, expected = TRIALS[kind](x)
@@ -166,8 +167,8 @@ TRIALS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "int8_head": _int8_head,
     "nf4_product": partial(_small_product, four_bit=True),
     "dense_product": partial(_small_product, four_bit=False),
-    "rms_norm_grad": _with_gradients(gradient_ops.rms_norm, rms_norm_ref, lambda x: (x, x[0, 0, 0], 1e-6), 1),
-    "swiglu_grad": _with_gradients(gradient_ops.swiglu, swiglu_ref, lambda x: (x, x + 1), 2),
-    "rope_grad": _with_gradients(gradient_ops.rope, rope_ref, lambda x: (x, x[:, :1], x[:, 0], x[:, 1]), 2),
+    "rms_norm_grad": _with_gradients(layer_gradients.rms_norm, rms_norm_ref, lambda x: (x, x[0, 0, 0], 1e-6), 1),
+    "swiglu_grad": _with_gradients(layer_gradients.swiglu, swiglu_ref, lambda x: (x, x + 1), 2),
+    "rope_grad": _with_gradients(layer_gradients.rope, rope_ref, lambda x: (x, x[:, :1], x[:, 0], x[:, 1]), 2),
     "nf4_dense": _nf4_dense,
 }

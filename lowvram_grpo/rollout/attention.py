@@ -8,7 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lowvram_grpo.kernels.decode.attention import Rows, decode_attention, usable_path
+from lowvram_grpo.kernels.decode.attention import decode_attention, usable_path
+from lowvram_grpo.kernels.decode.kv import Rows
 from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy.attention import How, Layout, attend_causally, attention_dtype, bias_of, repeated, runs, seen
 from lowvram_grpo.policy.xformers_attention import Blocks, Kernel, Packed

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowvram_grpo.kernels.decode.attention import KV, spread_of, write
+from lowvram_grpo.kernels.decode.kv import KV, spread_of, write
 from lowvram_grpo.memory.ledger import counted_as
 
 

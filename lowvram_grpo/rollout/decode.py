@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.kernels.decode.attention import Rows
+from lowvram_grpo.kernels.decode.kv import Rows
+from lowvram_grpo.kernels.decode.logits import linear_logits
 from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy.attention import laid_out
 from lowvram_grpo.policy.embeddings import HostEmbedding
@@ -223,7 +224,9 @@ class Decoder:
             given = {"inputs_embeds": self._inputs[:width]}
         hidden = laid_out(self.decoder, layout, positions, **given)[:, -1]
         self._graphs.enabled &= layout.fixed
-        logits = self.head.logits(hidden, self.settings.workspace_mib, fused=self.settings.fused_head)
+        logits = linear_logits(
+            hidden, self.head, workspace_mib=self.settings.workspace_mib, fused=self.settings.fused_head
+        )
         drawn, logps = self.sampler(logits, at.key, at.age)
         self.tokens[:width] = drawn
         self.ids[at.out, at.age], self.logps[at.out, at.age] = drawn, logps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowvram_grpo.kernels.decode.attention import Rows
+from lowvram_grpo.kernels.decode.kv import Rows
 from lowvram_grpo.policy.attention import Fit, Unsupported, attention_set, check_calls, laid_out
 from lowvram_grpo.rollout.attention import DecodeLayout, PrefillLayout
 from lowvram_grpo.rollout.cache import GroupCache

@@ -26,7 +26,7 @@ def test_the_dry_run_measures_nothing_and_goes_on_where_it_stopped(tmp_path, cap
 
 
 def test_a_wrong_kernel_gets_no_time(monkeypatch):
-    monkeypatch.setattr(bench.decode_ops, "swiglu_triton", lambda gate, up: gate * up)
+    monkeypatch.setattr(bench.layer_ops, "swiglu_triton", lambda gate, up: gate * up)
     o = bench.parse(["--out", "unused", "--dry-run"])
     row = bench.measure("swiglu", "fused", bench.SHAPES["dry"], 2, torch.float16, o)
     assert row["gate"] == "failed" and "error" in row["gate_reason"] and "us" not in row

@@ -20,10 +20,10 @@ import torch
 from conftest import make_model
 from correct import oracle, verdict
 from kernel_tables import OURS
+from lowvram_grpo.kernels.head import Head
 from plots import draw
 from profiles import SHAPES, Shape, head_weight, inputs_of, measured
 
-from lowvram_grpo.policy.head import Head
 from lowvram_grpo.run import jsonl
 
 ROOT = Path(__file__).resolve().parents[2]

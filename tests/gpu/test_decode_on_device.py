@@ -10,7 +10,8 @@ import os
 import pytest
 import torch
 from decode_problems import RAGGED, Problem, assert_no_worse
-from lowvram_grpo.kernels.decode.attention import KV, decode_attention
+from lowvram_grpo.kernels.decode.attention import decode_attention
+from lowvram_grpo.kernels.decode.kv import KV
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 
 pytestmark = [

@@ -14,13 +14,13 @@ from dataclasses import replace
 import pytest
 import torch
 from lowvram_grpo.kernels.grpo_loss import fused_grpo_loss
+from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.linear_logps import linear_logps, linear_logps_ref
 from lowvram_grpo.kernels.runtime import interpreted
 from lowvram_grpo.kernels.sweep.launch import PATHS, launch_config
 from problems import in_dtype, peaked, problem
 
 from lowvram_grpo.objective import Objective, grpo_loss, token_weights
-from lowvram_grpo.policy.head import Head
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from lowvram_grpo.kernels.decode.attention import KV, Rows, decode_attention, quantize_kv
+from lowvram_grpo.kernels.decode.attention import decode_attention
+from lowvram_grpo.kernels.decode.kv import KV, Rows, quantize_kv
 from lowvram_grpo.kernels.runtime import interpreted
 
 DEVICE = "cpu" if interpreted() or not torch.cuda.is_available() else "cuda"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-
-from lowvram_grpo.policy.head import Head
+from lowvram_grpo.kernels.head import Head
 
 
 def problem(n, v, h, dtype=torch.float32, *, bias=False, scale=1.0, softcap=None, spread=1.0, seed=0):

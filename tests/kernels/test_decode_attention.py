@@ -8,7 +8,8 @@ import pytest
 import torch
 from decode_problems import DEVICE, RAGGED, Problem, assert_no_worse
 from lowvram_grpo.kernels.decode import attention_triton as kernels
-from lowvram_grpo.kernels.decode.attention import KV, decode_attention, spread_of
+from lowvram_grpo.kernels.decode.attention import decode_attention
+from lowvram_grpo.kernels.decode.kv import KV, spread_of
 from lowvram_grpo.kernels.decode.launch import Tiles, decode_path, ranges, tiles_of
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 

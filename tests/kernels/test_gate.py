@@ -22,7 +22,7 @@ SPILLING = """
 import json, sys
 sys.path.insert(0, {folder!r})
 import gate
-from lowvram_grpo.kernels.grpo_loss import compile_cases
+from lowvram_grpo.kernels.grpo_loss_kernel import compile_cases
 case = compile_cases(80)[-1]
 args = (case.kernel, case.signature, case.constexprs, 80)
 kept = gate.compile_for(*args, case.num_warps)
@@ -37,7 +37,7 @@ def compiled():
 
 
 def test_every_kernel_module_is_there(compiled):
-    assert {found["module"] for found in compiled} == set(gate.modules()) >= {"grpo_loss"}
+    assert {found["module"] for found in compiled} == set(gate.modules()) >= {"grpo_loss_kernel"}
     assert {found["cc"] for found in compiled} == set(gate.SHARED_LIMIT)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowvram_grpo.kernels import int8_logits as kernel
-from lowvram_grpo.kernels import logits as logits_module
-from lowvram_grpo.kernels.int8_logits import covers, int8_logits, tiles_of
-from lowvram_grpo.kernels.logits import linear_logits
+from lowvram_grpo.kernels.decode import int8_logits as kernel
+from lowvram_grpo.kernels.decode import logits as logits_module
+from lowvram_grpo.kernels.decode.int8_logits import covers, int8_logits, tiles_of
+from lowvram_grpo.kernels.decode.logits import linear_logits
+from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.quantized import Int8Weight
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 
 from lowvram_grpo.memory.ledger import Ledger
-from lowvram_grpo.policy.head import Head
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed on this platform")
 
@@ -138,7 +138,7 @@ def test_logits_take_it_only_where_asked_and_covered(everywhere, monkeypatch):
     linear_logits(problem(65, 30, 64)[0], head, fused=True)
     linear_logits(hidden, Head(Int8Weight(weight.codes.T.contiguous().T, weight.scales)), fused=True)
     assert took == []
-    head.logits(hidden, fused=True)
+    linear_logits(hidden, head, fused=True)
     linear_logits(problem(64, 30, 64)[0], head, fused=True)
     assert took == [3, 64]
 

@@ -10,18 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from decode_problems import RAGGED, Problem
-from lowvram_grpo.kernels import int8_logits, runtime
+from lowvram_grpo.kernels import products, runtime
 from lowvram_grpo.kernels.decode import attention as decode_attention
 from lowvram_grpo.kernels.decode import attention_triton as decode_attention_triton
-from lowvram_grpo.kernels.decode import ops as decode_ops
-from lowvram_grpo.kernels.decode import sample, small_product
+from lowvram_grpo.kernels.decode import int8_logits, sample, small_product
+from lowvram_grpo.kernels.layer import ops as layer_ops
+from lowvram_grpo.kernels.layer import rope_kernel
 from lowvram_grpo.kernels.quantized import Int8Weight
 from lowvram_grpo.kernels.runtime import HAS_TRITON, device_guard, interpreted, sync_debug, trial
-from lowvram_grpo.kernels.sweep import sweep
 
 FOLDER = Path(runtime.__file__).parent
 # Launched inside of linear_logps' own guard.
-GUARDED_BY_THE_SWEEP = {"direction.py", "fold.py", "fused_fold.py"}
+GUARDED_BY_THE_SWEEP = {"direction.py", "fold_triton.py", "fused_fold.py"}
 in_triton = pytest.mark.skipif(not (HAS_TRITON and interpreted()), reason="needs Triton's interpreter")
 
 
@@ -62,20 +62,20 @@ def half(*shape, seed=0):
 
 
 CALLS = {
-    "rms_norm": (decode_ops, "_rms_norm_kernel", lambda: decode_ops.rms_norm_triton(half(2, 8), half(8), 1e-6)),
-    "swiglu": (decode_ops, "_swiglu_kernel", lambda: decode_ops.swiglu_triton(half(2, 8), half(2, 8))),
-    "rope": (decode_ops, "_rope_kernel", lambda: decode_ops.rope_triton(*[half(1, 2, 1, 4)] * 2, *[half(1, 1, 4)] * 2)),
+    "rms_norm": (layer_ops, "_rms_norm_kernel", lambda: layer_ops.rms_norm_triton(half(2, 8), half(8), 1e-6)),
+    "swiglu": (layer_ops, "_swiglu_kernel", lambda: layer_ops.swiglu_triton(half(2, 8), half(2, 8))),
+    "rope": (rope_kernel, "_rope_kernel", lambda: layer_ops.rope_triton(*[half(1, 2, 1, 4)] * 2, *[half(1, 1, 4)] * 2)),
     "sample": (sample, "_block_masses_kernel", lambda: sample.block_masses_triton(half(2, 9).float())),
     "int8_head": (
         int8_logits, "_int8_logits_kernel",
         lambda: int8_logits.int8_logits(half(2, 64), Int8Weight.quantize(half(5, 64).float())),
     ),
     "small_product": (
-        small_product, "_small_product_kernel",
+        small_product, "small_product_kernel",
         lambda: small_product.small_product(half(2, 64), [small_product.Sibling(half(5, 64))]),
     ),
     "attention": (
-        decode_attention_triton, "_own_kernel", lambda: Problem(**RAGGED, dtype=torch.float16).errors(),
+        decode_attention_triton, "own_kernel", lambda: Problem(**RAGGED, dtype=torch.float16).errors(),
     ),
 }  # fmt: skip
 
@@ -159,12 +159,12 @@ def test_memory_that_runs_out_does_not_mean_that_products_cannot_be_added(monkey
     def full(*_, **__):
         raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
 
-    monkeypatch.setattr(sweep.torch.ops.aten.addmm, "dtype_out", full)
-    sweep._accumulates.cache_clear()
+    monkeypatch.setattr(torch.ops.aten.addmm, "dtype_out", full)
+    products._accumulates.cache_clear()
     with pytest.raises(RuntimeError, match="CUBLAS"):
-        sweep._accumulates(torch.device("cpu"))
+        products._accumulates(torch.device("cpu"))
     monkeypatch.undo()
-    sweep._accumulates.cache_clear()
+    products._accumulates.cache_clear()
 
 
 def test_a_question_is_asked_once_and_only_an_answer_is_kept():

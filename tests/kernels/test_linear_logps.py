@@ -6,13 +6,12 @@ import itertools
 
 import pytest
 import torch
+from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.linear_logps import linear_logps, linear_logps_ref
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
-from lowvram_grpo.kernels.sweep import fold
-from lowvram_grpo.kernels.sweep.sweep import DirectionParams
+from lowvram_grpo.kernels.sweep.plan import DirectionParams
+from lowvram_grpo.kernels.transform import Transform
 from problems import in_dtype, peaked, problem
-
-from lowvram_grpo.policy.head import Head
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATHS = ["torch", "cublas", "fused"] if HAS_TRITON else ["torch"]
@@ -290,7 +289,7 @@ def test_autocast_does_not_reach_the_sweep():
 @pytest.mark.parametrize("path", PATHS[1:])
 def test_a_broken_kernel_is_noticed(path, monkeypatch):
     """What the comparisons above are worth: a transform that forgets the temperature must fail them."""
-    right = fold.Transform
+    right = Transform
     hidden, head, targets = peaked(5, 200, 16)
     exact = linear_logps_ref(hidden.double(), in_dtype(head, torch.float64), targets, temperature=0.7).logps
     good = linear_logps(hidden, head, targets, temperature=0.7, path=path).logps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from lowvram_grpo.kernels.nf4_dense import dense_nf4, fits
+from lowvram_grpo.kernels.layer.nf4_dense import dense_nf4, fits
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed on this platform")

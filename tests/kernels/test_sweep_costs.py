@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.linear_logps import linear_logps, linear_logps_ref
 from lowvram_grpo.kernels.runtime import HAS_TRITON
-from lowvram_grpo.kernels.sweep.sweep import DirectionParams, plan_tiles
+from lowvram_grpo.kernels.sweep.plan import DirectionParams, plan_tiles
 from problems import peaked, problem
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowvram_grpo.memory.ledger import Ledger
-from lowvram_grpo.policy.head import Head
 
 
 def flops(hidden, head, targets, grad=True, **kwargs):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowvram_grpo.kernels.linear_logps import _sweep_op, linear_logps
+from lowvram_grpo.kernels.head import Head
+from lowvram_grpo.kernels.linear_logps import linear_logps
 from lowvram_grpo.kernels.runtime import HAS_TRITON
+from lowvram_grpo.kernels.sweep.autograd import sweep_op
 from lowvram_grpo.kernels.sweep.direction import Entries, sparse_direction
 from problems import peaked
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-from lowvram_grpo.policy.head import Head
 
 
 @pytest.mark.parametrize("kind", ["dense", "int8", "nf4"])
@@ -48,7 +48,7 @@ def test_opcheck(mode):
     mean = head.centre(hidden.device)[0]
     args = [hidden.requires_grad_(), hidden.detach(), tensors, numbers, targets, None, mean]
     settings = (1.0, mode, 2.0**-16, 64, 0.015, None, torch.float32, 4, True, True)
-    torch.library.opcheck(_sweep_op, (*args, *settings), test_utils=("test_schema", "test_autograd_registration"))
+    torch.library.opcheck(sweep_op, (*args, *settings), test_utils=("test_schema", "test_autograd_registration"))
 
 
 @pytest.mark.parametrize("kind", ["dense", "int8", "nf4"])

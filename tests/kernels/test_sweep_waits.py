@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.linear_logps import linear_logps
 from lowvram_grpo.kernels.runtime import HAS_TRITON
-from lowvram_grpo.kernels.sweep import lists, sweep
+from lowvram_grpo.kernels.sweep import lists, sweep, vocabulary_pass
+from lowvram_grpo.kernels.sweep.plan import DirectionParams, TilePlan
 from problems import peaked, problem
 from waits import Waits
-
-from lowvram_grpo.policy.head import Head
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="PyTorch's own fold, which no GPU takes, makes lists by nonzero")
 
@@ -35,7 +35,7 @@ def waits(hidden, head, targets, kind=None, ref=False, **settings):
 
 @pytest.mark.parametrize("kind, ref", [(None, True), ("int8", True), ("nf4", False)])
 def test_listed_rows_cost_one_wait(kind, ref):
-    params = sweep.DirectionParams(max_tail=3e-4)
+    params = DirectionParams(max_tail=3e-4)
     forward, backward, out = waits(*peaked(12, 500, 64), kind, ref, direction=params)
     assert len(forward) == 1 and backward == [], (forward, backward)
     assert 0 < len(out.diffuse) < 8  # both kinds of rows are there
@@ -44,24 +44,24 @@ def test_listed_rows_cost_one_wait(kind, ref):
 @pytest.mark.parametrize("all_wanted", [True, False])
 def test_dense_rows_cost_one_wait_at_most(all_wanted, monkeypatch):
     given = {"wanted": None} if all_wanted else {}
-    monkeypatch.setattr(sweep, "plan_tiles", lambda *args, **kwargs: sweep.TilePlan(8, 300))
+    monkeypatch.setattr(vocabulary_pass, "plan_tiles", lambda *args, **kwargs: TilePlan(8, 300))
     dense, backward, out = waits(*problem(16, 500, 64, spread=0.3), direction="dense", **given)
     assert len(dense) == (0 if all_wanted else 1) and backward == [], (dense, backward)
     # Asked after the first tile, and nothing more in any of the two blocks.
-    params = sweep.DirectionParams(capacity=32)
+    params = DirectionParams(capacity=32)
     early, backward, out = waits(*problem(16, 500, 64, spread=0.3), direction=params, **given)
     assert len(early) == 1 and len(out.diffuse) >= 8 and backward == [], (early, backward)
 
 
 def test_another_block_of_rows_costs_another_wait(monkeypatch):
-    monkeypatch.setattr(sweep, "plan_tiles", lambda *args, **kwargs: sweep.TilePlan(8, 300))
+    monkeypatch.setattr(vocabulary_pass, "plan_tiles", lambda *args, **kwargs: TilePlan(8, 300))
     forward, backward, _ = waits(*peaked(24, 500, 64), "int8")
     assert len(forward) == 1 + 3 and backward == [], (forward, backward)
 
 
 def test_what_the_first_block_showed_is_not_tried_again(monkeypatch):
     """Lists that overflow only behind the first tile: the next blocks take the dense product at once."""
-    monkeypatch.setattr(sweep, "plan_tiles", lambda *args, **kwargs: sweep.TilePlan(8, 300))
+    monkeypatch.setattr(vocabulary_pass, "plan_tiles", lambda *args, **kwargs: TilePlan(8, 300))
     made = []
 
     def entries(*args, **kwargs):
@@ -70,5 +70,5 @@ def test_what_the_first_block_showed_is_not_tried_again(monkeypatch):
 
     monkeypatch.setattr(sweep, "entries_of", entries)
     hidden, head, targets = problem(16, 900, 64, spread=0.3)
-    _, _, out = waits(hidden, head, targets, direction=sweep.DirectionParams(capacity=500), wanted=None)
+    _, _, out = waits(hidden, head, targets, direction=DirectionParams(capacity=500), wanted=None)
     assert len(made) == 1 and len(out.diffuse) == 16

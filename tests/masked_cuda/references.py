@@ -11,11 +11,13 @@ import functools
 from typing import Any
 
 import torch
-from lowvram_grpo.kernels import gradient_ops
 from lowvram_grpo.kernels.decode import attention as decode_attention
-from lowvram_grpo.kernels.decode import ops as decode_ops
 from lowvram_grpo.kernels.decode import sample
-from lowvram_grpo.kernels.sweep import direction, fold, sweep
+from lowvram_grpo.kernels.decode.attention_ref import decode_attention_ref
+from lowvram_grpo.kernels.decode.kv import append
+from lowvram_grpo.kernels.layer import gradients as layer_gradients
+from lowvram_grpo.kernels.layer import ops as layer_ops
+from lowvram_grpo.kernels.sweep import direction, fold, vocabulary_pass
 from torch.utils._mode_utils import no_dispatch
 
 from tests.masked_cuda import launches
@@ -25,17 +27,17 @@ from tests.masked_cuda.record import RECORD
 
 def put() -> None:
     _instead(decode_attention, "decode_attention_triton", _attention)
-    _instead(sweep, "fold_triton", _fold)
-    _instead(sweep, "fused_fold", _fused_fold)
+    _instead(vocabulary_pass, "fold_triton", _fold)
+    _instead(vocabulary_pass, "fused_fold", _fused_fold)
     _instead(direction, "_launch", _direction)
     for module, names in (
-        (decode_ops, ("rms_norm", "swiglu", "rope")),
-        (gradient_ops, ("rms_norm_back", "swiglu_back")),
+        (layer_ops, ("rms_norm", "swiglu", "rope")),
+        (layer_gradients, ("rms_norm_back", "swiglu_back")),
         (sample, ("block_masses", "draw_by_masses")),
     ):
         for name in names:
             _instead(module, f"{name}_triton", functools.partial(_written, getattr(module, f"{name}_ref")))
-    _instead(gradient_ops, "rope_back_triton", _rope_back)
+    _instead(layer_gradients, "rope_back_triton", _rope_back)
 
 
 def _instead(module: Any, name: str, reference: Any) -> None:
@@ -95,11 +97,11 @@ def _attention(out, query, key, value, prompts, own, rows, **how):
         rows, _masks={}, even=False, regular=False, longest_prefix=prompts.keys.shape[2],
         longest_own=own.keys.shape[2],
     )  # fmt: skip
-    decode_attention.append(own, rows, key, value)
+    append(own, rows, key, value)
     # The reference reads what it masks, and a test puts NaN there.
     number = lambda cache: type(cache)(*(None if x is None else x.nan_to_num() for x in cache))
     prompts, own = number(prompts), number(own.first(len(query)))
-    out.copy_(decode_attention.decode_attention_ref(query, prompts, own, rows, **how))
+    out.copy_(decode_attention_ref(query, prompts, own, rows, **how))
 
 
 def _fold(_, state, x, ref_x, bias, v0, transform, log_epsilon, out=None, **tiles):
@@ -112,9 +114,10 @@ def _fused_fold(_, state, h, ref_h, w, bias, v0, transform, log_epsilon, config)
     fold.fold_torch(state, product(h), product(ref_h), bias, v0, transform, log_epsilon)
 
 
-def _direction(_, w, entries, c, e, mean, factor, out, direct):
+def _direction(_, w, entries, grad_logps, grad_kl, mean, factor, out, direct):
     if len(out):
-        direction._torch(w if direct else w[entries.ids.long()], entries, c, e, mean, factor, out)
+        rows = w if direct else w[entries.ids.long()]
+        direction._torch(rows, entries, grad_logps, grad_kl, mean, factor, out)
 
 
 def _written(reference, out, *args, **kwargs):
@@ -125,4 +128,4 @@ def _written(reference, out, *args, **kwargs):
 
 
 def _rope_back(out, dq, dk, cos, sin, *_):
-    _written(gradient_ops.rope_back_ref, out, dq, dk, cos, sin)
+    _written(layer_gradients.rope_back_ref, out, dq, dk, cos, sin)

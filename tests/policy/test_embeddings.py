@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import Quiet, digit_share, make_model
+from lowvram_grpo.kernels.decode.logits import linear_logits
 from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -96,7 +97,7 @@ def test_a_tied_table_exists_once_and_moves_but_is_never_cast_nor_saved():
 
 
 def test_the_layer_itself_gives_logits_tile_by_tile(monkeypatch):
-    from lowvram_grpo.kernels import logits
+    from lowvram_grpo.kernels.decode import logits
 
     monkeypatch.setattr(logits, "_columns", lambda *_: 7)
     model = make_model(tie_word_embeddings=False, **WIDE).requires_grad_(False)
@@ -137,8 +138,8 @@ def test_scales_and_caps_of_real_architectures_stay_right(kind):
     expected = plain(ids).logits
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=2e-5)
     hidden = model.model(ids).last_hidden_state[0]
-    torch.testing.assert_close(head_of(model).logits(hidden), expected[0], rtol=0, atol=2e-5)
-    torch.testing.assert_close(head_of(plain).logits(hidden), expected[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(linear_logits(hidden, head_of(model)), expected[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(linear_logits(hidden, head_of(plain)), expected[0], rtol=0, atol=2e-5)
 
 
 def test_a_host_embedding_is_the_plain_one_and_nothing_moves_it():

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from lowvram_grpo.kernels.nf4_dense import dense_nf4
+from lowvram_grpo.kernels.layer.nf4_dense import dense_nf4
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from passes import GROUPS, adapted, assert_same, micro_batch, tiny, training_pass
 from peft import LoraConfig, get_peft_model_state_dict

@@ -10,9 +10,8 @@ import weakref
 import pytest
 import torch
 from conftest import make_model
-from lowvram_grpo.kernels import int8_logits
-from lowvram_grpo.kernels.decode import ops as decode_ops
-from lowvram_grpo.kernels.decode import small_product
+from lowvram_grpo.kernels.decode import int8_logits, small_product, small_product_kernel
+from lowvram_grpo.kernels.layer import ops as layer_ops
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from models import LISTED, build, with_lora
 from torch import nn
@@ -68,16 +67,16 @@ def _nothing_left_of_other_tests():
 @pytest.fixture
 def kernels(monkeypatch):
     """Triton kernels, by the interpreter; counts their launches."""
-    monkeypatch.setattr(decode_ops, "uses_triton", lambda *tensors: True)
+    monkeypatch.setattr(layer_ops, "uses_triton", lambda *tensors: True)
     calls = dict.fromkeys(small_ops.KINDS, 0)
     for kind in calls:
-        launch = getattr(decode_ops, f"{kind}_triton")
+        launch = getattr(layer_ops, f"{kind}_triton")
 
         def counted(*args, kind=kind, launch=launch, **kwargs):
             calls[kind] += 1
             return launch(*args, **kwargs)
 
-        monkeypatch.setattr(decode_ops, f"{kind}_triton", counted)
+        monkeypatch.setattr(layer_ops, f"{kind}_triton", counted)
     return calls
 
 
@@ -186,7 +185,7 @@ def test_gradients_go_the_models_own_way(monkeypatch):
     model = build("Qwen3")
     expected = torch.autograd.grad(model(IDS).logits.sum(), list(model.parameters()))
     with fast_modules(model, "on"):
-        monkeypatch.setattr(decode_ops, "uses_triton", None)  # all three ask it first
+        monkeypatch.setattr(layer_ops, "uses_triton", None)  # all three ask it first
         found = torch.autograd.grad(model(IDS).logits.sum(), list(model.parameters()))
     assert all(map(torch.equal, found, expected))
 
@@ -248,9 +247,9 @@ def test_the_question_whether_a_kernel_runs_has_right_and_wrong_answers(monkeypa
     wrong = lambda x, siblings, z, *rest: launch(x, siblings, 2 * z, *rest)  # twice the adapter
     monkeypatch.setattr(small_product, "_launch", wrong)
     assert not any(trials.runs(kind, card, torch.float16) for kind in products)
-    monkeypatch.setattr(decode_ops, "rms_norm_triton", lambda x, *args, **kwargs: x)
-    monkeypatch.setattr(decode_ops, "swiglu_triton", None)
-    monkeypatch.setattr(decode_ops, "rope_triton", lambda q, k, *args: (q, k))
+    monkeypatch.setattr(layer_ops, "rms_norm_triton", lambda x, *args, **kwargs: x)
+    monkeypatch.setattr(layer_ops, "swiglu_triton", None)
+    monkeypatch.setattr(layer_ops, "rope_triton", lambda q, k, *args: (q, k))
     assert not any(trials.runs(kind, card, torch.float32) for kind in small_ops.KINDS)
     trials.runs.cache_clear()
 
@@ -272,7 +271,7 @@ def test_a_trial_launches_what_a_run_launches(monkeypatch):
     monkeypatch.setattr(trials, "small_product", product)
     trials.TRIALS["dense_product"](x.half())
     assert all(width > 64 * tiles.blocks for width, tiles in products)
-    assert [tiles for _, tiles in products] == small_product.all_tiles(86)
+    assert [tiles for _, tiles in products] == small_product_kernel.all_tiles(86)
     draw = trials.draw_by_masses_ref
     monkeypatch.setattr(
         trials, "draw_by_masses", lambda logits, *rest: draws.append(logits.shape[1]) or draw(logits, *rest)
@@ -291,15 +290,15 @@ def test_memory_that_runs_out_is_no_answer(monkeypatch, kernels, error):
     card = torch.device("cuda", 0)
     monkeypatch.setattr(trials, "random_numbers", lambda *shape: _OnCard(torch.randn(shape)))
     trials.runs.cache_clear()
-    swiglu_triton = decode_ops.swiglu_triton
+    swiglu_triton = layer_ops.swiglu_triton
 
     def full(*_):
         raise error
 
-    monkeypatch.setattr(decode_ops, "swiglu_triton", full)
+    monkeypatch.setattr(layer_ops, "swiglu_triton", full)
     with pytest.raises(type(error)):
         trials.runs("swiglu", card, torch.float32)
-    monkeypatch.setattr(decode_ops, "swiglu_triton", swiglu_triton)
+    monkeypatch.setattr(layer_ops, "swiglu_triton", swiglu_triton)
     assert trials.runs("swiglu", card, torch.float32)
     trials.runs.cache_clear()
 

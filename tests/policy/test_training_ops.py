@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 from conftest import Quiet, digit_share, make_model
-from lowvram_grpo.kernels import gradient_ops
-from lowvram_grpo.kernels.decode import ops as decode_ops
+from lowvram_grpo.kernels.layer import gradients as layer_gradients
+from lowvram_grpo.kernels.layer import ops as layer_ops
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from models import LISTED, build
 from passes import adapted, assert_same, tiny, training_pass
@@ -30,16 +30,16 @@ BACK = ("rms_norm_back", "swiglu_back", "rope_back")
 @pytest.fixture
 def kernels(monkeypatch):
     """Triton kernels, by the interpreter; counts those of backward passes."""
-    monkeypatch.setattr(decode_ops, "uses_triton", lambda *tensors: True)
+    monkeypatch.setattr(layer_ops, "uses_triton", lambda *tensors: True)
     calls = dict.fromkeys(BACK, 0)
     for name in calls:
-        launch = getattr(gradient_ops, f"{name}_triton")
+        launch = getattr(layer_gradients, f"{name}_triton")
 
         def counted(*args, name=name, launch=launch):
             calls[name] += 1
             return launch(*args)
 
-        monkeypatch.setattr(gradient_ops, f"{name}_triton", counted)
+        monkeypatch.setattr(layer_gradients, f"{name}_triton", counted)
     return calls
 
 
@@ -147,9 +147,9 @@ def test_the_question_whether_a_kernel_runs_has_right_and_wrong_answers(monkeypa
     trials.runs.cache_clear()
     assert all(trials.runs(kind, card, torch.float32) for kind in kinds) and all(kernels.values())
     trials.runs.cache_clear()
-    monkeypatch.setattr(gradient_ops, "rms_norm_back_triton", lambda dy, x, *_: dy)
-    monkeypatch.setattr(gradient_ops, "swiglu_back_triton", None)
-    monkeypatch.setattr(gradient_ops, "rope_back_triton", lambda dq, dk, cos, sin, q, k: (q.copy_(dq), k.copy_(dk)))
+    monkeypatch.setattr(layer_gradients, "rms_norm_back_triton", lambda dy, x, *_: dy)
+    monkeypatch.setattr(layer_gradients, "swiglu_back_triton", None)
+    monkeypatch.setattr(layer_gradients, "rope_back_triton", lambda dq, dk, cos, sin, q, k: (q.copy_(dq), k.copy_(dk)))
     monkeypatch.setattr(trials, "dense_nf4", lambda packed, state, dtype: torch.zeros(state.shape))
     assert not any(trials.runs(kind, card, torch.float32) for kind in kinds)
     trials.runs.cache_clear()

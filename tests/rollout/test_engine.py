@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_model
-from lowvram_grpo.kernels import logits
+from lowvram_grpo.kernels.decode import logits
 from transformers import GenerationConfig
 
 from lowvram_grpo.policy import trials

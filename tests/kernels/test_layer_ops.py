@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowvram_grpo.kernels.decode import ops as decode_ops
-from lowvram_grpo.kernels.decode.ops import (
+from lowvram_grpo.kernels.layer import ops as layer_ops
+from lowvram_grpo.kernels.layer.ops import (
     MAX_WIDTH,
     rms_norm,
     rms_norm_ref,
@@ -86,7 +86,7 @@ def test_rms_norm_of_rows_that_lie_apart_and_of_tiny_ones():
     assert not torch.allclose(rms_norm_triton(wide[..., :40], weight, 1e-5), rms_norm_ref(wide[..., :40], weight, 1e-6))
 
 
-@pytest.mark.parametrize("act", decode_ops.ACTIVATIONS)
+@pytest.mark.parametrize("act", layer_ops.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1, 37), (2, 3, 1500)])
 def test_swiglu(shape, dtype, act):
@@ -98,7 +98,7 @@ def test_swiglu(shape, dtype, act):
         assert_same_bits(found, eager, 0.02 if act == "silu" else 0.1)
 
 
-@pytest.mark.parametrize("act", decode_ops.ACTIVATIONS)
+@pytest.mark.parametrize("act", layer_ops.ACTIVATIONS)
 def test_swiglu_of_halves_of_one_product_and_of_extremes(act):
     gate, up = randn(5, 300, scale=3.0).chunk(2, -1)
     torch.testing.assert_close(swiglu_triton(gate, up, act), swiglu_ref(gate, up, act), rtol=2e-6, atol=2e-6)
@@ -145,7 +145,7 @@ def test_elsewhere_than_on_cuda_it_is_transformers_own_code():
 
 
 def test_what_the_kernels_do_not_take_is_left_to_pytorch(monkeypatch):
-    monkeypatch.setattr(decode_ops, "uses_triton", lambda *tensors: True)
+    monkeypatch.setattr(layer_ops, "uses_triton", lambda *tensors: True)
     wide = randn(1, MAX_WIDTH + 1)
     assert torch.equal(rms_norm(wide, wide[0], 1e-6), rms_norm_ref(wide, wide[0], 1e-6))
     gate, up = randn(2, 6), randn(1, 6, seed=1)
@@ -180,7 +180,7 @@ def test_rope_writes_its_own_heads_and_nothing_behind_them(monkeypatch):
         kept.append(torch.full((x.numel() + 1024,), 7.0, device=DEVICE))
         return kept[-1][: x.numel()].view(x.shape)
 
-    monkeypatch.setattr(decode_ops, "_rotated_like", guarded)
+    monkeypatch.setattr(layer_ops, "_rotated_like", guarded)
     cos, sin = tables(1, 3, 8)
     q, k = randn(1, 5, 3, 12, seed=1), randn(1, 1, 3, 12, seed=2)
     for x, buffer in zip((q, k), (rope_triton(q, k, cos, sin), kept)[1]):

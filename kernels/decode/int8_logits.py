@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from lowvram_grpo.kernels.decode.launch import card, power_of_2
+from lowvram_grpo.kernels.card import card, power_of_2
 from lowvram_grpo.kernels.quantized import BLOCK, Int8Weight, NF4Weight
 from lowvram_grpo.kernels.runtime import (
     HAS_TRITON,

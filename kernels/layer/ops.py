@@ -17,7 +17,8 @@ from __future__ import annotations
 from itertools import product
 
 import torch
-from lowvram_grpo.kernels.decode.launch import power_of_2
+from lowvram_grpo.kernels.card import power_of_2
+from lowvram_grpo.kernels.layer.rope_kernel import launch_rope
 from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, device_guard, jit, require_triton, tl
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,8 +26,7 @@ from torch.nn import functional as F
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 # The widest row that a program keeps in its registers; wider ones are left to PyTorch.
 MAX_WIDTH = 16_384
-_COLUMNS = 1024  # of the activation, a program
-_HEADS = 4  # a program rotates
+COLUMNS = 1024  # of the activation, a program
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,7 +35,7 @@ def uses_triton(*tensors: Tensor) -> bool:
     return HAS_TRITON and all(x.is_cuda and x.dtype in _PLAIN for x in tensors)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """(N, H) of (..., H), the entries of a row side by side; a copy only where x cannot be seen so."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
@@ -70,7 +70,7 @@ def _normed_dtype(x: Tensor, weight: Tensor, early: bool) -> torch.dtype:
     return torch.promote_types(x.dtype, weight.dtype) if early else x.dtype
 
 
-def _norm_tile(width: int) -> tuple[int, int, int]:
+def norm_tile(width: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program: one row, or as many narrow ones (heads) as fill a warp's registers."""
     block = power_of_2(width)
     rows = max(1, 512 // block)
@@ -81,9 +81,9 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.
     """As `rms_norm`, by the kernel, which takes rows of up to MAX_WIDTH."""
     require_triton("rms_norm_triton", x, "rms_norm")
     out = torch.empty(x.shape, dtype=_normed_dtype(x, weight, early), device=x.device)
-    flat = _rows(x)
+    flat = rows_of(x)
     n, width = flat.shape
-    rows, block, warps = _norm_tile(width)
+    rows, block, warps = norm_tile(width)
     if n:
         with device_guard(x):
             _rms_norm_kernel[(-(-n // rows),)](
@@ -129,12 +129,12 @@ def swiglu_triton(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
     """As `swiglu`, by the kernel."""
     require_triton("swiglu_triton", gate, "swiglu")
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    flat, others = _rows(gate), _rows(up)
+    flat, others = rows_of(gate), rows_of(up)
     n, width = flat.shape
     if out.numel():
         with device_guard(gate):
-            _swiglu_kernel[(n, -(-width // _COLUMNS))](
-                flat, others, out, width, flat.stride(0), others.stride(0), GELU=act == "gelu_tanh", BLOCK=_COLUMNS,
+            _swiglu_kernel[(n, -(-width // COLUMNS))](
+                flat, others, out, width, flat.stride(0), others.stride(0), GELU=act == "gelu_tanh", BLOCK=COLUMNS,
                 num_warps=4,
             )  # fmt: skip
     return out
@@ -167,7 +167,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """
     if q.is_meta:
         return _rotated_like(q, cos), _rotated_like(k, cos)
-    if uses_triton(q, k, cos, sin) and _rotates(q, k, cos, sin):
+    if uses_triton(q, k, cos, sin) and rotates(q, k, cos, sin):
         return rope_triton(q, k, cos, sin)
     return rope_ref(q, k, cos, sin)
 
@@ -188,7 +188,7 @@ def _rotated_like(x: Tensor, cos: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=torch.promote_types(x.dtype, cos.dtype))
 
 
-def _rotates(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def rotates(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     alike = q.dtype == k.dtype and cos.dtype == sin.dtype and cos.shape == sin.shape and q.shape[-1] == k.shape[-1]
     dense = all(x.stride(-1) == 1 for x in (q, k, cos, sin))
     return alike and dense and cos.shape[-1] <= q.shape[-1] and cos.shape[-1] % 2 == 0
@@ -202,92 +202,15 @@ def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
     return outs
 
 
-def launch_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: Tensor, *, back: bool) -> None:
-    """Turn q and k into `q_out` and `k_out`; `back`: q and k are gradients of what has been turned, those to what was
-    given are written."""
-    batch, q_heads, tokens, width = q.shape
-    k_heads, d = k.shape[1], cos.shape[2]
-    # One table may serve all of the batch.
-    tables = [(x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)) for x in (cos, sin)]
-    strides = [x.stride()[:3] for x in (q, k, q_out, k_out)]
-    if batch * tokens:
-        with device_guard(q):
-            _rope_kernel[(batch * tokens, -(-q_heads // _HEADS) - (-k_heads // _HEADS))](
-                q, k, cos, sin, q_out, k_out, tokens, q_heads, k_heads, d // 2, width - d,
-                *strides[0], *strides[1], *tables[0], *tables[1], *strides[2], *strides[3], BACK=back,
-                HEADS=_HEADS, BLOCK=power_of_2(d // 2), REST=power_of_2(width - d) if width > d else 0, num_warps=1,
-            )  # fmt: skip
-
-
-@jit
-def _rotate(
-    x_ptr, out_ptr, x_head, out_head, block, heads, half, rest, cos1, cos2, sin1, sin2,
-    BACK: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    """Heads `block * HEADS` and on of one token; the pointers are its first head's."""
-    kind = out_ptr.dtype.element_ty
-    head = (block * HEADS + tl.arange(0, HEADS))[:, None]
-    d = tl.arange(0, BLOCK)[None, :]
-    mask = (head < heads) & (d < half)
-    x1 = tl.load(x_ptr + head * x_head + d, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(x_ptr + head * x_head + d + half, mask=mask, other=0.0).to(tl.float32)
-    if BACK:
-        y1 = x1 * cos1 + x2 * sin2
-        y2 = x2 * cos2 - x1 * sin1
-    else:  # rounded where transformers rounds
-        y1 = (x1 * cos1).to(kind).to(tl.float32) - (x2 * sin1).to(kind).to(tl.float32)
-        y2 = (x2 * cos2).to(kind).to(tl.float32) + (x1 * sin2).to(kind).to(tl.float32)
-    tl.store(out_ptr + head * out_head + d, y1.to(kind), mask=mask)
-    tl.store(out_ptr + head * out_head + d + half, y2.to(kind), mask=mask)
-    if REST > 0:
-        d = tl.arange(0, REST)[None, :]
-        mask = (head < heads) & (d < rest)
-        kept = tl.load(x_ptr + head * x_head + d + 2 * half, mask=mask, other=0.0)
-        tl.store(out_ptr + head * out_head + d + 2 * half, kept.to(kind), mask=mask)
-
-
-@jit
-def _rope_kernel(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, q_heads, k_heads, half, rest,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, cos_batch, cos_token, sin_batch, sin_token,
-    q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
-    BACK: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    """One program turns HEADS heads of one token, of q or of k; with BACK, gradients back."""
-    batch = (tl.program_id(0) // tokens).to(tl.int64)
-    token = (tl.program_id(0) % tokens).to(tl.int64)
-    block = tl.program_id(1)
-    d = tl.arange(0, BLOCK)[None, :]
-    cos_ptr += batch * cos_batch + token * cos_token
-    sin_ptr += batch * sin_batch + token * sin_token
-    cos1 = tl.load(cos_ptr + d, mask=d < half, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos_ptr + d + half, mask=d < half, other=0.0).to(tl.float32)
-    sin1 = tl.load(sin_ptr + d, mask=d < half, other=0.0).to(tl.float32)
-    sin2 = tl.load(sin_ptr + d + half, mask=d < half, other=0.0).to(tl.float32)
-    q_blocks = tl.cdiv(q_heads, HEADS)
-    if block < q_blocks:
-        _rotate(
-            q_ptr + batch * q_batch + token * q_token, q_out_ptr + batch * q_out_batch + token * q_out_token,
-            q_head, q_out_head, block, q_heads, half, rest, cos1, cos2, sin1, sin2,
-            BACK, HEADS, BLOCK, REST,
-        )  # fmt: skip
-    else:
-        _rotate(
-            k_ptr + batch * k_batch + token * k_token, k_out_ptr + batch * k_out_batch + token * k_out_token,
-            k_head, k_out_head, block - q_blocks, k_heads, half, rest, cos1, cos2, sin1, sin2,
-            BACK, HEADS, BLOCK, REST,
-        )  # fmt: skip
-
-
 def compile_cases(cc: int) -> list[CompileCase]:
-    """Every kernel at the narrowest and the widest tiles, in the dtypes that meet, for compute capability `cc`."""
+    """Both kernels at the narrowest and the widest tiles, in the dtypes that meet, for compute capability `cc`."""
     half = "fp16" if cc < 80 else "bf16"
     halves = list(dict.fromkeys((half, "fp16")))  # a model may be trained in float16 where bfloat16 exists
     dtypes = [(half, half), ("fp32", "fp32"), (half, "fp32"), ("fp32", half), *((x, x) for x in halves[1:])]
     widths = ((x, width) for x, width in product(dtypes, (64, 896, MAX_WIDTH)) if width != 896 or x == (half, half))
     cases = []
     for ((x, weight), width), (offset, early) in product(widths, ((0.0, True), (1.0, False))):
-        rows, block, warps = _norm_tile(width)
+        rows, block, warps = norm_tile(width)
         out = "fp32" if early and weight == "fp32" else x
         types = {"x_ptr": f"*{x}:16", "weight_ptr": f"*{weight}:16", "out_ptr": f"*{out}:16", "eps": "fp32"}
         types |= dict.fromkeys(("n", "width", "x_stride"), "i32")
@@ -297,18 +220,5 @@ def compile_cases(cc: int) -> list[CompileCase]:
     for x, gelu in product((*halves, "fp32"), (False, True)):
         types = {name: f"*{x}:16" for name in ("gate_ptr", "up_ptr", "out_ptr")}
         types |= dict.fromkeys(("width", "gate_stride", "up_stride"), "i32")
-        cases.append(compile_case(f"swiglu {x} gelu={gelu}", _swiglu_kernel, types, {"GELU": gelu, "BLOCK": _COLUMNS}))
-    for (x, table), (block, rest) in product((*dtypes[:3], *dtypes[4:]), ((128, 0), (64, 32))):
-        out = "fp32" if "fp32" in (x, table) else x
-        types = {name: f"*{x}:16" for name in ("q_ptr", "k_ptr")} | {n: f"*{table}:16" for n in ("cos_ptr", "sin_ptr")}
-        types |= {name: f"*{out}:16" for name in ("q_out_ptr", "k_out_ptr")}
-        types |= dict.fromkeys(("tokens", "q_heads", "k_heads", "half", "rest", "cos_batch", "cos_token"), "i32")
-        types |= dict.fromkeys(("sin_batch", "sin_token"), "i32")
-        places = product(("q", "k", "q_out", "k_out"), ("batch", "head", "token"))
-        types |= {f"{tensor}_{place}": "i32" for tensor, place in places}
-        # Triton compiles anew for what is 1: the tokens of a decode step, the only head of keys.
-        for ones in ((), ("tokens", "q_heads", "k_heads", "q_token", "k_token")):
-            constants = {"BACK": False, "HEADS": _HEADS, "BLOCK": block, "REST": rest, **dict.fromkeys(ones, 1)}
-            name = f"rope {x} {table} {block} + {rest} ones={bool(ones)}"
-            cases.append(compile_case(name, _rope_kernel, types, constants, num_warps=1))
+        cases.append(compile_case(f"swiglu {x} gelu={gelu}", _swiglu_kernel, types, {"GELU": gelu, "BLOCK": COLUMNS}))
     return cases

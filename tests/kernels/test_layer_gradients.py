@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowvram_grpo.kernels import gradient_ops
-from lowvram_grpo.kernels.decode import ops as decode_ops
+from lowvram_grpo.kernels.layer import gradients as layer_gradients
+from lowvram_grpo.kernels.layer import ops as layer_ops
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed on this platform")
@@ -18,16 +18,16 @@ BACK = {"rms_norm": "rms_norm_back", "swiglu": "swiglu_back", "rope": "rope_back
 @pytest.fixture(autouse=True)
 def in_triton(monkeypatch):
     """The kernels, by the interpreter; counts their launches."""
-    monkeypatch.setattr(decode_ops, "uses_triton", lambda *tensors: True)
+    monkeypatch.setattr(layer_ops, "uses_triton", lambda *tensors: True)
     calls = dict.fromkeys(BACK.values(), 0)
     for name in calls:
-        launch = getattr(gradient_ops, f"{name}_triton")
+        launch = getattr(layer_gradients, f"{name}_triton")
 
         def counted(*args, name=name, launch=launch):
             calls[name] += 1
             return launch(*args)
 
-        monkeypatch.setattr(gradient_ops, f"{name}_triton", counted)
+        monkeypatch.setattr(layer_gradients, f"{name}_triton", counted)
     return calls
 
 
@@ -57,7 +57,7 @@ def check(ours, eager, inputs, dys, roundings=4):
 
 def exact_norm(x, weight, eps, offset, early):
     if x.dtype != torch.float64:
-        return decode_ops.rms_norm_ref(x, weight, eps, offset=offset, early=early)
+        return layer_ops.rms_norm_ref(x, weight, eps, offset=offset, early=early)
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (offset + weight.double())
 
 
@@ -67,7 +67,7 @@ def exact_norm(x, weight, eps, offset, early):
 def test_a_norm(shape, dtype, offset, early, in_triton):
     x, weight = randn(*shape, dtype=dtype, scale=3.0), randn(shape[-1], dtype=dtype, seed=1)
     settings = {"eps": 1e-5, "offset": offset, "early": early}
-    ours = lambda x: gradient_ops.rms_norm(x, weight, **settings)
+    ours = lambda x: layer_gradients.rms_norm(x, weight, **settings)
     check(ours, lambda x: exact_norm(x, weight, **settings), [x], [randn(*shape, dtype=dtype, seed=2)])
     assert in_triton["rms_norm_back"] == 1
 
@@ -76,24 +76,24 @@ def test_a_norm_of_rows_with_gaps_and_of_another_dtype_than_its_weight():
     x, weight = randn(6, 50, dtype=torch.float16)[:, :37], randn(37, seed=1)
     dy = randn(37, 6, seed=2).T
     settings = {"eps": 1e-5, "offset": 0.0, "early": True}
-    ours = lambda x: gradient_ops.rms_norm(x, weight, **settings)
+    ours = lambda x: layer_gradients.rms_norm(x, weight, **settings)
     check(ours, lambda x: exact_norm(x, weight, **settings), [x], [dy])
 
 
-@pytest.mark.parametrize("act", decode_ops.ACTIVATIONS)
+@pytest.mark.parametrize("act", layer_ops.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1100), (2, 5, 48)])
 def test_a_gated_activation(shape, dtype, act, in_triton):
     gate, up = randn(*shape, dtype=dtype, scale=3.0), randn(*shape, dtype=dtype, seed=1)
-    eager = lambda g, u: decode_ops.swiglu_ref(g, u, act)
-    check(lambda g, u: gradient_ops.swiglu(g, u, act), eager, [gate, up], [randn(*shape, dtype=dtype, seed=2)])
+    eager = lambda g, u: layer_ops.swiglu_ref(g, u, act)
+    check(lambda g, u: layer_gradients.swiglu(g, u, act), eager, [gate, up], [randn(*shape, dtype=dtype, seed=2)])
     assert in_triton["swiglu_back"] == 1
 
 
 def test_a_gate_and_its_other_half_in_one_tensor():
     both = randn(5, 2 * 37, scale=2.0)
     check(
-        lambda x: gradient_ops.swiglu(*x.chunk(2, -1)), lambda x: decode_ops.swiglu_ref(*x.chunk(2, -1)), [both],
+        lambda x: layer_gradients.swiglu(*x.chunk(2, -1)), lambda x: layer_ops.swiglu_ref(*x.chunk(2, -1)), [both],
         [randn(5, 37, seed=2)],
     )  # fmt: skip
 
@@ -108,16 +108,16 @@ def test_rotary_positions(width, d, dtype, table, in_triton):
 
     def eager(q, k):
         exact = [x.double() for x in (cos, sin)] if q.dtype == torch.float64 else (cos, sin)
-        return decode_ops.rope_ref(q, k, *exact)
+        return layer_ops.rope_ref(q, k, *exact)
 
-    check(lambda q, k: gradient_ops.rope(q, k, cos, sin), eager, [q, k], dys)
+    check(lambda q, k: layer_gradients.rope(q, k, cos, sin), eager, [q, k], dys)
     assert in_triton["rope_back"] == 1
 
 
 def test_gradients_of_queries_are_laid_out_as_the_queries():
     q, k = (randn(1, 5, heads, 8, seed=heads).transpose(1, 2) for heads in (4, 2))
     cos, sin = randn(1, 5, 8, seed=3), randn(1, 5, 8, seed=4)
-    found = gradients(lambda q, k: gradient_ops.rope(q, k, cos, sin), [q, k], [randn(1, 4, 5, 8), randn(1, 2, 5, 8)])
+    found = gradients(lambda q, k: layer_gradients.rope(q, k, cos, sin), [q, k], [randn(1, 4, 5, 8), randn(1, 2, 5, 8)])
     assert [g.stride() for g in found] == [q.stride(), k.stride()]
 
 
@@ -125,6 +125,6 @@ def test_gradients_of_queries_are_laid_out_as_the_queries():
 def test_on_meta_there_are_the_outputs_alone(name, in_triton):
     x, table = torch.empty(1, 3, 4, 8, device="meta", requires_grad=True), torch.empty(1, 4, 8, device="meta")
     given = {"rms_norm": (x, table[0, 0], 1e-6), "swiglu": (x, x * 1), "rope": (x, x * 1, table, table)}[name]
-    out = getattr(gradient_ops, name)(*given)
+    out = getattr(layer_gradients, name)(*given)
     (out if name != "rope" else out[0] + out[1]).sum().backward()
     assert x.grad.shape == x.shape and not any(in_triton.values())

@@ -1,4 +1,4 @@
-"""RMSNorm, gated activation and rotary positions with a gradient: the kernels of `decode_ops`, and one launch back.
+"""RMSNorm, gated activation and rotary positions with a gradient: the kernels of `ops.py`, and one launch back.
 
 Autograd takes some fifteen launches back through an RMSNorm, six through act(gate) * up and eighteen through the rotary
 positions of q and k, and keeps float32 copies of what went through a norm. Here the inputs are kept and nothing else:
@@ -18,33 +18,32 @@ from itertools import product
 from typing import Any
 
 import torch
-from lowvram_grpo.kernels.decode import ops as decode_ops
+from lowvram_grpo.kernels.layer import ops
+from lowvram_grpo.kernels.layer.rope_kernel import launch_rope
 from lowvram_grpo.kernels.runtime import CompileCase, compile_case, device_guard, jit, require_triton, tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_COLUMNS = 1024  # of the activation, a program
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, early: bool = True) -> Tensor:
-    """As `decode_ops.rms_norm`, with a gradient to x; `weight` gets none."""
+    """As `ops.rms_norm`, with a gradient to x; `weight` gets none."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _RMSNorm.apply(x, weight.detach(), eps, offset, early)
-    return decode_ops.rms_norm(x, weight, eps, offset=offset, early=early)
+    return ops.rms_norm(x, weight, eps, offset=offset, early=early)
 
 
 def swiglu(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
-    """As `decode_ops.swiglu`, with a gradient to both."""
+    """As `ops.swiglu`, with a gradient to both."""
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _SwiGLU.apply(gate, up, act)
-    return decode_ops.swiglu(gate, up, act)
+    return ops.swiglu(gate, up, act)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As `decode_ops.rope`, with a gradient to q and k; the tables get none."""
+    """As `ops.rope`, with a gradient to q and k; the tables get none."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _Rope.apply(q, k, cos.detach(), sin.detach())
-    return decode_ops.rope(q, k, cos, sin)
+    return ops.rope(q, k, cos, sin)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -52,7 +51,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, early: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.offset = eps, offset
-        return decode_ops.rms_norm(x, weight, eps, offset=offset, early=early)
+        return ops.rms_norm(x, weight, eps, offset=offset, early=early)
 
     @staticmethod
     @once_differentiable
@@ -66,7 +65,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.act = act
-        return decode_ops.swiglu(gate, up, act)
+        return ops.swiglu(gate, up, act)
 
     @staticmethod
     @once_differentiable
@@ -79,7 +78,7 @@ class _Rope(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.like = [(x.shape, x.stride(), x.dtype) for x in (q, k)]
-        return decode_ops.rope(q, k, cos, sin)
+        return ops.rope(q, k, cos, sin)
 
     @staticmethod
     @once_differentiable
@@ -107,7 +106,7 @@ def rms_norm_back(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: flo
     """dx, of the shape and dtype of x (..., H)."""
     if x.is_meta:
         return torch.empty(x.shape, dtype=x.dtype, device="meta")
-    if decode_ops.uses_triton(dy, x, weight) and 0 < x.shape[-1] <= decode_ops.MAX_WIDTH:
+    if ops.uses_triton(dy, x, weight) and 0 < x.shape[-1] <= ops.MAX_WIDTH:
         return rms_norm_back_triton(dy, x, weight, eps, offset)
     return rms_norm_back_ref(dy, x, weight, eps, offset)
 
@@ -123,9 +122,9 @@ def rms_norm_back_triton(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offs
     """As `rms_norm_back`, by the kernel."""
     require_triton("rms_norm_back_triton", x, "rms_norm_back_ref")
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    flat, given = decode_ops._rows(x), decode_ops._rows(dy)
+    flat, given = ops.rows_of(x), ops.rows_of(dy)
     n, width = flat.shape
-    rows, block, warps = decode_ops._norm_tile(width)
+    rows, block, warps = ops.norm_tile(width)
     if n:
         with device_guard(x):
             _rms_norm_back_kernel[(-(-n // rows),)](
@@ -159,7 +158,7 @@ def swiglu_back(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor,
     """(dgate, dup), of the shapes and dtypes of gate and up (..., I)."""
     if gate.is_meta:
         return tuple(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (gate, up))
-    if decode_ops.uses_triton(dy, gate, up) and gate.shape == up.shape == dy.shape:
+    if ops.uses_triton(dy, gate, up) and gate.shape == up.shape == dy.shape:
         return swiglu_back_triton(dy, gate, up, act)
     return swiglu_back_ref(dy, gate, up, act)
 
@@ -167,7 +166,7 @@ def swiglu_back(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor,
 def swiglu_back_ref(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         g = gate.detach().float().requires_grad_()
-        acted = decode_ops.ACTIVATIONS[act](g)
+        acted = ops.ACTIVATIONS[act](g)
     (dgate,) = torch.autograd.grad(acted, g, dy.float() * up.float())
     return dgate.to(gate.dtype), (dy.float() * acted.detach().to(gate.dtype).float()).to(up.dtype)
 
@@ -176,13 +175,14 @@ def swiglu_back_triton(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[
     """As `swiglu_back`, by the kernel."""
     require_triton("swiglu_back_triton", gate, "swiglu_back_ref")
     outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up))
-    flat = [decode_ops._rows(x) for x in (dy, gate, up)]
+    flat = [ops.rows_of(x) for x in (dy, gate, up)]
     n, width = flat[0].shape
     if n * width:
         with device_guard(gate):
-            _swiglu_back_kernel[(n, -(-width // _COLUMNS))](
-                *flat, *outs, width, *(x.stride(0) for x in flat), GELU=act == "gelu_tanh", BLOCK=_COLUMNS, num_warps=4
-            )
+            _swiglu_back_kernel[(n, -(-width // ops.COLUMNS))](
+                *flat, *outs, width, *(x.stride(0) for x in flat), GELU=act == "gelu_tanh", BLOCK=ops.COLUMNS,
+                num_warps=4,
+            )  # fmt: skip
     return outs
 
 
@@ -199,7 +199,7 @@ def _swiglu_back_kernel(
     up = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     u, slope = gate, gate * 0.0 + 1.0
     if GELU:
-        # As in decode_ops: act(gate) = gate * logistic(u).
+        # As in ops.py: act(gate) = gate * logistic(u).
         u = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
         slope = 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
     s = 1.0 / (1.0 + tl.exp(-u))
@@ -217,15 +217,15 @@ def rope_back(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k
     if dq.is_meta:
         return q_out, k_out
     dq, dk = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk))
-    dense = q_out.stride(-1) == k_out.stride(-1) == 1 and decode_ops._rotates(dq, dk, cos, sin)
-    if dense and decode_ops.uses_triton(dq, dk, cos, sin, q_out):
+    dense = q_out.stride(-1) == k_out.stride(-1) == 1 and ops.rotates(dq, dk, cos, sin)
+    if dense and ops.uses_triton(dq, dk, cos, sin, q_out):
         return rope_back_triton(dq, dk, cos, sin, q_out, k_out)
     return tuple(out.copy_(x) for out, x in zip((q_out, k_out), rope_back_ref(dq, dk, cos, sin)))
 
 
 def rope_back_ref(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     first, second = sin.chunk(2, -1)
-    return decode_ops.rope_ref(dq, dk, cos, torch.cat((-second, -first), -1))
+    return ops.rope_ref(dq, dk, cos, torch.cat((-second, -first), -1))
 
 
 def rope_back_triton(
@@ -233,20 +233,20 @@ def rope_back_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `rope_back`, by the kernel, which takes tensors whose last dimension is dense."""
     require_triton("rope_back_triton", dq, "rope_back_ref")
-    decode_ops.launch_rope(dq, dk, cos, sin, q_out, k_out, back=True)
+    launch_rope(dq, dk, cos, sin, q_out, k_out, back=True)
     return q_out, k_out
 
 
 def compile_cases(cc: int) -> list[CompileCase]:
-    """Every kernel at the narrowest and the widest tiles, in the dtypes that meet, for compute capability `cc`."""
+    """Both kernels at the narrowest and the widest tiles, in the dtypes that meet, for compute capability `cc`."""
     half = "fp16" if cc < 80 else "bf16"
-    halves = list(dict.fromkeys((half, "fp16")))  # as in decode_ops
+    halves = list(dict.fromkeys((half, "fp16")))  # as in ops.py
     dtypes = [(half, half), ("fp32", "fp32"), (half, "fp32"), ("fp32", half), *((x, x) for x in halves[1:])]
-    sizes = (64, 896, decode_ops.MAX_WIDTH)
+    sizes = (64, 896, ops.MAX_WIDTH)
     widths = ((x, width) for x, width in product(dtypes, sizes) if width != 896 or x == (half, half))
     cases = []
     for ((x, weight), width), offset in product(widths, (0.0, 1.0)):
-        rows, block, warps = decode_ops._norm_tile(width)
+        rows, block, warps = ops.norm_tile(width)
         types = {"dy_ptr": f"*{'fp32' if 'fp32' in (x, weight) else x}:16", "weight_ptr": f"*{weight}:16"}
         types |= {"x_ptr": f"*{x}:16", "out_ptr": f"*{x}:16", "eps": "fp32"}
         types |= dict.fromkeys(("n", "width", "dy_stride", "x_stride"), "i32")
@@ -256,18 +256,6 @@ def compile_cases(cc: int) -> list[CompileCase]:
     for x, gelu in product((*halves, "fp32"), (False, True)):
         types = {f"{name}_ptr": f"*{x}:16" for name in ("dy", "gate", "up", "dgate", "dup")}
         types |= dict.fromkeys(("width", "dy_stride", "gate_stride", "up_stride"), "i32")
-        constants = {"GELU": gelu, "BLOCK": _COLUMNS}
+        constants = {"GELU": gelu, "BLOCK": ops.COLUMNS}
         cases.append(compile_case(f"swiglu back {x} gelu={gelu}", _swiglu_back_kernel, types, constants))
-    for (x, table), (block, rest) in product((*dtypes[:3], *dtypes[4:]), ((128, 0), (64, 32))):
-        dy = "fp32" if "fp32" in (x, table) else x
-        types = {f"{name}_ptr": f"*{dy}:16" for name in ("q", "k")}
-        types |= {f"{name}_ptr": f"*{table}:16" for name in ("cos", "sin")}
-        types |= {name: f"*{x}:16" for name in ("q_out_ptr", "k_out_ptr")}
-        types |= dict.fromkeys(("tokens", "q_heads", "k_heads", "half", "rest", "cos_batch", "cos_token"), "i32")
-        types |= dict.fromkeys(("sin_batch", "sin_token"), "i32")
-        places = product(("q", "k", "q_out", "k_out"), ("batch", "head", "token"))
-        types |= {f"{tensor}_{place}": "i32" for tensor, place in places}
-        constants = {"BACK": True, "HEADS": decode_ops._HEADS, "BLOCK": block, "REST": rest}
-        name = f"rope back {x} {table} {block} + {rest}"
-        cases.append(compile_case(name, decode_ops._rope_kernel, types, constants, num_warps=1))
     return cases

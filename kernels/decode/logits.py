@@ -9,21 +9,10 @@ from __future__ import annotations
 
 import torch
 from lowvram_grpo.kernels.cuts import cuts
-from lowvram_grpo.kernels.int8_logits import covers, int8_logits
-from lowvram_grpo.kernels.sweep.sweep import matmul, without_autocast
+from lowvram_grpo.kernels.decode.int8_logits import covers, int8_logits
+from lowvram_grpo.kernels.head import Head
+from lowvram_grpo.kernels.products import compute_dtype, matmul, without_autocast
 from torch import Tensor
-
-from lowvram_grpo.policy.head import Head
-
-
-def compute_dtype(hidden: Tensor, path: str | None = None) -> torch.dtype:
-    """The dtype of the matmuls: that of 16-bit hidden states on a GPU (or autocast's), else float32."""
-    device = hidden.device.type
-    if device == "cpu" and path in (None, "torch"):
-        return torch.float32
-    if device == "cuda" and hidden.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
-        return torch.get_autocast_dtype("cuda")
-    return torch.float32 if hidden.dtype == torch.float64 else hidden.dtype
 
 
 def linear_logits(hidden: Tensor, head: Head, *, workspace_mib: int = 64, fused: bool = False) -> Tensor:

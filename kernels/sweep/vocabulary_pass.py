@@ -1,0 +1,146 @@
+"""One block of rows through the whole vocabulary, tile by tile: with lists, or with the dense product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise, starmap
+
+import torch
+from lowvram_grpo.kernels.cuts import cuts
+from lowvram_grpo.kernels.head import Head
+from lowvram_grpo.kernels.products import add_matmul, matmul
+from lowvram_grpo.kernels.sweep.fold import fold_torch
+from lowvram_grpo.kernels.sweep.fold_triton import fold_triton
+from lowvram_grpo.kernels.sweep.fused_fold import fused_fold
+from lowvram_grpo.kernels.sweep.launch import LaunchConfig
+from lowvram_grpo.kernels.sweep.plan import DirectionParams, plan_tiles
+from lowvram_grpo.kernels.sweep.state import D0, TARGET, D, Probabilities, RowState, S
+from lowvram_grpo.kernels.transform import Transform
+from torch import Tensor
+
+# On a CPU, making lists costs more than the product they save where hidden states are narrow: 2.5 times the dense
+# sweep's time at H = 576 (SmolLM2-135M), 0.63 times at H = 896 (Qwen2.5-Coder-0.5B); docs/LOG.md, 2026-11-21.
+_CPU_LISTS_FROM_WIDTH = 768
+
+
+class VocabularyPass:
+    """The pass over the vocabulary for one head, transform and device; buffers are shared by all row blocks."""
+
+    def __init__(
+        self, head: Head, transform: Transform, n: int, dtype: torch.dtype, device: torch.device, has_ref: bool,
+        workspace_mib: int, params: DirectionParams, launch: LaunchConfig, want_grad: bool,
+    ):  # fmt: skip
+        self.head, self.transform, self.params, self.launch = head, transform, params, launch
+        self.vocab, self.width = head.shape
+        self.dtype, self.device = dtype, device
+        narrow = params.mode == "auto" and device.type == "cpu" and launch.path == "torch"
+        narrow = narrow and self.width < _CPU_LISTS_FROM_WIDTH
+        self.lists = want_grad and params.mode != "dense" and device.type != "meta" and not narrow
+        self.view = head.is_view(dtype, device)
+        item = torch.empty(0, dtype=dtype).element_size()
+        refs = 1 + has_ref
+        # Logits, and their probabilities for the dense product; PyTorch's fold needs copies of its own. The plan is the
+        # same with and without a gradient: scoring twice gives the same bits.
+        tile_bytes = refs * (4 + item) + (8 * refs + 4 if launch.path == "torch" else 0)
+        list_bytes = (10 + 4 * has_ref) * params.capacity if params.mode != "dense" else 0
+        self.plan = plan_tiles(
+            n, self.vocab, self.width, workspace_mib, item=item, view=self.view, tile_bytes=tile_bytes,
+            row_bytes=refs * self.width * item + list_bytes,
+        )  # fmt: skip
+        # Rows of float32 weights that fit into the small change.
+        self._step = max(1, workspace_mib * 2**20 // 16 // (4 * self.width))
+        self.weights = torch.empty(0 if self.view else self.plan.columns, self.width, dtype=dtype, device=device)
+        # Made when first used: the fused kernel needs no tile but for diffuse rows.
+        self._tiles: dict[str, Tensor] = {}
+        self._decay = torch.empty(self.plan.rows, device=device)
+        self.log_epsilon = math.log(params.epsilon)
+
+    def edges(self) -> list[int]:
+        """Where tiles begin; the fused kernel takes what lies on the device in two launches, the first a probe."""
+        if self.launch.path == "fused" and self.view:
+            return [0, min(4096, self.vocab), self.vocab] if self.vocab > 4096 else [0, self.vocab]
+        tiles = cuts(self.vocab, self.plan.columns, self.device)
+        return [0, *(end for _, end in tiles)]
+
+    def start(self, h: Tensor, ref_h: Tensor | None, targets: Tensor, lists: bool) -> RowState:
+        hint = torch.empty(len(h), device=self.device)
+        ref_hint = None if ref_h is None else torch.empty_like(hint)
+        for block in starmap(slice, cuts(len(h), self._step, self.device)):
+            w = self.head.rows(targets[block], self.dtype)
+            bias = 0.0 if self.head.bias is None else self.head.bias.detach().to(self.device)[targets[block]].float()
+            for x, into in ((h, hint), (ref_h, ref_hint)):
+                if x is not None:
+                    into[block] = self.transform(torch.bmm(x[block, None], w[..., None]).flatten().float() + bias)
+        # A 16-bit product may be a little above the logit, and the hint must not be above the log-sum-exp.
+        slack = 2**-7 if self.dtype != torch.float32 else 2**-20
+        return RowState.start(targets, hint, ref_hint, self.params.capacity if lists else 0, slack)
+
+    def _tile(self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A contiguous (rows, columns) piece of the buffer of that name."""
+        if name not in self._tiles:
+            self._tiles[name] = torch.empty(self.plan.rows * self.plan.columns, dtype=dtype, device=self.device)
+        return self._tiles[name][: rows * columns].view(rows, columns)
+
+    def fold(
+        self, state: RowState, h: Tensor, ref_h: Tensor | None, v0: int, v1: int, out: Probabilities | None = None
+    ):
+        """Multiply and fold vocabulary entries v0 to v1; returns their weights (v1 - v0, H)."""
+        w, bias = self.head.tile(v0, v1, self.weights)
+        if self.launch.path == "fused" and out is None:
+            fused_fold(state, h, ref_h, w, bias, v0, self.transform, self.log_epsilon, self.launch.fused)
+            return w
+        x = matmul(h, w.T, self._tile("x", len(h), v1 - v0))
+        ref_x = None if ref_h is None else matmul(ref_h, w.T, self._tile("ref x", len(h), v1 - v0))
+        fold = fold_torch if self.launch.path == "torch" else fold_triton
+        fold(state, x, ref_x, bias, v0, self.transform, self.log_epsilon, out)
+        return w
+
+    def listed(
+        self, h: Tensor, ref_h: Tensor | None, targets: Tensor, lists: bool,
+        hopeless: Callable[[Tensor], bool] | None = None,
+    ) -> RowState | None:  # fmt: skip
+        """The state after one pass; None if `hopeless` says so after the first tile, asked with the rows whose lists
+        have overflowed already."""
+        state = self.start(h, ref_h, targets, lists)
+        for i, (v0, v1) in enumerate(pairwise(self.edges())):
+            self.fold(state, h, ref_h, v0, v1)
+            if i == 0 and hopeless is not None and v1 < self.vocab and hopeless(state.overflowed):
+                return None
+        return state
+
+    def dense(
+        self, h: Tensor, ref_h: Tensor | None, targets: Tensor, g: Tensor, g_kl: Tensor | None,
+        centre: Tensor | None = None,
+    ) -> RowState:  # fmt: skip
+        """The state after one pass, and d logp / d h into `g` (r, H), d KL / d h into `g_kl`.
+
+        centre (r,): E[l - r] where it is known. Log-ratios are rounded to the matmul's dtype, so what is subtracted
+        from them afterwards should be small.
+        """
+        state = self.start(h, ref_h, targets, False)
+        if centre is not None:
+            state.stats[D0] = centre
+        g.zero_()
+        if g_kl is not None:
+            g_kl.zero_()
+        for v0, v1 in cuts(self.vocab, self.plan.columns, self.device):
+            shape = len(h), v1 - v0
+            pd = None if g_kl is None else self._tile("pd", *shape, self.dtype)
+            out = Probabilities(self._tile("p", *shape, self.dtype), pd, self._decay[: len(h)])
+            w = self.fold(state, h, ref_h, v0, v1, out)
+            add_matmul(g.mul_(out.decay[:, None]), out.p, w)
+            if g_kl is not None:
+                add_matmul(g_kl.mul_(out.decay[:, None]), out.pd, w)
+        mass = state.stats[S][:, None]
+        g.div_(mass)
+        factor = self.transform.scale / self.transform.temperature
+        if g_kl is not None:
+            g_kl.div_(mass).addcmul_(g, (state.stats[D] / state.stats[S])[:, None], value=-1).mul_(factor)
+        slope = self.transform.slope(state.stats[TARGET])
+        for block in starmap(slice, cuts(len(h), self._step, self.device)):
+            w = self.head.rows(targets[block], self.dtype).float()
+            if slope is not None:
+                w *= slope[block, None]
+            g[block].neg_().add_(w).mul_(factor)
+        return state
