@@ -29,11 +29,6 @@ except ImportError:
 HAS_TRITON = triton is not None
 # Triton decides when a kernel is decorated; a variable that changes afterwards changes nothing.
 _INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
-# What CUDA, its libraries and Triton say in a RuntimeError when an allocation of their own fails. cuBLAS says that it
-# is not initialized where there was no memory for its handle.
-_OUT_OF_MEMORY = (
-    "out of memory", "cublas_status_alloc_failed", "cublas_status_not_initialized", "cudnn_status_alloc_failed",
-)  # fmt: skip
 _HERE = nullcontext()
 
 
@@ -115,13 +110,6 @@ def _without_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device, not the program, is at fault."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
 
 
 def require_triton(what: str, tensor: Tensor, instead: str) -> None:

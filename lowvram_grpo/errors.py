@@ -27,6 +27,11 @@ _UNWRITABLE = {
 # EPERM, EIO, EACCES, EFBIG, ENOSPC, EROFS, EDQUOT, and Windows' full disk: a file that is missing is one that was read.
 _RUST = re.compile(r"([^:]+) \(os error (?:1|5|13|27|28|30|112|122)\)")
 _TORCH = ("pytorchstreamwriter", "inline_container", "iostream error", "file write failed")
+# What CUDA, its libraries and Triton say in a RuntimeError when an allocation of their own fails. cuBLAS says that it
+# is not initialized where there was no memory for its handle.
+_OUT_OF_MEMORY = (
+    "out of memory", "cublas_status_alloc_failed", "cublas_status_not_initialized", "cudnn_status_alloc_failed",
+)  # fmt: skip
 
 
 class CantWrite(UserError):
@@ -48,6 +53,15 @@ def why_unwritten(error: BaseException) -> str | None:
     if any(sign in str(error).lower() for sign in _TORCH):
         return "the disk took a part of it only"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device ran out of memory: PyTorch's own error, or what a library below it says instead."""
+    import torch  # here: whoever only wants a sentence need not wait for it
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
 
 
 class Stopped(Exception):

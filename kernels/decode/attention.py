@@ -29,8 +29,10 @@ from typing import NamedTuple
 import torch
 from lowvram_grpo.kernels.decode.attention_triton import decode_attention_triton
 from lowvram_grpo.kernels.decode.launch import decode_path
-from lowvram_grpo.kernels.runtime import HAS_TRITON, is_out_of_memory, trial
+from lowvram_grpo.kernels.runtime import HAS_TRITON, trial
 from torch import Tensor
+
+from lowvram_grpo.errors import is_out_of_memory
 
 _LARGEST = 127.0
 

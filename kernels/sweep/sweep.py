@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 from lowvram_grpo.kernels.cuts import cuts
-from lowvram_grpo.kernels.runtime import is_out_of_memory
 from lowvram_grpo.kernels.sweep.direction import Entries
 from lowvram_grpo.kernels.sweep.fold import (
     D0,
@@ -43,6 +42,7 @@ from lowvram_grpo.kernels.sweep.launch import LaunchConfig
 from lowvram_grpo.kernels.sweep.lists import entries_of
 from torch import Tensor
 
+from lowvram_grpo.errors import is_out_of_memory
 from lowvram_grpo.policy.head import Head
 
 MODES = ("auto", "sparse", "dense")

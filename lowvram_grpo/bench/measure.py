@@ -25,8 +25,7 @@ import torch
 
 from lowvram_grpo.bench.models import random_model, word_prompts, word_tokenizer
 from lowvram_grpo.bench.rows import ROOT, reason
-from lowvram_grpo.errors import UserError
-from lowvram_grpo.memory.guard import is_out_of_memory
+from lowvram_grpo.errors import UserError, is_out_of_memory
 from lowvram_grpo.recipe.resolve import Recipe
 from lowvram_grpo.run.observer import Observer
 

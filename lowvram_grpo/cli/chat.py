@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lowvram_grpo.cli.train import parse_extra, prepare_cuda
-from lowvram_grpo.errors import UserError, counted
+from lowvram_grpo.errors import UserError, counted, is_out_of_memory
 from lowvram_grpo.run.quiet import hush
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ class Chat:
 
     def _sampled(self, prompt: Prompt, show: Callable[[str], None]) -> Answer:
         from lowvram_grpo.jobs.inference import stream_answer
-        from lowvram_grpo.memory.guard import is_out_of_memory, release
+        from lowvram_grpo.memory.guard import release
 
         try:
             sampling = replace(self.sampling, max_new_tokens=prompt.room)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
-from lowvram_grpo.errors import UserError
-from lowvram_grpo.kernels.runtime import is_out_of_memory
+from lowvram_grpo.errors import UserError, is_out_of_memory
 from lowvram_grpo.memory.budget import budget
 from lowvram_grpo.memory.devices import detect
 from lowvram_grpo.memory.ladder import Rung, next_rung

@@ -20,8 +20,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lowvram_grpo.errors import one_line
-from lowvram_grpo.memory.guard import is_out_of_memory
+from lowvram_grpo.errors import is_out_of_memory, one_line
 
 NAME = "lowvram"
 

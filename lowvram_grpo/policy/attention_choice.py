@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowvram_grpo.errors import UserError, one_line
-from lowvram_grpo.memory.guard import is_out_of_memory
+from lowvram_grpo.errors import UserError, is_out_of_memory, one_line
 from lowvram_grpo.policy.attention import attention_dtype, seen
 from lowvram_grpo.policy.xformers_attention import Blocks, Case, Kernel, bias_of, library, packed_attention
 

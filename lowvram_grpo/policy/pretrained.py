@@ -17,8 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import find_adapter_config_file
 
-from lowvram_grpo.errors import UserError, one_line
-from lowvram_grpo.memory.guard import is_out_of_memory
+from lowvram_grpo.errors import UserError, is_out_of_memory, one_line
 from lowvram_grpo.policy.accounting import account, lacking
 from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source, renames
 from lowvram_grpo.policy.gguf import load_gguf

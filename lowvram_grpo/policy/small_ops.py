@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import UserError, is_out_of_memory
 from lowvram_grpo.kernels import gradient_ops
 from lowvram_grpo.kernels.decode import ops as decode_ops
 from lowvram_grpo.kernels.decode.ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
-from lowvram_grpo.kernels.runtime import is_out_of_memory
 from lowvram_grpo.policy.own_forward import give_forward, has_foreign_forward, is_watched, stands_in
 from lowvram_grpo.policy.trials import MODES, random_numbers, runs, wanted
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lowvram_grpo.errors import is_out_of_memory
 from lowvram_grpo.kernels import gradient_ops
 from lowvram_grpo.kernels.decode import ops as decode_ops
 from lowvram_grpo.kernels.decode.launch import card
@@ -19,7 +20,7 @@ from lowvram_grpo.kernels.decode.small_product import FourBit, Sibling, all_tile
 from lowvram_grpo.kernels.logits import linear_logits
 from lowvram_grpo.kernels.nf4_dense import dense_nf4
 from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
-from lowvram_grpo.kernels.runtime import is_out_of_memory, trial
+from lowvram_grpo.kernels.runtime import trial
 from lowvram_grpo.policy.head import Head
 
 MODES = ("auto", "on", "off")

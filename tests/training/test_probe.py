@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowvram_grpo.errors import is_out_of_memory
 from lowvram_grpo.memory import guard as module
 from lowvram_grpo.memory.devices import Device
-from lowvram_grpo.memory.guard import Guard, cap, is_out_of_memory
+from lowvram_grpo.memory.guard import Guard, cap
 from lowvram_grpo.memory.ladder import Rung
 from tests.invariants.test_out_of_memory import full, trained
 
