@@ -45,7 +45,7 @@ def usable(kind: str, device: torch.device, enabled: str) -> bool:
     plan on meta tensors counts it only where it is asked for: what `auto` falls back to needs more."""
     if device.type == "meta" and enabled == "auto":
         return False
-    return wanted(kind, enabled) and runs(kind, device, torch.float32 if kind == "sample" else _half(device))
+    return wanted(kind, enabled) and passes_trial(kind, device, torch.float32 if kind == "sample" else _half(device))
 
 
 def _half(device: torch.device) -> torch.dtype:
@@ -54,7 +54,7 @@ def _half(device: torch.device) -> torch.dtype:
 
 
 @trial
-def runs(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
+def passes_trial(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel compiles here and is right: asked once a process, since Triton needs more than a GPU, and
     bfloat16 more than an old one. Without the kernel there is nothing to gain on CUDA."""
     if device.type != "cuda":
@@ -78,20 +78,20 @@ def random_numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _both(kernel: Callable, reference: Callable, arguments: Callable[[Tensor], tuple]) -> Callable:
-    def ask(x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
         given = arguments(x)
         return kernel(*given), reference(*given)
 
-    return ask
+    return run
 
 
 def _with_gradients(kernel: Callable, reference: Callable, arguments: Callable[[Tensor], tuple], trained: int):
     """Results, and gradients to the first `trained` arguments, in one tensor."""
 
-    def ask(x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
         return _and_gradients(kernel, arguments(x), trained), _and_gradients(reference, arguments(x), trained)
 
-    return ask
+    return run
 
 
 # A trial launches what a run launches: every tile, and enough steps and blocks that loads are fetched ahead and sums go

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.rollout.adapter_versions import AdapterVersions, Version
-from lowvram_grpo.rollout.vllm import Completion, VLLMEngine
+from lowvram_grpo.rollout.vllm_base import Completion, VLLMEngine
 from lowvram_grpo.rollout.vllm_client import allowed_rank
 
 if TYPE_CHECKING:

@@ -24,9 +24,10 @@ from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.objective import objective_of
 from lowvram_grpo.policy.adapter import restore_adapter
 from lowvram_grpo.policy.attention_choice import check as check_attention
+from lowvram_grpo.policy.build import build_policy
 from lowvram_grpo.policy.dropout import adapter_dropout, training_mode
 from lowvram_grpo.policy.known_models import named
-from lowvram_grpo.policy.load import build_policy, check_tokens, compute_dtype, load_tokenizer_for
+from lowvram_grpo.policy.load import check_tokens, compute_dtype, load_tokenizer_for
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.variants import check_adapter
@@ -36,7 +37,8 @@ from lowvram_grpo.recipe.settings import check_before_loading, check_best_metric
 from lowvram_grpo.rewards.runner import RewardRunner, check_columns, log_by_name
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
 from lowvram_grpo.rollout.sampler import Sampling, sampling_of
-from lowvram_grpo.rollout.vllm import VLLMEngine, check_vllm, vllm_engine
+from lowvram_grpo.rollout.vllm import check_vllm, vllm_engine
+from lowvram_grpo.rollout.vllm_base import VLLMEngine
 from lowvram_grpo.run.completions import CompletionsLog, as_text
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.training.checks import unjudged_row

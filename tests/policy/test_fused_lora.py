@@ -19,11 +19,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram_grpo.memory.ledger import Ledger
-from lowvram_grpo.policy import frozen_base, fused_lora
+from lowvram_grpo.policy import frozen_base, fused_lora, lora_product
+from lowvram_grpo.policy.build import attach_lora
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 from lowvram_grpo.policy.dropout import training_mode
 from lowvram_grpo.policy.fused_lora import forget_copies, fuse_lora
-from lowvram_grpo.policy.load import attach_lora, bitsandbytes_config, load_causal_lm
+from lowvram_grpo.policy.load import bitsandbytes_config, load_causal_lm
 from lowvram_grpo.policy.own_forward import has_foreign_forward
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.shared_prefix import why_not
@@ -160,11 +161,11 @@ def test_the_first_sibling_computes_for_all_and_nothing_is_left_behind():
         first = len(seen.names)
         attention.k_proj(x), attention.v_proj(x)
     assert len(seen.names) == first
-    shared = attention.q_proj._fused_lora_place[0].shared
-    assert shared._answers == {} and shared._x is None
+    cache = attention.q_proj._fused_lora_place[0].cache
+    assert cache._outputs == {} and cache._x is None
     with torch.no_grad():
         attention.q_proj(x)
-    gone = weakref.ref(shared._answers[1])
+    gone = weakref.ref(cache._outputs[1])
     del x
     assert gone() is None  # no answer outlives its question
 
@@ -265,7 +266,9 @@ def test_what_is_saved_and_what_is_copied():
             p.mul_(0.5)
     assert torch.equal(states(twin), expected) and not torch.equal(states(other), expected)
     fused(twin), fused(twin)
-    assert sum(isinstance(h.__self__, fused_lora._Shared) for h in unwrap(twin).model._forward_pre_hooks.values()) == 1
+    assert (
+        sum(isinstance(h.__self__, fused_lora._PassCache) for h in unwrap(twin).model._forward_pre_hooks.values()) == 1
+    )
     assert torch.equal(states(twin), expected)
 
 
@@ -288,21 +291,21 @@ def test_rollouts_come_on_top():
             torch.testing.assert_close(states(model), expected, rtol=1e-4, atol=1e-5)
         assert own == [vars(m)["forward"] for m in model.modules() if "forward" in vars(m)]
     torch.testing.assert_close(states(model), expected)
-    shared = model.base_model.model.model.layers[0].mlp.down_proj._fused_lora_place[0].shared
-    assert shared._made
+    cache = model.base_model.model.model.layers[0].mlp.down_proj._fused_lora_place[0].cache
+    assert cache._made
     with torch.no_grad(), fast_adapters(model, "fused"):
-        assert not shared._made  # a rollout has copies of its own
+        assert not cache._made  # a rollout has copies of its own
 
 
 def test_copies_are_gone_when_the_gradients_are_there():
     model = fused(adapted(tiny("Llama")))
     checkpoint_activations(model)
-    shared = model.base_model.model.model.layers[0].mlp.down_proj._fused_lora_place[0].shared
+    cache = model.base_model.model.model.layers[0].mlp.down_proj._fused_lora_place[0].cache
     with torch.autocast("cpu", torch.bfloat16):
         states(model)
-        assert len(shared._rooms) == 2 * (4 + 7)
+        assert len(cache._buffers) == 2 * (4 + 7)
         training_pass(model)
-    assert not shared._made and not shared._rooms
+    assert not cache._made and not cache._buffers
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}], ids=str)
@@ -310,7 +313,8 @@ def test_other_adapters_go_peft_s_own_way(settings, monkeypatch):
     model = attach_lora(
         tiny("Llama"), LoraConfig(r=4, target_modules="all-linear", exclude_modules=["lm_head"], **settings)
     )
-    monkeypatch.setattr(fused_lora, "_products", None)
+    for module in (fused_lora, lora_product):
+        monkeypatch.setattr(module, "lora_products", None)
     fuse_lora(model.train(), nf4_kernel=False)
     torch.manual_seed(3)
     found = training_pass(model)[1]

@@ -252,7 +252,7 @@ def test_a_stream_that_is_left_gives_the_attention_back(model):
 @pytest.mark.parametrize("kind,extra", [("Llama", {}), ("Mistral", {"sliding_window": 8})], ids=["full", "sliding"])
 def test_a_rehearsal_ends_with_a_full_cache(kind, extra, device, monkeypatch):
     model = build(kind, **extra).to(device)
-    caches, prefilled, step = [], [], engine_module.Decoder._work
+    caches, prefilled, step = [], [], engine_module.Decoder._forward
 
     def work(self, width):
         step(self, width)
@@ -260,7 +260,7 @@ def test_a_rehearsal_ends_with_a_full_cache(kind, extra, device, monkeypatch):
             (width, self._ages[0], {k: tuple(x.keys.shape for x in v[:2]) for k, v in self.cache._layers.items()})
         )
 
-    monkeypatch.setattr(engine_module.Decoder, "_work", work)
+    monkeypatch.setattr(engine_module.Decoder, "_forward", work)
     at = sampling(temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.2, known_ids=90)
     engine = RolloutEngine(model, at, on_prefilled=lambda: prefilled.append(len(caches)))
     engine.rehearse(12, 37, 6, 4, prompts=5)
@@ -306,8 +306,8 @@ def test_steps_of_fixed_sizes_as_graphs_need_them(kind, extra, kv, monkeypatch):
         return DecodeSettings(workspace_mib, kv_dtype, True, "triton")
 
     def step(self):
-        widths.append(self._graphs.width(len(self.schedule.seats)))
-        lives.append(len(self.schedule.seats))
+        widths.append(self._graphs.width(len(self.scheduler.running)))
+        lives.append(len(self.scheduler.running))
         inner(self)
 
     inner, run = engine_module.Decoder.step, engine_module.run
@@ -340,18 +340,18 @@ def dying_out(model, monkeypatch, lengths, most, look_every=8):
         captured.append(rows)
         graphs._graphs[rows] = SimpleNamespace(replay=lambda: graphs.step(rows))
 
-    def look(decoder):
-        return [row for row, seat in enumerate(decoder.schedule.seats)
-                if decoder._ages[row] >= lengths[seat.completion]]  # fmt: skip
+    def finished_rows(decoder):
+        return [row for row, request in enumerate(decoder.scheduler.running)
+                if decoder._ages[row] >= lengths[request.completion]]  # fmt: skip
 
-    work, run = engine_module.Decoder._work, engine_module.run
+    work, run = engine_module.Decoder._forward, engine_module.run
     with monkeypatch.context() as patch:
         patch.setattr(engine_module, "DecodeSettings", lambda *_: DecodeSettings(graphs=True))
         patch.setattr(DecodeLayout, "fixed", property(lambda _: True, lambda *_: None), raising=False)
-        patch.setattr(engine_module.Decoder, "_work", lambda self, width: widths.append(width) or work(self, width))
-        patch.setattr(engine_module.Decoder, "look", look)
+        patch.setattr(engine_module.Decoder, "_forward", lambda self, width: widths.append(width) or work(self, width))
+        patch.setattr(engine_module.Decoder, "finished_rows", finished_rows)
         patch.setattr(engine_module, "run", lambda decoder: run(decoder, look_every))
-        patch.setattr(StepGraphs, "_first", first)
+        patch.setattr(StepGraphs, "_warm_up", first)
         patch.setattr(StepGraphs, "_capture", capture)
         batch = RolloutEngine(model, sampling(max_new_tokens=most, eos_ids=())).generate([[5, 6]], len(lengths), seed=0)
     return batch, widths, eager, captured
@@ -400,16 +400,16 @@ class Uploads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.2])
-def test_a_turn_is_one_upload_beside_the_positions_of_its_prefill(penalty):
+def test_an_admission_is_one_upload_beside_the_positions_of_its_prefill(penalty):
     with torch.device("meta"):
         model = build("Llama")
     engine = RolloutEngine(model, sampling(repetition_penalty=penalty))
-    assert engine._decodes(engine.sampling)
+    assert engine._can_decode(engine.sampling)
     prompts = [[5, 6, 7], [8, 9, 10, 11], [12]]
     with torch.no_grad(), engine._decoding(prompts, 2, engine.sampling, 0, 4) as decoder:
-        for ended in ((), (0, 1)):
+        for finished in ((), (0, 1)):
             with Uploads() as uploads:
-                decoder.turn(ended)
+                decoder.admit(finished)
             assert len([size for size in uploads.sizes if size]) <= 2, uploads.sizes
 
 
