@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _REQUESTS_AT_ONCE = 32
 # Far from 1, so that log-probs that know of the temperature differ plainly from those that do not.
-_HOT = 50.0
+_HIGH_TEMPERATURE = 50.0
 _RAW_SENTENCE = (
     "{} reports log-probs before the temperature, and training compares them with its own at temperature {:g}; start "
     "the server with --logprobs-mode processed_logprobs, or set temperature to 1."
@@ -51,12 +51,12 @@ class VLLMServer(VLLMEngine):
     ):
         super().__init__(sampling, versions)
         self.client, self.served, self.server_folder = client, served, server_folder
-        self._mode_known = sampling.temperature in (0.0, 1.0)
+        self._mode_checked = sampling.temperature in (0.0, 1.0)
 
-    def _limit(self) -> int | None:
+    def _max_model_len(self) -> int | None:
         return self.served.get("max_model_len")
 
-    def _load(self, version: Version, before: Version | None) -> None:
+    def _load_adapter(self, version: Version, before: Version | None) -> None:
         if before is not None:
             # First: a server has room for one adapter, and says no to letting go of what it has evicted.
             self.client.unload_adapter(before.name)
@@ -69,16 +69,16 @@ class VLLMServer(VLLMEngine):
         return f"{self.server_folder.rstrip('/')}/{inside}"
 
     def _complete(self, prompts: list[list[int]], group: int, seeds: list[int]) -> Sequence[list[Completion]]:
-        self._check_mode(prompts[0])
-        one = lambda prompt, seed: self._read(self.client.complete(self._body(prompt, n=group, seed=seed)))
+        self._check_logprobs_mode(prompts[0])
+        one = lambda prompt, seed: self._completions(self.client.complete(self._request(prompt, n=group, seed=seed)))
         with ThreadPoolExecutor(min(_REQUESTS_AT_ONCE, len(prompts))) as pool:
             return list(pool.map(one, prompts, seeds))
 
-    def _body(self, prompt: list[int], **more: Any) -> dict[str, Any]:
+    def _request(self, prompt: list[int], **more: Any) -> dict[str, Any]:
         fixed = {"model": self.versions.current.name, "prompt": prompt, "return_token_ids": True, "stream": False}
-        return {**fixed, **self._arguments(), **more}
+        return {**fixed, **self._sampling_params(), **more}
 
-    def _read(self, choices: list[dict[str, Any]]) -> list[Completion]:
+    def _completions(self, choices: list[dict[str, Any]]) -> list[Completion]:
         unfinished = {str(choice.get("finish_reason")) for choice in choices} - {"stop", "length"}
         if unfinished:
             raise UserError(
@@ -94,21 +94,21 @@ class VLLMServer(VLLMEngine):
             for choice in choices
         ]
 
-    def _check_mode(self, prompt: list[int]) -> None:
+    def _check_logprobs_mode(self, prompt: list[int]) -> None:
         """Whether log-probs know of the temperature: a server does not tell, but the most likely token's log-prob at
         another temperature does."""
-        if self._mode_known:
+        if self._mode_checked:
             return
-        cold, hot = (self._best_logp(prompt, temperature) for temperature in (1.0, _HOT))
+        cold, hot = (self._best_logp(prompt, temperature) for temperature in (1.0, _HIGH_TEMPERATURE))
         if abs(cold - hot) < 0.05:  # two answers of one server differ by rounding
             where = f"The vLLM server at {self.client.url}"
             raise UserError(_RAW_SENTENCE.format(where, self.sampling.temperature))
-        self._mode_known = True
+        self._mode_checked = True
 
     def _best_logp(self, prompt: list[int], temperature: float) -> float:
         plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "logit_bias": None}
         once = {"n": 1, "seed": 0, "max_tokens": 1, "min_tokens": 0, "logprobs": 1, "temperature": temperature}
-        [choice] = self.client.complete(self._body(prompt, **plain, **once))
+        [choice] = self.client.complete(self._request(prompt, **plain, **once))
         return max((choice["logprobs"]["top_logprobs"][0] or {"": 0.0}).values())
 
 

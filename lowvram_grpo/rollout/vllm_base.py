@@ -62,7 +62,7 @@ class VLLMEngine:
         Raises:
             UserError: vLLM does not do it; the sentence says why.
         """
-        self._fit(max(map(len, prompt_ids)))
+        self._check_length(max(map(len, prompt_ids)))
         seeds = [prompt_seed(seed, i) for i in range(len(prompt_ids))]
         try:
             self._publish()
@@ -96,7 +96,7 @@ class VLLMEngine:
         batch.sampling_per_token_logps.append(torch.tensor(logps, dtype=torch.float32))
         batch.truncated.append(not completion.stopped and ids[-1] not in self.sampling.eos_ids)
 
-    def _arguments(self) -> dict[str, Any]:
+    def _sampling_params(self) -> dict[str, Any]:
         """Every sampling argument spelled out: what is left out would come from the model's generation_config."""
         sampling = self.sampling
         extra = {name: value for name, value in sampling.extra.items() if name != "min_new_tokens"}
@@ -123,22 +123,22 @@ class VLLMEngine:
         version = self.versions.renew()
         if version is None:
             return
-        self._load(version, before)
+        self._load_adapter(version, before)
         if before is not None:
             self.versions.remove(before)
 
-    def _limit(self) -> int | None:
+    def _max_model_len(self) -> int | None:
         """Tokens that prompt and completion may have together; None if nobody knows."""
         raise NotImplementedError
 
-    def _load(self, version: Version, before: Version | None) -> None:
+    def _load_adapter(self, version: Version, before: Version | None) -> None:
         raise NotImplementedError
 
     def _complete(self, prompts: list[list[int]], group: int, seeds: list[int]) -> Sequence[list[Completion]]:
         raise NotImplementedError
 
-    def _fit(self, longest: int) -> None:
-        limit = self._limit()
+    def _check_length(self, longest: int) -> None:
+        limit = self._max_model_len()
         if limit is not None and longest + self.sampling.max_new_tokens > limit:
             raise UserError(
                 f"A prompt of {longest} tokens and max_completion_length {self.sampling.max_new_tokens} exceed the "
