@@ -77,7 +77,7 @@ def random_numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
-def _both(kernel: Callable, reference: Callable, arguments: Callable[[Tensor], tuple]) -> Callable:
+def _compared(kernel: Callable, reference: Callable, arguments: Callable[[Tensor], tuple]) -> Callable:
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         given = arguments(x)
         return kernel(*given), reference(*given)
@@ -159,9 +159,9 @@ def _nf4_dense(x: Tensor) -> tuple[Tensor, Tensor]:
 # Of each kind, from random numbers (3, 4, 5, 64) of the device and dtype in question: what the kernel finds, and what
 # eager code does.
 TRIALS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    "rms_norm": _both(rms_norm, rms_norm_ref, lambda x: (x, x[0, 0, 0], 1e-6)),
-    "swiglu": _both(swiglu, swiglu_ref, lambda x: (x, x + 1)),
-    "rope": _both(partial(_ropes, rope), partial(_ropes, rope_ref), lambda x: (x, x[:, :1], x[:, 0], x[:, 1])),
+    "rms_norm": _compared(rms_norm, rms_norm_ref, lambda x: (x, x[0, 0, 0], 1e-6)),
+    "swiglu": _compared(swiglu, swiglu_ref, lambda x: (x, x + 1)),
+    "rope": _compared(partial(_ropes, rope), partial(_ropes, rope_ref), lambda x: (x, x[:, :1], x[:, 0], x[:, 1])),
     "sample": _sample,
     "int8_head": _int8_head,
     "nf4_product": partial(_small_product, four_bit=True),

@@ -50,9 +50,9 @@ class PrefillLayout(Layout):
         return upload([ranges([(0, b - a) for a, b in self.spans])], device)[0][None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        kept = self.cache.layer(layer, key, value)
+        layer_cache = self.cache.layer(layer, key, value)
         for slot, (a, b) in zip(self.slots, self.spans):
-            kept.keep_prompt(slot, key[0, :, a:b], value[0, :, a:b])
+            layer_cache.keep_prompt(slot, key[0, :, a:b], value[0, :, a:b])
         dtype = attention_dtype(query.device, query.dtype)
         query, key, value = (x.to(dtype) for x in (query, key, value))
         if self.kernel is not None:
@@ -106,12 +106,12 @@ class DecodeLayout(Layout):
         self.cache, self.rows, self.path, self.fixed = cache, rows, path, True
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        kept = self.cache.layer(layer, key, value)
+        layer_cache = self.cache.layer(layer, key, value)
         q, k, v = (x[:, :, 0] for x in (query, key, value))
         path = usable_path(q, k, v, self.path)
         self.fixed &= path == "triton"
         out = decode_attention(
-            q, k, v, kept.prompts, kept.own, self.rows,
-            scale=params.scale, window=params.window, softcap=params.softcap, spread=kept.spread, path=path,
+            q, k, v, layer_cache.prompts, layer_cache.own, self.rows,
+            scale=params.scale, window=params.window, softcap=params.softcap, spread=layer_cache.spread, path=path,
         )  # fmt: skip
         return out[:, None]
