@@ -73,7 +73,7 @@ def test_tests_become_rows_and_one_that_ends_its_process_is_named(tmp_path):
 def test_every_crash_is_on_the_page_once():
     shared = {"gpu": "Card", "commit": "c0ffee", "versions": {"torch": "2"}, "dry_run": False}
     trace = lambda n: (
-        f'  File "/x/kernels/fold.py", line 7, in fold\nRuntimeError: launch of {n} programs failed at 0x{n}'
+        f'  File "/x/kernels/sweep/fold.py", line 7, in fold\nRuntimeError: launch of {n} programs failed at 0x{n}'
     )
     failed = [
         {**shared, "part": "tests", "op": "check", "path": f"t::{n}", "status": "failed", "trace": trace(n),
