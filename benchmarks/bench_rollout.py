@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rollout_limit import bandwidth, kv_bytes_a_token, weight_bytes
+from rollout_limit import bandwidth, step_limit
 from rollout_model import DRY_MODEL, load
 from rollout_providers import BASELINE, PROVIDERS, Task, cache_bytes, has_graphs, missing, replay_is_eager, sync
 from torch import nn
@@ -223,7 +223,9 @@ class Bench:
         kv = mine[0]["kv"]
         if name.startswith("ours"):
             kv = cache_bytes(self.model, task, kv_dtype="int8" if name == "ours-int8" else "auto")
-        limit, parts = self._limit(task, int8=name == "ours-int8")
+        tokens = sum(map(len, task.prompts)) + task.rows * task.length / 2
+        item = 1 if name == "ours-int8" else self.dtype.itemsize
+        limit, parts = step_limit(unwrap(self.model), tokens, item, self.args.bandwidth)
         step = middle("step_s")
         return {
             "rounds": len(mine), "warnings": sorted({text for one in mine for text in one["heard"]}),
@@ -235,14 +237,6 @@ class Bench:
             "kv_mib": None if kv is None else kv / MIB, "peak_mib": middle("peak"),
             "limit_ms": limit * 1e3, "share_of_limit": None if step is None else limit / step, **parts,
         }  # fmt: skip
-
-    def _limit(self, task: Task, int8: bool) -> tuple[float, dict[str, float]]:
-        causal_lm = unwrap(self.model)
-        weights = weight_bytes(causal_lm)
-        token = kv_bytes_a_token(causal_lm, 1 if int8 else self.dtype.itemsize)
-        kv = token * (sum(map(len, task.prompts)) + task.rows * task.length / 2)
-        parts = {"weights_mib": weights / MIB, "kv_read_mib": kv / MIB, "bandwidth_gbs": self.args.bandwidth / 1e9}
-        return (weights + kv) / self.args.bandwidth, parts
 
     def _check(self, task: Task) -> None:
         try:

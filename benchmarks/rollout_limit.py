@@ -41,6 +41,14 @@ def kv_bytes_a_token(causal_lm: nn.Module, item: float) -> float:
     return config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * item
 
 
+def step_limit(causal_lm: nn.Module, tokens: float, item: float, bandwidth: float) -> tuple[float, dict[str, float]]:
+    """Seconds of a step that reads the keys and values of so many tokens, `item` bytes a number, at `bandwidth` bytes a
+    second; and what it reads, for a row."""
+    weights, kv = weight_bytes(causal_lm), kv_bytes_a_token(causal_lm, item) * tokens
+    parts = {"weights_mib": weights / 2**20, "kv_read_mib": kv / 2**20, "bandwidth_gbs": bandwidth / 1e9}
+    return (weights + kv) / bandwidth, parts
+
+
 def bandwidth(device: torch.device, seconds: float = 1.0) -> float:
     """Bytes a second: the faster of a copy (read and written) and a sum (read) of a large tensor."""
     size = 2**30 if device.type == "cuda" else 2**28

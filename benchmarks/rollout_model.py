@@ -11,7 +11,8 @@ from torch import nn
 from lowvram_grpo.bench.models import random_model
 from lowvram_grpo.bench.rows import ROOT
 from lowvram_grpo.plan.architectures import resolve_config
-from lowvram_grpo.policy.load import attach_lora, load_causal_lm
+from lowvram_grpo.policy.build import attach_lora
+from lowvram_grpo.policy.load import load_causal_lm
 from lowvram_grpo.policy.quantization import bitsandbytes_config
 
 # The bundled model, for dry runs.

@@ -239,8 +239,8 @@ def _adapted(base: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig, ledg
     """The policy: adapter attached, embeddings placed, checkpointing and tiles on."""
     from peft import LoraConfig
 
+    from lowvram_grpo.policy.build import attach_lora, build_policy
     from lowvram_grpo.policy.embeddings import place_embeddings
-    from lowvram_grpo.policy.load import attach_lora, build_policy
 
     with ledger.making("adapter"):
         model = attach_lora(base, LoraConfig(**blueprint.lora, task_type="CAUSAL_LM"))

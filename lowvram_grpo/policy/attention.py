@@ -29,7 +29,7 @@ class Unsupported(ValueError):
     """The model's attention does something that a layout does not know; the message is a phrase for people."""
 
 
-class How(NamedTuple):
+class AttentionParams(NamedTuple):
     """What a layer asks of its attention: the factor on its scores, the share of weights to drop, how many tokens a
     token sees (itself included; None: all), and c of scores c * tanh(score / c)."""
 
@@ -50,31 +50,31 @@ class Layout:
     def __init__(self):
         self.calls, self.windows = 0, set()
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """Attention of query (B, heads, L, d) of layer number `layer` by its new key and value (B, KV heads, L, d);
         returns (B, L, heads, d)."""
         raise NotImplementedError
 
 
-def runs(pairs: Sequence[tuple[int, int]]) -> Tensor:
+def ranges(pairs: Sequence[tuple[int, int]]) -> Tensor:
     """(sum of lengths,) int64 on the host: start, start + 1, ... for each (start, length), one after another."""
     found = [torch.arange(start, start + n, device="cpu") for start, n in pairs]
     return torch.cat(found) if found else torch.empty(0, dtype=torch.long, device="cpu")
 
 
-def seen(before: int, t: int, window: int | None, device: torch.device) -> Tensor:
+def causal_mask(before: int, t: int, window: int | None, device: torch.device) -> Tensor:
     """(t, before + t) bool: which keys t tokens behind `before` others see, each itself and what is before it, within
     `window`."""
     mask = torch.ones(t, before + t, dtype=torch.bool, device=device).tril_(before)
     return mask if window is None else mask.triu_(before - window + 1)
 
 
-def bias_of(before: int, t: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`seen` as what CUDA's memory-efficient kernel adds to its scores: (t, before + t), 0 or -inf, rows 16 entries
-    aligned. A mask of bools would be converted, and one of other strides padded, in every layer's call."""
-    seats = -(-(before + t) // 16) * 16
-    bias = torch.zeros(t, seats, dtype=dtype, device=device)[:, : before + t]
-    return bias.masked_fill_(~seen(before, t, window, device), -torch.inf)
+def causal_bias(before: int, t: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`causal_mask` as what CUDA's memory-efficient kernel adds to its scores: (t, before + t), 0 or -inf, rows 16
+    entries aligned. A mask of bools would be converted, and one of other strides padded, in every layer's call."""
+    padded = -(-(before + t) // 16) * 16
+    bias = torch.zeros(t, padded, dtype=dtype, device=device)[:, : before + t]
+    return bias.masked_fill_(~causal_mask(before, t, window, device), -torch.inf)
 
 
 def attention_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -84,7 +84,7 @@ def attention_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def repeated(x: Tensor, heads: int) -> Tensor:
+def repeat_kv(x: Tensor, heads: int) -> Tensor:
     """Keys or values (B, KV heads, L, d), each head as often as `heads` query heads share it."""
     repeats = heads // x.shape[1]
     return x if repeats == 1 else x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2)
@@ -98,7 +98,7 @@ def attend_causally(
 
     On meta it is the kernel that CUDA takes: PyTorch would count the T x T tensors of its plain formula.
     """
-    k, v = (repeated(x, q.shape[1]) for x in (k, v))
+    k, v = (repeat_kv(x, q.shape[1]) for x in (k, v))
     if q.is_meta:
         # CUDA's kernel adds its mask, one of the dtype of q.
         bias = mask
@@ -139,17 +139,17 @@ def _attention(
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise Unsupported("its attention is not causal")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    how = How(scale, dropout, kwargs.get("sliding_window"), kwargs.get("softcap"))
+    params = AttentionParams(scale, dropout, kwargs.get("sliding_window"), kwargs.get("softcap"))
     attention_layout.calls += 1
-    attention_layout.windows.add(how.window)
-    return attention_layout.attend(module.layer_idx, query, key, value, how).contiguous(), None
+    attention_layout.windows.add(params.window)
+    return attention_layout.attend(module.layer_idx, query, key, value, params).contiguous(), None
 
 
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def laid_out(decoder: nn.Module, layout: Layout, positions: Tensor, **inputs: Tensor) -> Tensor:
+def forward_with_layout(decoder: nn.Module, layout: Layout, positions: Tensor, **inputs: Tensor) -> Tensor:
     """(B, L, H) last hidden states of a pass by a layout, at positions (B, L). `inputs`: input_ids (B, L) or
     inputs_embeds (B, L, H). The attention must be set to `NAME`."""
     # A mask of four dimensions is handed through as it is, so no model spends time on making one.
@@ -159,7 +159,7 @@ def laid_out(decoder: nn.Module, layout: Layout, positions: Tensor, **inputs: Te
 
 
 @contextmanager
-def attention_set(decoder: nn.Module, *, keep: bool = False) -> Iterator[None]:
+def layout_attention(decoder: nn.Module, *, keep: bool = False) -> Iterator[None]:
     """The attention of all layers set to ours; back to what it was at the end, with `keep` only if the block fails."""
     configs = {id(m.config): m.config for m in decoder.modules() if hasattr(m, "config")}.values()
     before = [config._attn_implementation for config in configs]
@@ -190,8 +190,8 @@ def check_calls(decoder: nn.Module, layout: Layout) -> None:
         raise Unsupported("its layers do not say which of them have a sliding window")
 
 
-class Fit:
-    """Whether models run in some way of ours, asked once each.
+class SupportCheck:
+    """Whether models run in some way of ours, asked once a model.
 
     Args:
         attempt: runs some tokens through a decoder on a device, and raises where they do not come out right:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError, is_out_of_memory, one_line
-from lowvram_grpo.policy.attention import attention_dtype, seen
+from lowvram_grpo.policy.attention import attention_dtype, causal_mask
 from lowvram_grpo.policy.xformers_attention import Blocks, Case, Kernel, bias_of, library, packed_attention
 
 # Compute capabilities where `auto` takes xformers, for each kind of pass. Modelled, not measured: on 7.5 every training
@@ -91,7 +91,7 @@ def _plain(blocks: Blocks, scale: float) -> Callable[[Tensor, Tensor, Tensor], T
         for qs, ks, vs in zip(*parts):
             t, n = qs.shape[1], ks.shape[1]
             scores = torch.einsum("bqhd,bkhd->bhqk", qs, ks) * scale
-            scores = scores.masked_fill(~seen(n - t, t, blocks.window, q.device), -torch.inf)
+            scores = scores.masked_fill(~causal_mask(n - t, t, blocks.window, q.device), -torch.inf)
             outs.append(torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), vs))
         return torch.cat(outs, 1)
 

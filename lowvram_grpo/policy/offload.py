@@ -30,7 +30,7 @@ MIN_BYTES = 2**18
 _IN_FLIGHT = 2
 
 
-class _Lane:
+class _CopyStream:
     """The copies of one device, and the host buffers they use. Lives as long as the process: buffers serve again."""
 
     def __init__(self, device: torch.device):
@@ -72,18 +72,18 @@ class _Lane:
             torch.cuda.current_stream(self.device).wait_event(event)
 
 
-_LANES: dict[torch.device, _Lane] = {}
+_STREAMS: dict[torch.device, _CopyStream] = {}
 
 
 class _Offloaded:
     """One saved tensor, in host memory."""
 
-    def __init__(self, tensor: Tensor, lane: _Lane):
-        self.lane, self.shape, self.dtype = lane, tensor.shape, tensor.dtype
+    def __init__(self, tensor: Tensor, stream: _CopyStream):
+        self.stream, self.shape, self.dtype = stream, tensor.shape, tensor.dtype
         self._back: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._buffer: Tensor | None = None
-        self._buffer = lane.buffer(tensor.nbytes)
-        self.left = None if self._buffer is None else lane.copy(self._host(), tensor)
+        self._buffer = stream.buffer(tensor.nbytes)
+        self.left = None if self._buffer is None else stream.copy(self._host(), tensor)
 
     def _host(self) -> Tensor:
         size = self.shape.numel() * self.dtype.itemsize
@@ -92,19 +92,19 @@ class _Offloaded:
     def fetch(self) -> None:
         """Begin to copy it back."""
         if self._back is None:
-            back = torch.empty(self.shape, dtype=self.dtype, device=self.lane.device)
-            self._back = back, None if self._buffer is None else self.lane.copy(back, self._host())
+            back = torch.empty(self.shape, dtype=self.dtype, device=self.stream.device)
+            self._back = back, None if self._buffer is None else self.stream.copy(back, self._host())
 
     def take(self) -> Tensor:
         self.fetch()
         (back, arrived), self._back = self._back, None
-        self.lane.wait(arrived)
+        self.stream.wait(arrived)
         return back
 
     def __del__(self):
         if self._back is not None:  # a backward pass that was broken off: nobody has waited for the copy
-            self.lane.wait(self._back[1])
-        self.lane.give_back(self._buffer)
+            self.stream.wait(self._back[1])
+        self.stream.give_back(self._buffer)
 
 
 class Offload(torch.autograd.graph.saved_tensors_hooks):
@@ -127,10 +127,10 @@ class Offload(torch.autograd.graph.saved_tensors_hooks):
         worth = tensor.is_floating_point() and tensor.nbytes >= self._min_bytes
         if not worth or type(tensor) is not Tensor or tensor.untyped_storage()._cdata in self._keep:
             return tensor
-        lane = _LANES.get(tensor.device)
-        if lane is None:
-            lane = _LANES[tensor.device] = _Lane(tensor.device)
-        packed = _Offloaded(tensor, lane)
+        stream = _STREAMS.get(tensor.device)
+        if stream is None:
+            stream = _STREAMS[tensor.device] = _CopyStream(tensor.device)
+        packed = _Offloaded(tensor, stream)
         self.tensors, self.bytes = self.tensors + 1, self.bytes + tensor.nbytes
         self._place[packed] = len(self._order)
         self._order.append(weakref.ref(packed))
@@ -142,7 +142,7 @@ class Offload(torch.autograd.graph.saved_tensors_hooks):
         """Let go of all but the last tensors that are on their way out."""
         while len(self._leaving) > in_flight:
             packed, _ = self._leaving.popleft()
-            packed.lane.wait(packed.left)
+            packed.stream.wait(packed.left)
 
     def _unpack(self, packed: Tensor | _Offloaded) -> Tensor:
         if not isinstance(packed, _Offloaded):

@@ -111,14 +111,14 @@ class Reference:
 
     @torch.no_grad()
     def _mix(self, alpha: float) -> None:
-        for mine, theirs in self._pairs():
-            mine.lerp_(theirs.to(mine.dtype), alpha)
+        for reference, policy in self._pairs():
+            reference.lerp_(policy.to(reference.dtype), alpha)
 
     def state(self) -> dict[str, Tensor]:
         """Weights that a checkpoint must hold; empty where the reference follows from the model's own."""
         if self.kind == "adapter off":
             return {}
-        return {f"{i:06d}": mine.detach().cpu().contiguous() for i, (mine, _) in enumerate(self._pairs())}
+        return {f"{i:06d}": reference.detach().cpu().contiguous() for i, (reference, _) in enumerate(self._pairs())}
 
     def save(self, folder: str | Path) -> None:
         from safetensors.torch import save_file
@@ -140,5 +140,5 @@ class Reference:
             self.kind = "frozen adapter"
             self._ensure_adapter()
         saved = load_file(path)
-        for i, (mine, _) in enumerate(self._pairs()):
-            mine.copy_(saved[f"{i:06d}"])
+        for i, (reference, _) in enumerate(self._pairs()):
+            reference.copy_(saved[f"{i:06d}"])

@@ -28,32 +28,32 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy.attention import (
     NAME,
-    Fit,
-    How,
+    AttentionParams,
     Layout,
+    SupportCheck,
     Unsupported,
     attend_causally,
     attention_dtype,
-    attention_set,
-    bias_of,
+    causal_bias,
     check_calls,
-    laid_out,
-    runs,
+    forward_with_layout,
+    layout_attention,
+    ranges,
 )  # fmt: skip
-from lowvram_grpo.policy.spread import Fold, spread
+from lowvram_grpo.policy.gather_kv import KVCopies, gather_kv
 from lowvram_grpo.policy.wrapper import unwrap
-from lowvram_grpo.policy.xformers_attention import Kernel, shared_pieces
+from lowvram_grpo.policy.xformers_attention import Kernel, shared_blocks
 
 # Packing is worth a change of path where it leaves out at least a tenth of the tokens.
-_WORTH = 0.9
+_MAX_PACKED_SHARE = 0.9
 
 
 class _Group(NamedTuple):
     """Where a group lies in the packed row, `begin` to `end`, its prompt first; indices are int64.
 
     Attributes:
-        rows: (G * longest,), where each token of the padded (G, longest) completions lies behind the prompt.
-        real: (end - begin - prompt,), the other way: where each token behind the prompt lies in those.
+        pad: (G * longest,), where each token of the padded (G, longest) completions lies behind the prompt.
+        unpad: (end - begin - prompt,), the other way: where each token behind the prompt lies in those.
         keys: (prompt + G (prompt + longest),), which of the group's tokens are the keys of its prompt, then of each
             padded completion.
     """
@@ -63,10 +63,10 @@ class _Group(NamedTuple):
     prompt: int
     count: int
     longest: int
-    rows: Tensor
-    real: Tensor
+    pad: Tensor
+    unpad: Tensor
     keys: Tensor
-    fold: Fold
+    copies: KVCopies
 
 
 class PrefixLayout(Layout):
@@ -98,7 +98,7 @@ class PrefixLayout(Layout):
     ):
         super().__init__()
         self._biases: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
-        taken, positions, scored, targets = [], [], [], []  # (start, length) runs
+        taken, positions, scored, targets = [], [], [], []  # (start, length) ranges
         shapes, indices, groups = [], [], []
         length = row = 0
         for count in group_sizes:
@@ -120,59 +120,65 @@ class PrefixLayout(Layout):
             row += count
         self.length, self._packed = length, None
         if kernel is not None:
-            blocks, keys, folds = shared_pieces(groups)
+            blocks, keys, copies = shared_blocks(groups)
             self._packed = kernel.on(blocks, device)
-            indices += [keys, *(x for fold in folds for x in (fold.shared, fold.own))]
-        packed = upload([runs(taken), runs(positions), runs(scored), runs(targets), *indices], device)
+            indices += [keys, *(x for each in copies for x in (each.shared, each.own))]
+        packed = upload([ranges(taken), ranges(positions), ranges(scored), ranges(targets), *indices], device)
         self._taken, positions, self.scored, self.targets = packed[:4]
         self.positions = positions[None]
-        last = 4 + _INDICES * len(shapes)
+        last = 4 + _INDICES_PER_GROUP * len(shapes)
         if kernel is not None:
             self._keys, pairs = packed[last], zip(packed[last + 1 :: 2], packed[last + 2 :: 2])
-            self._folds = [fold._replace(shared=shared, own=own) for fold, (shared, own) in zip(folds, pairs)]
-        parts = zip(*[iter(packed[4:last])] * _INDICES)
+            self._copies = [each._replace(shared=shared, own=own) for each, (shared, own) in zip(copies, pairs)]
+        parts = zip(*[iter(packed[4:last])] * _INDICES_PER_GROUP)
         self._groups = [
-            _Group(*shape, rows, real, keys, Fold(shape[2], 1 + shape[3], shared, own))
-            for shape, (rows, real, keys, shared, own) in zip(shapes, parts)
+            _Group(*shape, pad, unpad, keys, KVCopies(shape[2], 1 + shape[3], shared, own))
+            for shape, (pad, unpad, keys, shared, own) in zip(shapes, parts)
         ]
 
     def pack(self, rows: Tensor) -> Tensor:
         """(1, L) of the padded rows (b, width)."""
         return rows.flatten()[self._taken][None]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """As `Layout.attend`, with B = 1."""
-        if how.softcap is not None:
+        if params.softcap is not None:
             raise Unsupported("its attention has soft-capping")
         dtype = attention_dtype(query.device, query.dtype)
         # Before tokens are gathered: attention would cast the copies.
         query, key, value = (x.to(dtype) for x in (query, key, value))
-        if self._packed is not None and self._packed.takes(query, value, how):
-            keys, values = (spread(x, self._keys, query.shape[1], self._folds)[None] for x in (key, value))
-            return self._packed(query.transpose(1, 2), keys, values, how)
+        if self._packed is not None and self._packed.takes(query, value, params):
+            keys, values = (gather_kv(x, self._keys, query.shape[1], self._copies)[None] for x in (key, value))
+            return self._packed(query.transpose(1, 2), keys, values, params)
         parts = [(query, key, value)]
         if len(self._groups) > 1:
             # Split and not sliced: in the backward pass the parts are put together in one launch.
             sizes = [group.end - group.begin for group in self._groups]
             parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
-        return torch.cat([out for of, part in zip(self._groups, parts) for out in self._attend(of, *part, how)])[None]
+        return torch.cat(
+            [out for group, part in zip(self._groups, parts) for out in self._attend(group, *part, params)]
+        )[None]
 
-    def _attend(self, group: _Group, query: Tensor, key: Tensor, value: Tensor, how: How) -> list[Tensor]:
+    def _attend(
+        self, group: _Group, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> list[Tensor]:
         """(tokens, heads, d) of the prompt, and of the completions behind it."""
-        p, t, window, settings = group.prompt, group.longest, how.window, {"scale": how.scale, "dropout": how.dropout}
+        p, t, window = group.prompt, group.longest, params.window
+        settings = {"scale": params.scale, "dropout": params.dropout}
         # Heads that share keys get copies of them on the way, for the prompt and the completions alike.
-        keys, values = (spread(x, group.keys, query.shape[1], [group.fold]) for x in (key, value))
+        keys, values = (gather_kv(x, group.keys, query.shape[1], [group.copies]) for x in (key, value))
         shape = group.count, p + t
-        first, others = zip(*(x.split([p, group.count * (p + t)]) for x in (keys, values)))
-        mine, own = query.split([p, group.end - group.begin - p], 2)
+        prompt_kv, completion_kv = zip(*(x.split([p, group.count * (p + t)]) for x in (keys, values)))
+        prompt_query, completion_query = query.split([p, group.end - group.begin - p], 2)
         bias = None if window is None or window >= p else self._bias(0, p, window, query)
-        out = attend_causally(mine, *(x.transpose(0, 1)[None] for x in first), bias, **settings)
+        out = attend_causally(prompt_query, *(x.transpose(0, 1)[None] for x in prompt_kv), bias, **settings)
         outs = [out.squeeze(0).transpose(0, 1)]  # not out[0], whose way back fills zeros
         if t:
-            q = _Rows.apply(own.squeeze(0).transpose(0, 1), group.rows, group.real).unflatten(0, (group.count, t))
-            seen_by = (x.unflatten(0, shape).transpose(1, 2) for x in others)
-            out = attend_causally(q.transpose(1, 2), *seen_by, self._bias(p, t, window, query), **settings)
-            outs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, group.real))
+            q = _PadQueries.apply(completion_query.squeeze(0).transpose(0, 1), group.pad, group.unpad)
+            q = q.unflatten(0, (group.count, t))
+            kv = (x.unflatten(0, shape).transpose(1, 2) for x in completion_kv)
+            out = attend_causally(q.transpose(1, 2), *kv, self._bias(p, t, window, query), **settings)
+            outs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, group.unpad))
         return outs
 
     def _bias(self, before: int, t: int, window: int | None, query: Tensor) -> Tensor:
@@ -180,47 +186,47 @@ class PrefixLayout(Layout):
         sees any padding."""
         key = before, t, window, query.dtype
         if key not in self._biases:
-            self._biases[key] = bias_of(before, t, window, query.dtype, query.device)
+            self._biases[key] = causal_bias(before, t, window, query.dtype, query.device)
         return self._biases[key]
 
 
 # Tensors of a group in the upload.
-_INDICES = 5
+_INDICES_PER_GROUP = 5
 
 
 def _group_indices(prompt: int, kept: list[int], starts: list[int], longest: int) -> list[Tensor]:
-    """On the host: `rows`, `real` and `keys` of a `_Group`, and the indices of its `Fold`."""
-    count, at = len(kept) if longest else 0, torch.tensor(starts[:-1], device="cpu")[:, None]
+    """On the host: `pad`, `unpad` and `keys` of a `_Group`, and the indices of its `KVCopies`."""
+    count, first_tokens = len(kept) if longest else 0, torch.tensor(starts[:-1], device="cpu")[:, None]
     # Padding repeats some real token: no real query sees it, and its own output is dropped.
     steps = torch.arange(longest, device="cpu").clamp(max=torch.tensor(kept, device="cpu")[:, None] - 1).clamp(min=0)
-    rows = (at + steps).clamp(max=max(starts[-1] - 1, 0))
-    alone = torch.arange(prompt, device="cpu")
-    behind = torch.cat([alone.expand(len(kept), -1), prompt + rows], 1) if count else rows
-    keys = torch.cat([alone, behind.flatten()])
+    pad = (first_tokens + steps).clamp(max=max(starts[-1] - 1, 0))
+    prompt_index = torch.arange(prompt, device="cpu")
+    rows = torch.cat([prompt_index.expand(len(kept), -1), prompt + pad], 1) if count else pad
+    keys = torch.cat([prompt_index, rows.flatten()])
     first = [prompt + i * (prompt + longest) for i in range(count)]
-    shared = runs([(start, prompt) for start in (0, *first)])
-    own = runs([(start + prompt, n) for start, n in zip(first, kept)])
-    real = runs([(i * longest, n) for i, n in enumerate(kept)])
-    return [rows.flatten(), real, keys, shared, own]
+    shared = ranges([(start, prompt) for start in (0, *first)])
+    own = ranges([(start + prompt, n) for start, n in zip(first, kept)])
+    unpad = ranges([(i * longest, n) for i, n in enumerate(kept)])
+    return [pad.flatten(), unpad, keys, shared, own]
 
 
-class _Rows(torch.autograd.Function):
+class _PadQueries(torch.autograd.Function):
     """Queries (tokens, heads, d) as padded rows, whose gradient is that of the real ones: what comes out of a padded
     row is dropped, so its gradient is 0."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor, real: Tensor) -> Tensor:
-        ctx.real = real
-        return x.index_select(0, rows)
+    def forward(ctx, x: Tensor, pad: Tensor, unpad: Tensor) -> Tensor:
+        ctx.unpad = unpad
+        return x.index_select(0, pad)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.real), None, None
+        return grad.index_select(0, ctx.unpad), None, None
 
 
 def packed_states(decoder: nn.Module, input_ids: Tensor, layout: PrefixLayout) -> Tensor:
     """(L, H) last hidden states of the packed row, from padded rows (b, width). See `why_not`."""
-    return laid_out(decoder, layout, layout.positions, input_ids=layout.pack(input_ids))[0]
+    return forward_with_layout(decoder, layout, layout.positions, input_ids=layout.pack(input_ids))[0]
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -228,22 +234,22 @@ def why_not(model: nn.Module) -> str | None:
 
     The first answer for a model costs a pass over some ten tokens, and sets its attention to `NAME` where it can.
     """
-    return _FIT.reason_against(unwrap(model))
+    return _SUPPORT.reason_against(unwrap(model))
 
 
-def _attempt(decoder: nn.Module, device: torch.device) -> None:
+def _check_packing(decoder: nn.Module, device: torch.device) -> None:
     config = decoder.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise Unsupported("its attention has soft-capping")
     if config._attn_implementation not in ("sdpa", NAME):
         raise Unsupported(f"attn_implementation is {config._attn_implementation}, not sdpa")
     layout = PrefixLayout([2, 2, 1], [3, 1, 2], [2, 1], width=5, prompt_width=2, device=device)
-    with attention_set(decoder, keep=True):
+    with layout_attention(decoder, keep=True):
         packed_states(decoder, torch.ones(3, 5, dtype=torch.long, device=device), layout)
         check_calls(decoder, layout)
 
 
-_FIT = Fit(_attempt)
+_SUPPORT = SupportCheck(_check_packing)
 
 
 def packed_tokens(prompt_lengths: Sequence[int], completion_lengths: Sequence[int], group_sizes: Sequence[int]) -> int:
@@ -271,7 +277,7 @@ def shared_groups(
         return None
     if setting == "auto":
         padded = len(prompt_lengths) * (max(prompt_lengths) + max(completion_lengths))
-        if packed_tokens(prompt_lengths, completion_lengths, group_sizes) > _WORTH * padded:
+        if packed_tokens(prompt_lengths, completion_lengths, group_sizes) > _MAX_PACKED_SHARE * padded:
             return None
     reason = why_not(model)
     if reason and setting == "on":

@@ -46,7 +46,7 @@ def usable(kind: str, device: torch.device, enabled: str) -> bool:
     plan on meta tensors counts it only where it is asked for: what `auto` falls back to needs more."""
     if device.type == "meta" and enabled == "auto":
         return False
-    return wanted(kind, enabled) and runs(kind, device, torch.float32 if kind == "sample" else _half(device))
+    return wanted(kind, enabled) and passes_trial(kind, device, torch.float32 if kind == "sample" else _half(device))
 
 
 def _half(device: torch.device) -> torch.dtype:
@@ -55,7 +55,7 @@ def _half(device: torch.device) -> torch.dtype:
 
 
 @trial
-def runs(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
+def passes_trial(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel compiles here and is right: asked once a process, since Triton needs more than a GPU, and
     bfloat16 more than an old one. Without the kernel there is nothing to gain on CUDA."""
     if device.type != "cuda":
@@ -78,21 +78,21 @@ def random_numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
-def _both(kernel: Callable, reference: Callable, arguments: Callable[[Tensor], tuple]) -> Callable:
-    def ask(x: Tensor) -> tuple[Tensor, Tensor]:
+def _compared(kernel: Callable, reference: Callable, arguments: Callable[[Tensor], tuple]) -> Callable:
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
         given = arguments(x)
         return kernel(*given), reference(*given)
 
-    return ask
+    return run
 
 
 def _with_gradients(kernel: Callable, reference: Callable, arguments: Callable[[Tensor], tuple], trained: int):
     """Results, and gradients to the first `trained` arguments, in one tensor."""
 
-    def ask(x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
         return _and_gradients(kernel, arguments(x), trained), _and_gradients(reference, arguments(x), trained)
 
-    return ask
+    return run
 
 
 # A trial launches what a run launches: every tile, and enough steps and blocks that loads are fetched ahead and sums go
@@ -160,9 +160,9 @@ def _nf4_dense(x: Tensor) -> tuple[Tensor, Tensor]:
 # Of each kind, from random numbers (3, 4, 5, 64) of the device and dtype in question: what the kernel finds, and what
 # eager code does.
 TRIALS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    "rms_norm": _both(rms_norm, rms_norm_ref, lambda x: (x, x[0, 0, 0], 1e-6)),
-    "swiglu": _both(swiglu, swiglu_ref, lambda x: (x, x + 1)),
-    "rope": _both(partial(_ropes, rope), partial(_ropes, rope_ref), lambda x: (x, x[:, :1], x[:, 0], x[:, 1])),
+    "rms_norm": _compared(rms_norm, rms_norm_ref, lambda x: (x, x[0, 0, 0], 1e-6)),
+    "swiglu": _compared(swiglu, swiglu_ref, lambda x: (x, x + 1)),
+    "rope": _compared(partial(_ropes, rope), partial(_ropes, rope_ref), lambda x: (x, x[:, :1], x[:, 0], x[:, 1])),
     "sample": _sample,
     "int8_head": _int8_head,
     "nf4_product": partial(_small_product, four_bit=True),

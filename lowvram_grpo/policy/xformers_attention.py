@@ -10,7 +10,7 @@ nothing is padded and no mask is read.
 Where it can win: sdpa takes FlashAttention from compute capability 8.0 on and only without a mask, else the
 memory-efficient kernel with a mask as a tensor. xformers' `memory_efficient_attention_partial` and `merge_attentions`
 would keep one copy of a prompt's keys, but what runs on Turing (`fmha.cutlass`) has no partial attention, and there is
-no window between the parts; so keys are gathered (`policy/spread.py`), one call does the rest, and its backward is
+no window between the parts; so keys are gathered (`policy/gather_kv.py`), one call does the rest, and its backward is
 xformers' own. There heads must be as many for keys as for queries: grouped ones are known to forward passes alone.
 """
 
@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.errors import one_line
-from lowvram_grpo.policy.attention import How, repeated, runs
-from lowvram_grpo.policy.spread import Fold
+from lowvram_grpo.policy.attention import AttentionParams, ranges, repeat_kv
+from lowvram_grpo.policy.gather_kv import KVCopies
 
 
 class Case(NamedTuple):
@@ -63,14 +63,15 @@ def library() -> tuple[Any, str | None]:
 
 
 class Blocks(NamedTuple):
-    """Sequences in a packed row: how many queries and keys each has, never fewer keys; `window` as in `How`."""
+    """Sequences in a packed row: how many queries and keys each has, never fewer keys; `window` as in
+    `AttentionParams`."""
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
     window: int | None = None
 
 
-def shared_pieces(groups: Sequence[tuple[int, Sequence[int]]]) -> tuple[Blocks, Tensor, list[Fold]]:
+def shared_blocks(groups: Sequence[tuple[int, Sequence[int]]]) -> tuple[Blocks, Tensor, list[KVCopies]]:
     """A packed row of groups that share their prompts, as sequences: each prompt, then each completion behind it.
 
     Args:
@@ -78,10 +79,10 @@ def shared_pieces(groups: Sequence[tuple[int, Sequence[int]]]) -> tuple[Blocks, 
 
     Returns:
         the sequences, whose queries are the row as it is; (S,) int64 on the host, which token of the row is which key;
-        a fold a group, on the host.
+        the copies of each group's tokens, on the host.
     """
-    queries, keys, index, folds = [], [], [], []
-    begin = at = 0  # of the group, in the row and among the keys
+    queries, keys, index, copies = [], [], [], []
+    begin = first_key = 0  # of the group, in the row and among the keys
     for prompt, completions in groups:
         kept = [n for n in completions if n]
         starts = accumulate(kept, initial=begin + prompt)
@@ -90,12 +91,12 @@ def shared_pieces(groups: Sequence[tuple[int, Sequence[int]]]) -> tuple[Blocks, 
         index.append((begin, prompt))
         for start, n in zip(starts, kept):
             index += [(begin, prompt), (start, n)]
-        firsts = list(accumulate((prompt + n for n in kept), initial=at + prompt))
-        shared = runs([(first, prompt) for first in (at, *firsts[:-1])])
-        own = runs([(first + prompt, n) for first, n in zip(firsts, kept)])
-        folds.append(Fold(prompt, 1 + len(kept), shared, own))
-        begin, at = begin + prompt + sum(kept), firsts[-1]
-    return Blocks(tuple(queries), tuple(keys)), runs(index), folds
+        firsts = list(accumulate((prompt + n for n in kept), initial=first_key + prompt))
+        shared = ranges([(first, prompt) for first in (first_key, *firsts[:-1])])
+        own = ranges([(first + prompt, n) for first, n in zip(firsts, kept)])
+        copies.append(KVCopies(prompt, 1 + len(kept), shared, own))
+        begin, first_key = begin + prompt + sum(kept), firsts[-1]
+    return Blocks(tuple(queries), tuple(keys)), ranges(index), copies
 
 
 def bias_of(ops: Any, blocks: Blocks, device: torch.device) -> Any:
@@ -116,7 +117,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float, o
     if heads == shared:
         return ops.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)
     if not _takes_grouped_heads(q):
-        k, v = (repeated(x.transpose(1, 2), heads).transpose(1, 2) for x in (k, v))
+        k, v = (repeat_kv(x.transpose(1, 2), heads).transpose(1, 2) for x in (k, v))
         return ops.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)
     repeats = heads // shared
     k, v = (x[:, :, :, None].expand(-1, -1, -1, repeats, -1) for x in (k, v))
@@ -152,19 +153,19 @@ class Packed:
         self.kernel, self.blocks, self.device = kernel, blocks, device
         self._biases: dict[int | None, Any] = {}
 
-    def takes(self, query: Tensor, value: Tensor, how: How) -> bool:
+    def takes(self, query: Tensor, value: Tensor, params: AttentionParams) -> bool:
         """Whether it attends in this layer: query and value (1, heads, L, d) in the dtype of the attention.
         Soft-capping and dropout are sdpa's."""
-        windowed = self._window(how) is not None
+        windowed = self._window(params) is not None
         case = Case(query.device, query.dtype, query.shape[3], value.shape[3], self.kernel.training, windowed)
-        return case in self.kernel.cases and how.softcap is None and not how.dropout
+        return case in self.kernel.cases and params.softcap is None and not params.dropout
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         """As `packed_attention`."""
-        window = self._window(how)
+        window = self._window(params)
         if window not in self._biases:
             self._biases[window] = bias_of(library()[0], self.blocks._replace(window=window), self.device)
-        return packed_attention(q, k, v, self._biases[window], how.scale)
+        return packed_attention(q, k, v, self._biases[window], params.scale)
 
-    def _window(self, how: How) -> int | None:
-        return how.window if how.window is not None and how.window < max(self.blocks.keys) else None
+    def _window(self, params: AttentionParams) -> int | None:
+        return params.window if params.window is not None and params.window < max(self.blocks.keys) else None

@@ -23,8 +23,9 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.host import HostBytes
 from lowvram_grpo.memory.ledger import counted_as
 from lowvram_grpo.policy.fused_lora import forget_copies
+from lowvram_grpo.policy.own_forward import replace_forward
 from lowvram_grpo.policy.plain_lora import PlainLora, has_plain_base, plain_groups
-from lowvram_grpo.rollout.siblings import Downs, LastShared, Products, products_of
+from lowvram_grpo.rollout.siblings import FusedLinears, OutputCache, StackedLoraA, fused_linears
 
 MODES = ("auto", "fused", "merged", "off")
 
@@ -74,12 +75,6 @@ def fast_adapters(model: nn.Module, mode: str = "auto", fused_ops: str = "off") 
         yield
 
 
-def _replace_forward(layer: nn.Module, forward: Callable[..., Tensor], undo: ExitStack) -> None:
-    own = vars(layer)
-    undo.callback(own.update, forward=own["forward"]) if "forward" in own else undo.callback(own.pop, "forward", None)
-    layer.forward = forward
-
-
 # Fused
 
 
@@ -87,8 +82,8 @@ def _fuse_all(model: nn.Module, groups: list[list[PlainLora]], fused_ops: str, u
     # What a model with a quantized base computes in.
     floats = (p.dtype for name, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in name)
     model_dtype = next(floats, torch.float32)
-    last = LastShared()
-    undo.callback(last.forget)
+    cache = OutputCache()
+    undo.callback(cache.forget)
     for loras in groups:
         weight = loras[0].layer.base_layer.weight
         kind = weight.device.type
@@ -96,32 +91,32 @@ def _fuse_all(model: nn.Module, groups: list[list[PlainLora]], fused_ops: str, u
             dtype = weight.dtype if has_plain_base(loras[0].layer) else model_dtype
         else:  # what training computes the adapter in
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else loras[0].a.dtype
-        downs = Downs([lora.a for lora in loras], dtype)
+        lora_a = StackedLoraA([lora.a for lora in loras], dtype)
         # Laid out by rows: for a few rows of input that is the faster of the two on a CPU.
-        ups = [(lora.b * lora.scaling).T.to(dtype).contiguous() for lora in loras]
-        products = products_of(loras, downs, ups, fused_ops)
-        for i, (lora, bt) in enumerate(zip(loras, ups)):
-            _replace_forward(lora.layer, _fused_forward(lora.layer, last, downs, products, i, bt), undo)
+        lora_b = [(lora.b * lora.scaling).T.to(dtype).contiguous() for lora in loras]
+        fused = fused_linears(loras, lora_a, lora_b, fused_ops)
+        for i, (lora, b_t) in enumerate(zip(loras, lora_b)):
+            replace_forward(lora.layer, "forward", _fused_forward(lora.layer, cache, lora_a, fused, i, b_t), undo)
 
 
 def _fused_forward(
-    layer: nn.Module, last: LastShared, downs: Downs, products: Products | None, i: int, bt: Tensor
+    layer: nn.Module, cache: OutputCache, lora_a: StackedLoraA, fused: FusedLinears | None, i: int, b_t: Tensor
 ) -> Callable[..., Tensor]:
-    """`bt`: (r, O), scaled."""
+    """`b_t`: (r, O), scaled."""
     base, slow = layer.base_layer, type(layer).forward
 
     def forward(x: Tensor, *args, **kwargs) -> Tensor:
         if args or kwargs or torch.is_grad_enabled():
             return slow(layer, x, *args, **kwargs)
-        if products is not None and products.take(x):
-            return last.part(products, i, x)
-        z = last.part(downs, i, x)
+        if fused is not None and fused.accepts(x):
+            return cache.get(fused, i, x)
+        z = cache.get(lora_a, i, x)
         y = base(x)
-        if y.dtype == z.dtype == bt.dtype and y.is_contiguous():
-            y.view(-1, bt.shape[1]).addmm_(z, bt)
+        if y.dtype == z.dtype == b_t.dtype and y.is_contiguous():
+            y.view(-1, b_t.shape[1]).addmm_(z, b_t)
             return y
         # Autocast on meta tensors, or a base that answers in another dtype than it computes in.
-        return y.add_(torch.mm(z.to(bt.dtype), bt).view(y.shape))
+        return y.add_(torch.mm(z.to(b_t.dtype), b_t).view(y.shape))
 
     return forward
 
@@ -147,7 +142,7 @@ def _merge_all(model: nn.Module, groups: list[list[PlainLora]], undo: ExitStack)
         weight = lora.layer.base_layer.weight
         undo.callback(host.put_back, weight, place)
         _merge(weight, lora.a, lora.b, lora.scaling)
-        _replace_forward(lora.layer, _merged_forward(lora.layer.base_layer), undo)
+        replace_forward(lora.layer, "forward", _merged_forward(lora.layer.base_layer), undo)
     return [rest for loras in groups if (rest := [lora for lora in loras if lora not in chosen])]
 
 

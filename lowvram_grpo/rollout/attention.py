@@ -11,7 +11,16 @@ from torch import Tensor
 from lowvram_grpo.kernels.decode.attention import decode_attention, usable_path
 from lowvram_grpo.kernels.decode.kv import Rows
 from lowvram_grpo.memory.host import upload
-from lowvram_grpo.policy.attention import How, Layout, attend_causally, attention_dtype, bias_of, repeated, runs, seen
+from lowvram_grpo.policy.attention import (
+    AttentionParams,
+    Layout,
+    attend_causally,
+    attention_dtype,
+    causal_bias,
+    causal_mask,
+    ranges,
+    repeat_kv,
+)
 from lowvram_grpo.policy.xformers_attention import Blocks, Kernel, Packed
 from lowvram_grpo.rollout.cache import GroupCache
 
@@ -39,46 +48,46 @@ class PrefillLayout(Layout):
 
     def positions(self, device: torch.device) -> Tensor:
         """(1, L) int64."""
-        return upload([runs([(0, b - a) for a, b in self.spans])], device)[0][None]
+        return upload([ranges([(0, b - a) for a, b in self.spans])], device)[0][None]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
-        kept = self.cache.layer(layer, key, value)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+        layer_cache = self.cache.layer(layer, key, value)
         for slot, (a, b) in zip(self.slots, self.spans):
-            kept.keep_prompt(slot, key[0, :, a:b], value[0, :, a:b])
+            layer_cache.keep_prompt(slot, key[0, :, a:b], value[0, :, a:b])
         dtype = attention_dtype(query.device, query.dtype)
         query, key, value = (x.to(dtype) for x in (query, key, value))
         if self.kernel is not None:
             self._packed = self._packed or self.kernel.on(self.blocks, query.device)
-            if self._packed.takes(query, value, how):
-                return self._packed(*(x.transpose(1, 2) for x in (query, key, value)), how)
-        if how.softcap is None:  # for all prompts at once
-            key, value = (repeated(x, query.shape[1]) for x in (key, value))
-        outs = [self._causal(*(x[:, :, a:b] for x in (query, key, value)), how) for a, b in self.spans]
+            if self._packed.takes(query, value, params):
+                return self._packed(*(x.transpose(1, 2) for x in (query, key, value)), params)
+        if params.softcap is None:  # for all prompts at once
+            key, value = (repeat_kv(x, query.shape[1]) for x in (key, value))
+        outs = [self._causal(*(x[:, :, a:b] for x in (query, key, value)), params) for a, b in self.spans]
         return torch.cat(outs, 2).transpose(1, 2)
 
-    def _causal(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         """(1, heads, L, Dv) of one prompt."""
         length = q.shape[2]
-        window = None if how.window is None or how.window >= length else how.window
-        if how.softcap is not None:
-            return _capped(q, k, v, how, window)
+        window = None if params.window is None or params.window >= length else params.window
+        if params.softcap is not None:
+            return _capped(q, k, v, params, window)
         bias = None
         if window is not None:
             if (length, window) not in self._biases:
-                self._biases[length, window] = bias_of(0, length, window, q.dtype, q.device)
+                self._biases[length, window] = causal_bias(0, length, window, q.dtype, q.device)
             bias = self._biases[length, window]
-        return attend_causally(q, k, v, bias, scale=how.scale)
+        return attend_causally(q, k, v, bias, scale=params.scale)
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, how: How, window: int | None) -> Tensor:
+def _capped(q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, window: int | None) -> Tensor:
     length = q.shape[2]
     q = q.unflatten(1, (k.shape[1], -1))  # (1, KVH, heads / KVH, L, D)
     outs = []
     for first in range(0, length, _BLOCK):
         last = min(first + _BLOCK, length)
-        scores = (q[..., first:last, :] @ k[:, :, None, :last].transpose(3, 4) * how.scale).float()
-        scores = scores.div_(how.softcap).tanh_().mul_(how.softcap)
-        scores.masked_fill_(~seen(first, last - first, window, q.device), -torch.inf)
+        scores = (q[..., first:last, :] @ k[:, :, None, :last].transpose(3, 4) * params.scale).float()
+        scores = scores.div_(params.softcap).tanh_().mul_(params.softcap)
+        scores.masked_fill_(~causal_mask(first, last - first, window, q.device), -torch.inf)
         outs.append(scores.softmax(-1).to(v.dtype) @ v[:, :, None, :last])
     return torch.cat(outs, 3).flatten(1, 2)
 
@@ -97,13 +106,13 @@ class DecodeLayout(Layout):
         super().__init__()
         self.cache, self.rows, self.path, self.fixed = cache, rows, path, True
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
-        kept = self.cache.layer(layer, key, value)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+        layer_cache = self.cache.layer(layer, key, value)
         q, k, v = (x[:, :, 0] for x in (query, key, value))
         path = usable_path(q, k, v, self.path)
         self.fixed &= path == "triton"
         out = decode_attention(
-            q, k, v, kept.prompts, kept.own, self.rows,
-            scale=how.scale, window=how.window, softcap=how.softcap, spread=kept.spread, path=path,
+            q, k, v, layer_cache.prompts, layer_cache.own, self.rows,
+            scale=params.scale, window=params.window, softcap=params.softcap, spread=layer_cache.spread, path=path,
         )  # fmt: skip
         return out[:, None]

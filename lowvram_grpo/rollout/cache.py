@@ -63,7 +63,7 @@ class GroupCache:
 
     def _empty(self, n: int, length: int, key: Tensor, value: Tensor) -> KV:
         # Zeros: what nobody has written is masked, but 0 times a NaN that lay there is a NaN.
-        make = lambda *shape, **how: torch.zeros(n, key.shape[1], length, *shape, device=key.device, **how)
+        make = lambda *shape, dtype: torch.zeros(n, key.shape[1], length, *shape, device=key.device, dtype=dtype)
         if self.dtype != "int8":
             return KV(make(key.shape[3], dtype=key.dtype), make(value.shape[3], dtype=value.dtype))
         codes = (make(x.shape[3], dtype=torch.int8) for x in (key, value))
@@ -73,19 +73,19 @@ class GroupCache:
     def nbytes(self) -> int:
         """Of all layers that have been seen."""
         layers = self._layers.values()
-        return sum(x.nbytes for at in layers for x in (*at.prompts, *at.own, at.spread) if x is not None)
+        return sum(x.nbytes for layer in layers for x in (*layer.prompts, *layer.own, layer.spread) if x is not None)
 
     def move_slot(self, source: int, target: int) -> None:
         """Copy a prompt over another."""
-        for at in self._layers.values():
-            _move(at.prompts, source, target, self.prompt_length)
-            if at.spread is not None:
-                at.spread[target] = at.spread[source]
+        for layer in self._layers.values():
+            _move(layer.prompts, source, target, self.prompt_length)
+            if layer.spread is not None:
+                layer.spread[target] = layer.spread[source]
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a row over another's."""
-        for at in self._layers.values():
-            _move(at.own, source, target, length)
+        for layer in self._layers.values():
+            _move(layer.own, source, target, length)
 
     def close(self) -> None:
         """Free it, also where the frames of an error still hold the object."""

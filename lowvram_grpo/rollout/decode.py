@@ -18,7 +18,7 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.kernels.decode.kv import Rows
 from lowvram_grpo.kernels.decode.logits import linear_logits
 from lowvram_grpo.memory.host import upload
-from lowvram_grpo.policy.attention import laid_out
+from lowvram_grpo.policy.attention import forward_with_layout
 from lowvram_grpo.policy.embeddings import HostEmbedding
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.xformers_attention import Kernel
@@ -27,7 +27,7 @@ from lowvram_grpo.rollout.cache import GroupCache
 from lowvram_grpo.rollout.graphs import StepGraphs
 from lowvram_grpo.rollout.noise import stream_key
 from lowvram_grpo.rollout.sampler import Sampler, Sampling
-from lowvram_grpo.rollout.schedule import Schedule
+from lowvram_grpo.rollout.schedule import Scheduler
 
 # So many tokens of prompts go through the decoder together: they fill a GPU, and take little memory beside the cache.
 PREFILL_TOKENS = 1024
@@ -56,18 +56,22 @@ class DecodeSettings:
     prefill_kernel: Kernel | None = None
 
 
-class _Table(NamedTuple):
-    """int64 (R,) views of one upload: what the host knows of each row."""
+class _RowTable(NamedTuple):
+    """int64 (R,) views of one upload: what the host knows of each row.
+
+    `slot`, `rank` and `age` are those of the decode attention's `Rows`, `output` is the row of `Decoder.ids` that the
+    request writes to, and `key` that of its random stream.
+    """
 
     slot: Tensor
     rank: Tensor
     age: Tensor
-    out: Tensor
+    output: Tensor
     key: Tensor
 
 
 class Decoder:
-    """Decodes what a `Schedule` seats.
+    """Decodes what a `Scheduler` admits.
 
     Args:
         causal_lm: Hugging Face model in eval mode, its attention set to ours.
@@ -85,7 +89,7 @@ class Decoder:
         self,
         causal_lm: nn.Module,
         sampling: Sampling,
-        schedule: Schedule,
+        scheduler: Scheduler,
         prompts: list[list[int]],
         group: int,
         *,
@@ -94,21 +98,21 @@ class Decoder:
         settings: DecodeSettings,
     ):
         self.decoder, self.head = getattr(causal_lm, causal_lm.base_model_prefix), head_of(causal_lm)
-        self.sampling, self.schedule, self.prompts, self.group = sampling, schedule, prompts, group
+        self.sampling, self.scheduler, self.prompts, self.group = sampling, scheduler, prompts, group
         self.seed, self.device, self.settings = seed, device, settings
         if not all(prompts):
             raise UserError(
                 "A prompt has no tokens; give every prompt at least one, its beginning-of-text for example."
             )
-        rows, slots, length = schedule.rows, schedule.slots, sampling.max_new_tokens
+        rows, slots, length = scheduler.rows, scheduler.slots, sampling.max_new_tokens
         self.cache = GroupCache(slots, max(map(len, prompts)) - 1, rows, length, settings.kv_dtype)
         self.sampler = Sampler(sampling, rows, self.head.shape[0], device, fused=settings.fused_sampler)
         completions = len(prompts) * group
         self.ids = torch.zeros(completions + 1, length, dtype=torch.long, device=device)
         self.logps = torch.zeros(completions + 1, length, device=device)
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        self._table = torch.zeros(len(_Table._fields), rows, dtype=torch.long, device=device)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._table = torch.zeros(len(_RowTable._fields), rows, dtype=torch.long, device=device)
         self._prefix = torch.zeros(slots, dtype=torch.long, device=device)
         self._members = torch.full((slots, min(group, rows)), -1, dtype=torch.long, device=device)
         self._ages: list[int] = []
@@ -116,27 +120,27 @@ class Decoder:
         embedding = causal_lm.get_input_embeddings()
         self._host_embedding = embedding if isinstance(embedding, HostEmbedding) else None
         self._inputs: Tensor | None = None
-        self._graphs = StepGraphs(self._work, rows, enabled=settings.graphs)
+        self._graphs = StepGraphs(self._forward, rows, enabled=settings.graphs)
 
     # Between steps: the host moves rows and prompts about
 
-    def turn(self, ended: Iterable[int] = ()) -> None:
-        """Retire rows, seat and prefill whoever comes next."""
-        changes = self.schedule.turn(ended)
-        for source, target in changes.row_moves:
+    def admit(self, finished: Iterable[int] = ()) -> None:
+        """Free the rows that have finished; admit the requests that come next, and prefill their prompts."""
+        update = self.scheduler.admit(finished)
+        for source, target in update.row_moves:
             self.cache.move_row(source, target, self._ages[source])
             self.sampler.move(source, target)
             self.tokens[target] = self.tokens[source]
             self._ages[target] = self._ages[source]
-        for source, target in changes.slot_moves:
+        for source, target in update.slot_moves:
             self.cache.move_slot(source, target)
-        self._ages = (self._ages + [0] * len(changes.admitted))[: len(self.schedule.seats)]
-        packs = self._packs(changes.prefills)
+        self._ages = (self._ages + [0] * len(update.admitted))[: len(self.scheduler.running)]
+        packs = self._packs(update.prefills)
         if self.device.type == "meta":
             packs = packs[:1]  # the first stands for all: none is larger
-        for row in changes.admitted:
+        for row in update.admitted:
             self._ages[row] = 0
-        for pack, ids in zip(packs, self._upload(changes.admitted, packs)):
+        for pack, ids in zip(packs, self._upload(update.admitted, packs)):
             self.prefill(pack, ids)
 
     def _packs(self, prefills: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
@@ -164,34 +168,34 @@ class Decoder:
         prompts = [self._prefilled(prompt) for _, prompt in pack]
         slots, kernel = [slot for slot, _ in pack], self.settings.prefill_kernel
         layout = PrefillLayout(self.cache, [len(p) for p in prompts], slots, kernel)
-        laid_out(self.decoder, layout, layout.positions(self.device), input_ids=ids)
+        forward_with_layout(self.decoder, layout, layout.positions(self.device), input_ids=ids)
 
     def _upload(self, admitted: Sequence[int] = (), packs: Sequence[list[tuple[int, int]]] = ()) -> list[Tensor]:
-        """Tell the device who sits where, what the rows feed that have just sat down, and what is to be prefilled: the
-        ids (1, L) of each pack. One copy that nobody waits for."""
-        seats, members = self.schedule.seats, self.schedule.members()
+        """Tell the device which request each row decodes, what the rows feed that were just admitted, and what is to be
+        prefilled: the ids (1, L) of each pack. One copy that nobody waits for."""
+        running, members = self.scheduler.running, self.scheduler.members()
         rows = self._table.shape[1]
-        table = [[0, -1, 0, len(self.ids) - 1, 0]] * rows  # what nobody waits for, where no seat is
+        table = [[0, -1, 0, len(self.ids) - 1, 0]] * rows  # what nobody waits for, where no request is
         for slot, group in enumerate(members):
             for rank, row in enumerate(group):
-                prompt, g = seats[row]
-                out = prompt * self.group + g
-                table[row] = [slot, rank, self._ages[row], out, stream_key(self.seed, prompt, g)]
+                prompt, g = running[row]
+                output = prompt * self.group + g
+                table[row] = [slot, rank, self._ages[row], output, stream_key(self.seed, prompt, g)]
         slots, width = self._members.shape
         idle = slots - len(members)
-        before = [len(self.prompts[p]) - 1 for p in self.schedule.held] + [0] * idle
+        before = [len(self.prompts[p]) - 1 for p in self.scheduler.held] + [0] * idle
         ranked = [m + [-1] * (width - len(m)) for m in members] + [[-1] * width] * idle
-        begins = {row: self.prompts[seats[row].prompt] for row in admitted}
-        fed = [begins[row][-1] if row in begins else -1 for row in range(rows)]
+        new = {row: self.prompts[running[row].prompt] for row in admitted}
+        fed = [new[row][-1] if row in new else -1 for row in range(rows)]
         ids = [[i for _, prompt in pack for i in self._prefilled(prompt)] for pack in packs]
-        said = [(row, i) for row, prompt in begins.items() for i in prompt] if self.sampler.remembers else []
-        parts = [list(zip(*table)), before, ranked, fed, [row for row, _ in said], [i for _, i in said], *ids]
+        seen = [(row, i) for row, prompt in new.items() for i in prompt] if self.sampler.penalizes else []
+        parts = [list(zip(*table)), before, ranked, fed, [row for row, _ in seen], [i for _, i in seen], *ids]
         parts = upload([torch.tensor(part, dtype=torch.long, device="cpu") for part in parts], self.device)
         for kept, part in zip((self._table, self._prefix, self._members), parts):
             kept.copy_(part)
         self.tokens.copy_(torch.where(parts[3] >= 0, parts[3], self.tokens))
         self.sampler.admit(admitted, *parts[4:6])
-        self.ended.zero_()
+        self.finished.zero_()
         self._most_members = max(map(len, members), default=0)
         in_order = [row for group in members for row in group]
         self._regular = in_order == list(range(len(members) * self._most_members))
@@ -206,7 +210,7 @@ class Decoder:
 
     def step(self) -> None:
         """Feed the last token of each row and draw the next."""
-        width = self._graphs.width(len(self.schedule.seats), self.sampling.max_new_tokens - min(self._ages))
+        width = self._graphs.width(len(self.scheduler.running), self.sampling.max_new_tokens - min(self._ages))
         if self._host_embedding is not None:
             embedded = self._host_embedding(self.tokens[:width, None])
             if self._inputs is None:
@@ -215,33 +219,33 @@ class Decoder:
         self._graphs(width)
         self._ages = [age + 1 for age in self._ages]
 
-    def _work(self, width: int) -> None:
-        at = _Table(*self._table[:, :width])
-        layout = DecodeLayout(self.cache, self._rows(at), self.settings.attention_path)
-        positions = (self._prefix[at.slot] + at.age)[:, None]
-        given = {"input_ids": self.tokens[:width, None]}
+    def _forward(self, width: int) -> None:
+        rows = _RowTable(*self._table[:, :width])
+        layout = DecodeLayout(self.cache, self._attention_rows(rows), self.settings.attention_path)
+        positions = (self._prefix[rows.slot] + rows.age)[:, None]
+        inputs = {"input_ids": self.tokens[:width, None]}
         if self._host_embedding is not None:
-            given = {"inputs_embeds": self._inputs[:width]}
-        hidden = laid_out(self.decoder, layout, positions, **given)[:, -1]
+            inputs = {"inputs_embeds": self._inputs[:width]}
+        hidden = forward_with_layout(self.decoder, layout, positions, **inputs)[:, -1]
         self._graphs.enabled &= layout.fixed
         logits = linear_logits(
             hidden, self.head, workspace_mib=self.settings.workspace_mib, fused=self.settings.fused_head
         )
-        drawn, logps = self.sampler(logits, at.key, at.age)
+        drawn, logps = self.sampler(logits, rows.key, rows.age)
         self.tokens[:width] = drawn
-        self.ids[at.out, at.age], self.logps[at.out, at.age] = drawn, logps
-        self.ended[:width] |= (drawn[:, None] == self.sampler.ends).any(1)
-        at.age.add_(1)
+        self.ids[rows.output, rows.age], self.logps[rows.output, rows.age] = drawn, logps
+        self.finished[:width] |= (drawn[:, None] == self.sampler.ends).any(1)
+        rows.age.add_(1)
 
-    def _rows(self, at: _Table) -> Rows:
-        settings = {"slot": at.slot, "age": at.age, "rank": at.rank}
+    def _attention_rows(self, rows: _RowTable) -> Rows:
+        fixed = {"slot": rows.slot, "age": rows.age, "rank": rows.rank}
         if self._graphs.enabled:  # sizes that hold for every step
             longest = {"longest_prefix": self.cache.prompt_length, "longest_own": self.cache.completion_length}
-            return Rows(**settings, prefix=self._prefix, members=self._members, **longest)
-        live = len(self.schedule.held)
-        before = {len(self.prompts[p]) - 1 for p in self.schedule.held}
+            return Rows(**fixed, prefix=self._prefix, members=self._members, **longest)
+        live = len(self.scheduler.held)
+        before = {len(self.prompts[p]) - 1 for p in self.scheduler.held}
         return Rows(
-            **settings,
+            **fixed,
             prefix=self._prefix[:live],
             members=self._members[:live, : self._most_members].contiguous(),
             longest_prefix=max(before),
@@ -250,14 +254,14 @@ class Decoder:
             regular=self._regular,
         )
 
-    def left(self) -> int:
-        """Steps until a row has as many tokens as it may have."""
+    def steps_left(self) -> int:
+        """Until a row has as many tokens as it may have."""
         return self.sampling.max_new_tokens - max(self._ages)
 
-    def look(self) -> list[int]:
-        """The rows that have ended. Waits for the device."""
+    def finished_rows(self) -> list[int]:
+        """The rows whose requests have finished. Waits for the device."""
         full = self.sampling.max_new_tokens
-        return [row for row, (end, age) in enumerate(zip(self.ended.tolist(), self._ages)) if end or age == full]
+        return [row for row, (end, age) in enumerate(zip(self.finished.tolist(), self._ages)) if end or age == full]
 
     def skip(self, tokens: int) -> None:
         """Go on as if so many tokens had been drawn in each row. For rehearsals."""
@@ -271,16 +275,16 @@ class Decoder:
 
 
 def run(decoder: Decoder, look_every: int | None = None) -> None:
-    """Decode until every completion has ended.
+    """Decode until every request has finished.
 
     The host looks every `look_every` steps which rows have, or when one is full: asking a GPU makes the host wait and
     the GPU's queue run dry; a CPU has none.
     """
     every = look_every or (1 if decoder.device.type == "cpu" else 8)
-    decoder.turn()
-    while not decoder.schedule.done:
-        for _ in range(min(every, decoder.left())):
+    decoder.admit()
+    while not decoder.scheduler.done:
+        for _ in range(min(every, decoder.steps_left())):
             decoder.step()
-        ended = decoder.look()
-        if ended:
-            decoder.turn(ended)
+        finished = decoder.finished_rows()
+        if finished:
+            decoder.admit(finished)

@@ -18,7 +18,7 @@ from torch import nn
 
 from lowvram_grpo.kernels.decode.attention import settle
 from lowvram_grpo.kernels.runtime import HAS_TRITON
-from lowvram_grpo.policy.attention import attention_set
+from lowvram_grpo.policy.attention import layout_attention
 from lowvram_grpo.policy.attention_choice import kernel_of
 from lowvram_grpo.policy.small_ops import fast_modules
 from lowvram_grpo.policy.trials import usable
@@ -28,7 +28,7 @@ from lowvram_grpo.rollout.batch import RolloutBatch
 from lowvram_grpo.rollout.decode import Decoder, DecodeSettings, run
 from lowvram_grpo.rollout.fallback import generate_in_waves, rehearse_waves
 from lowvram_grpo.rollout.sampler import Sampling
-from lowvram_grpo.rollout.schedule import Schedule, rows_within
+from lowvram_grpo.rollout.schedule import Scheduler, rows_within
 from lowvram_grpo.rollout.support import why_not
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class RolloutEngine:
         self.workspace_mib, self.kv_dtype, self.graphs = workspace_mib, kv_dtype, graphs
         self.adapters, self.fused_ops, self.attention = adapters, fused_ops, attention
         self.attention_path, self.on_prefilled = attention_path, on_prefilled
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     @property
     def device(self) -> torch.device:
@@ -110,8 +110,8 @@ class RolloutEngine:
             return batch
         ends = set(sampling.eos_ids)
         with eval_mode(self.model), torch.no_grad():
-            if self._decodes(sampling):
-                rows = self._rows(prompt_ids, num_generations, sampling)
+            if self._can_decode(sampling):
+                rows = self._rows_for(prompt_ids, num_generations, sampling)
                 with self._decoding(prompt_ids, num_generations, sampling, seed, rows) as decoder:
                     run(decoder)
                     found = zip(decoder.ids[:-1].tolist(), decoder.logps[:-1].cpu())
@@ -123,7 +123,7 @@ class RolloutEngine:
                 batch.append(prompt_ids[i // num_generations], ids, logps, ends)
         return batch
 
-    def _rows(self, prompts: list[list[int]], group: int, sampling: Sampling) -> int | None:
+    def _rows_for(self, prompts: list[list[int]], group: int, sampling: Sampling) -> int | None:
         if self.rows is None or self.group is None or group >= self.group:
             return self.rows
         longest = max(map(len, prompts))
@@ -133,17 +133,17 @@ class RolloutEngine:
         """The ids of one completion as they are drawn, its end token included. The KV cache is gone when the iterator
         ends or is closed."""
         sampling = sampling or self.sampling
-        if not self._decodes(sampling):
+        if not self._can_decode(sampling):
             yield from self.generate([prompt_ids], 1, seed=seed, sampling=sampling).completion_ids[0]
             return
         with eval_mode(self.model), self._decoding([prompt_ids], 1, sampling, seed, 1) as decoder:
-            ended = []
-            while not ended:
+            finished = []
+            while not finished:
                 with torch.no_grad():  # not around a yield: the caller's grad mode is none of ours
-                    if not decoder.schedule.seats:
-                        decoder.turn()
+                    if not decoder.scheduler.running:
+                        decoder.admit()
                     decoder.step()
-                    ended = decoder.look()
+                    finished = decoder.finished_rows()
                 yield int(decoder.tokens[0])
 
     @contextmanager
@@ -153,20 +153,20 @@ class RolloutEngine:
         """A decoder for these prompts, the model set up for it."""
         causal_lm = unwrap(self.model)
         if self.device.type == "cuda":
-            settle(self.device, self._dtypes())
+            settle(self.device, self._query_dtypes())
         graphs = self.graphs and self.device.type == "cuda" and HAS_TRITON
         settings = DecodeSettings(
             self.workspace_mib, self.kv_dtype, graphs, self.attention_path,
             usable("sample", self.device, self.fused_ops), usable("int8_head", self.device, self.fused_ops),
             kernel_of(self.attention, "prefill", getattr(causal_lm, causal_lm.base_model_prefix), self.device),
         )  # fmt: skip
-        schedule = Schedule([len(p) for p in prompts], group, rows)
+        scheduler = Scheduler([len(p) for p in prompts], group, rows)
         decoder = Decoder(
-            causal_lm, sampling, schedule, prompts, group, seed=seed, device=self.device, settings=settings
+            causal_lm, sampling, scheduler, prompts, group, seed=seed, device=self.device, settings=settings
         )
         try:
             with (
-                attention_set(decoder.decoder),
+                layout_attention(decoder.decoder),
                 fast_adapters(self.model, self.adapters, self.fused_ops),
                 fast_modules(self.model, self.fused_ops),
             ):
@@ -175,32 +175,31 @@ class RolloutEngine:
             self.graphs &= decoder.captures or not graphs  # what cannot be captured once is not tried again
             decoder.close()
 
-    def _dtypes(self) -> set[torch.dtype]:
-        """What queries can be of."""
+    def _query_dtypes(self) -> set[torch.dtype]:
         found = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
         if torch.is_autocast_enabled(self.device.type):
             found.add(torch.get_autocast_dtype(self.device.type))
         return found
 
-    def _decodes(self, sampling: Sampling) -> bool:
+    def _can_decode(self, sampling: Sampling) -> bool:
         """Whether our engine samples; says why where it does not."""
         if sampling.foreign:
-            return self._falls_back(
+            return self._fall_back(
                 f"generation_kwargs {', '.join(sampling.foreign)}: completions are sampled by transformers' generate, "
                 "which is slower, and what is drawn depends on rollout_batch_size."
             )
         with eval_mode(self.model):
             reason = why_not(unwrap(self.model))
         if reason:
-            return self._falls_back(
+            return self._fall_back(
                 f"completions are sampled by transformers' generate, which is slower, because {reason}; what is drawn "
                 "depends on rollout_batch_size."
             )
         return True
 
-    def _falls_back(self, sentence: str) -> bool:
-        if sentence not in self._said:
-            self._said.add(sentence)
+    def _fall_back(self, sentence: str) -> bool:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
             warnings.warn(sentence, stacklevel=4)
         return False
 
@@ -218,11 +217,11 @@ class RolloutEngine:
         sampling = replace(self.sampling, max_new_tokens=completion_length)
         ids = [[0] * max(2, prompt_length)] * (prompts or -(-rows // num_generations))
         with eval_mode(self.model), torch.no_grad():
-            if not self._decodes(sampling):
+            if not self._can_decode(sampling):
                 rehearse_waves(unwrap(self.model), rows, len(ids[0]), completion_length, self.device, self.on_prefilled)
                 return
             with self._decoding(ids, num_generations, sampling, 0, rows) as decoder:
-                decoder.turn()
+                decoder.admit()
                 self.on_prefilled()
                 # With graphs the first step runs as it is, and the second is captured.
                 steps = min(2 if decoder.captures else 1, completion_length)

@@ -65,9 +65,9 @@ def _generate(
     host. Draws come from the global generators: see `seeded`."""
     recorder = LogprobRecorder(sampling.temperature)
     ids, mask = (x.repeat_interleave(num_generations, 0) for x in (ids, mask))
-    hook = causal_lm.register_forward_hook(recorder.see, with_kwargs=True)
+    hook = causal_lm.register_forward_hook(recorder.hook, with_kwargs=True)
     try:
-        with _only(causal_lm, generation_config(sampling)):
+        with _generation_config_set(causal_lm, generation_config(sampling)):
             sequences = causal_lm.generate(input_ids=ids, attention_mask=mask, logits_processor=_processors(sampling))
     finally:
         hook.remove()
@@ -95,13 +95,13 @@ def rehearse_waves(
     try:
         forward(ids, 0)
         on_prefilled()
-        _blank(cache, completion_length - 1)
+        _skip(cache, completion_length - 1)
         forward(ids[:, :1], prompt_length + completion_length - 1).softmax(1)
     finally:
         cache.layers.clear()
 
 
-def _blank(cache: DynamicCache, tokens: int) -> None:
+def _skip(cache: DynamicCache, tokens: int) -> None:
     """Go on as if so many tokens had been drawn."""
     for layer in cache.layers:
         if getattr(layer, "keys", None) is None:
@@ -123,7 +123,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _only(causal_lm: nn.Module, config: GenerationConfig) -> Iterator[None]:
+def _generation_config_set(causal_lm: nn.Module, config: GenerationConfig) -> Iterator[None]:
     """The model's own generation_config put aside: whatever ours leaves None would be inherited from it."""
     inherited, causal_lm.generation_config = causal_lm.generation_config, config
     try:
@@ -191,12 +191,12 @@ class LogprobRecorder:
         self._previous: Tensor | None = None
         self._logps: list[Tensor] = []
 
-    def see(self, module: nn.Module, args: tuple, kwargs: dict, out: CausalLMOutput) -> None:
+    def hook(self, module: nn.Module, args: tuple, kwargs: dict, out: CausalLMOutput) -> None:
         """Forward hook of the model."""
-        self._settle(kwargs["input_ids"][:, -1])
+        self._record(kwargs["input_ids"][:, -1])
         self._previous = out.logits[:, -1]
 
-    def _settle(self, tokens: Tensor) -> None:
+    def _record(self, tokens: Tensor) -> None:
         if self._previous is not None:
             logits = self._previous.float() / self.temperature
             self._logps.append(logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1))
@@ -204,5 +204,5 @@ class LogprobRecorder:
 
     def finish(self, last_tokens: Tensor) -> Tensor:
         """(B, T) float32 log-probs, once the last tokens (B,) are known."""
-        self._settle(last_tokens)
+        self._record(last_tokens)
         return torch.stack(self._logps, 1)

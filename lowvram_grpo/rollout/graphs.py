@@ -6,9 +6,9 @@ capture: one that fails leaves PyTorch's allocator in no state to go on with. Ev
 stay where it is, so graphs live no longer than the KV cache and the adapters' buffers, which are given back before a
 training pass. They share one memory pool: only one runs at a time.
 
-Rows die out at the end of a rollout. A graph that is wider than the live rows gives them the same tokens, and rows that
-nobody waits for cost little (they attend to their own new token only), so it goes on until half of its rows are gone
-and enough steps may follow to pay for another.
+Requests run out at the end of a rollout. A graph that is wider than the live rows gives them the same tokens, and rows
+that nobody waits for cost little (they attend to their own new token only), so it goes on until half of its rows are
+gone and enough steps may follow to pay for another.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from lowvram_grpo.errors import one_line
 from lowvram_grpo.kernels.runtime import sync_debug
 
 # What PyTorch says of an operation that waits, under torch.cuda.set_sync_debug_mode("error").
-_SYNCHRONIZES = "synchronizing"
+_SYNC_ERROR = "synchronizing"
 # Steps that must be possible for a narrower graph to be worth it. Estimated, not measured: another width costs a step
 # launched one by one and a capture with its instantiation, some 1,300 launches each, 40 to 60 ms of the host; half the
 # rows save logits, sampling and attention of the other half, 0.2 to 0.5 ms of a step.
-_WORTH = 128
+_MIN_STEPS_FOR_CAPTURE = 128
 
 
-def bucket(rows: int, most: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least `rows`, but not above `most`."""
+def bucket(rows: int, max_rows: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least `rows`, but not above `max_rows`."""
     power = 1 << (rows - 1).bit_length()
     between = power * 3 // 4
-    return min(most, between if rows <= between and power > 2 else power)
+    return min(max_rows, between if rows <= between and power > 2 else power)
 
 
 class StepGraphs:
@@ -42,12 +42,12 @@ class StepGraphs:
 
     Args:
         step: launches the step's work for a number of rows; depends on tensors alone.
-        most: rows at most.
+        max_rows: rows at most.
         enabled: False runs every step as it is.
     """
 
-    def __init__(self, step: Callable[[int], None], most: int, *, enabled: bool):
-        self.step, self.most, self.enabled = step, most, enabled
+    def __init__(self, step: Callable[[int], None], max_rows: int, *, enabled: bool):
+        self.step, self.max_rows, self.enabled = step, max_rows, enabled
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         self._pool = None
 
@@ -56,9 +56,9 @@ class StepGraphs:
         graph there is, or of a new one where none is wide enough or all have twice as many rows and steps are left."""
         if not self.enabled:
             return rows
-        own = bucket(rows, self.most)
+        own = bucket(rows, self.max_rows)
         known = min((width for width in self._graphs if width >= rows), default=None)
-        if known is None or (2 * own <= known and left >= _WORTH):
+        if known is None or (2 * own <= known and left >= _MIN_STEPS_FOR_CAPTURE):
             return own
         return known
 
@@ -67,20 +67,20 @@ class StepGraphs:
             self.step(rows)
         elif rows not in self._graphs:
             self._graphs[rows] = None
-            self._first(rows)
+            self._warm_up(rows)
         else:
             if self._graphs[rows] is None:
                 self._capture(rows)
             self._graphs[rows].replay()
 
-    def _first(self, rows: int) -> None:
+    def _warm_up(self, rows: int) -> None:
         """Run a step that raises where it would wait for the device; it may be run again from its beginning."""
         try:
             with sync_debug("error"):
                 self.step(rows)
             return
         except RuntimeError as error:
-            if _SYNCHRONIZES not in str(error):
+            if _SYNC_ERROR not in str(error):
                 raise
             self.enabled = False
             warnings.warn(

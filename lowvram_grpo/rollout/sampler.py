@@ -129,7 +129,7 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 
 class Sampler:
-    """Draws for up to R rows, each at a place of its own in its completion.
+    """Draws for up to R rows, each at a step of its own in its completion.
 
     Args:
         rows: R.
@@ -145,16 +145,17 @@ class Sampler:
             self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
 
     @property
-    def remembers(self) -> bool:
-        """Whether it must know what each row has said, its prompt included."""
+    def penalizes(self) -> bool:
+        """Whether it must know which ids each row has seen, its prompt included."""
         return self.seen is not None
 
-    def admit(self, rows: Sequence[int], at: Tensor, ids: Tensor) -> None:
-        """These rows begin completions; `ids` (K,) are those of their prompts, all in one, and `at` (K,) their rows."""
+    def admit(self, rows: Sequence[int], prompt_rows: Tensor, prompt_ids: Tensor) -> None:
+        """These rows begin completions; `prompt_ids` (K,) are those of their prompts, all in one, and `prompt_rows`
+        (K,) the row of each."""
         if self.seen is not None:
             for row in rows:
                 self.seen[row] = False
-            self.seen[at, ids] = True
+            self.seen[prompt_rows, prompt_ids] = True
 
     def move(self, source: int, target: int) -> None:
         """A row goes on in the place of another."""
@@ -189,18 +190,18 @@ class Sampler:
 
     def _filtered(self, logits: Tensor, steps: Tensor) -> Tensor:
         """The penalty commutes with the temperature, so it may come after it."""
-        at = self.sampling
-        if at.known_ids is not None:
-            logits = forbid_unknown(logits, at.known_ids)
+        sampling = self.sampling
+        if sampling.known_ids is not None:
+            logits = forbid_unknown(logits, sampling.known_ids)
         if self.seen is not None:
-            logits = penalize_repetition(logits, self.seen[: len(logits)], at.repetition_penalty)
-        if at.min_new_tokens:
-            early = (steps < at.min_new_tokens)[:, None]
+            logits = penalize_repetition(logits, self.seen[: len(logits)], sampling.repetition_penalty)
+        if sampling.min_new_tokens:
+            early = (steps < sampling.min_new_tokens)[:, None]
             logits = logits.index_copy(1, self.ends, logits[:, self.ends].masked_fill(early, -torch.inf))
-        if not at.temperature:
+        if not sampling.temperature:
             return logits
-        if at.top_k:
-            logits = keep_top_k(logits, at.top_k)
-        if at.top_p < 1.0:
-            logits = keep_top_p(logits, at.top_p)
-        return keep_min_p(logits, at.min_p) if at.min_p else logits
+        if sampling.top_k:
+            logits = keep_top_k(logits, sampling.top_k)
+        if sampling.top_p < 1.0:
+            logits = keep_top_p(logits, sampling.top_p)
+        return keep_min_p(logits, sampling.min_p) if sampling.min_p else logits

@@ -1,8 +1,8 @@
-"""Who sits where: a queue of completions, the rows that decode them, and the slots that hold their prompts.
+"""Continuous batching: a queue of requests, the rows that decode them, and the slots that hold their prompts.
 
-Nothing here touches a tensor. Live rows are always 0 .. n - 1 and live slots 0 .. s - 1. A row that has ended is taken
-over by the next completion of the queue at once; where none is left (or no slot for its prompt is free), the last live
-row moves into its place, so that a step works on live rows only.
+Nothing here touches a tensor. Live rows are always 0 .. n - 1 and live slots 0 .. s - 1. A row whose request has
+finished is given to the next one of the queue at once; where none is left (or no slot for its prompt is free), the last
+live row moves into its place, so that a step works on live rows only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
-class Seat(NamedTuple):
+class Request(NamedTuple):
     """What a row decodes: completion number `completion` of prompt number `prompt`."""
 
     prompt: int
@@ -21,13 +21,13 @@ class Seat(NamedTuple):
 
 
 @dataclass
-class Changes:
+class ScheduleUpdate:
     """What the device must follow, in this order: moves, then prefills.
 
     Attributes:
         row_moves, slot_moves: (source, target) of what is copied.
         prefills: (slot, prompt).
-        admitted: rows that begin a completion.
+        admitted: rows that begin a request.
     """
 
     row_moves: list[tuple[int, int]] = field(default_factory=list)
@@ -54,59 +54,59 @@ def rows_within(rows: int, planned_group: int, group: int, prompts: int, prompt_
     return next((n for n in range(rows, 1, -1) if tokens(n, group) <= budget), 1)
 
 
-class Schedule:
-    """Seats `group` completions of each prompt in at most `rows` rows.
+class Scheduler:
+    """Admits `group` requests of each prompt to at most `rows` rows.
 
-    The longest prompts come first: they are the dearest, and at the end short ones fill the gaps. The completions of a
+    The longest prompts come first: they are the dearest, and at the end short ones fill the gaps. The requests of a
     prompt follow each other, so that it is prefilled once.
 
     Args:
         lengths: tokens of each prompt.
 
     Attributes:
-        seats: of the live rows.
+        running: the request of each live row.
         held: the prompt in each live slot.
     """
 
     def __init__(self, lengths: Sequence[int], group: int, rows: int | None = None):
         order = sorted(range(len(lengths)), key=lambda p: -lengths[p])
-        self.waiting = deque(Seat(p, g) for p in order for g in range(group))
+        self.waiting = deque(Request(p, g) for p in order for g in range(group))
         self.rows = min(rows or len(self.waiting), len(self.waiting))
         self.slots = slots_for(self.rows, group, len(lengths))
-        self.seats: list[Seat] = []
+        self.running: list[Request] = []
         self.held: list[int] = []
-        self._left = Counter({p: group for p in order})  # completions that have not ended, a prompt
+        self._unfinished = Counter({p: group for p in order})  # requests, a prompt
 
     @property
     def done(self) -> bool:
-        return not self.seats and not self.waiting
+        return not self.running and not self.waiting
 
-    def turn(self, ended: Iterable[int] = ()) -> Changes:
-        """The rows that have ended make room, and whoever is next sits down."""
-        changes = Changes()
-        free_rows = sorted(ended)
+    def admit(self, finished: Iterable[int] = ()) -> ScheduleUpdate:
+        """Free the rows that have finished, and give them to the requests that wait."""
+        update = ScheduleUpdate()
+        free_rows = sorted(finished)
         for row in free_rows:
-            self._left[self.seats[row].prompt] -= 1
-        free_slots = [slot for slot, prompt in enumerate(self.held) if not self._left[prompt]]
-        while self.waiting and (free_rows or len(self.seats) < self.rows):
-            seat = self.waiting[0]
-            if seat.prompt not in self.held:
-                slot = self._take(self.held, seat.prompt, free_slots, self.slots)
+            self._unfinished[self.running[row].prompt] -= 1
+        free_slots = [slot for slot, prompt in enumerate(self.held) if not self._unfinished[prompt]]
+        while self.waiting and (free_rows or len(self.running) < self.rows):
+            request = self.waiting[0]
+            if request.prompt not in self.held:
+                slot = self._allocate(self.held, request.prompt, free_slots, self.slots)
                 if slot is None:
                     break
-                changes.prefills.append((slot, seat.prompt))
-            changes.admitted.append(self._take(self.seats, self.waiting.popleft(), free_rows, self.rows))
-        changes.row_moves = _close_gaps(self.seats, free_rows)
-        changes.slot_moves = _close_gaps(self.held, free_slots)
-        return changes
+                update.prefills.append((slot, request.prompt))
+            update.admitted.append(self._allocate(self.running, self.waiting.popleft(), free_rows, self.rows))
+        update.row_moves = _compact(self.running, free_rows)
+        update.slot_moves = _compact(self.held, free_slots)
+        return update
 
     @staticmethod
-    def _take(places: list, value, free: list[int], most: int) -> int | None:
+    def _allocate(places: list, value, free: list[int], limit: int) -> int | None:
         """Put `value` into a free place or a new one."""
         if free:
             place = free.pop(0)
             places[place] = value
-        elif len(places) < most:
+        elif len(places) < limit:
             place = len(places)
             places.append(value)
         else:
@@ -116,12 +116,12 @@ class Schedule:
     def members(self) -> list[list[int]]:
         """The rows of each live slot."""
         rows: dict[int, list[int]] = {prompt: [] for prompt in self.held}
-        for row, seat in enumerate(self.seats):
-            rows[seat.prompt].append(row)
+        for row, request in enumerate(self.running):
+            rows[request.prompt].append(row)
         return [rows[prompt] for prompt in self.held]
 
 
-def _close_gaps(places: list, free: list[int]) -> list[tuple[int, int]]:
+def _compact(places: list, free: list[int]) -> list[tuple[int, int]]:
     """Fill free places from the end, and shorten the list: what was moved, (from, to)."""
     moves = []
     gone = set(free)

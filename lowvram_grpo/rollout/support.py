@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowvram_grpo.kernels.decode.kv import Rows
-from lowvram_grpo.policy.attention import Fit, Unsupported, attention_set, check_calls, laid_out
+from lowvram_grpo.kernels.decode.attention import Rows
+from lowvram_grpo.policy.attention import SupportCheck, Unsupported, check_calls, forward_with_layout, layout_attention
 from lowvram_grpo.rollout.attention import DecodeLayout, PrefillLayout
 from lowvram_grpo.rollout.cache import GroupCache
 
@@ -20,12 +20,12 @@ def why_not(causal_lm: nn.Module) -> str | None:
 
     The first answer for a model costs four passes over some tokens. The model must be in eval mode.
     """
-    return _FIT.reason_against(causal_lm)
+    return _SUPPORT.reason_against(causal_lm)
 
 
-def _attempt(decoder: nn.Module, device: torch.device) -> None:
+def _check_decoding(decoder: nn.Module, device: torch.device) -> None:
     ids = torch.arange(1, 6, device=device)[None] % decoder.config.get_text_config().vocab_size
-    with attention_set(decoder):
+    with layout_attention(decoder):
         ours = _decoded(decoder, ids)
     if ours.is_meta:
         return
@@ -40,16 +40,18 @@ def _decoded(decoder: nn.Module, ids: Tensor) -> Tensor:
     before, device = ids.shape[1] - 2, ids.device
     cache = GroupCache(1, before, 2, 2)
     prefill = PrefillLayout(cache, [before], [0])
-    laid_out(decoder, prefill, prefill.positions(device), input_ids=ids[:, :before])
+    forward_with_layout(decoder, prefill, prefill.positions(device), input_ids=ids[:, :before])
     check_calls(decoder, prefill)
-    at = lambda *values: torch.tensor(values, device=device)
+    indices = lambda *values: torch.tensor(values, device=device)
     for age in range(2):
-        rows = Rows(at(0, 0), at(age, age), at(before), at(0, 1)[None], at(0, 1), before, age + 1)
+        rows = Rows(
+            indices(0, 0), indices(age, age), indices(before), indices(0, 1)[None], indices(0, 1), before, age + 1
+        )
         decode = DecodeLayout(cache, rows)
-        positions = at(before + age)[None].expand(2, 1)
-        hidden = laid_out(decoder, decode, positions, input_ids=ids[:, before + age][None].expand(2, 1))
+        positions = indices(before + age)[None].expand(2, 1)
+        hidden = forward_with_layout(decoder, decode, positions, input_ids=ids[:, before + age][None].expand(2, 1))
         check_calls(decoder, decode)
     return hidden[1, 0]
 
 
-_FIT = Fit(_attempt)
+_SUPPORT = SupportCheck(_check_decoding)

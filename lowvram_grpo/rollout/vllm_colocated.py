@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.rollout.adapter_versions import AdapterVersions, Version
-from lowvram_grpo.rollout.vllm import Completion, VLLMEngine
+from lowvram_grpo.rollout.vllm_base import Completion, VLLMEngine
 from lowvram_grpo.rollout.vllm_client import allowed_rank
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ class VLLMColocated(VLLMEngine):
         if sleeps:
             llm.sleep(level=1)
 
-    def _limit(self) -> int | None:
+    def _max_model_len(self) -> int | None:
         return self.llm.llm_engine.model_config.max_model_len
 
-    def _load(self, version: Version, before: Version | None) -> None:
+    def _load_adapter(self, version: Version, before: Version | None) -> None:
         """Nothing yet: an adapter comes with the request, and vLLM drops the one before for it."""
 
     def _complete(self, prompts: list[list[int]], group: int, seeds: list[int]) -> Sequence[list[Completion]]:
@@ -41,7 +41,7 @@ class VLLMColocated(VLLMEngine):
         from vllm.lora.request import LoRARequest
 
         version = self.versions.current
-        params = [SamplingParams(n=group, seed=seed, **self._arguments()) for seed in seeds]
+        params = [SamplingParams(n=group, seed=seed, **self._sampling_params()) for seed in seeds]
         if self.sleeps:
             self.llm.wake_up()
         try:

@@ -16,8 +16,9 @@ from lowvram_grpo.data.load import check_dataset
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.guard import Guard, cap
 from lowvram_grpo.policy.attention_choice import check as check_attention
+from lowvram_grpo.policy.build import build_policy
 from lowvram_grpo.policy.known_models import named
-from lowvram_grpo.policy.load import build_policy, check_tokens, compute_dtype, load_tokenizer_for
+from lowvram_grpo.policy.load import check_tokens, compute_dtype, load_tokenizer_for
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.reward_model import load_reward_model

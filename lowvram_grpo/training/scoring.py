@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowvram_grpo.kernels.linear_logps import linear_logps
 from lowvram_grpo.memory.host import upload
 from lowvram_grpo.memory.ledger import counted_as
-from lowvram_grpo.policy.attention import runs
+from lowvram_grpo.policy.attention import ranges
 from lowvram_grpo.policy.attention_choice import kernel_of
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.offload import offloaded_activations
@@ -117,7 +117,7 @@ def _places(
     lengths = _lengths(completion_mask, completion_lengths)
     if group_sizes is None:
         both = [
-            runs([(i * step + start, n) for i, n in enumerate(lengths)]) for start, step in ((p - 1, p + t), (0, t))
+            ranges([(i * step + start, n) for i, n in enumerate(lengths)]) for start, step in ((p - 1, p + t), (0, t))
         ]
         return _Places(None, *upload(both, device))
     prompts = _lengths(prompt_mask, prompt_lengths)

@@ -19,7 +19,7 @@ from lowvram_grpo.cli.app import app
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory import devices
 from lowvram_grpo.memory.guard import Guard
-from lowvram_grpo.policy.load import attach_lora
+from lowvram_grpo.policy.build import attach_lora
 from lowvram_grpo.run import jsonl
 
 MIB = 2**20

@@ -110,7 +110,7 @@ def test_the_row_of_graphs_counts_captures(monkeypatch):
 
     always = property(lambda graphs: True, lambda graphs, value: None)
     monkeypatch.setattr(rollout_providers.StepGraphs, "enabled", always, raising=False)
-    monkeypatch.setattr(rollout_providers.StepGraphs, "_first", lambda graphs, rows: graphs.step(rows))
+    monkeypatch.setattr(rollout_providers.StepGraphs, "_warm_up", lambda graphs, rows: graphs.step(rows))
     monkeypatch.setattr(rollout_providers.StepGraphs, "_capture", capture)
     task = rollout_providers.Task([[5, 6, 7]], 2, 4, greedy=False)
     found = rollout_providers.replay_is_eager(make_model(), task)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowvram_grpo.memory.host import upload
-from lowvram_grpo.policy.attention import How, runs
+from lowvram_grpo.policy.attention import AttentionParams, ranges
 from lowvram_grpo.policy.shared_prefix import PrefixLayout
 from lowvram_grpo.rollout.attention import PrefillLayout
 from lowvram_grpo.rollout.cache import GroupCache
@@ -36,7 +36,7 @@ def test_a_training_layout_waits_for_nothing(waiting_is_an_error, window):
     layout = PrefixLayout(PROMPTS, COMPLETIONS, GROUPS, width=12, prompt_width=5, device=CARD)
     assert layout.pack(torch.ones(5, 12, dtype=torch.long, device=CARD)).shape == (1, layout.length)
     for _ in range(2):
-        out = layout.attend(0, *tokens(layout.length, 4, 2, 2), How(0.3, 0.0, window, None))
+        out = layout.attend(0, *tokens(layout.length, 4, 2, 2), AttentionParams(0.3, 0.0, window, None))
         out.sum().backward()
 
 
@@ -45,12 +45,12 @@ def test_a_prefill_waits_for_nothing(waiting_is_an_error, window):
     layout = PrefillLayout(GroupCache(2, 7, 1, 1), [4, 7], [1, 0])
     assert layout.positions(CARD).shape == (1, 11)
     with torch.no_grad():
-        layout.attend(0, *tokens(11, 4, 2, 2), How(0.3, 0.0, window, None))
+        layout.attend(0, *tokens(11, 4, 2, 2), AttentionParams(0.3, 0.0, window, None))
 
 
 def test_an_upload_arrives_whole_where_the_host_runs_ahead():
     """The pinned block of each is free again at once, and must not be given out before it was read."""
     with suppress(AttributeError):  # a device that only plays one
         torch.cuda._sleep(20_000_000)
-    sent = [upload([runs([(i, 1000)])], CARD)[0] for i in range(20)]
+    sent = [upload([ranges([(i, 1000)])], CARD)[0] for i in range(20)]
     assert [part[[0, -1]].tolist() for part in sent] == [[i, i + 999] for i in range(20)]

@@ -158,7 +158,7 @@ def test_an_error_in_a_capture_leaves_the_stream_as_it_was(monkeypatch):
     model = build("Llama").to(DEVICE)
     engine, stream = RolloutEngine(model, sampling()), torch.cuda.current_stream()
     expected = engine.generate(LONG, 4, seed=0).completion_ids
-    work, calls = Decoder._work, []
+    work, calls = Decoder._forward, []
 
     def failing(self, width):
         calls.append(width)
@@ -167,7 +167,7 @@ def test_an_error_in_a_capture_leaves_the_stream_as_it_was(monkeypatch):
         work(self, width)
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(Decoder, "_work", failing)
+        patch.setattr(Decoder, "_forward", failing)
         engine.generate(LONG, 4, seed=0)
     assert torch.cuda.current_stream() == stream
     torch.cuda.empty_cache()

@@ -10,8 +10,8 @@ import torch
 from conftest import make_model
 from peft import LoraConfig
 
+from lowvram_grpo.policy.build import attach_lora
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
-from lowvram_grpo.policy.load import attach_lora
 from lowvram_grpo.policy.shared_prefix import why_not
 from lowvram_grpo.training.scoring import score
 

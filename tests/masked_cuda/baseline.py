@@ -84,7 +84,7 @@ def _run(layers: int, **settings: Any) -> dict[str, Phase]:
     found: dict[str, Phase] = {}
 
     latest = lambda before, now: True
-    # One that seats somebody and prefills a prompt.
+    # One that admits a request and prefills a prompt.
     fullest = lambda before, now: before is None or len(now.syncs) >= len(before.syncs)
 
     def watched(phase, function, counted=latest):
@@ -103,9 +103,9 @@ def _run(layers: int, **settings: Any) -> dict[str, Phase]:
 
     with pytest.MonkeyPatch.context() as patch:
         for owner, name, phase, counted in (
-            (StepGraphs, "_first", "decode step", latest),
-            (Decoder, "look", "look", latest),
-            (Decoder, "turn", "refill", fullest),
+            (StepGraphs, "_warm_up", "decode step", latest),
+            (Decoder, "finished_rows", "look", latest),
+            (Decoder, "admit", "refill", fullest),
             (GRPOTrainer, "compute_loss", "micro-batch, forward", latest),
             (GuardedStep, "__call__", "optimizer step", latest),
             (GRPOTrainer, "_gradients", "update, beside its micro-batches", latest),

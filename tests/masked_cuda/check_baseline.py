@@ -23,7 +23,7 @@ def test_every_line_that_waits_says_why():
 
 
 def test_the_baseline_is_told_what_rose_and_what_fell():
-    line = baseline.Line("look", "download", "rollout/decode.py:look")
+    line = baseline.Line("look", "download", "rollout/decode.py:finished_rows")
     rose, fell = (baseline.difference({line: now}, {line: 2})[0] for now in (3, 1))
     assert "3, baseline 2 (more than before)" in rose and "lower the baseline" in fell
     assert not baseline.difference({line: 2}, {line: 2})

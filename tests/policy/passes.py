@@ -7,7 +7,7 @@ import transformers
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from lowvram_grpo.policy.load import attach_lora
+from lowvram_grpo.policy.build import attach_lora
 from lowvram_grpo.training.scoring import Scores, score
 
 TINY = {

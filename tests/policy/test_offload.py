@@ -20,7 +20,7 @@ from lowvram_grpo.training.scoring import score
 @pytest.fixture(autouse=True)
 def small_tensors_too(monkeypatch):
     monkeypatch.setattr(offload, "MIN_BYTES", 0)
-    monkeypatch.setattr(offload, "_LANES", {})
+    monkeypatch.setattr(offload, "_STREAMS", {})
 
 
 @pytest.fixture
@@ -106,25 +106,25 @@ def test_host_buffers_serve_again_and_survive_a_broken_backward_pass():
     checkpoint_activations(model)
     plain = training_pass(model)
     training_pass(model, offload=True)
-    lane = offload._LANES[torch.device("cpu")]
-    first = sorted(b.data_ptr() for b in lane._free)
+    stream = offload._STREAMS[torch.device("cpu")]
+    first = sorted(b.data_ptr() for b in stream._free)
     assert len(first) >= 4
     training_pass(model, offload=True)
-    assert sorted(b.data_ptr() for b in lane._free) == first
+    assert sorted(b.data_ptr() for b in stream._free) == first
     layer = model.get_base_model().model.layers[1].self_attn
     hook = layer.register_full_backward_hook(lambda *_: (_ for _ in ()).throw(MemoryError("made up")))
     with pytest.raises(MemoryError):
         training_pass(model, offload=True)
     hook.remove()
     gc.collect()
-    assert len(lane._free) == len(first)
+    assert len(stream._free) == len(first)
     larger = micro_batch([9, 9, 9, 3, 3])
     training_pass(model, larger, offload=True)
-    assert len(lane._free) == len(first)
+    assert len(stream._free) == len(first)
     assert_equal(plain, training_pass(model, offload=True))
 
 
-class LateLane(offload._Lane):
+class LateStream(offload._CopyStream):
     """Copies nothing until somebody waits for it, as a stream might; what is copied out must then still be there."""
 
     def __init__(self, device):
@@ -156,11 +156,11 @@ def test_nobody_reads_or_frees_memory_before_its_copy_is_done(checkpointed, monk
     if checkpointed:
         checkpoint_activations(model)
     plain = training_pass(model)
-    monkeypatch.setattr(offload, "_Lane", LateLane)
+    monkeypatch.setattr(offload, "_CopyStream", LateStream)
     for _ in range(2):
         assert_equal(plain, training_pass(model, offload=True))
-    lane = offload._LANES[torch.device("cpu")]
-    assert lane.done and lane.done >= len(lane.queue) - 1
+    stream = offload._STREAMS[torch.device("cpu")]
+    assert stream.done and stream.done >= len(stream.queue) - 1
 
 
 def test_on_meta_the_device_holds_less_between_the_passes():

@@ -199,7 +199,7 @@ def test_a_trainer_hears_of_them_before_anything_is_loaded(tmp_path, config, dat
     tokenizer.add_tokens(["<think>", "</think>", "<answer>"])
     make_model(vocab_size=40).save_pretrained(tmp_path / "m")
     (make_tokenizer() if given == "a tokenizer" else tokenizer).save_pretrained(tmp_path / "m")
-    monkeypatch.setattr("lowvram_grpo.policy.load.load_causal_lm", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("lowvram_grpo.policy.build.load_causal_lm", lambda *a, **k: pytest.fail("loaded"))
     model = make_model(vocab_size=40) if given == "a model" else str(tmp_path / "m")
     with pytest.raises(UserError, match=r"no embedding for \('</think>'"):
         GRPOTrainer(

@@ -199,13 +199,13 @@ def test_auto_takes_what_counts_say_where_a_trial_is_passed_and_on_a_cpu_nothing
         with fast_modules(model, mode) as counts:
             assert not any(counts.values()) and traces(model) == ([], [False])
     card, passed = torch.device("cuda", 0), []
-    monkeypatch.setattr(trials, "runs", lambda kind, device, dtype: passed.append((kind, device.type)) or True)
+    monkeypatch.setattr(trials, "passes_trial", lambda kind, device, dtype: passed.append((kind, device.type)) or True)
     assert trials.usable("int8_head", card, "auto") and passed == [("int8_head", "cuda")]
     assert not trials.usable("nf4_product", card, "auto") and trials.usable("nf4_product", card, "on")
     # A plan counts what `auto` may fall back to.
     meta = torch.device("meta")
     assert not trials.usable("int8_head", meta, "auto") and trials.usable("int8_head", meta, "on")
-    monkeypatch.setattr(trials, "runs", lambda *_: False)
+    monkeypatch.setattr(trials, "passes_trial", lambda *_: False)
     assert not trials.usable("int8_head", card, "auto") and not trials.usable("int8_head", card, "on")
     with pytest.raises(UserError, match="fused_ops"), fast_modules(model, "yes"):
         pass
@@ -215,7 +215,7 @@ def test_auto_takes_what_counts_say_where_a_trial_is_passed_and_on_a_cpu_nothing
 def test_a_trial_is_in_the_dtype_that_this_card_computes_in(cc, half, monkeypatch):
     asked = []
     monkeypatch.setattr(trials, "card", lambda device: (cc, 46))
-    monkeypatch.setattr(trials, "runs", lambda *question: asked.append(question[2]) or True)
+    monkeypatch.setattr(trials, "passes_trial", lambda *question: asked.append(question[2]) or True)
     assert all(trials.usable(kind, torch.device("cuda", 0), "auto") for kind in ("int8_head", "nf4_dense", "sample"))
     assert asked == [half, half, torch.float32]
 
@@ -223,11 +223,11 @@ def test_a_trial_is_in_the_dtype_that_this_card_computes_in(cc, half, monkeypatc
 def test_a_kernel_that_does_not_run_on_the_card_is_not_used(monkeypatch):
     asked = []
 
-    def runs(kind, device, dtype):
+    def passes_trial(kind, device, dtype):
         asked.append(dtype)
         return kind != "rms_norm" or dtype != torch.bfloat16
 
-    monkeypatch.setattr(small_ops, "runs", runs)
+    monkeypatch.setattr(small_ops, "passes_trial", passes_trial)
     model = build("Llama").bfloat16()
     with fast_modules(model, "on") as counts:
         assert counts == {"rms_norm": 0, "swiglu": 2, "rope": 1}
@@ -238,20 +238,20 @@ def test_a_kernel_that_does_not_run_on_the_card_is_not_used(monkeypatch):
 def test_the_question_whether_a_kernel_runs_has_right_and_wrong_answers(monkeypatch, kernels):
     card = torch.device("cuda", 0)
     monkeypatch.setattr(trials, "random_numbers", lambda *shape: _OnCard(torch.randn(shape)))
-    trials.runs.cache_clear()
-    assert all(trials.runs(kind, card, torch.float32) for kind in small_ops.KINDS) and all(kernels.values())
+    trials.passes_trial.cache_clear()
+    assert all(trials.passes_trial(kind, card, torch.float32) for kind in small_ops.KINDS) and all(kernels.values())
     products = ("nf4_product", "dense_product")
-    assert all(trials.runs(kind, card, torch.float16) for kind in products)
-    trials.runs.cache_clear()
+    assert all(trials.passes_trial(kind, card, torch.float16) for kind in products)
+    trials.passes_trial.cache_clear()
     launch = small_product._launch
     wrong = lambda x, siblings, z, *rest: launch(x, siblings, 2 * z, *rest)  # twice the adapter
     monkeypatch.setattr(small_product, "_launch", wrong)
-    assert not any(trials.runs(kind, card, torch.float16) for kind in products)
+    assert not any(trials.passes_trial(kind, card, torch.float16) for kind in products)
     monkeypatch.setattr(layer_ops, "rms_norm_triton", lambda x, *args, **kwargs: x)
     monkeypatch.setattr(layer_ops, "swiglu_triton", None)
     monkeypatch.setattr(layer_ops, "rope_triton", lambda q, k, *args: (q, k))
-    assert not any(trials.runs(kind, card, torch.float32) for kind in small_ops.KINDS)
-    trials.runs.cache_clear()
+    assert not any(trials.passes_trial(kind, card, torch.float32) for kind in small_ops.KINDS)
+    trials.passes_trial.cache_clear()
 
 
 def test_a_trial_launches_what_a_run_launches(monkeypatch):
@@ -289,7 +289,7 @@ def test_a_trial_launches_what_a_run_launches(monkeypatch):
 def test_memory_that_runs_out_is_no_answer(monkeypatch, kernels, error):
     card = torch.device("cuda", 0)
     monkeypatch.setattr(trials, "random_numbers", lambda *shape: _OnCard(torch.randn(shape)))
-    trials.runs.cache_clear()
+    trials.passes_trial.cache_clear()
     swiglu_triton = layer_ops.swiglu_triton
 
     def full(*_):
@@ -297,10 +297,10 @@ def test_memory_that_runs_out_is_no_answer(monkeypatch, kernels, error):
 
     monkeypatch.setattr(layer_ops, "swiglu_triton", full)
     with pytest.raises(type(error)):
-        trials.runs("swiglu", card, torch.float32)
+        trials.passes_trial("swiglu", card, torch.float32)
     monkeypatch.setattr(layer_ops, "swiglu_triton", swiglu_triton)
-    assert trials.runs("swiglu", card, torch.float32)
-    trials.runs.cache_clear()
+    assert trials.passes_trial("swiglu", card, torch.float32)
+    trials.passes_trial.cache_clear()
 
 
 class _OnCard:

@@ -125,7 +125,7 @@ def test_auto_takes_them_where_they_run_on_a_card(monkeypatch):
     assert not any(differentiable_modules(model, "auto").values())  # on a CPU
     assert not any(differentiable_modules(model, "off").values())
     asked = []
-    monkeypatch.setattr(small_ops, "runs", lambda *given: asked.append(given) or given[0] != "swiglu_grad")
+    monkeypatch.setattr(small_ops, "passes_trial", lambda *given: asked.append(given) or given[0] != "swiglu_grad")
     parameters = type(model).parameters
     card = lambda self: (_OnCard(p) for p in parameters(self))
     with monkeypatch.context() as patched:
@@ -144,15 +144,15 @@ def test_the_question_whether_a_kernel_runs_has_right_and_wrong_answers(monkeypa
     card = torch.device("cuda", 0)
     monkeypatch.setattr(trials, "random_numbers", lambda *shape: _Sent(torch.randn(shape)))
     kinds = ["rms_norm_grad", "swiglu_grad", "rope_grad", "nf4_dense"]
-    trials.runs.cache_clear()
-    assert all(trials.runs(kind, card, torch.float32) for kind in kinds) and all(kernels.values())
-    trials.runs.cache_clear()
+    trials.passes_trial.cache_clear()
+    assert all(trials.passes_trial(kind, card, torch.float32) for kind in kinds) and all(kernels.values())
+    trials.passes_trial.cache_clear()
     monkeypatch.setattr(layer_gradients, "rms_norm_back_triton", lambda dy, x, *_: dy)
     monkeypatch.setattr(layer_gradients, "swiglu_back_triton", None)
     monkeypatch.setattr(layer_gradients, "rope_back_triton", lambda dq, dk, cos, sin, q, k: (q.copy_(dq), k.copy_(dk)))
     monkeypatch.setattr(trials, "dense_nf4", lambda packed, state, dtype: torch.zeros(state.shape))
-    assert not any(trials.runs(kind, card, torch.float32) for kind in kinds)
-    trials.runs.cache_clear()
+    assert not any(trials.passes_trial(kind, card, torch.float32) for kind in kinds)
+    trials.passes_trial.cache_clear()
 
 
 class _Sent:

@@ -14,13 +14,13 @@ from passes import COMPLETIONS, GROUPS, PROMPTS, adapted, assert_same, micro_bat
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy import attention_choice, xformers_attention
-from lowvram_grpo.policy.attention import How, runs
+from lowvram_grpo.policy.attention import AttentionParams, ranges
 from lowvram_grpo.policy.attention_choice import check, check_asked, described, kernel_of, wanted, why_not
 from lowvram_grpo.policy.checkpointing import checkpoint_activations
+from lowvram_grpo.policy.gather_kv import KVCopies, gather_kv
 from lowvram_grpo.policy.shared_prefix import PrefixLayout
 from lowvram_grpo.policy.shared_prefix import why_not as cannot_share
-from lowvram_grpo.policy.spread import Fold, spread
-from lowvram_grpo.policy.xformers_attention import Case, Kernel, shared_pieces
+from lowvram_grpo.policy.xformers_attention import Case, Kernel, shared_blocks
 from lowvram_grpo.rollout.attention import PrefillLayout
 from lowvram_grpo.rollout.cache import GroupCache
 from lowvram_grpo.training import scoring
@@ -58,7 +58,7 @@ def attended(layout, window, heads=4, shared=2):
     made = torch.Generator().manual_seed(3)
     draw = lambda n: torch.randn(1, n, layout.length, 8, generator=made, dtype=torch.float64).requires_grad_()
     given = draw(heads), draw(shared), draw(shared)
-    out = layout.attend(0, *given, How(0.3, 0.0, window, None))
+    out = layout.attend(0, *given, AttentionParams(0.3, 0.0, window, None))
     (out * torch.randn(out.shape, generator=made, dtype=torch.float64)).sum().backward()
     return [out.detach(), *(x.grad for x in given)]
 
@@ -86,7 +86,7 @@ def test_sequences_in_a_bias_are_the_prompts_of_a_prefill(ops, monkeypatch, wind
         caches.append(GroupCache(3, 7, 1, 1))
         layout = PrefillLayout(caches[-1], lengths, [2, 0, 1], of)
         with torch.no_grad():
-            outs.append(layout.attend(0, q, k, v, How(0.3, 0.0, window, None)))
+            outs.append(layout.attend(0, q, k, v, AttentionParams(0.3, 0.0, window, None)))
     assert ops.calls == (2 if grouped else 1)  # the five-dimensional one calls itself
     torch.testing.assert_close(*outs, rtol=1e-10, atol=1e-10)
     assert torch.equal(*(cache.layer(0, k, v).prompts.keys for cache in caches))
@@ -102,16 +102,18 @@ def test_biases_are_made_once_a_layout(ops, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "how", [How(0.3, 0.1, None, None), How(0.3, 0.0, 3, None)], ids=["dropout", "a window that has no backward"]
+    "params",
+    [AttentionParams(0.3, 0.1, None, None), AttentionParams(0.3, 0.0, 3, None)],
+    ids=["dropout", "a window that has no backward"],
 )
-def test_what_xformers_cannot_do_is_left_to_sdpa(ops, how):
+def test_what_xformers_cannot_do_is_left_to_sdpa(ops, params):
     made = {"width": 12, "prompt_width": 5, "device": CPU, "kernel": kernel(windows=(False,))}
     layout = PrefixLayout(PROMPTS, COMPLETIONS, GROUPS, **made)
     q, k, v = (torch.randn(1, heads, layout.length, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    layout.attend(0, q, k, v, how)
+    layout.attend(0, q, k, v, params)
     assert ops.calls == 0
-    layout.attend(0, q, k, v, how._replace(dropout=0.0, window=None))
-    layout.attend(0, q.float(), k.float(), v.float(), how._replace(dropout=0.0, window=None))  # a case never tried
+    layout.attend(0, q, k, v, params._replace(dropout=0.0, window=None))
+    layout.attend(0, q.float(), k.float(), v.float(), params._replace(dropout=0.0, window=None))  # a case never tried
     assert ops.calls == 1
 
 
@@ -126,23 +128,23 @@ def test_a_model_trains_by_it_as_without(ops, monkeypatch, family, settings):
     assert ops.calls == 4  # two layers, each run again
 
 
-def test_pieces_say_which_key_is_whose():
-    blocks, index, folds = shared_pieces([(2, [1, 0, 3]), (1, [0])])
+def test_blocks_say_which_key_is_whose():
+    blocks, index, copies = shared_blocks([(2, [1, 0, 3]), (1, [0])])
     assert blocks == ((2, 1, 3, 1), (2, 3, 5, 1), None)
     assert index.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6]
-    assert [fold.copies for fold in folds] == [3, 1]
-    assert folds[0].shared.tolist() == [0, 1, 2, 3, 5, 6] and folds[0].own.tolist() == [4, 7, 8, 9]
-    assert folds[1].shared.tolist() == [10] and not len(folds[1].own)
+    assert [each.copies for each in copies] == [3, 1]
+    assert copies[0].shared.tolist() == [0, 1, 2, 3, 5, 6] and copies[0].own.tolist() == [4, 7, 8, 9]
+    assert copies[1].shared.tolist() == [10] and not len(copies[1].own)
 
 
 def test_gradients_of_copies_are_summed_in_one_place():
     """As autograd's own way back from an index does, but for what is padding."""
     x = torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([0, 1, 0, 1, 2, 3, 0, 1, 4, 4])  # the last one is padding
-    fold = Fold(2, 3, torch.tensor([0, 1, 2, 3, 6, 7]), torch.tensor([4, 5, 8]))
+    copies = KVCopies(2, 3, torch.tensor([0, 1, 2, 3, 6, 7]), torch.tensor([4, 5, 8]))
     given = torch.randn(10, 6, 3, dtype=torch.float64)
     given[9] = 0
-    out = spread(x, index, 6, [fold])
+    out = gather_kv(x, index, 6, [copies])
     mine = torch.autograd.grad((out * given).sum(), x)[0]
     plain = x[0].transpose(0, 1).repeat_interleave(3, 1)[index]
     assert torch.equal(out, plain)
@@ -150,7 +152,7 @@ def test_gradients_of_copies_are_summed_in_one_place():
 
 
 def test_an_upload_is_one_tensor():
-    parts = upload([runs([(3, 2), (0, 0), (7, 1)]), torch.arange(6).view(2, 3), runs([])], CPU, pack=True)
+    parts = upload([ranges([(3, 2), (0, 0), (7, 1)]), torch.arange(6).view(2, 3), ranges([])], CPU, pack=True)
     assert [part.tolist() for part in parts] == [[3, 4, 7], [[0, 1, 2], [3, 4, 5]], []]
     assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
 

@@ -1,4 +1,4 @@
-"""Seats: everyone is served once, rows and slots are never more than there are, and nobody's data is overwritten."""
+"""Requests: everyone is served once, rows and slots are never more than there are, and nobody's data is overwritten."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import random
 
 import pytest
 
-from lowvram_grpo.rollout.schedule import Schedule, Seat, rows_within, slots_for
+from lowvram_grpo.rollout.schedule import Request, Scheduler, rows_within, slots_for
 
 
 def play(seed: int):
-    """A random schedule on places that hold who was written there: yields it with them after each turn."""
+    """A random schedule on places that hold who was written there: yields it with them after each admission."""
     rng = random.Random(seed)
     group, rows = rng.randint(1, 5), rng.choice([None, 1, 2, 3, 4, 7])
     lengths = [rng.randint(1, 9) for _ in range(rng.randint(1, 6))]
-    schedule = Schedule(lengths, group, rows)
+    schedule = Scheduler(lengths, group, rows)
     row_data, slot_data = [None] * schedule.rows, [None] * schedule.slots
     chance, ended = rng.choice([0.1, 0.4, 0.9, 1.0]), []
     while True:
-        changes = schedule.turn(ended)
+        changes = schedule.admit(ended)
         for source, target in changes.row_moves:
             row_data[target] = row_data[source]
         for source, target in changes.slot_moves:
@@ -26,51 +26,51 @@ def play(seed: int):
         for slot, prompt in changes.prefills:
             slot_data[slot] = prompt
         for row in changes.admitted:
-            row_data[row] = schedule.seats[row]
+            row_data[row] = schedule.running[row]
         yield schedule, lengths, group, row_data, slot_data, changes
         if schedule.done:
             return
-        ended = [row for row in range(len(schedule.seats)) if rng.random() < chance]
+        ended = [row for row in range(len(schedule.running)) if rng.random() < chance]
 
 
 @pytest.mark.parametrize("block", range(8))
-def test_rows_and_slots_hold_what_their_seats_say(block):
+def test_rows_and_slots_hold_what_their_requests_say(block):
     for seed in range(block * 40, block * 40 + 40):
         served, prefilled = [], []
         everyone = set()
         for schedule, lengths, group, rows, slots, changes in play(seed):
-            everyone = {Seat(p, g) for p in range(len(lengths)) for g in range(group)}
-            assert rows[: len(schedule.seats)] == schedule.seats and slots[: len(schedule.held)] == schedule.held
+            everyone = {Request(p, g) for p in range(len(lengths)) for g in range(group)}
+            assert rows[: len(schedule.running)] == schedule.running and slots[: len(schedule.held)] == schedule.held
             assert len(set(schedule.held)) == len(schedule.held)
             assert [len(m) for m in schedule.members()] == [
-                sum(seat.prompt == p for seat in schedule.seats) for p in schedule.held
+                sum(request.prompt == p for request in schedule.running) for p in schedule.held
             ]
-            assert sorted(row for m in schedule.members() for row in m) == list(range(len(schedule.seats)))
-            served += [schedule.seats[row] for row in changes.admitted]
+            assert sorted(row for m in schedule.members() for row in m) == list(range(len(schedule.running)))
+            served += [schedule.running[row] for row in changes.admitted]
             prefilled += [prompt for _, prompt in changes.prefills]
         assert len(served) == len(everyone) and set(served) == everyone
-        assert sorted(prefilled) == sorted({seat.prompt for seat in everyone})
+        assert sorted(prefilled) == sorted({request.prompt for request in everyone})
 
 
 def test_a_row_that_ends_is_taken_over_at_once():
-    schedule = Schedule([5] * 6, 2, rows=6)
-    schedule.turn()
-    changes = schedule.turn([1])
-    assert changes.admitted == [1] and schedule.seats[1] == Seat(3, 0) and changes.prefills == [(3, 3)]
-    assert not changes.row_moves and len(schedule.seats) == 6
-    assert schedule.turn([3]).admitted == [3]
-    assert schedule.turn([1]).prefills == [(4, 4)]
-    assert schedule.turn([5]).admitted == [5]
+    schedule = Scheduler([5] * 6, 2, rows=6)
+    schedule.admit()
+    changes = schedule.admit([1])
+    assert changes.admitted == [1] and schedule.running[1] == Request(3, 0) and changes.prefills == [(3, 3)]
+    assert not changes.row_moves and len(schedule.running) == 6
+    assert schedule.admit([3]).admitted == [3]
+    assert schedule.admit([1]).prefills == [(4, 4)]
+    assert schedule.admit([5]).admitted == [5]
     # Prompts 0 to 4 all still have a completion that goes on, so prompt 5 waits for a slot, not for a wave.
-    assert schedule.turn([1]).admitted == []
-    assert schedule.turn([0]).prefills == [(0, 5)]
+    assert schedule.admit([1]).admitted == []
+    assert schedule.admit([0]).prefills == [(0, 5)]
 
 
 def test_the_longest_prompts_come_first():
-    schedule = Schedule([2, 9, 5], 2, rows=2)
-    schedule.turn()
+    schedule = Scheduler([2, 9, 5], 2, rows=2)
+    schedule.admit()
     assert schedule.held == [1]
-    schedule.turn([0, 1])
+    schedule.admit([0, 1])
     assert schedule.held == [2]
 
 

@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from lowvram_grpo import GRPOTrainer, UserError
 from lowvram_grpo.rollout.adapter_versions import AdapterVersions
 from lowvram_grpo.rollout.sampler import Sampling
-from lowvram_grpo.rollout.vllm import VLLMServer, check_vllm, prompt_seed
+from lowvram_grpo.rollout.vllm import VLLMServer, check_vllm
+from lowvram_grpo.rollout.vllm_base import prompt_seed
 from lowvram_grpo.rollout.vllm_client import VLLMClient, allowed_rank, same_model, server_command
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
