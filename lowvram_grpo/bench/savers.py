@@ -7,7 +7,8 @@ from typing import Any
 
 from lowvram_grpo.bench.memory import MIB, Case
 from lowvram_grpo.memory.ladder import PHASES, Rung
-from lowvram_grpo.plan.planner import Planner, ladder_of, setting, with_setting
+from lowvram_grpo.plan.paper import ladder_of, setting, with_setting
+from lowvram_grpo.plan.planner import Planner
 from lowvram_grpo.recipe import preset as presets
 
 # What a saver is switched off to, where the preset has it on already.

@@ -277,7 +277,7 @@ def _collector(policy: LoadedPolicy, runner: RewardRunner, guard: Guard) -> Coll
 def _guard(policy: LoadedPolicy, rows: int, tell: Callable[[str], None]) -> Guard:
     """When memory runs out: smaller waves, then smaller tiles of the head."""
     from lowvram_grpo.memory.guard import Guard
-    from lowvram_grpo.plan.planner import ladder_of
+    from lowvram_grpo.plan.paper import ladder_of
 
     args, engine = policy.args, policy.engine
     names = {"rollout_batch_size": "rows"}

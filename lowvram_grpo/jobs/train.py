@@ -169,7 +169,7 @@ def _train(recipe, args, directory, checkpoint, rewards, tokenizer, train_data, 
     from lowvram_grpo.jobs.loading import load_model_of
     from lowvram_grpo.jobs.resume import AfterFirstStep, planned_steps, step_of
     from lowvram_grpo.jobs.task import guess_notice
-    from lowvram_grpo.plan.planner import ladder_for
+    from lowvram_grpo.plan.paper import ladder_for
     from lowvram_grpo.run.completions import CompletionsLog
     from lowvram_grpo.run.console import Console
     from lowvram_grpo.run.interrupt import StopAfterStep

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowvram_grpo.plan import four_bit
-from lowvram_grpo.plan.prediction import cut, period_of
+from lowvram_grpo.plan.depth import cut, period_of
 from lowvram_grpo.rollout.graphs import bucket
 
 if TYPE_CHECKING:
