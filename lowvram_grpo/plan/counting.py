@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from lowvram_grpo.memory.cards import Card
     from lowvram_grpo.recipe.config import GRPOConfig
+    from lowvram_grpo.rollout.engine import RolloutEngine
 
 _META = torch.device("meta")
 
@@ -67,8 +68,11 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     from lowvram_grpo.training.rehearsal import Rehearsal, workload
 
     half = str(blueprint.dtype).removeprefix("torch.")
-    hidden = {"hidden": hidden_copy(blueprint.card, half)} if blueprint.device == "cuda" else {}
-    ledger = Ledger(block=blueprint.overheads.block, **hidden)
+    block = blueprint.overheads.block
+    if blueprint.device == "cuda":
+        ledger = Ledger(block=block, hidden=hidden_copy(blueprint.card, half))
+    else:
+        ledger = Ledger(block=block)
     stand_in = StandIn(blueprint.device, None if blueprint.dtype == torch.float32 else blueprint.dtype)
     work = workload(args, blueprint.config, blueprint.longest_prompt)
     attention = "eager" if blueprint.attention == "eager" else "sdpa"
@@ -77,9 +81,9 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     args.gradient_checkpointing_kwargs = {"context_fn": stand_in.recompute}
     with stand_in, ledger:
         with ledger.phase("load"), ledger.making("base weights"):
-            model = _base(empty, blueprint, args)
+            base = _base(empty, blueprint, args)
         with ledger.phase("adapter"):
-            model = _adapted(model, blueprint, args, ledger)
+            model = _adapted(base, blueprint, args, ledger)
             engine, learner = _around(model, blueprint, args, stand_in, ledger)
         rehearsal = Rehearsal(model, engine, learner, phase=ledger.phase, making=ledger.making)
         with _gradients_tagged(model, ledger):
@@ -155,7 +159,9 @@ def _many(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-def _around(model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: StandIn, ledger: Ledger):
+def _around(
+    model: nn.Module, blueprint: Blueprint, args: GRPOConfig, stand_in: StandIn, ledger: Ledger
+) -> tuple[RolloutEngine, Learner]:
     """The engine and the learner that a trainer would put around the model."""
     from lowvram_grpo.objective import objective_of
     from lowvram_grpo.policy.reference import Reference
