@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from lowvram_grpo.bench.memory import MIB, Case
-from lowvram_grpo.memory.ladder import PHASES, Rung
-from lowvram_grpo.plan.paper import ladder_of, setting, with_setting
-from lowvram_grpo.plan.planner import Planner
-from lowvram_grpo.recipe import preset as presets
+from lowvram_grpo.memory.ladder import PHASES, Rung, saves
+from lowvram_grpo.plan.paper import setting, with_setting
+from lowvram_grpo.plan.planner import Planner, ladder_of
 
 # What a saver is switched off to, where the preset has it on already.
 _WITHOUT = {"quantization": "none", "head_dtype": "dense", "embedding_offload": False, "gradient_checkpointing": False,
@@ -20,7 +19,7 @@ _LAST = (Rung("optimizer_offload", True),)
 
 def table(case: Case) -> Iterator[dict[str, Any]]:
     """One entry a saver: MiB that it takes off each phase's peak and off the highest, alone."""
-    from lowvram_grpo.policy.known_models import resolve_config
+    from lowvram_grpo.plan.architectures import resolve_config
 
     config, _ = resolve_config(str(case.recipe.model))
     planner, recipe = Planner(config), case.recipe
@@ -42,5 +41,5 @@ def table(case: Case) -> Iterator[dict[str, Any]]:
             yield entry(key, value, off, whole(with_setting(recipe, key, off)), base)
     for rung in (*ladder_of(recipe.preset), *_LAST):
         value = setting(recipe, rung.key)
-        if presets.saves(rung.key, rung.value, value):
+        if saves(rung.key, rung.value, value):
             yield entry(*rung, value, base, whole(with_setting(recipe, *rung)))
