@@ -7,6 +7,13 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowvram_grpo.errors import UserError
+    from lowvram_grpo.kernels.linear_logps import linear_logps
+    from lowvram_grpo.recipe.config import GRPOConfig
+    from lowvram_grpo.training.trainer import GRPOTrainer
 
 __version__ = "0.1.0"
 
@@ -24,7 +31,7 @@ _PUBLIC = {
 __all__ = ["GRPOConfig", "GRPOTrainer", "UserError", "__version__", "linear_logps"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,7 +20,7 @@ from lowvram_grpo.jobs.loading import check_device, fresh_lora, load_model_of
 from lowvram_grpo.jobs.resume import AfterFirstStep
 from lowvram_grpo.jobs.start import Start, begin, reopen
 from lowvram_grpo.jobs.task import guess_notice
-from lowvram_grpo.plan.planner import ladder_for
+from lowvram_grpo.plan.paper import ladder_for
 from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.console import Console
 from lowvram_grpo.run.interrupt import StopAfterStep

@@ -233,6 +233,10 @@ def _doublings(now: int, most: int) -> Iterator[int]:
         yield now
 
 
+def _changed(choice: Choice, key: str, value: Any) -> Choice:
+    return choice._replace(**{key: value})
+
+
 def _rank(key: str, value: Any) -> int:
     return _ORDERS[key].index(value) if key in _ORDERS else value
 
@@ -259,7 +263,7 @@ def _without_needless(start: Choice, best: Choice, cost: Callable[[Choice], floa
         if key.endswith("batch_size"):
             options = list(_doublings(options[0], now))
         for less in options:
-            lower = chosen._replace(**{key: less})
+            lower = _changed(chosen, key, less)
             if _rank(key, less) < _rank(key, now) and cost(lower) <= (1 + EACH) * cost(chosen):
                 chosen = lower
                 break
@@ -277,5 +281,5 @@ def _climbs(speed: Speed, start: Choice, chosen: Choice) -> tuple[Climb, ...]:
     found, now = [], speed.step(chosen)
     for key, old, new in zip(Choice._fields, start, chosen):
         if old != new:
-            found.append(Climb(Rung(key, new), old, speed.step(chosen._replace(**{key: old})) / now - 1))
+            found.append(Climb(Rung(key, new), old, speed.step(_changed(chosen, key, old)) / now - 1))
     return tuple(sorted(found, key=lambda climb: -climb.share))

@@ -1,4 +1,5 @@
-"""A recipe on paper: what a setting is, the same recipe with another one, and its GRPOConfig without a GPU."""
+"""A recipe on paper: what a setting is, the same recipe with another one, its ladder, and its GRPOConfig without a
+GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.recipe.resolve import job_types
+from lowvram_grpo.memory.ladder import RELIEVES, Rung, way_back
+from lowvram_grpo.recipe import preset as presets
+from lowvram_grpo.recipe.resolve import job_types, typed
 
 if TYPE_CHECKING:
     from lowvram_grpo.recipe.resolve import Recipe
@@ -54,6 +57,22 @@ def with_its_batch(recipe: Recipe) -> Recipe:
         recipe = with_setting(recipe, "steps_per_generation", None)
         recipe = with_setting(recipe, "generation_batch_size", plan.completions_per_rollout)
     return recipe
+
+
+def ladder_of(name: str) -> tuple[Rung, ...]:
+    """The rungs of a preset, their values cast to the types of their settings.
+
+    Raises:
+        UserError: no such preset.
+    """
+    return tuple(Rung(key, typed(key, value)) for key, value in presets.load(name).ladder)
+
+
+def ladder_for(recipe: Recipe) -> tuple[Rung, ...]:
+    """The rungs of a run: from where its plan has climbed back to its preset, then those of the preset."""
+    begins = presets.load(recipe.preset).settings
+    now = {key: setting(recipe, key) for key in RELIEVES}
+    return (*way_back(now, begins, setting(recipe, "num_generations")), *ladder_of(recipe.preset))
 
 
 def paper_config(recipe: Recipe) -> Any:

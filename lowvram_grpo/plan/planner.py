@@ -1,8 +1,5 @@
-"""Does it fit, and with which savers: goes down a preset's ladder on paper until the predicted peak is within the
-budget, and up where it is far below.
-
-Only rungs that relieve the phase with the highest peak are taken, in the ladder's order, so that nothing is given up
-that would not help. What goes up is `climb`'s. What a person set is never changed.
+"""Does it fit, and with which savers: `descent` goes down a preset's ladder until the predicted peak is within the
+budget, `climb` goes up where it is far below. Where nothing fits, the plan says what would.
 """
 
 from __future__ import annotations
@@ -12,11 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lowvram_grpo.errors import UserError
-from lowvram_grpo.memory.ladder import RELIEVES, Rung, saves, way_back
-from lowvram_grpo.plan.paper import OF_THE_ADAPTER, by_a_person, paper_config, setting, with_its_batch, with_setting
+from lowvram_grpo.memory.ladder import RELIEVES, Rung, saves
+from lowvram_grpo.plan.descent import Descender
+from lowvram_grpo.plan.paper import OF_THE_ADAPTER, ladder_of, paper_config, setting, with_setting
 from lowvram_grpo.recipe import preset as presets
-from lowvram_grpo.recipe.resolve import typed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,12 +23,6 @@ if TYPE_CHECKING:
     from lowvram_grpo.recipe.resolve import Recipe
 
 GIB = 2**30
-# A rung that saves less of the peak is passed over.
-_WORTH = 0.002
-# Rungs that are tried before the bottom of the ladder is looked at.
-_PATIENCE = 3
-# Of the budget: where more is used, no rung is likely to be needless.
-_FULL = 0.9
 # Nobody wants less, in tokens.
 _SHORTEST = 64
 
@@ -87,22 +77,6 @@ class Plan:
         }
 
 
-def ladder_of(name: str) -> tuple[Rung, ...]:
-    """The rungs of a preset, their values cast to the types of their settings.
-
-    Raises:
-        UserError: no such preset.
-    """
-    return tuple(Rung(key, typed(key, value)) for key, value in presets.load(name).ladder)
-
-
-def ladder_for(recipe: Recipe) -> tuple[Rung, ...]:
-    """The rungs of a run: from where its plan has climbed back to its preset, then those of the preset."""
-    begins = presets.load(recipe.preset).settings
-    now = {key: setting(recipe, key) for key in RELIEVES}
-    return (*way_back(now, begins, setting(recipe, "num_generations")), *ladder_of(recipe.preset))
-
-
 class Planner:
     """Plans recipes for one model on one kind of device.
 
@@ -133,7 +107,7 @@ class Planner:
         self.device, self.half, self.cold_start = device, half, cold_start
         self.longest_prompt, self.card = longest_prompt, card
         self._known: dict[str, Prediction] = {}
-        self._refused: dict[tuple[str, Any], bool] = {}
+        self._descender = Descender(self.predict)
 
     def predict(self, recipe: Recipe, *, exact: bool = False) -> Prediction:
         """Peaks of the longest step of `recipe`.
@@ -168,8 +142,11 @@ class Planner:
         """The first configuration down the ladder of `recipe.preset` whose predicted peak is within `budget` bytes;
         where none is, the last one, with advice. Where much is left, settings rise (not on a CPU, whose memory the
         whole system lives in, and not with memory_plan savers)."""
-        plan = self._descend(recipe, budget, advise=advise)
-        if not plan.fits or self.card is None or self.device != "cuda" or recipe.memory_plan == "savers":
+        lowered = self._descender.descend(recipe, budget)
+        plan = Plan(lowered.recipe, budget, lowered.prediction, lowered.rungs)
+        if not plan.fits:
+            return replace(plan, advice=tuple(self._advice(plan))) if advise else plan
+        if self.card is None or self.device != "cuda" or recipe.memory_plan == "savers":
             return plan
         from lowvram_grpo.plan.climb import Climber
 
@@ -182,75 +159,6 @@ class Planner:
             return plan
         return replace(plan, recipe=raised.recipe, prediction=raised.prediction, climbs=raised.climbs,
                        time=raised.time, card=self.card.name)  # fmt: skip
-
-    def _descend(self, recipe: Recipe, budget: int, *, advise: bool) -> Plan:
-        left = [rung for rung in ladder_of(recipe.preset) if not by_a_person(recipe, rung.key)]
-        found = self.predict(recipe)
-        if found.peak > budget:
-            recipe = with_its_batch(recipe)
-        first, rungs, tried = recipe, [], 0
-        while found.peak > budget:
-            rung = self._next(recipe, found, left)
-            # What is far too large is known at the bottom of the ladder, after a few rungs, not after all of them. And
-            # where none relieves this phase by itself, all together may.
-            if rung is None or tried == _PATIENCE:
-                bottom = self._bottom(recipe, left, budget, tuple(rungs))
-                if rung is None or not bottom.fits:
-                    return replace(bottom, advice=tuple(self._advice(bottom))) if advise and not bottom.fits else bottom
-            tried += 1
-            left.remove(rung)
-            if not self._possible(recipe, rung):
-                continue
-            lower = with_setting(recipe, rung.key, rung.value)
-            after = self.predict(lower)
-            if found.phases[found.peak_phase] - after.phases[found.peak_phase] > _WORTH * found.peak:
-                recipe, found = lower, after
-                rungs.append(rung)
-        return self._without_needless(first, Plan(recipe, budget, found, tuple(rungs)))
-
-    def _possible(self, recipe: Recipe, rung: Rung) -> bool:
-        """Whether the model has what the rung changes: MLPs that can be tiled, a head that NF4 can block."""
-        if rung.key not in ("mlp_tile", "head_dtype"):
-            return True
-        kind = (rung.key, None if rung.key == "mlp_tile" else rung.value)
-        if kind not in self._refused:
-            try:
-                self.predict(with_setting(recipe, rung.key, rung.value))
-                self._refused[kind] = False
-            except UserError:
-                self._refused[kind] = True
-        return not self._refused[kind]
-
-    def _without_needless(self, first: Recipe, plan: Plan) -> Plan:
-        """Rungs that a later, larger one made needless are given back: all of them, or the costliest first."""
-
-        def with_rungs(rungs: tuple[Rung, ...]) -> Plan:
-            recipe = first
-            for rung in rungs:
-                recipe = with_setting(recipe, rung.key, rung.value)
-            return Plan(recipe, plan.budget, self.predict(recipe), rungs)
-
-        if plan.rungs[:-1] and plan.prediction.peak <= _FULL * plan.budget:
-            alone = with_rungs(plan.rungs[-1:])
-            if alone.fits:
-                return alone
-        for rung in reversed(plan.rungs[:-1]):
-            if plan.prediction.peak > _FULL * plan.budget:
-                break
-            fewer = with_rungs(tuple(kept for kept in plan.rungs if kept is not rung))
-            plan = fewer if fewer.fits else plan
-        return plan
-
-    def _bottom(self, recipe: Recipe, left: list[Rung], budget: int, taken: tuple[Rung, ...] = ()) -> Plan:
-        """With every rung that still saves something."""
-        for rung in left:
-            if self._possible(recipe, rung) and saves(rung.key, rung.value, setting(recipe, rung.key)):
-                recipe, taken = with_setting(recipe, rung.key, rung.value), (*taken, rung)
-        return Plan(recipe, budget, self.predict(recipe), taken)
-
-    def _next(self, recipe: Recipe, found: Prediction, left: list[Rung]) -> Rung | None:
-        helpful = (r for r in left if found.peak_phase in RELIEVES[r.key])
-        return next((r for r in helpful if saves(r.key, r.value, setting(recipe, r.key))), None)
 
     def _advice(self, plan: Plan) -> Iterator[str]:
         """What would fit, at the bottom of the ladder: shorter completions or prompts, a smaller model or card."""

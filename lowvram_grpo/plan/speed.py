@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowvram_grpo.plan import four_bit
-from lowvram_grpo.plan.prediction import cut, period_of
+from lowvram_grpo.plan.depth import cut, period_of
 from lowvram_grpo.rollout.graphs import bucket
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def shape_of(config: PretrainedConfig) -> Shape:
     found: Counter[tuple[int, int]] = Counter()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
-            found[tuple(module.weight.shape)] += 1
+            n, k = module.weight.shape
+            found[n, k] += 1
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     vocab, width = head.weight.shape
@@ -181,7 +182,7 @@ class Speed:
         """Seconds of scoring `rows` completions and of their backward pass. What the host launches and what the device
         computes go on at the same time, but for a tenth."""
         shape, again = self.shape, bool(choice.gradient_checkpointing)
-        launches = shape.layers * (FORWARD * (1 + again) + REFERENCE * self.reference + BACKWARD) + BESIDE
+        launches: float = shape.layers * (FORWARD * (1 + again) + REFERENCE * self.reference + BACKWARD) + BESIDE
         passes = 2 + self.reference + again
         moved = 2.0 * shape.weights * passes
         if choice.quantization != "none":

@@ -112,7 +112,8 @@ def pick_for_gib(gib: float) -> str:
     """The preset for a card that is sold with `gib` of memory: the largest that is meant for no more, else the
     smallest. For planning; a budget of so many bytes is `pick`'s."""
     cards = _cards()
-    fitting = [preset for preset in cards if preset.vram_gib <= gib * 1.05]  # 7.99 is an 8 GB card
+    # 7.99 is an 8 GB card.
+    fitting = [preset for preset in cards if preset.vram_gib is not None and preset.vram_gib <= gib * 1.05]
     return (fitting[-1] if fitting else cards[0]).name
 
 

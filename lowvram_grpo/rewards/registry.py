@@ -118,13 +118,15 @@ def _load_file(path: str) -> ModuleType:
     name = f"lowvram_grpo_reward_{file.stem}_{version}"
     if name in sys.modules:
         return sys.modules[name]
-    module_spec = importlib.util.spec_from_file_location(name, file, loader=_Source(name, str(file)))
+    loader = _Source(name, str(file))
+    module_spec = importlib.util.spec_from_file_location(name, file, loader=loader)
+    assert module_spec is not None  # None is for files that no loader is known for
     module = importlib.util.module_from_spec(module_spec)
     _importable_from(file.parent)
     # Registered first: dataclasses and pickle look a class's module up there.
     sys.modules[name] = module
     try:
-        module_spec.loader.exec_module(module)
+        loader.exec_module(module)
     except Terminated:
         raise
     except (Exception, SystemExit) as error:

@@ -225,7 +225,7 @@ class _Logs:
 
 
 def _mean_metrics(logs: Sequence[_Logs]) -> dict[str, float]:
-    values = defaultdict(list)
+    values: dict[str, list[float]] = defaultdict(list)
     for log in logs:
         for name, logged in log.metrics.items():
             values[name] += logged

@@ -16,8 +16,8 @@ from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.plan import four_bit
 from lowvram_grpo.plan.architectures import resolve_config
 from lowvram_grpo.plan.climb import EACH, MARGIN, RAISES, WORTH, Climber
-from lowvram_grpo.plan.paper import paper_config
-from lowvram_grpo.plan.planner import GIB, Planner, ladder_for, setting
+from lowvram_grpo.plan.paper import ladder_for, paper_config, setting
+from lowvram_grpo.plan.planner import GIB, Planner
 from lowvram_grpo.plan.prediction import Prediction
 from lowvram_grpo.plan.speed import Choice, Speed, shape_of
 from lowvram_grpo.policy.trials import wanted

@@ -10,7 +10,8 @@ from lowvram_grpo.cli.app import app
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ladder import AT_LOAD, RELIEVES, Rung, next_rung
 from lowvram_grpo.plan.architectures import resolve_config
-from lowvram_grpo.plan.planner import GIB, Planner, ladder_of, setting
+from lowvram_grpo.plan.paper import ladder_of, setting
+from lowvram_grpo.plan.planner import GIB, Planner
 from lowvram_grpo.plan.prediction import Prediction
 from lowvram_grpo.recipe import preset as presets
 from lowvram_grpo.recipe.resolve import resolve
@@ -162,7 +163,7 @@ def test_mistakes_get_a_sentence(arguments, said):
 
 def test_a_rung_never_changes_what_a_step_is():
     """TRL's way of counting: completions a step follow from per_device_train_batch_size."""
-    from lowvram_grpo.plan.planner import paper_config
+    from lowvram_grpo.plan.paper import paper_config
 
     recipe = recipe_for(gradient_accumulation_steps=8)
     asked = paper_config(recipe).batch_plan()

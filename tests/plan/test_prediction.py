@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lowvram_grpo.memory.ledger import Ledger
-from lowvram_grpo.plan.prediction import Blueprint, count, predict
+from lowvram_grpo.plan.counting import Blueprint, count
+from lowvram_grpo.plan.prediction import predict
 from lowvram_grpo.plan.stand_in import StandIn
 from tests.conftest import make_model, make_tokenizer
 from tests.plan.measured import measured, settings
