@@ -7,22 +7,52 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# For processes that tests start, too: tiny operations gain nothing from threads, and lose minutes to them on a machine
+# that is shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton looks when a kernel is decorated, so whichever test imports one first. Set it to 0 to test on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import interpreter
 import pytest
 import torch
 
 from lowvram_grpo.run.observer import Observer
 
-# Tiny operations gain nothing from threads, and lose minutes to them on a machine that is shared.
 torch.set_num_threads(1)
+if os.environ["TRITON_INTERPRET"] == "1":
+    interpreter.patch_once()
+
+# Whose tests take longest: begun with, so that no process is left alone with one of them at the end.
+LONG = (
+    "masked_cuda/test_on_cc_86.py", "masked_cuda/test_on_cc_90.py", "masked_cuda/test_on_cc_75.py",
+    "kernels/test_gate.py", "cli/test_kill.py", "benchmarks/test_benchmarks.py",
+)  # fmt: skip
+# Each holds PyTorch and transformers.
+MOST_PROCESSES = 8
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789abcdefghijklmnopqrstuvwxyz"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Processes of `-n auto`, which pyproject.toml asks for: none but pytest's own where paths are named, on a GPU (a
+    masked one, too) and without capture, which are the ways to look at a few tests closely."""
+    on_a_card = os.environ["TRITON_INTERPRET"] == "0" or "MASKED_CC" in os.environ
+    if on_a_card or config.args_source != config.ArgsSource.TESTPATHS or config.option.capture == "no":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cores == 1 else min(cores, MOST_PROCESSES)
+
+
+def pytest_collection_modifyitems(items):
+    paths = {item.path for item in items}
+    place = {path: next((i for i, name in enumerate(LONG) if path.match(name)), len(LONG)) for path in paths}
+    items.sort(key=lambda item: place[item.path])
 
 
 def make_tokenizer(chat: bool = False):

@@ -1,10 +1,11 @@
 """The compile gate: every kernel configuration, compiled for GPUs that need not be there.
 
-    python tests/kernels/gate.py [--cc 75] [MODULE ...]
+    python tests/kernels/gate.py [--cc 75] [--subset] [MODULE ...]
 
 prints one JSON object a case and compute capability: shared memory, registers, spills, or the compiler's error. It must
 run in a process of its own, without TRITON_INTERPRET: the interpreter replaces the kernels when they are decorated.
-Without modules it takes every module of kernels/ that has `compile_cases`.
+Without modules it takes every module of kernels/ that has `compile_cases`. What compiled is kept (compile_cache.py) and
+not compiled again; what failed is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import compile_cache
+
 ROOT = Path(__file__).resolve().parents[2]
 # Bytes of shared memory one block may ask for: CUDA C++ Programming Guide, "Technical specifications per compute
 # capability".
@@ -30,11 +33,12 @@ SHARED_LIMIT = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 
 
 @dataclass(frozen=True)
 class Compiled:
-    """shared_bytes a block; spills in bytes of local memory a thread; registers a thread."""
+    """shared_bytes a block; spills in bytes of local memory a thread; registers a thread; cached: found out before."""
 
     shared_bytes: int
     spills: int
     registers: int
+    cached: bool = False
 
 
 def compile_for(
@@ -46,7 +50,8 @@ def compile_for(
     num_stages: int = 1,
     **options: Any,
 ) -> Compiled:
-    """Compile one kernel for compute capability `cc`. Signature as in `CompileCase`; options are Triton's."""
+    """Compile one kernel for compute capability `cc`, or say what came of it before. Signature as in `CompileCase`;
+    options are Triton's."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -57,13 +62,16 @@ def compile_for(
         for i, kind in enumerate(signature.values())
         if ":" in kind
     }
-    compiled = triton.compile(
-        ASTSource(kernel, types, constexprs, attrs),
-        target=GPUTarget("cuda", cc, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **options},
-    )
+    source, target = ASTSource(kernel, types, constexprs, attrs), GPUTarget("cuda", cc, 32)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **options}
+    key = compile_cache.key_of(source, target, options, Path(__file__).read_bytes())
+    if kept := compile_cache.read(key):
+        return Compiled(**kept, cached=True)
+    compiled = triton.compile(source, target=target, options=options)
     registers, spills = _resources(compiled.asm["cubin"])
-    return Compiled(compiled.metadata.shared, spills, registers)
+    found = {"shared_bytes": compiled.metadata.shared, "spills": spills, "registers": registers}
+    compile_cache.write(key, found)
+    return Compiled(**found)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -88,10 +96,20 @@ def modules() -> list[str]:
     return sorted(".".join(path.relative_to(folder).with_suffix("").parts) for path in with_cases)
 
 
-def _compile_module(job: tuple[str, int]) -> list[dict[str, Any]]:
-    name, cc = job
+def subset(cases: list[Any], cc: int) -> list[Any]:
+    """One case of each kernel, and another one on the next card."""
+    by_kernel: dict[Any, list[Any]] = {}
+    for case in cases:
+        by_kernel.setdefault(case.kernel.fn, []).append(case)
+    at = sorted(SHARED_LIMIT).index(cc)
+    return [of_one[at * len(of_one) // len(SHARED_LIMIT)] for of_one in by_kernel.values()]
+
+
+def _compile_module(job: tuple[str, int, bool]) -> list[dict[str, Any]]:
+    name, cc, few = job
     results = []
-    for case in importlib.import_module(f"lowvram_grpo.kernels.{name}").compile_cases(cc):
+    cases = importlib.import_module(f"lowvram_grpo.kernels.{name}").compile_cases(cc)
+    for case in subset(cases, cc) if few else cases:
         found: dict[str, Any] = {"module": name, "case": case.name, "cc": cc}
         try:
             made = compile_for(case.kernel, case.signature, case.constexprs, cc, case.num_warps, case.num_stages)
@@ -106,9 +124,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cc", type=int, action="append", choices=sorted(SHARED_LIMIT))
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--subset", action="store_true", help="one case of each kernel on each architecture")
     parser.add_argument("modules", nargs="*")
     args = parser.parse_args()
-    jobs = [(name, cc) for name in args.modules or modules() for cc in args.cc or SHARED_LIMIT]
+    compile_cache.prune()
+    jobs = [(name, cc, args.subset) for name in args.modules or modules() for cc in args.cc or SHARED_LIMIT]
     with ProcessPoolExecutor(args.jobs) as pool:
         for results in pool.map(_compile_module, jobs):
             for found in results:

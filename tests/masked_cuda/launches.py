@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ import triton.language as tl
 from torch.utils._mode_utils import no_dispatch
 from triton.runtime import interpreter
 
+from tests.interpreter import patch_once
 from tests.masked_cuda.device import Masked, inner
 from tests.masked_cuda.record import RECORD, CudaError, where
 
@@ -59,7 +59,7 @@ _in_name_only: list[bool] = []
 def watch() -> None:
     """Note every launch from now on."""
     _round_bfloat16()
-    _patch_once()
+    patch_once()
     computed = interpreter.InterpretedFunction.run
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -160,18 +160,3 @@ def _round_bfloat16() -> None:
 
     interpreter._convert_float = rounded
     interpreter.InterpreterBuilder.create_dot = product
-
-
-def _patch_once() -> None:
-    """The interpreter puts its own functions into triton.language for every call of every function, and takes them out
-    again: half of its time. Here nothing is compiled, so they stay."""
-    patch, done = interpreter._patch_lang, set()
-
-    def once(fn):
-        languages = frozenset(id(x) for x in fn.__globals__.values() if x is tl or x is tl.core)
-        if languages not in done:
-            patch(fn)
-            done.add(languages)
-        return types.SimpleNamespace(restore=lambda: None)
-
-    interpreter._patch_lang = once

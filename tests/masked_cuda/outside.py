@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,10 +35,11 @@ def functions(files: list[str]) -> list[str]:
 
 
 class Masked:
-    """Runs `tests` (FILE::FUNCTION) for one compute capability ("8.6"), once."""
+    """Runs `tests` (FILE::FUNCTION) for one compute capability ("8.6"), once: all of their cases, or those that are not
+    marked `full`."""
 
-    def __init__(self, capability: str, tests: list[str]):
-        self.capability, self.tests = capability, tests
+    def __init__(self, capability: str, tests: list[str], full: bool = False):
+        self.capability, self.tests, self.full = capability, tests, full
         self.folder = tempfile.TemporaryDirectory()
         self.launches = Path(self.folder.name) / "launches.jsonl"
 
@@ -52,8 +54,8 @@ class Masked:
         # What pytest-xdist tells its workers is not for the process inside.
         environment = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "tests.masked_cuda.plugin", "-p", "no:cacheprovider",
-             "-o", "python_files=test_*.py check_*.py", *self.tests],
+            [sys.executable, "-m", "pytest", "-n", "0", "-p", "tests.masked_cuda.plugin", "-p", "no:cacheprovider",
+             "-o", "python_files=test_*.py check_*.py", "-m", "" if self.full else "not full", *self.tests],
             cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500,
         )  # fmt: skip
         if done.returncode not in (0, 1) or not report.exists():
@@ -72,6 +74,11 @@ class Masked:
 
     def launches_are_cases(self) -> None:
         """Every launch of the process is among the compile gate's cases."""
+        found = self.launched
+        assert found["compiled"] and not found["bad"], "\n".join(found["bad"])
+
+    @cached_property
+    def launched(self) -> dict[str, Any]:
         assert self.rows
         kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         done = subprocess.run(
@@ -80,16 +87,18 @@ class Masked:
             cwd=ROOT, env=kept, capture_output=True, text=True, timeout=1500,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
-        found = json.loads(done.stdout)
-        assert found["compiled"] and not found["bad"], "\n".join(found["bad"])
+        return json.loads(done.stdout)
 
 
-def masked(capability: str, tests: list[str]):
-    """(fixture, test of each function, test of all launches) to be bound to names in a test module."""
+def masked(capability: str, tests: list[str], full: list[str]):
+    """(fixture, test of each function of `tests`, test of all launches, test marked `full` of each function of `tests`
+    and `full` in all of its cases) to be bound to names in a test module. One process runs whatever is asked for."""
 
     @pytest.fixture(scope="module", name="there")
-    def fixture() -> Iterator[Masked]:
-        there = Masked(capability, tests)
+    def fixture(request) -> Iterator[Masked]:
+        asked = [item for item in request.session.items if item.path == request.path]
+        everything = any(item.get_closest_marker("full") for item in asked)
+        there = Masked(capability, [*tests, *full] if everything else tests, everything)
         yield there
         there.folder.cleanup()
 
@@ -100,4 +109,9 @@ def masked(capability: str, tests: list[str]):
     def launches(there):
         there.launches_are_cases()
 
-    return fixture, passes, launches
+    @pytest.mark.full
+    @pytest.mark.parametrize("test", [*tests, *full], ids=lambda test: test.removeprefix("tests/"))
+    def all_pass(there, test):
+        there.passes(test)
+
+    return fixture, passes, launches, all_pass

@@ -10,4 +10,6 @@ INSIDE = [
     *functions(["tests/gpu/test_kernels_on_device.py", "tests/gpu/test_training_on_device.py"]),
     "tests/masked_cuda/check_trainer.py::test_a_preset_trains_in_16_bits",
 ]
-there, test_on_the_mask, test_every_launch_is_a_case_of_the_compile_gate = masked("7.5", INSIDE)
+there, test_on_the_mask, test_every_launch_is_a_case_of_the_compile_gate, test_all_cases_on_the_mask = masked(
+    "7.5", INSIDE, FULL
+)
