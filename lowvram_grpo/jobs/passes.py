@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lowvram_grpo.jobs.evaluation import Scored, completion_rows, evaluate
 from lowvram_grpo.memory.guard import Guard
-from lowvram_grpo.plan.planner import ladder_of
+from lowvram_grpo.plan.paper import ladder_of
 from lowvram_grpo.run import jsonl
 from lowvram_grpo.training.collect import Collector
 
