@@ -14,6 +14,7 @@ import correct
 import part_memory
 import pytest
 import report
+import rollout_limit
 import rollout_providers
 import roofline
 import torch
@@ -132,8 +133,8 @@ def test_a_step_reads_every_weight_once_and_no_embedding(tied):
     model = make_model(tie_word_embeddings=tied)
     every = sum(p.nbytes for p in model.parameters())
     embedding = 0 if tied else model.get_input_embeddings().weight.nbytes
-    assert bench_rollout.weight_bytes(model) == every - embedding
-    assert bench_rollout.kv_bytes_a_token(model, 2) == 2 * 2 * 2 * 8 * 2
+    assert rollout_limit.weight_bytes(model) == every - embedding
+    assert rollout_limit.kv_bytes_a_token(model, 2) == 2 * 2 * 2 * 8 * 2
 
 
 def test_one_provider_that_fails_costs_no_other_its_rows(tmp_path, monkeypatch):
