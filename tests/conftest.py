@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 
@@ -53,6 +54,16 @@ def pytest_collection_modifyitems(items):
     paths = {item.path for item in items}
     place = {path: next((i for i, name in enumerate(LONG) if path.match(name)), len(LONG)) for path in paths}
     items.sort(key=lambda item: place[item.path])
+
+
+def pytest_collection_finish():
+    # What was imported is no garbage, and a trainer collects several times a run: most of a short one's time.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 def make_tokenizer(chat: bool = False):

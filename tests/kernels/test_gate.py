@@ -33,7 +33,10 @@ print(json.dumps([kept.spills, pressed.spills, pressed.registers]))
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(("--subset",), id="subset"), pytest.param((), id="all", marks=pytest.mark.full)],
+    params=[
+        pytest.param(("--subset",), id="subset"),
+        pytest.param((), id="all", marks=[pytest.mark.full, pytest.mark.every_case]),
+    ],
 )
 def compiled(request):
     return gate.run(*request.param)

@@ -25,7 +25,10 @@ def skip_unless_possible() -> pytest.MarkDecorator:
 
 
 def functions(files: list[str]) -> list[str]:
-    """FILE::FUNCTION of every test in these files, which are not imported."""
+    """FILE::FUNCTION of every test in these files, which are not imported.
+
+    `tests` elsewhere in this module may also name one case of a function: FILE::FUNCTION[CASE].
+    """
     found = []
     for file in files:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
@@ -35,8 +38,7 @@ def functions(files: list[str]) -> list[str]:
 
 
 class Masked:
-    """Runs `tests` (FILE::FUNCTION) for one compute capability ("8.6"), once: all of their cases, or those that are not
-    marked `full`."""
+    """Runs `tests` for one compute capability ("8.6"), once: their cases that are not marked `full`, or all."""
 
     def __init__(self, capability: str, tests: list[str], full: bool = False):
         self.capability, self.tests, self.full = capability, tests, full
@@ -63,8 +65,8 @@ class Masked:
         return [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
 
     def passes(self, test: str) -> None:
-        """Fails, or is skipped, as the function did in there; in all of its cases."""
-        rows = [row for row in self.rows if row["test"].split("[")[0] == test]
+        """Fails, or is skipped, as the function did in there; in all of its cases, unless `test` names one."""
+        rows = [row for row in self.rows if test in (row["test"], row["test"].split("[")[0])]
         assert rows, f"{test} was not run"
         failed = [row for row in rows if row["outcome"] == "failed"]
         if failed:
@@ -91,14 +93,15 @@ class Masked:
 
 
 def masked(capability: str, tests: list[str], full: list[str]):
-    """(fixture, test of each function of `tests`, test of all launches, test marked `full` of each function of `tests`
-    and `full` in all of its cases) to be bound to names in a test module. One process runs whatever is asked for."""
+    """(fixture, test of each of `tests`, test of all launches, test of each function of `tests` and `full` in all its
+    cases, marked `full`) to be bound to names in a test module. One process runs whatever is asked for."""
+    whole = list(dict.fromkeys(test.split("[")[0] for test in [*tests, *full]))
 
     @pytest.fixture(scope="module", name="there")
     def fixture(request) -> Iterator[Masked]:
         asked = [item for item in request.session.items if item.path == request.path]
         everything = any(item.get_closest_marker("full") for item in asked)
-        there = Masked(capability, [*tests, *full] if everything else tests, everything)
+        there = Masked(capability, whole if everything else tests, everything)
         yield there
         there.folder.cleanup()
 
@@ -110,7 +113,7 @@ def masked(capability: str, tests: list[str], full: list[str]):
         there.launches_are_cases()
 
     @pytest.mark.full
-    @pytest.mark.parametrize("test", [*tests, *full], ids=lambda test: test.removeprefix("tests/"))
+    @pytest.mark.parametrize("test", whole, ids=lambda test: test.removeprefix("tests/"))
     def all_pass(there, test):
         there.passes(test)
 

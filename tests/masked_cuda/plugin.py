@@ -7,7 +7,6 @@ loaded before torch: by -p, not from a conftest.
 from __future__ import annotations
 
 # ruff: noqa: E402 (the order of these imports is what this module is about)
-import gc
 import json
 import os
 
@@ -41,11 +40,6 @@ from tests.masked_cuda import references
 references.put()
 
 
-def pytest_collection_finish(session):
-    gc.collect()
-    gc.freeze()  # what was imported is no garbage: the guard collects at every rollout
-
-
 @pytest.fixture(autouse=True)
 def _as_new():
     RECORD.clear()
@@ -69,10 +63,6 @@ def _why(report) -> str:
     if hasattr(report, "wasxfail"):
         return report.wasxfail
     return report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
-
-
-def pytest_unconfigure(config):
-    gc.unfreeze()
 
 
 def pytest_sessionfinish(session):

@@ -84,9 +84,21 @@ def _config(kind: str, layers: int):
     return AutoConfig.for_model(kind, **sizes)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "gemma3_text"])
+DEPTHS = {
+    "plain": {},
+    "offload, tiles": {"activation_offload": True, "mlp_tile": 512},
+    "kept": {"gradient_checkpointing": False},
+}
+OFTEN = {("qwen3", "plain"), ("gemma3_text", "offload, tiles"), ("qwen2", "kept")}
+
+
 @pytest.mark.parametrize(
-    "given", [{}, {"activation_offload": True, "mlp_tile": 512}, {"gradient_checkpointing": False}]
+    "kind, given",
+    [
+        pytest.param(kind, given, id=f"{kind}-{name}", marks=() if (kind, name) in OFTEN else pytest.mark.full)
+        for kind in ("qwen2", "qwen3", "llama", "gemma3_text")
+        for name, given in DEPTHS.items()
+    ],
 )
 def test_few_layers_tell_the_bytes_of_many(kind, given):
     blueprint = Blueprint(_config(kind, 15), "nf4", torch.bfloat16, LORA)

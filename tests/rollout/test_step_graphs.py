@@ -64,8 +64,15 @@ def test_a_rehearsal_has_the_peak_of_the_real_thing(kind, extra, rows, monkeypat
 
 
 @pytest.mark.skipif(not interpreted(), reason="tests/gpu replays real graphs")
-@pytest.mark.parametrize("kv", ["auto", "int8"])
-@pytest.mark.parametrize("kind,extra", [("Qwen2", {}), ("Gemma2", {"sliding_window": 8})], ids=["Qwen2", "Gemma2"])
+@pytest.mark.parametrize(
+    "kind,extra,kv",
+    [
+        pytest.param("Qwen2", {}, "auto", id="Qwen2-auto"),
+        pytest.param("Gemma2", {"sliding_window": 8}, "int8", id="Gemma2-int8"),
+        pytest.param("Qwen2", {}, "int8", id="Qwen2-int8", marks=pytest.mark.full),
+        pytest.param("Gemma2", {"sliding_window": 8}, "auto", id="Gemma2-auto", marks=pytest.mark.full),
+    ],
+)
 def test_steps_of_fixed_sizes_as_graphs_need_them(kind, extra, kv, monkeypatch):
     """What a graph would replay, run step by step in Triton's interpreter: rows padded to a bucket, with rows among
     them that nobody waits for, sizes read from the tables, late looks."""
