@@ -243,3 +243,28 @@ def test_tests_stand_in_the_rooms_of_what_they_test():
     assert folders <= {*ROOMS, *beside}
     files = [path for path in (ROOT / "tests").rglob("*.py") if path.is_file()]
     assert not [f"{p.name}: {n} lines" for p in files if (n := p.read_text("utf-8").count("\n")) > MOST_LINES]
+
+
+def test_what_the_document_names_is_there():
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    files = [
+        path for folder in ("lowvram_grpo", "kernels", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    ]
+    named = re.findall(r"`((?:[\w-]+/)*\w+\.py)(?::([\w.]+))?`", text)
+    assert len(named) > 80 and any(function for _, function in named)
+    missing = []
+    for file, function in named:
+        found = [path for path in files if f"/{path.relative_to(ROOT).as_posix()}".endswith(f"/{file}")]
+        defined = {name for path in found for name in _defined(path)}
+        if not found or (function and function not in defined):
+            missing.append(f"{file}:{function}" if function else file)
+    assert not missing, ", ".join(missing)
+
+
+def _defined(path: Path) -> Iterator[str]:
+    """Functions and classes of a file; methods with and without their class in front."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+        if isinstance(node, ast.ClassDef):
+            yield from (f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef))
