@@ -15,15 +15,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton looks when a kernel is decorated, so whichever test imports one first. Set it to 0 to test on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import interpreter
 import pytest
 import torch
 
 from lowvram_grpo.run.observer import Observer
+from tests.interpreter import patch_once
 
 torch.set_num_threads(1)
 if os.environ["TRITON_INTERPRET"] == "1":
-    interpreter.patch_once()
+    patch_once()
 
 # Whose tests take longest: begun with, so that no process is left alone with one of them at the end.
 LONG = (
