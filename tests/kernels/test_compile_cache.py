@@ -116,7 +116,7 @@ found["whole"] = attempt("c", HELPERS, KERNEL)
 @compiles
 def test_the_gate_takes_what_it_has_found(tmp_path, monkeypatch):
     monkeypatch.setenv(compile_cache.VARIABLE, str(tmp_path))
-    first, second = (gate.run("--cc", "75", "--subset", "nf4_dense") for _ in range(2))
+    first, second = (gate.run("--cc", "75", "--subset", "layer.nf4_dense") for _ in range(2))
     assert first and not any(found["cached"] for found in first) and all(found["cached"] for found in second)
     assert [found | {"cached": True} for found in first] == second
 
