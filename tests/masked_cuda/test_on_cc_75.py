@@ -13,7 +13,7 @@ INSIDE = [
     "tests/gpu/test_training_on_device.py::test_a_step_under_fp16_with_a_grad_scaler",
     "tests/masked_cuda/check_trainer.py::test_a_preset_trains_in_16_bits[8gb]",
 ]
-# The others run by default on 9.0.
+# The others run on 9.0.
 FULL = [
     *functions(["tests/gpu/test_decode_on_device.py", "tests/gpu/test_kernels_on_device.py"]),
     *functions(["tests/gpu/test_training_on_device.py"]),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.masked_cuda.outside import functions, masked, skip_unless_possible
 from tests.masked_cuda.record import ROOT
 
-pytestmark = skip_unless_possible()
+pytestmark = [skip_unless_possible(), pytest.mark.full]
 GPU = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/gpu/test_*.py"))
 ALL = functions([*GPU, "tests/masked_cuda/check_rollouts.py"])
 # Long ones of many cases: rotary positions, soft caps and windows, learned positions; a cache in either form.

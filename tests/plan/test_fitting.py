@@ -46,6 +46,7 @@ def test_a_small_card_takes_rungs_and_says_which():
     assert taken and all(key in said for key in taken)
 
 
+@pytest.mark.full  # 30 predictions; test_planner.py has advice of fewer
 def test_a_card_that_cannot_hold_it_gets_advice():
     with pytest.raises(UserError, match=r"does not fit.*What would:.*Qwen2.5-0.5B fits.*GiB free.*memory-plan off"):
         fitted(card(2, 0.9))

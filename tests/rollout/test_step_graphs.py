@@ -68,7 +68,7 @@ def test_a_rehearsal_has_the_peak_of_the_real_thing(kind, extra, rows, monkeypat
     "kind,extra,kv",
     [
         pytest.param("Qwen2", {}, "auto", id="Qwen2-auto"),
-        pytest.param("Gemma2", {"sliding_window": 8}, "int8", id="Gemma2-int8"),
+        pytest.param("Gemma2", {"sliding_window": 8}, "int8", id="Gemma2-int8", marks=pytest.mark.full),
         pytest.param("Qwen2", {}, "int8", id="Qwen2-int8", marks=pytest.mark.full),
         pytest.param("Gemma2", {"sliding_window": 8}, "auto", id="Gemma2-auto", marks=pytest.mark.full),
     ],
