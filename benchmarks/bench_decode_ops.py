@@ -15,7 +15,7 @@ Providers: `fused`, `eager` (transformers' code; of `int8_head` the product by t
 and for norms `torch`, which is torch.nn.functional.rms_norm. A graph
 holds CALLS calls one after another; `us` is the time of one of them, launch and all. Each provider is first held
 against eager code in float32; one that is further from it than twice eager in the same dtype gets no time. The last
-lines say which kinds were faster for every shape measured: what `policy.trials.MEASURED_FASTER` may list. Without a
+lines say which kinds were faster for every shape measured: what `policy.trials.EXPECTED_FASTER` may list. Without a
 GPU this is a dry run of tiny shapes in the interpreter: a check of the program, never a measurement.
 """
 

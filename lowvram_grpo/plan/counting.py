@@ -19,7 +19,7 @@ from lowvram_grpo.memory.ledger import ACTIVATIONS, Ledger, Peak
 from lowvram_grpo.memory.overheads import Overheads, on
 from lowvram_grpo.plan.four_bit import hidden_copy
 from lowvram_grpo.plan.stand_in import StandIn
-from lowvram_grpo.training.learner import Learner
+from lowvram_grpo.training.learner import Learner, learner_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -167,7 +167,6 @@ def _around(
     from lowvram_grpo.rollout.engine import engine_of
     from lowvram_grpo.rollout.sampler import filters_of
     from lowvram_grpo.training.loss import KernelChoice
-    from lowvram_grpo.training.loss_settings import correction_of, objective_of
 
     # peft makes a second adapter on the CPU, and moves it wherever the base is, but not to meta.
     with ledger.making("adapter"), _META:
@@ -178,17 +177,7 @@ def _around(
     path = "torch" if blueprint.device == "cpu" else None
     engine = engine_of(args, model, sampling, attention_path=path, on_prefilled=lambda: ledger.cut("prefill"))
     kernels = KernelChoice("torch" if blueprint.device == "cpu" else None, False, "counting bytes")
-    learner = Learner(
-        model,
-        reference,
-        objective_of(args),
-        kernels,
-        args,
-        steps_per_rollout=args.batch_plan().steps_per_rollout,
-        autocast=stand_in.autocast,
-        correction=correction_of(args),
-    )
-    return engine, learner
+    return engine, learner_of(args, model, reference, kernels, stand_in.autocast)
 
 
 @contextmanager

@@ -218,7 +218,7 @@ class GRPOConfig(TrainingArguments):
         self.emulated_bf16 = bool(self.bf16) and not self.use_cpu and not _has_bf16()
         if self.bf16 is None or self.emulated_bf16:
             self.bf16, self.fp16 = _pick_autocast(self.fp16, self.use_cpu)
-        # From here on checkpointing is ours to switch (policy.load), under one name in every transformers version.
+        # From here on checkpointing is ours to switch (policy.build), under one name in every transformers version.
         checkpointing = self.gradient_checkpointing or bool(getattr(self, "activation_checkpointing", None))
         self.gradient_checkpointing = None if hasattr(self, "activation_checkpointing") else False
         self.idle_backend = None

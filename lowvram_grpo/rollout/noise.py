@@ -1,4 +1,5 @@
-"""The keys of random streams: a function of (seed, prompt, completion). What is drawn by them is in `kernels.noise`."""
+"""The keys of random streams: a function of (seed, prompt, completion). What is drawn by them is in
+`kernels/decode/noise.py`."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from lowvram_grpo.recipe.config import GRPOConfig
 from lowvram_grpo.training.correction import Correction
 from lowvram_grpo.training.experience import MicroBatch, Rollout, updates_of
 from lowvram_grpo.training.loss import KernelChoice, LossSums, micro_loss, wanted_rows
+from lowvram_grpo.training.loss_settings import correction_of, objective_of
 from lowvram_grpo.training.metrics import read, sampler_metrics
 from lowvram_grpo.training.scoring import Scores, score, scored_states
 
@@ -180,3 +181,23 @@ class Learner:
             # Inside an outer autocast, weights that this pass has cast would stay cached without their graph.
             torch.clear_autocast_cache()
             self.model.train(was_training)
+
+
+def learner_of(
+    args: GRPOConfig,
+    model: nn.Module,
+    reference: Reference | None,
+    kernels: KernelChoice,
+    autocast: Callable[[], AbstractContextManager],
+) -> Learner:
+    """The learner that a training configuration asks for, to train by or to count the bytes of."""
+    return Learner(
+        model,
+        reference,
+        objective_of(args),
+        kernels,
+        args,
+        steps_per_rollout=args.batch_plan().steps_per_rollout,
+        autocast=autocast,
+        correction=correction_of(args),
+    )

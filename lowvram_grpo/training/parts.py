@@ -32,9 +32,8 @@ from lowvram_grpo.rollout.sampler import sampling_of
 from lowvram_grpo.rollout.vllm import VLLMEngine, check_vllm, vllm_engine
 from lowvram_grpo.training.collect import Collector, reward_columns
 from lowvram_grpo.training.early_checks import check_before_loading, check_evaluation
-from lowvram_grpo.training.learner import Learner
+from lowvram_grpo.training.learner import Learner, learner_of
 from lowvram_grpo.training.loss import choose_kernels
-from lowvram_grpo.training.loss_settings import correction_of, objective_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -116,16 +115,7 @@ def make_learner(
         decoder = getattr(causal_lm, causal_lm.base_model_prefix)
         if partly := check_attention(args.attention, "training", decoder, args.device):
             notice(partly)
-    return Learner(
-        model,
-        reference,
-        objective_of(args),
-        kernels,
-        args,
-        steps_per_rollout=args.batch_plan().steps_per_rollout,
-        autocast=autocast,
-        correction=correction_of(args),
-    )
+    return learner_of(args, model, reference, kernels, autocast)
 
 
 def make_rewards(reward_funcs: list, args: GRPOConfig, processing_classes: Any) -> RewardRunner:

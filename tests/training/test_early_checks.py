@@ -11,20 +11,7 @@ from peft import LoraConfig
 from lowvram_grpo import GRPOTrainer, UserError
 from lowvram_grpo.training.early_checks import check_best_metric
 from lowvram_grpo.training.pushing import check_hub
-
-LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def trainer_for(model, args, data, tokenizer, evaluated=None, reward=digit_share, **kwargs):
-    return GRPOTrainer(model, reward, args, data, evaluated, tokenizer, peft_config=LORA, observer=Quiet(), **kwargs)
-
-
-def said_by(call, *arguments, **kwargs):
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **kwargs)
-    text = str(caught.value)
-    assert "\n" not in text and text.endswith(".")
-    return text
+from tests.recipe.test_settings import said_by, trainer_for
 
 
 def test_a_metric_that_a_reward_asks_to_log_may_come_later(config, dataset, tokenizer, model):
