@@ -36,7 +36,7 @@ def main() -> None:
     until = time.monotonic() + 60 * args.minutes
     attempts = Attempts(Rows(args.out, args.dry_run or not torch.cuda.is_available(), part="tests"))
     plugin = RowsPlugin(attempts, args.shard, args.of, lambda: time.monotonic() > until)
-    # One process and every case, whatever the project's own options are: of several, none could say which test ended it.
+    # Not the project's own options: every case, and one process, so that its end has the test that was running.
     options = ["-o", "addopts=", "-q", "--tb=long", "-p", "no:cacheprovider"]
     options += ["-o", f"faulthandler_timeout={HANGS_AFTER_S}"]
     code = pytest.main([*options, "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), *args.tests], [plugin])
