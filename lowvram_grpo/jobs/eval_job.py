@@ -163,7 +163,7 @@ def _check_lengths(
     data: Dataset,
     tell: Callable[[str], None],
 ) -> None:
-    """Say how many prompts are cut, as training cuts them; see `warmup.check_lengths`.
+    """Say how many prompts are cut, as training cuts them; see `WarmUp.check_settings`.
 
     Raises:
         UserError: a prompt and its completion exceed the model's positions.
