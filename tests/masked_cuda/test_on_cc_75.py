@@ -1,4 +1,4 @@
-"""On the mask of Turing (7.5): float16 with a GradScaler, kernels without tensor cores, the commands. All marked `full`."""
+"""On the mask of Turing (7.5), in full: float16 with a GradScaler, kernels without tensor cores, the commands."""
 
 from __future__ import annotations
 

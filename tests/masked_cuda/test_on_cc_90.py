@@ -1,4 +1,4 @@
-"""On the mask of an H100 (9.0): all of tests/gpu, and decode steps. All marked `full`."""
+"""On the mask of an H100 (9.0), in full: all of tests/gpu, and decode steps."""
 
 from __future__ import annotations
 
