@@ -216,7 +216,8 @@ class SupportCheck:
         # Not that of an input embedding, which may be in host memory.
         device = next(causal_lm.get_output_embeddings().buffers(), next(decoder.parameters())).device
         try:
-            with torch.no_grad():
+            # What the asking pass will draw (an adapter's dropout) must not depend on whether it was the first to ask.
+            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 self._attempt(decoder, device)
         except Exception as error:
             if is_out_of_memory(error):

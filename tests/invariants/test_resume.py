@@ -46,6 +46,20 @@ def test_resume_is_exact(config, dataset, tokenizer, peft_config, settings, tmp_
         assert torch.equal(value, again[name]), name
 
 
+def test_resume_in_the_middle_of_a_rollout_draws_the_same_dropout(config, dataset, tokenizer, tmp_path):
+    """The resumed process asks in a pass with a gradient, for the first time, whether the model can share prompts."""
+    dropping = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = {"num_iterations": 2, "shared_prefix": "on"}
+    whole, weights = run(config, dataset, tokenizer, dropping, output_dir=str(tmp_path / "a"), **settings)
+    checkpoint = str(tmp_path / "a" / "checkpoint-3")
+    torch.manual_seed(12345)
+    rest, again = run(
+        config, dataset, tokenizer, dropping, output_dir=str(tmp_path / "b"), resume=checkpoint, **settings
+    )
+    assert [rest[s]["loss"] for s in range(4, 8)] == [whole[s]["loss"] for s in range(4, 8)]
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
 @pytest.mark.parametrize("peft_config", [LORA, None], ids=["lora", "all-weights"])
 def test_resume_after_a_cold_start_keeps_its_reference(config, tokenizer, tmp_path, peft_config):
     data = Dataset.from_dict({"prompt": ["a b", "c d", "e f", "g h"] * 3, "reference_completion": ["1 2 3"] * 12})
