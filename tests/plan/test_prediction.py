@@ -111,6 +111,7 @@ def test_few_layers_tell_the_bytes_of_many(kind, given):
     assert sum(quick.categories.values()) == pytest.approx(quick.peak, rel=1e-3)
 
 
+@pytest.mark.full  # tests/bench/test_bench_memory.py has each rung of a ladder, tests/plan/test_baseline.py the bytes
 def test_each_saver_saves():
     blueprint = Blueprint(_config("qwen2", 12), "nf4", torch.bfloat16, LORA)
     # Long enough for tensors that are worth offloading.
