@@ -92,10 +92,10 @@ class Masked:
         return json.loads(done.stdout)
 
 
-def masked(capability: str, tests: list[str], full: list[str]):
-    """(fixture, test of each of `tests`, test of all launches, test of each function of `tests` and `full` in all its
-    cases, marked `full`) to be bound to names in a test module. One process runs whatever is asked for."""
-    whole = list(dict.fromkeys(test.split("[")[0] for test in [*tests, *full]))
+def masked(capability: str, tests: list[str]):
+    """(fixture, test of each of `tests`, test of all launches, test of each function of `tests` in all its cases,
+    marked `full`) to be bound to names in a test module. One process runs whatever is asked for."""
+    whole = list(dict.fromkeys(test.split("[")[0] for test in tests))
 
     @pytest.fixture(scope="module", name="there")
     def fixture(request) -> Iterator[Masked]:

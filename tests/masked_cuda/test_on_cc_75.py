@@ -13,4 +13,4 @@ INSIDE = [
     *functions(["tests/gpu/test_training_on_device.py"]),
     "tests/masked_cuda/check_trainer.py::test_a_preset_trains_in_16_bits[8gb]",
 ]
-there, test_on_the_mask, test_every_launch_is_a_case_of_the_compile_gate, _ = masked("7.5", INSIDE, [])
+there, test_on_the_mask, test_every_launch_is_a_case_of_the_compile_gate, _ = masked("7.5", INSIDE)
