@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lowvram_grpo.data.encoding import encode_prompts
-from lowvram_grpo.jobs.task import prompt_lengths
+from lowvram_grpo.training.early_checks import prompt_lengths
 
 if TYPE_CHECKING:
     from lowvram_grpo.jobs.job import Job

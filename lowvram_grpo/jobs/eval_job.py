@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.data.encoding import check_prompts
 from lowvram_grpo.data.load import load
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import UserError, flag_of
 from lowvram_grpo.jobs.evaluation import check_ks, default_threshold
 from lowvram_grpo.jobs.inference import check_filters, recipe_to_sample
 from lowvram_grpo.jobs.loading import check_device, read_model_of, training_config
-from lowvram_grpo.jobs.task import Rewards, check_reward_columns, guess_notice, prepared, prompt_lengths, rewards_of
+from lowvram_grpo.jobs.task import Rewards, check_reward_columns, guess_notice, prepared, rewards_of
 from lowvram_grpo.rewards.registry import full_marks
+from lowvram_grpo.training.early_checks import check_lengths, prompt_lengths
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.recipe.resolve import Recipe
@@ -122,7 +123,8 @@ def read(flags: dict[str, Any], wanted: Wanted, tell: Callable[[str], None]) -> 
         raw = raw.select(range(min(wanted.limit, len(raw))))
     data = prepared(recipe, raw, tell)
     check_reward_columns(recipe, rewards.functions, data)
-    _check_lengths(model_config, args, tokenizer, data, tell)
+    check_prompts(tokenizer, data, chat_template_kwargs=args.chat_template_kwargs)
+    check_lengths(args, prompt_lengths(args, tokenizer, data), model_config, tell, spelled=flag_of)
     full = [full_marks(function) for function in rewards.functions]
     threshold = default_threshold(args.reward_weights, full) if wanted.threshold is None else wanted.threshold
     return EvalJob(recipe, args, tokenizer, rewards, data, place, full, threshold)
@@ -154,28 +156,3 @@ def _data(recipe: Recipe, flags: dict[str, Any]) -> tuple[Dataset, str]:
     data = load(place, config=config, split=split, prefer=_SPLITS)
     named = split or (str(data.split) if data.split else None)
     return data, f"{place}, split {named}" if named else place
-
-
-def _check_lengths(
-    model_config: PretrainedConfig,
-    args: GRPOConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Dataset,
-    tell: Callable[[str], None],
-) -> None:
-    """Say how many prompts are cut, as training cuts them; see `WarmUp.check_settings`.
-
-    Raises:
-        UserError: a prompt and its completion exceed the model's positions.
-    """
-    check_prompts(tokenizer, data, chat_template_kwargs=args.chat_template_kwargs)
-    lengths = prompt_lengths(args, tokenizer, data)
-    if lengths.cut:
-        tell(lengths.sentence(args.max_prompt_length))
-    longest = min(lengths.longest, args.max_prompt_length or lengths.longest)
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if limit and longest + args.max_completion_length > limit:
-        raise UserError(
-            f"The longest prompt ({longest} tokens) and max_completion_length {args.max_completion_length} do not fit "
-            f"the model's {limit} positions; lower --max-prompt-length or --max-completion-length."
-        )

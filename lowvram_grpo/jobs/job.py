@@ -12,12 +12,12 @@ from lowvram_grpo.data.load import load
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.jobs.loading import adopt_stored_quantization, read_model_of, training_config
 from lowvram_grpo.jobs.resume import check_unfinished
-from lowvram_grpo.jobs.task import Rewards, check_reward_columns, prepared, prompt_lengths, rewards_of
+from lowvram_grpo.jobs.task import Rewards, check_reward_columns, prepared, rewards_of
 from lowvram_grpo.memory.devices import detect
 from lowvram_grpo.plan.fitting import fit
 from lowvram_grpo.training.cold_start import REFERENCE_COLUMN
 from lowvram_grpo.training.continuation import planned_steps
-from lowvram_grpo.training.early_checks import check_before_loading
+from lowvram_grpo.training.early_checks import check_before_loading, prompt_lengths
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,10 +10,7 @@ from lowvram_grpo.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
-    from lowvram_grpo.data.encoding import LengthReport
-    from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.recipe.resolve import Recipe
 
 
@@ -114,12 +111,3 @@ def check_reward_columns(recipe: Recipe, rewards: list[Callable | str], data: Da
     only_prompts = bool(recipe.training.get("remove_unused_columns"))
     columns = reward_columns(data.column_names, only_prompts=only_prompts)
     check_columns(rewards, columns)
-
-
-def prompt_lengths(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, data: Dataset) -> LengthReport:
-    """How long the prompts of prepared data are, and how many of them are cut."""
-    from lowvram_grpo.data.encoding import prompt_length_report
-
-    return prompt_length_report(
-        tokenizer, data, max_prompt_length=args.max_prompt_length, chat_template_kwargs=args.chat_template_kwargs
-    )

@@ -1,14 +1,15 @@
-"""What would end a run after its model was loaded, looked at before: the evaluation, the best model's metric, the
-attention that was asked for, the hub.
+"""What would end a run after its model was loaded, looked at before: prompts that do not fit, the evaluation, the best
+model's metric, the attention that was asked for, the hub.
 
 `recipe.settings` looks at what the settings alone decide; here data, rewards, the device and the network have a say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lowvram_grpo.data.encoding import LengthReport, prompt_length_report
 from lowvram_grpo.data.load import check_dataset
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.policy.attention_choice import check_asked
@@ -17,6 +18,9 @@ from lowvram_grpo.rewards.signatures import names_before_loading
 from lowvram_grpo.training.pushing import check_hub
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
     from lowvram_grpo.recipe.config import GRPOConfig
 
 # What an evaluation measures of itself, without eval_ in front; rewards, and what they log, come to it.
@@ -39,6 +43,44 @@ def check_before_loading(args: GRPOConfig, rewards: Sequence[Any], evaluated: An
     names, may_log = names_before_loading(rewards)
     check_best_metric(args, names, evaluated, (), final=not may_log)
     check_hub(args)
+
+
+def prompt_lengths(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, data: Dataset) -> LengthReport:
+    """How long the prompts of prepared data are, and how many will be cut."""
+    return prompt_length_report(
+        tokenizer, data, max_prompt_length=args.max_prompt_length, chat_template_kwargs=args.chat_template_kwargs
+    )
+
+
+def check_lengths(
+    args: GRPOConfig,
+    lengths: LengthReport,
+    model_config: PretrainedConfig,
+    tell: Callable[[str], None],
+    spelled: Callable[[str], str] = str,
+) -> int:
+    """Say how many prompts are cut.
+
+    Args:
+        spelled: how the settings to lower are written for the person who is told.
+
+    Returns:
+        the tokens of the longest prompt, cut as it will be.
+
+    Raises:
+        UserError: even a cut prompt and its completion exceed the model's positions.
+    """
+    if lengths.cut:
+        tell(lengths.sentence(args.max_prompt_length))
+    longest = min(lengths.longest, args.max_prompt_length or lengths.longest)
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit and longest + args.max_completion_length > limit:
+        raise UserError(
+            f"The longest prompt ({longest} tokens) and max_completion_length {args.max_completion_length} do not fit "
+            f"the model's {limit} positions; lower {spelled('max_prompt_length')} or "
+            f"{spelled('max_completion_length')}."
+        )
+    return longest
 
 
 def check_evaluation(args: GRPOConfig, evaluated: Any) -> None:

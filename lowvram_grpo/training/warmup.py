@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lowvram_grpo.data.encoding import prompt_length_report
 from lowvram_grpo.errors import UserError, counted
 from lowvram_grpo.memory.optimizer import GuardedStep
 from lowvram_grpo.policy.dropout import adapter_dropout
@@ -29,6 +28,7 @@ from lowvram_grpo.training.cold_start import (
 )
 from lowvram_grpo.training.collect import Collector
 from lowvram_grpo.training.continuation import planned_steps
+from lowvram_grpo.training.early_checks import check_lengths, prompt_lengths
 from lowvram_grpo.training.experience import Rollout
 from lowvram_grpo.training.learner import Learner
 from lowvram_grpo.training.pace import pace_of, timed
@@ -85,22 +85,8 @@ class WarmUp:
                 f"the adapter's dropout of {dropped:g} is on in training passes only, so ratio and kl carry its noise; "
                 "set lora_dropout to 0, or disable_dropout, to switch it off."
             )
-        report = prompt_length_report(
-            self.collector.tokenizer,
-            self.data,
-            max_prompt_length=args.max_prompt_length,
-            chat_template_kwargs=args.chat_template_kwargs,
-        )
-        if report.cut:
-            notice(report.sentence(args.max_prompt_length))
-        longest = min(report.longest, args.max_prompt_length or report.longest)
-        limit = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
-        if limit and longest + args.max_completion_length > limit:
-            raise UserError(
-                f"The longest prompt ({longest} tokens) and max_completion_length {args.max_completion_length} do not "
-                f"fit the model's {limit} positions; lower max_prompt_length or max_completion_length."
-            )
-        return longest
+        lengths = prompt_lengths(args, self.collector.tokenizer, self.data)
+        return check_lengths(args, lengths, unwrap(model).config, notice)
 
     def probe(self, longest_prompt: int, *, backward: Callable[[Tensor], None], moments: bool) -> None:
         """Rehearse the longest step, where `memory_probe` wants that; see `probe.probe`."""
