@@ -24,6 +24,7 @@ from torch import Tensor
 # exp() of a log-ratio beyond this is a number no clipped objective can use; it also keeps k3 finite.
 MAX_LOG_RATIO = 20.0
 STD_EPSILON = 1e-4
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainingArguments
 
 from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.objective import LOSS_TYPES
 from lowvram_grpo.recipe.batch_plan import BatchPlan
 from lowvram_grpo.recipe.generation_kwargs import settle_generation_kwargs
 from lowvram_grpo.recipe.notices import notices_of
@@ -26,7 +27,8 @@ CORRECTION_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequen
 _SWITCH = ("auto", "on", "off")
 # The words that a field may have.
 _CHOICES = {
-    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo"),
+    "loss_type": LOSS_TYPES,
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "kl_estimator": ("k1", "k2", "k3", "exact"),
     "scale_rewards": ("group", "batch", "none"),
     "importance_sampling_level": ("token", "sequence"),
@@ -92,6 +94,10 @@ class GRPOConfig(TrainingArguments):
     )
     cache_implementation: str | None = _help("(no effect)")
     use_transformers_continuous_batching: bool = _help("(no effect)", False)
+    transformers_continuous_batching_config: dict[str, Any] | str | None = _help("(no effect)")
+    use_transformers_paged: bool = _help("(no effect)", False)
+    max_tool_calling_iterations: int | None = _help("(no effect yet)")
+    pad_to_multiple_of: int | str | None = _help("(no effect)", "auto")
     ds3_gather_for_generation: bool = _help("(no effect yet)", True)
 
     # vLLM (docs/vllm.md)
@@ -138,7 +144,38 @@ class GRPOConfig(TrainingArguments):
     importance_sampling_level: str = _help("Ratio per token, or per sequence (GSPO).", "token")
     reward_weights: list[float] | None = _help("One weight per reward function; all 1 when unset.")
     scale_rewards: str = _help("Divide advantages by the std of the group, of the batch, or not.", "group")
-    loss_type: str = _help("grpo, bnpo, dr_grpo or dapo: what the loss is averaged over.", "grpo")
+    multi_objective_aggregation: str = _help(
+        "sum_then_normalize: weigh and add the rewards, then normalize; normalize_then_sum: the reverse (GDPO).",
+        "sum_then_normalize",
+    )
+    loss_type: str = _help(
+        "grpo, bnpo, dr_grpo, dapo, luspo: what the clipped loss is averaged over; cispo, sapo, vespo: losses that "
+        "clip in another way.",
+        "grpo",
+    )
+    use_bias_correction_kl: bool = _help(
+        "Multiply the sampled KL by the ratio, so that its gradient is unbiased (DeepSeek-V3.2); off: plain k3.", True
+    )
+    sapo_temperature_neg: float = _help("Temperature of sapo's gate where the advantage is not positive.", 1.05)
+    sapo_temperature_pos: float = _help("Temperature of sapo's gate where the advantage is positive.", 1.0)
+    vespo_k_pos: float = _help("Shape k of vespo's weight where the advantage is not negative.", 2.0)
+    vespo_lambda_pos: float = _help("Rate lambda of vespo's weight where the advantage is not negative.", 3.0)
+    vespo_k_neg: float = _help("Shape k of vespo's weight where the advantage is negative.", 3.0)
+    vespo_lambda_neg: float = _help("Rate lambda of vespo's weight where the advantage is negative.", 2.0)
+    off_policy_mask_threshold: float | None = _help(
+        "Leave completions of negative advantage out of the policy loss once the sampler's mean log-prob exceeds the "
+        "policy's by more than this (DeepSeek-V3.2)."
+    )
+    top_entropy_quantile: float = _help("Share of the tokens, by entropy, that the policy loss counts.", 1.0)
+    entropy_coef: float = _help("Weight of the entropy bonus; the starting one where it adapts.", 0.0)
+    use_adaptive_entropy: bool = _help("Adapt entropy_coef to keep the entropy at entropy_target.", False)
+    entropy_coef_min: float = _help("Lower bound of an adaptive entropy_coef.", 0.0)
+    entropy_coef_max: float = _help("Upper bound of an adaptive entropy_coef.", 1.0)
+    entropy_coef_delta: float = _help("Step of an adaptive entropy_coef, one an optimizer step.", 0.005)
+    entropy_target: float = _help("Mean entropy in nats below which the adaptive bonus applies and grows.", 0.2)
+    router_aux_loss_coef: float | None = _help(
+        "Weight of a mixture of experts' load-balancing loss; unset: the model's own; 0 switches it off."
+    )
     mask_truncated_completions: bool = _help("Leave completions that hit the length limit out of the loss.", False)
     sync_ref_model: bool = _help("Let the reference follow the policy.", False)
     ref_model_mixup_alpha: float = _help("Share of the policy mixed into the reference at each sync.", 0.6)
@@ -200,6 +237,8 @@ class GRPOConfig(TrainingArguments):
     log_completions: bool = _help("Show a sample completion at each log; completions.jsonl is always written.", False)
     num_completions_to_print: int | None = _help("Completions shown at each log.")
     log_unique_prompts: bool = _help("Show each prompt once.", False)
+    log_multimodal: bool = _help("(no effect)", True)
+    log_completions_hub_repo: str | None = _help("Dataset on the hub that the completions are written to.")
 
     # TrainingArguments, with defaults for this job
     gradient_checkpointing: bool = _help("Recompute activations in the backward pass.", True)
@@ -273,6 +312,11 @@ class GRPOConfig(TrainingArguments):
                 f"vllm_importance_sampling_mode {self.vllm_importance_sampling_mode} needs a bound; set "
                 "vllm_importance_sampling_clip_max."
             )
+
+    @property
+    def entropy_bonus(self) -> bool:
+        """Whether the loss has an entropy term, an adaptive one that is 0 by now included."""
+        return bool(self.entropy_coef) or self.use_adaptive_entropy
 
     def batch_plan(self) -> BatchPlan:
         """What whichever of the batch fields were set come to."""
