@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.rewards.model import model_name
 from lowvram_grpo.rewards.registry import BUILTIN
+
+_ATOMS = (str, int, float, bool, type(None))
 
 
 def name_of(func: Callable) -> str:
@@ -57,7 +61,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def arguments_of(func: Callable, name: str, given: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
-    """Those of `given` that `func` accepts; lists are copied, so that no function can reorder another's.
+    """Those of `given` that `func` accepts, copied: no function can change what another one, or the run, sees.
 
     Args:
         name: of the function, for people.
@@ -76,7 +80,20 @@ def arguments_of(func: Callable, name: str, given: dict[str, Any], columns: dict
         )
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     accepted = given if takes_all else {key: value for key, value in given.items() if key in named}
-    return {key: list(value) if isinstance(value, list) else value for key, value in accepted.items()}
+    return {key: own(value) for key, value in accepted.items()}
+
+
+def own(value: Any) -> Any:
+    """A copy of lists, dictionaries, tensors and arrays down to what is in them."""
+    if isinstance(value, (list, tuple)) and all(type(item) in _ATOMS for item in value):
+        return type(value)(value) if type(value) in (list, tuple) else copy.copy(value)
+    if type(value) in (list, tuple):
+        return type(value)(own(item) for item in value)
+    if type(value) is dict:
+        return {key: own(item) for key, item in value.items()}
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def check_columns(funcs: Sequence[Any], columns: Sequence[str]) -> None:

@@ -118,7 +118,9 @@ def make_learner(
     return learner_of(args, model, reference, kernels, autocast)
 
 
-def make_rewards(reward_funcs: list, args: GRPOConfig, processing_classes: Any) -> RewardRunner:
+def make_rewards(
+    reward_funcs: list, args: GRPOConfig, processing_classes: Any, notice: Callable[[str], None]
+) -> RewardRunner:
     """`processing_classes`: one tokenizer, one a function, or None."""
     if not isinstance(processing_classes, list) and processing_classes is not None:
         processing_classes = [processing_classes]
@@ -128,6 +130,8 @@ def make_rewards(reward_funcs: list, args: GRPOConfig, processing_classes: Any) 
         processing_classes=processing_classes,
         device=args.device,
         timeout=args.reward_timeout,
+        errors=args.reward_errors,
+        tell=notice,
         load_model=load_reward_model,
     )
 

@@ -102,7 +102,7 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         self.policy_adapter = model.active_adapters[0] if is_peft(model) else None
         self.learner = parts.make_learner(model, args, self.compute_loss_context_manager, notice)
         self.reference = self.learner.reference
-        self.rewards = parts.make_rewards(reward_funcs, args, reward_processing_classes)
+        self.rewards = parts.make_rewards(reward_funcs, args, reward_processing_classes, notice)
         engine = parts.make_engine(model, args, tokenizer)
         self.guard = TrainerGuard(model, engine, args, ladder, notice=notice, log=lambda row: self.log(row))
         self.collector = parts.make_collector(engine, self.rewards, tokenizer, self.guard, args, self.observer.phase)
