@@ -50,7 +50,8 @@ def train(
         typer.Option(
             "--reward",
             "-r",
-            help="Built-in name, file.py:function, module:function or reward model; append :weight. Repeatable.",
+            help="Built-in name, file.py:function, module:function, http://address or reward model; append :weight. "
+            "Repeatable.",
         ),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="auto, or one of `lowvram-grpo presets`.")] = None,

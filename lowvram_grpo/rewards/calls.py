@@ -13,7 +13,7 @@ from typing import Any
 
 from lowvram_grpo.errors import Terminated, UserError
 from lowvram_grpo.rewards.guards import one_process
-from lowvram_grpo.rewards.outputs import TimedOut, failure
+from lowvram_grpo.rewards.outputs import Unanswered, failure
 
 # How often a person's Ctrl-C is looked for while the batch waits for a thread.
 _POLL_SECONDS = 0.2
@@ -79,13 +79,13 @@ class Caller:
         """The result of `future`, which began at `start` (monotonic seconds).
 
         Raises:
-            TimedOut: it took too long.
+            Unanswered: it took too long.
             RewardFailure: it was cancelled.
         """
         with self._patient(name):
             while not wait([future], _POLL_SECONDS).done:
                 if self.timeout is not None and time.monotonic() - start > self.timeout:
-                    raise TimedOut(
+                    raise Unanswered(
                         f"the reward function {name!r} did not finish within {self.timeout:g} s; "
                         "make it faster or raise --reward-timeout."
                     )
@@ -137,6 +137,7 @@ class Caller:
 def in_thread(name: str, work: Callable[[], Any]) -> Future:
     """`work` begun in a daemon thread: one that hangs must not keep the process alive after the error."""
     future: Future = Future()
+    future.set_running_or_notify_cancel()  # a result that nobody waits for any more is none too many
 
     def run() -> None:
         try:

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.rewards import guards
 
+# Where an error is raised for what the function did: its own line is the place.
+_OURS = (guards.__file__,)
 # Of a text that a function made, in a sentence for people.
 _SHOWN = 300
 
@@ -22,13 +25,13 @@ class RewardFailure(UserError):
     """A reward function failed; with `reward_errors` none the run goes on."""
 
 
-class TimedOut(RewardFailure):
-    """It took longer than `reward_timeout`."""
+class Unanswered(RewardFailure):
+    """It took longer than `reward_timeout`, or nobody is there to answer: to ask for less would be of no use."""
 
 
 def failure(name: str, error: BaseException) -> RewardFailure:
     """One sentence for what the reward function `name` raised."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in _OURS]
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     try:
         said = str(error)

@@ -53,6 +53,8 @@ class RewardSpec(NamedTuple):
 
 def parse_spec(spec: str) -> RewardSpec:
     r"""Take `spec` apart at its colons, that of a Windows drive (`C:\`) left alone. The weight is 1 when not given."""
+    if is_address(spec):
+        return _address_spec(spec.strip())
     head, weight = spec.strip(), 1.0
     before, colon, last = head.rpartition(":")
     if colon and _NUMBER.fullmatch(last):
@@ -63,17 +65,38 @@ def parse_spec(spec: str) -> RewardSpec:
     return RewardSpec(target, function, weight)
 
 
+def is_address(spec: str) -> bool:
+    """Whether a reward is computed by a server, by its beginning."""
+    return re.match(r"https?://", spec.strip(), re.IGNORECASE) is not None
+
+
+def _address_spec(spec: str) -> RewardSpec:
+    """A port is no weight: the number of `http://host:8000` is one, that of `http://host:8000:2` or
+    `http://host/score:2` is not."""
+    begin = spec.index("://") + 3
+    host = re.match(r"(\[[^\]]*\]|[^/?#:]*)(:\d+)?", spec[begin:])
+    end = begin + (host.end() if host else 0)
+    before, colon, last = spec[end:].rpartition(":")
+    if colon and _NUMBER.fullmatch(last):
+        return RewardSpec(spec[:end] + before, None, float(last))
+    return RewardSpec(spec, None, 1.0)
+
+
 def resolve_reward(spec: str) -> tuple[Callable | str, float]:
     """A reward function, or the folder or hub id of a reward model (as str), and its weight.
 
     Args:
-        spec: a built-in's name, `path/file.py:function`, `package.module:function`, or a sequence-classification model
-            (a folder, or a hub id with a slash); each may end in `:weight`.
+        spec: a built-in's name, `path/file.py:function`, `package.module:function`, `http://host:port/path`, or a
+            sequence-classification model (a folder, or a hub id with a slash); each may end in `:weight`.
 
     Raises:
         UserError: nothing stands behind `spec`; the sentence names what was looked for and what was found.
     """
     target, function, weight = parse_spec(spec)
+    if is_address(target):
+        from lowvram_grpo.rewards.remote import HTTPReward  # here: with it comes torch
+
+        return HTTPReward(target), weight
     if function is None:
         return _named(target), weight
     if target in BUILTIN:
@@ -85,7 +108,7 @@ def resolve_reward(spec: str) -> tuple[Callable | str, float]:
 def is_model(spec: str) -> bool:
     """Whether a reward is a model of its own, by its name."""
     target, function, _ = parse_spec(spec)
-    return function is None and target not in BUILTIN and not target.endswith(".py")
+    return function is None and target not in BUILTIN and not is_address(target) and not target.endswith(".py")
 
 
 def full_marks(reward: Callable | str) -> float:

@@ -22,15 +22,14 @@ from lowvram_grpo.rewards.model import RewardModel
 from lowvram_grpo.rewards.outputs import (
     Logs,
     RewardFailure,
-    TimedOut,
+    Unanswered,
     extras_of,
     listed,
     mean_metrics,
     number,
     rows_of,
 )  # fmt: skip
-from lowvram_grpo.rewards.registry import BUILTIN
-from lowvram_grpo.rewards.signatures import arguments_of, distinct, name_of
+from lowvram_grpo.rewards.signatures import arguments_of, distinct, known, name_of
 
 LoadModel = Callable[[str, dict[str, Any]], torch.nn.Module]
 
@@ -67,8 +66,8 @@ class RewardRunner:
 
     Args:
         reward_funcs: functions `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, async ones,
-            models, and strings: a built-in's name, else the folder or hub id of a model. A function without `**kwargs`
-            receives the arguments it names.
+            models, and strings: a built-in's name, an address, else the folder or hub id of a model. A function
+            without `**kwargs` receives the arguments it names.
         weights: one a function; all 1 when None.
         processing_classes: tokenizers of the models, one a function; None entries are loaded with the model.
         device: where models run; results lie on the host.
@@ -213,22 +212,23 @@ class RewardRunner:
     def _despite(self, i: int, batch: _Batch, error: RewardFailure) -> Scored:
         """The rewards of a function that failed on a batch, asked for one completion at a time."""
         self._pass_over(i, error)
-        if isinstance(error, TimedOut):
+        if isinstance(error, Unanswered):
             return Scored([math.nan] * batch.n, Logs(), batch.n)
-        parts = [self._alone(i, batch, row) for row in range(batch.n)]
+        begun = [self._begun(i, batch, [row]) for row in range(batch.n)] if _is_async(self.funcs[i]) else None
+        try:
+            parts = [self._alone(i, batch, row, begun and begun[row]) for row in range(batch.n)]
+        finally:
+            self._caller.abandon([future for _, future in begun or ()])
         rewards = [math.nan if part is None else part.rewards[0] for part in parts]
         failed = sum(1 if part is None else part.failed for part in parts)
         return Scored(rewards, rows_of([None if part is None else part.logs for part in parts]), failed)
 
-    def _alone(self, i: int, batch: _Batch, row: int) -> Scored | None:
+    def _alone(self, i: int, batch: _Batch, row: int, begun: tuple[Logs, Future] | None) -> Scored | None:
         try:
-            if not _is_async(self.funcs[i]):
+            if begun is None:
                 return self._asked(i, batch, [row])
-            logs, future = self._begun(i, batch, [row])
-            try:
-                return self._scored(i, self._caller.wait(self.names[i], future, time.monotonic()), logs)
-            finally:
-                self._caller.abandon([future])
+            logs, future = begun
+            return self._scored(i, self._caller.wait(self.names[i], future, time.monotonic()), logs)
         except RewardFailure as error:
             self._pass_over(i, error)
             return None
@@ -273,8 +273,7 @@ def _own_state(state: Any) -> Any:
 
 
 def _as_function(func: Any, processing_class: Any, device: torch.device | str, load: Callable) -> Callable:
-    if isinstance(func, str) and func in BUILTIN:
-        return BUILTIN[func]
+    func = known(func)
     if isinstance(func, (str, torch.nn.Module)):
         return RewardModel(load(func) if isinstance(func, str) else func, processing_class, device)
     if not callable(func):

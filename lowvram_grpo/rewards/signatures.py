@@ -13,9 +13,17 @@ import torch
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.rewards.model import model_name
-from lowvram_grpo.rewards.registry import BUILTIN
+from lowvram_grpo.rewards.registry import BUILTIN, is_address
+from lowvram_grpo.rewards.remote import HTTPReward
 
 _ATOMS = (str, int, float, bool, type(None))
+
+
+def known(func: Any) -> Any:
+    """The function that a name or an address stands for; other names are models', and stay."""
+    if isinstance(func, str) and is_address(func):
+        return HTTPReward(func)
+    return BUILTIN.get(func, func) if isinstance(func, str) else func
 
 
 def name_of(func: Callable) -> str:
@@ -30,7 +38,7 @@ def names_before_loading(funcs: Sequence[Any]) -> tuple[list[str], bool]:
     metrics of its own: it takes `log_metric`, or everything."""
     names, logs = [], False
     for func in funcs:
-        func = BUILTIN.get(func, func) if isinstance(func, str) else func
+        func = known(func)
         if isinstance(func, (str, torch.nn.Module)):
             names.append(model_name(func))
             continue
@@ -106,7 +114,7 @@ def check_columns(funcs: Sequence[Any], columns: Sequence[str]) -> None:
     given = {name: [] for name in ("prompts", "completions", "completion_ids")} | lists
     given |= dict.fromkeys(("trainer_state", "log_extra", "log_metric"))
     for func in funcs:
-        func = BUILTIN.get(func, func) if isinstance(func, str) else func
+        func = known(func)
         if isinstance(func, (str, torch.nn.Module)) or not callable(func):
             continue
         try:
