@@ -124,6 +124,7 @@ def start(flags: dict[str, Any], extra: list[str], *, as_json: bool, **options: 
     from lowvram_grpo.jobs.inference import load_policy
     from lowvram_grpo.jobs.passes import Passes
     from lowvram_grpo.policy.reward_model import load_reward_model
+    from lowvram_grpo.policy.visitor import Visitor
     from lowvram_grpo.rewards.runner import RewardRunner
     from lowvram_grpo.run.capture import Capture
 
@@ -139,10 +140,12 @@ def start(flags: dict[str, Any], extra: list[str], *, as_json: bool, **options: 
             job.rewards.functions,
             weights=args.reward_weights,
             device=args.device,
+            model_place=args.reward_model_device,
             timeout=args.reward_timeout,
             errors=args.reward_errors,
             tell=tell,
             load_model=load_reward_model,
+            visitor=Visitor,
         )
         # stdout holds nothing but the results
         printed = (wanted.out or Path(tempfile.gettempdir())) / "lowvram-grpo-rewards.log"

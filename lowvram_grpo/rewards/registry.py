@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from lowvram_grpo.data.textfile import utf8_source
 from lowvram_grpo.errors import Terminated, UserError, did_you_mean
+from lowvram_grpo.rewards.gym_scores import reasoning_gym
 from lowvram_grpo.rewards.language import language_consistency
 from lowvram_grpo.rewards.maths import accuracy
 from lowvram_grpo.rewards.tags import content, format, label, label_strict
@@ -28,6 +29,7 @@ BUILTIN: dict[str, Callable] = {
     "accuracy": accuracy,
     "format": format,
     "language_consistency": language_consistency,
+    "reasoning_gym": reasoning_gym,
 }
 
 # What the best completion gets from a built-in; from any other function it is taken to be 1.

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.rewards.calls import Caller
 from lowvram_grpo.rewards.guards import World, seed_all
-from lowvram_grpo.rewards.model import RewardModel
+from lowvram_grpo.rewards.model import RewardModel, Visitor
 from lowvram_grpo.rewards.outputs import (
     Logs,
     RewardFailure,
@@ -70,12 +70,14 @@ class RewardRunner:
             without `**kwargs` receives the arguments it names.
         weights: one a function; all 1 when None.
         processing_classes: tokenizers of the models, one a function; None entries are loaded with the model.
-        device: where models run; results lie on the host.
+        device: of the policy; results lie on the host.
+        model_place: where models are kept and run: `auto`, `cuda`, `cpu` or `in_turn` (see `model.RewardModel`).
         timeout: seconds a function may take on one batch; None waits forever.
         errors: `stop` raises what went wrong. `none` asks a function that failed again, for one completion at a time,
             and takes what fails for None; one that took too long is not asked again.
         tell: hears what is waited for, and what failed.
         load_model: makes a model of a name and `model_init_kwargs` (`policy.reward_model.load_reward_model`).
+        visitor: keeps models in host memory (see `model.RewardModel`).
         model_init_kwargs: for `from_pretrained` of models given as strings.
 
     Attributes:
@@ -94,10 +96,12 @@ class RewardRunner:
         weights: Sequence[float] | None = None,
         processing_classes: Sequence | None = None,
         device: torch.device | str = "cpu",
+        model_place: str = "auto",
         timeout: float | None = None,
         errors: str = "stop",
         tell: Callable[[str], None] = lambda sentence: None,
         load_model: LoadModel | None = None,
+        visitor: Visitor | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
     ):
         if not reward_funcs:
@@ -107,7 +111,7 @@ class RewardRunner:
                 raise UserError(f"{len(values)} {what} for {len(reward_funcs)} reward functions; give one for each.")
         classes = processing_classes if processing_classes is not None else [None] * len(reward_funcs)
         load = partial(_loaded, load_model, model_init_kwargs or {})
-        self.funcs = [_as_function(f, c, device, load) for f, c in zip(reward_funcs, classes)]
+        self.funcs = [_as_function(f, load, c, device, model_place, visitor) for f, c in zip(reward_funcs, classes)]
         self.names = distinct([name_of(f) for f in self.funcs])
         self.weights = torch.tensor([1.0] * len(self.funcs) if weights is None else weights, dtype=torch.float32)
         self.errors, self.tell = errors, tell
@@ -153,6 +157,11 @@ class RewardRunner:
         if self.errors == "none":
             metrics |= {f"rewards/{name}/failed": float(one.failed) for name, one in zip(self.names, scored)}
         return RewardResult(per_func, total, extras_of(zip(self.names, (one.logs for one in scored))), metrics)
+
+    @property
+    def models(self) -> list[RewardModel]:
+        """Those of the functions that are models and may be kept elsewhere."""
+        return [func for func in self.funcs if isinstance(func, RewardModel) and func.movable]
 
     def _run(self, batch: _Batch) -> list[Scored]:
         start, every = time.monotonic(), range(batch.n)
@@ -272,10 +281,11 @@ def _own_state(state: Any) -> Any:
     return own
 
 
-def _as_function(func: Any, processing_class: Any, device: torch.device | str, load: Callable) -> Callable:
+def _as_function(func: Any, load: Callable, processing_class: Any, *where: Any) -> Callable:
+    """`where`: device, place and visitor of `RewardModel`."""
     func = known(func)
     if isinstance(func, (str, torch.nn.Module)):
-        return RewardModel(load(func) if isinstance(func, str) else func, processing_class, device)
+        return RewardModel(load(func) if isinstance(func, str) else func, processing_class, *where)
     if not callable(func):
         raise UserError(
             f"a reward function is {func!r}, which can't be called; give a function, a model or a model's name."

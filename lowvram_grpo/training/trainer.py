@@ -104,7 +104,8 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         self.reference = self.learner.reference
         self.rewards = parts.make_rewards(reward_funcs, args, reward_processing_classes, notice)
         engine = parts.make_engine(model, args, tokenizer)
-        self.guard = TrainerGuard(model, engine, args, ladder, notice=notice, log=lambda row: self.log(row))
+        self.guard = TrainerGuard(model, engine, args, ladder, notice=notice, log=lambda row: self.log(row),
+                                  rewards=self.rewards)  # fmt: skip
         self.collector = parts.make_collector(engine, self.rewards, tokenizer, self.guard, args, self.observer.phase)
         self.metrics = {"train": MetricBook(), "eval": MetricBook()}
         log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl")) if args.log_completions else None
