@@ -188,7 +188,7 @@ def score(
             completion_ids.flatten()[scored],
             temperature=temperature,
             entropy=True,
-            entropy_gradient=entropy_gradient,
+            **({"entropy_gradient": True} if entropy_gradient else {}),
             workspace_mib=workspace_mib,
             ref_hidden=ref_states,
             kl=kl,
