@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import LORA, Quiet, digit_share, make_model
+from conftest import Quiet, digit_share, make_model
+from peft import LoraConfig
 
 from lowvram_grpo import GRPOTrainer
 from lowvram_grpo.objective import Objective
@@ -17,6 +18,7 @@ from lowvram_grpo.training.metrics import UpdateSums
 from lowvram_grpo.training.policy_factor import policy_factor, wanted_rows
 from lowvram_grpo.training.scoring import Scores
 
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 ENTROPIES = (0.5, 0.1, 0.15, 0.3, 0.2, 0.05, 0.9, 0.9, 0.9)
 
 
