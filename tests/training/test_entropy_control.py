@@ -164,9 +164,9 @@ def test_rows_that_need_a_gradient():
 def test_adaptive_runs_resume_exactly(config, dataset, tokenizer, tmp_path):
     """Six steps at once, and three with the rest from their checkpoint, have one coefficient and one policy."""
     settings = dict(
-        use_adaptive_entropy=True, entropy_coef=0.1, entropy_coef_delta=0.04, entropy_target=3.3, num_iterations=2,
+        use_adaptive_entropy=True, entropy_coef=0.1, entropy_coef_delta=0.04, entropy_target=2.62, num_iterations=2,
         save_steps=3, save_strategy="steps", logging_steps=1, signal_check=False, self_test=False, beta=0.0,
-        learning_rate=0.02, loss_type="cispo", top_entropy_quantile=0.5,
+        learning_rate=0.02, lr_scheduler_type="constant", loss_type="cispo", top_entropy_quantile=0.5,
     )  # fmt: skip
 
     def trained(where, steps, resume=None):
