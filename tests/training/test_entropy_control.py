@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,6 +121,13 @@ def test_clip_metrics_count_what_trl_counts():
     share = lambda x: (x.sum(1) / mask.sum(1))[rows]
     for cut in ([micro], split(micro, 2)):
         found = run(cut, logps, entropy, objective, None)[2]
+        for name, sign, fold in (("low_min", -1.0, min), ("high_max", 1.0, max)):
+            all_of_one_sign = [replace(part, advantages=torch.full_like(part.advantages, sign)) for part in cut]
+            over = (ratio < 0.95 if sign < 0 else ratio > 1.05) & mask
+            expected = fold(share(over).tolist())
+            assert expected > 0 and run(all_of_one_sign, logps, entropy, objective, None)[2][f"clip_ratio/{name}"] == (
+                pytest.approx(expected)
+            )
         assert found["clip_ratio/low_mean"] == pytest.approx(float(low[mask].float().mean()))
         assert found["clip_ratio/region_mean"] == pytest.approx(float((low | high)[mask].float().mean()))
         assert found["clip_ratio/low_min"] == pytest.approx(float(share(low).min()))
