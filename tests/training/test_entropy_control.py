@@ -122,12 +122,15 @@ def test_clip_metrics_count_what_trl_counts():
     for cut in ([micro], split(micro, 2)):
         found = run(cut, logps, entropy, objective, None)[2]
         for name, sign, fold in (("low_min", -1.0, min), ("high_max", 1.0, max)):
-            all_of_one_sign = [replace(part, advantages=torch.full_like(part.advantages, sign)) for part in cut]
-            over = (ratio < 0.95 if sign < 0 else ratio > 1.05) & mask
-            expected = fold(share(over).tolist())
-            assert expected > 0 and run(all_of_one_sign, logps, entropy, objective, None)[2][f"clip_ratio/{name}"] == (
-                pytest.approx(expected)
+            # All of one sign, and far enough that something of every completion is clipped.
+            moved = lambda part: replace(
+                part,
+                advantages=torch.full_like(part.advantages, sign),  # noqa: B023
+                old_per_token_logps=part.old_per_token_logps - 0.3 * sign,  # noqa: B023
             )
+            over = ((ratio * math.exp(0.3 * sign) - 1) * sign > 0.05) & mask
+            extreme = run([moved(part) for part in cut], logps, entropy, objective, None)[2][f"clip_ratio/{name}"]
+            assert 0 < extreme == pytest.approx(fold(share(over).tolist()))
         assert found["clip_ratio/low_mean"] == pytest.approx(float(low[mask].float().mean()))
         assert found["clip_ratio/region_mean"] == pytest.approx(float((low | high)[mask].float().mean()))
         assert found["clip_ratio/low_min"] == pytest.approx(float(share(low).min()))
