@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from lowvram_grpo.recipe.batch_plan import step_notices
+from lowvram_grpo.recipe.batch_plan import BatchPlan, step_notices
 
 # Accepted so that a TRL script runs unchanged; each says on screen why it does nothing when it is set.
 INERT_FIELDS = {
@@ -70,6 +70,13 @@ def notices_of(args: Any) -> list[str]:
             f"importance_sampling_level sequence with loss_type {args.loss_type} weighs each sequence by its "
             "length; loss_type grpo weighs all alike, as in the paper (GSPO)."
         )
+    plan = BatchPlan.of(args)
+    several = plan.completions_per_rollout // plan.updates_per_rollout > plan.micro_batch_size
+    if args.top_entropy_quantile < 1 and several:
+        said.append(
+            "top_entropy_quantile takes the threshold of a whole step, which is therefore scored once more; with "
+            "per_device_train_batch_size as large as the step it is read from the pass itself."
+        )
     if args.top_p < 1 or args.top_k or args.min_p:
         said.append(
             "top_p, top_k and min_p bias the sampler: log-probs are those of the full softmax at this temperature."
@@ -78,7 +85,7 @@ def notices_of(args: Any) -> list[str]:
         said.append(
             f"prompts_per_step {args.prompts_per_step} sets the step; gradient_accumulation_steps has no effect."
         )
-    if args.kl_estimator == "k1" and args.beta:
+    if args.kl_estimator == "k1" and args.beta and not args.use_bias_correction_kl:
         said.append(
             "kl_estimator k1 measures the KL but does not restrain it: its expected gradient is zero; use k2 or k3."
         )
