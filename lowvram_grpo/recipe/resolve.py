@@ -20,7 +20,7 @@ from lowvram_grpo.recipe.ranges import LORA_RANGES, REWARD_RANGES, check_ranges
 from lowvram_grpo.recipe.tables import read_table
 from lowvram_grpo.recipe.values import cast
 from lowvram_grpo.rewards.registry import as_open_r1, is_builtin, parse_spec
-from lowvram_grpo.rewards.settings import RewardSettings
+from lowvram_grpo.rewards.settings import FOREIGN, RewardSettings
 from lowvram_grpo.run.directory import RECIPE_HEADER
 
 # Keys of TRL's, open-r1's and ms-swift's recipes that have another name here.
@@ -203,6 +203,10 @@ def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:
                 found["quantization"] = "nf4" if key == "load_in_4bit" else "int8"
             else:
                 found.setdefault("quantization", "none")
+            continue
+        if key in FOREIGN:
+            if value is not None:
+                raise UserError(f"{key} is set {where}, but {FOREIGN[key]}; drop it.")
             continue
         key = ALIASES.get(key, key)
         hint = _JOB_TYPES.get(key) or training.get(key)

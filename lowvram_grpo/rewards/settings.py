@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CODE_LANGUAGES = ("python", "javascript", "r", "java", "bash", "cpp")
-CODE_PROVIDERS = ("local",)
+# Parameters of Open R1's that have nothing to be parameters of here, and why.
+FOREIGN = {
+    "e2b_router_url": "programs run in a sandbox on this machine",
+    "morph_router_url": "programs run in a sandbox on this machine",
+    "ioi_provider": "the reward ioi_code is not built in",
+    "code_eval_test_batch_size": "it is of ioi_code and cf_code, which are not built in",
+    "code_eval_scoring_mode": "it is of cf_code, which is not built in",
+}
 
 
 def _setting(default: Any, text: str) -> Any:
