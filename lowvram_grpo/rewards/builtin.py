@@ -186,5 +186,5 @@ def _function(name: str, settings: RewardSettings) -> Callable:
     own = OPEN_R1.get(name) or SYNONYMS.get(name, name)
     known: Mapping[str, Any] = {**BUILTIN, **_OPEN_R1_FUNCTIONS}
     if own not in known:
-        raise UserError(f"unknown reward {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}.")
+        raise UserError(f"unknown reward {name!r}{did_you_mean(name, [*known, *SYNONYMS])}; known: {', '.join(known)}.")
     return _MADE[own](settings) if own in _MADE else known[own]

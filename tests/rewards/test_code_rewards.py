@@ -33,8 +33,13 @@ DOUBLES = [printed("1\n", "2\n"), printed("2\n", "4"), printed("5\n", "10\n"), p
 
 
 def test_the_share_of_tests_passed():
-    programs = ["print(2 * int(input()))", "print(abs(2 * int(input())))", "n = int(input())\nprint(2 if n == 1 else n)",
-                "1 / 0", "print(2 * int(input())"]  # fmt: skip
+    programs = [
+        "print(2 * int(input()))",
+        "print(abs(2 * int(input())))",
+        "n = int(input())\nprint(2 if n == 1 else n)",
+        "1 / 0",
+        "print(2 * int(input())",
+    ]
     replies = [fenced(program) for program in programs]
     assert code_reward(replies, [info(*DOUBLES)] * 5) == [1.0, 0.75, 0.25, 0.0, 0.0]
     assert binary_code_reward(replies, [info(*DOUBLES)] * 5) == [1.0, 0.0, 0.0, 0.0, 0.0]
@@ -149,5 +154,5 @@ def test_several_languages_can_be_forbidden():
 
 def test_without_a_sandbox_there_is_one_sentence(monkeypatch):
     monkeypatch.setattr(sandbox, "why_not", lambda: "programs can't be confined here.")
-    with pytest.raises(UserError, match="^programs can't be confined here"):
+    with pytest.raises(UserError, match=r"^programs can't be confined here"):
         code_reward([], [])

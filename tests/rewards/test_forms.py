@@ -39,9 +39,10 @@ def test_format_wants_each_tag_on_its_line(reply, reward):
 
 
 def test_think_format_is_trls():
-    replies = ["<think>a</think>b", "<think>a</think>", "<think></think>", "<think>a<think>b</think>", "a<think>b</think>",
-               "<think>a</think>b<think>", "<think>a", "</think>", "", "<think>\na\n</think>\nb\n</think>", WHOLE]  # fmt: skip
-    assert score(think_format_reward, *replies) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    good = ["<think>a</think>b", "<think>a</think>", "<think></think>", "<think>\na\n</think>\nb\n</think>", WHOLE]
+    bad = ["<think>a<think>b</think>", "a<think>b</think>", "<think>a</think>b<think>", "<think>a", "</think>", ""]
+    replies = good + bad
+    assert score(think_format_reward, *replies) == [1.0] * 5 + [0.0] * 6
     oracle = pytest.importorskip("trl.rewards").think_format_reward
     assert score(think_format_reward, *replies) == oracle([[{"content": reply}] for reply in replies])
 
