@@ -115,8 +115,8 @@ def _named(target: str, settings: RewardSettings | None) -> Callable | str:
     if dot and re.fullmatch(r"\w+(\.\w+)*", target):
         return _function_of(_load_module(module, target), function, module)
     raise UserError(
-        f"unknown reward {target!r}{did_you_mean(target, [*BUILTIN, *SYNONYMS])}; built-in: {', '.join(BUILTIN)}; your own: "
-        "path/to/file.py:function, package.module:function, or the folder or hub id of a reward model."
+        f"unknown reward {target!r}{did_you_mean(target, [*BUILTIN, *SYNONYMS])}; built-in: {', '.join(BUILTIN)}; "
+        "your own: path/to/file.py:function, package.module:function, or the folder or hub id of a reward model."
     )
 
 
