@@ -43,6 +43,12 @@ def prompts(count: int = 24) -> Dataset:
     return Dataset.from_dict({"prompt": rows, "number": list(range(count))})
 
 
+def _held_out(overrides: dict[str, Any]) -> Dataset | None:
+    """Prompts to evaluate on, as many as fill one batch: TRL shuffles them."""
+    size = overrides.get("per_device_eval_batch_size")
+    return prompts(size // GROUP) if overrides.get("eval_strategy") else None
+
+
 def written(prompt: list[int], step: int, count: int) -> list[list[int]]:
     """The completions of a prompt at an optimizer step: of all lengths, some ended and some cut; those of every third
     prompt have one and the same reward."""
@@ -72,12 +78,18 @@ class Run:
 
     Attributes:
         log: a row a step, without those that end a run.
+        evaluations: a row an evaluation.
         weights: what is trained by name, before the first step and after each.
-        notes: whatever a `watch` noted, in order.
     """
 
     log: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
     weights: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def read(self, history: list[dict[str, float]]) -> Run:
+        self.log = [row for row in history if "loss" in row]
+        self.evaluations = [row for row in history if "eval_loss" in row]
+        return self
 
 
 class _Watch(TrainerCallback):
@@ -112,8 +124,8 @@ def trl_run(folder: Path, model: str, rewards: list[Callable], adapter=None, **o
     run = Run()
     args = module.GRPOConfig(**settings(folder, **overrides))
     trainer = module.GRPOTrainer(
-        model, list(rewards), args, prompts(), processing_class=make_tokenizer(), callbacks=[_Watch(run)],
-        peft_config=adapter,
+        model, list(rewards), args, prompts(), _held_out(overrides), processing_class=make_tokenizer(),
+        callbacks=[_Watch(run)], peft_config=adapter,
     )  # fmt: skip
 
     def generate(prompt_ids, images, multimodal_fields, num_generations, **kwargs):
@@ -129,8 +141,7 @@ def trl_run(folder: Path, model: str, rewards: list[Callable], adapter=None, **o
         trainer.train()
     finally:
         module.shuffle_sequence_dict = shuffle
-    run.log = [row for row in trainer.state.log_history if "loss" in row]
-    return run
+    return run.read(trainer.state.log_history)
 
 
 def our_run(
@@ -141,8 +152,8 @@ def our_run(
     run = Run()
     args = GRPOConfig(**settings(folder, **overrides))
     trainer = GRPOTrainer(
-        model, list(rewards), args, prompts(), processing_class=make_tokenizer(), callbacks=[_Watch(run)],
-        peft_config=adapter, observer=Quiet(),
+        model, list(rewards), args, prompts(), _held_out(overrides), processing_class=make_tokenizer(),
+        callbacks=[_Watch(run)], peft_config=adapter, observer=Quiet(),
     )  # fmt: skip
     policy = dict(trainer.model.named_parameters())
     with torch.no_grad():
@@ -159,8 +170,7 @@ def our_run(
     trainer.collector.engine.generate = generate
     run.weights.append(trained(trainer.model))
     trainer.train()
-    run.log = [row for row in trainer.state.log_history if "loss" in row]
-    return run
+    return run.read(trainer.state.log_history)
 
 
 @torch.no_grad()

@@ -1,0 +1,198 @@
+"""Loss, gradients and metrics are TRL's on the same tensors; so are the advantages of the same rewards."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from trl_loss import DEFAULTS, GROUP, Losses, Tensors, TRLLoss, make_tensors, trl_advantages
+
+import lowvram_grpo.training.learner as learner_module
+from lowvram_grpo import GRPOConfig
+from lowvram_grpo.objective import LOSS_TYPES, Advantages
+from lowvram_grpo.rollout.batch import RolloutBatch
+from lowvram_grpo.training import parts
+from lowvram_grpo.training.experience import Rollout
+from lowvram_grpo.training.learner import learner_of
+from lowvram_grpo.training.loss import KernelChoice
+from lowvram_grpo.training.metrics import UpdateSums, rollout_metrics
+from lowvram_grpo.training.scoring import Scores
+
+pytest.importorskip("trl", reason="TRL is the oracle: pip install -e '.[test]' on Python 3.11 or later")
+
+LEVELS = ("token", "sequence")
+# What a run may switch on, one at a time, beside every loss type at both levels.
+OPTIONS = {
+    "as it is": {},
+    "no KL": {"beta": 0.0},
+    "plain k3": {"use_bias_correction_kl": False},
+    "more KL": {"beta": 0.7},
+    "clip-higher": {"epsilon": 0.1, "epsilon_high": 0.4},
+    "no clipping": {"epsilon": 0.0},
+    "two-sided": {"delta": 1.3, "epsilon_high": 0.25},
+    "two-sided within": {"delta": 0.9},
+    "off-policy mask": {"off_policy_mask_threshold": 0.1},
+    "high entropy": {"top_entropy_quantile": 0.3},
+    "entropy bonus": {"entropy_coef": 0.05},
+    "entropy bonus of the high": {"entropy_coef": 0.05, "top_entropy_quantile": 0.5},
+    "truncated left out": {"mask_truncated_completions": True},
+    "truncated left out of both": {"mask_truncated_completions": True, "top_entropy_quantile": 0.5, "entropy_coef": 0.1},
+    "temperatures": {"sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.7},
+    "shapes": {"vespo_k_pos": 1.0, "vespo_lambda_pos": 1.5, "vespo_k_neg": 2.0, "vespo_lambda_neg": 0.5},
+    "sampler": {"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"},
+    "sampler of sequences": {"use_vllm": True, "vllm_importance_sampling_mode": "sequence_truncate"},
+    "sampler and all": {
+        "use_vllm": True, "vllm_importance_sampling_mode": "token_truncate", "off_policy_mask_threshold": 0.1,
+        "top_entropy_quantile": 0.5, "entropy_coef": 0.1, "delta": 1.3, "mask_truncated_completions": True,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+class OurLoss:
+    """Our loss with the settings of a run, from `Learner.learnable` on: only the scores are given."""
+
+    def __init__(self, folder, model, fused: bool = False, **overrides: Any):
+        settings = {**DEFAULTS, **overrides}
+        rows, parts = settings.pop("rows", 8), settings["gradient_accumulation_steps"]
+        self.args = GRPOConfig(
+            output_dir=str(folder), use_cpu=True, report_to="none", temperature=1.0, shared_prefix="off",
+            num_generations=GROUP, per_device_train_batch_size=rows // parts,
+            num_iterations=2 if settings.pop("off_policy", False) else 1, **settings,
+        )  # fmt: skip
+        
+        self.reference = SimpleNamespace(kind="frozen copy", model=copy.deepcopy(model))
+        self.reference.active = lambda: nullcontext(self.reference.model)
+        self.learner = learner_of(
+            self.args, model, self.reference if self.args.beta else None, KernelChoice("torch", fused, "as told"),
+            nullcontext,
+        )  # fmt: skip
+
+    def step(self, tensors: Tensors, monkeypatch) -> Losses:
+        logps, entropies = tensors.logps.clone().requires_grad_(), tensors.entropies.clone().requires_grad_()
+
+        def score(model, prompt_ids, prompt_mask, completion_ids, completion_mask, **kwargs):
+            rows, columns = prompt_ids[:, -1], slice(completion_ids.shape[1])
+            if model is self.reference.model:
+                given = tensors.ref
+            else:
+                given = logps if torch.is_grad_enabled() else tensors.old
+            shown = lambda values: torch.where(completion_mask.bool(), values[rows, columns], 0.0)
+            return Scores(shown(given), shown(entropies))
+
+        monkeypatch.setattr(learner_module, "score", score)
+        updates, _ = self.learner.learnable(_rollout(tensors), self.args.batch_plan(), 0)
+        sums, total = UpdateSums(), torch.zeros(())
+        for micro in updates[0]:
+            share, scores = self.learner.loss(micro)
+            sums.add(share, scores)
+            total = total + share.loss
+        total.backward()
+        zero = lambda leaf: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        return Losses(float(total), zero(logps), zero(entropies), sums.take())
+
+
+def _rollout(tensors: Tensors) -> Rollout:
+    """Each completion's prompt is its number."""
+    rows = len(tensors.lengths)
+    batch = RolloutBatch(
+        [[row] for row in range(rows)],
+        [[3] * length for length in tensors.lengths],
+        [sampled[:length] for sampled, length in zip(tensors.sampled, tensors.lengths)],
+        tensors.truncated,
+    )
+    nothing = torch.zeros(rows)
+    advantages = Advantages(tensors.advantages, torch.zeros(rows // GROUP, dtype=torch.bool), nothing)
+    return Rollout(batch, ["x"] * rows, ["x"] * rows, nothing, nothing[:, None], advantages, {})
+
+
+def agree(ours: Losses, theirs: Losses, case: Any, *, apart: set[str] = frozenset()) -> None:
+    say = lambda text: f"{case}: {text}"
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-5, abs=2e-6), case
+    torch.testing.assert_close(ours.logps, theirs.logps, rtol=2e-5, atol=1e-6, msg=say)
+    torch.testing.assert_close(ours.entropies, theirs.entropies, rtol=2e-5, atol=1e-7, msg=say)
+    for name in theirs.metrics.keys() - apart:
+        assert name in ours.metrics, (case, name)
+        assert ours.metrics[name] == pytest.approx(theirs.metrics[name], rel=2e-5, abs=1e-6), (case, name)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_gradients_and_metrics(tmp_path, monkeypatch, model, loss_type, option):
+    tensors = make_tensors()
+    for level, off_policy in product(LEVELS, (False, True)):
+        case = {"loss_type": loss_type, "importance_sampling_level": level, **OPTIONS[option]}
+        theirs = TRLLoss(**case).step(tensors, off_policy=off_policy)
+        ours = OurLoss(tmp_path, model, off_policy=off_policy, **case).step(tensors, monkeypatch)
+        agree(ours, theirs, (case, off_policy))
+        assert theirs.logps.any()
+
+
+def our_advantages(folder, rewards: torch.Tensor, weights: list[float], **settings: Any) -> tuple[Rollout, dict]:
+    """A rollout of completions that are rewarded so, through the collector of a run."""
+    args = GRPOConfig(
+        output_dir=str(folder), use_cpu=True, report_to="none", num_generations=GROUP, reward_weights=weights, **settings
+    )
+    rows = len(rewards)
+
+    def judge(column):
+        def reward(completions, **kwargs):
+            return [None if value != value else value for value in rewards[:, column].tolist()]
+
+        reward.__name__ = f"r{column}"
+        return reward
+
+    runner = parts.make_rewards([judge(column) for column in range(len(weights))], args, None)
+    batch = RolloutBatch([[3]] * rows, [[3]] * rows, [torch.zeros(1)] * rows, [False] * rows)
+    engine = SimpleNamespace(sampling=SimpleNamespace(pad_id=0, eos_ids=(1,)), generate=lambda *a, **k: batch)
+    guard = SimpleNamespace(run=lambda name, work: work())
+    collector = parts.make_collector(engine, runner, make_tokenizer(), guard, args, lambda phase: None)
+    rollout, _ = collector.collect([{"prompt": "a"}] * (rows // GROUP), GROUP, seed=0, trainer_state=None)
+    return rollout, rollout_metrics(rollout, runner.names)
+
+
+NAN = float("nan")
+# Three groups: one of two rewards with gaps, one whose rewards are all equal, one with a completion nobody judges.
+REWARDS = torch.tensor(
+    [[1.0, 2.0], [0.25, NAN], [NAN, 1.0], [0.5, -1.0]] + [[0.5, 0.25]] * 4
+    + [[0.0, 1.0], [NAN, NAN], [1.0, 3.0], [0.75, 0.5]]
+)  # fmt: skip
+SCALED = {
+    "group": {"scale_rewards": "group"},
+    "batch": {"scale_rewards": "batch"},
+    "none": {"scale_rewards": "none"},
+    "decoupled": {"multi_objective_aggregation": "normalize_then_sum"},
+}
+
+
+@pytest.mark.parametrize("scaled", SCALED)
+@pytest.mark.parametrize("weights", [[1.0, 0.5], [1.0, 0.0], [0.3, -2.0]], ids=str)
+def test_advantages_and_reward_metrics(tmp_path, scaled, weights):
+    theirs, noted = trl_advantages(REWARDS, weights, **SCALED[scaled])
+    rollout, metrics = our_advantages(tmp_path, REWARDS, weights, **SCALED[scaled])
+    torch.testing.assert_close(rollout.advantages.values, theirs, rtol=1e-5, atol=1e-6)
+    # Of groups here; there of the std that was divided by, which is the batch's own in two of these.
+    apart = {"frac_reward_zero_std"} if scaled in ("batch", "decoupled") else set()
+    assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    for name in noted.keys() - apart:
+        assert metrics[name] == pytest.approx(noted[name], rel=1e-5, abs=1e-6), name
+
+
+def test_equal_rewards_that_round_teach_nothing_here(tmp_path):
+    """0.35 has no exact mean: TRL divides what rounding leaves of it by the epsilon alone."""
+    rewards = torch.full((GROUP, 1), 0.35)
+    rewards = torch.cat([rewards, torch.tensor([[0.0], [1.0], [1.0], [0.0]])])
+    theirs, _ = trl_advantages(rewards, [0.7])
+    rollout, metrics = our_advantages(tmp_path, rewards, [0.7])
+    assert rollout.advantages.values[:GROUP].eq(0).all() and metrics["frac_reward_zero_std"] == 0.5
+    torch.testing.assert_close(rollout.advantages.values, theirs, rtol=1e-5, atol=1e-3)
