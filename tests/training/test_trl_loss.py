@@ -196,3 +196,25 @@ def test_equal_rewards_that_round_teach_nothing_here(tmp_path):
     rollout, metrics = our_advantages(tmp_path, rewards, [0.7])
     assert rollout.advantages.values[:GROUP].eq(0).all() and metrics["frac_reward_zero_std"] == 0.5
     torch.testing.assert_close(rollout.advantages.values, theirs, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_of_the_kernel(tmp_path, monkeypatch, model, loss_type):
+    """The same by one Triton launch a micro-batch."""
+    tensors = make_tensors()
+    for level, option in product(LEVELS, ("two-sided", "sampler and all")):
+        case = {"loss_type": loss_type, "importance_sampling_level": level, **OPTIONS[option]}
+        theirs = TRLLoss(**case).step(tensors, off_policy=True)
+        ours = OurLoss(tmp_path, model, fused=True, off_policy=True, **case).step(tensors, monkeypatch)
+        agree(ours, theirs, case)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_in_micro_batches(tmp_path, monkeypatch, model, loss_type):
+    """Four micro-batches here are one batch there, quantiles, bonus and metrics included."""
+    tensors, parts = make_tensors(), {"gradient_accumulation_steps": 4, "steps_per_generation": 4}
+    for level, option in product(LEVELS, ("as it is", "sampler and all")):
+        case = {"loss_type": loss_type, "importance_sampling_level": level, **OPTIONS[option]}
+        theirs = TRLLoss(**case).step(tensors, off_policy=True)
+        ours = OurLoss(tmp_path, model, off_policy=True, **case, **parts).step(tensors, monkeypatch)
+        agree(ours, theirs, case)
