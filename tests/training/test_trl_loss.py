@@ -70,7 +70,7 @@ class OurLoss:
             num_generations=GROUP, per_device_train_batch_size=rows // parts,
             num_iterations=2 if settings.pop("off_policy", False) else 1, **settings,
         )  # fmt: skip
-        
+
         self.reference = SimpleNamespace(kind="frozen copy", model=copy.deepcopy(model))
         self.reference.active = lambda: nullcontext(self.reference.model)
         self.learner = learner_of(
@@ -141,7 +141,12 @@ def test_loss_gradients_and_metrics(tmp_path, monkeypatch, model, loss_type, opt
 def our_advantages(folder, rewards: torch.Tensor, weights: list[float], **settings: Any) -> tuple[Rollout, dict]:
     """A rollout of completions that are rewarded so, through the collector of a run."""
     args = GRPOConfig(
-        output_dir=str(folder), use_cpu=True, report_to="none", num_generations=GROUP, reward_weights=weights, **settings
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to="none",
+        num_generations=GROUP,
+        reward_weights=weights,
+        **settings,
     )
     rows = len(rewards)
 

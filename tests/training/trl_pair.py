@@ -37,9 +37,10 @@ def make_folder(folder: Path, **overrides: Any) -> str:
     return str(folder)
 
 
-def prompts(count: int = 24) -> Dataset:
+def prompts(count: int = 24, chat: bool = False) -> Dataset:
     letters = "abcdefghijklmnopqrstuvwxyz"
     rows = [" ".join(letters[(5 * i + j) % 26] for j in range(1 + i % 4)) for i in range(count)]
+    rows = [[{"role": "user", "content": row}] for row in rows] if chat else rows
     return Dataset.from_dict({"prompt": rows, "number": list(range(count))})
 
 
@@ -62,8 +63,13 @@ def written(prompt: list[int], step: int, count: int) -> list[list[int]]:
     return rows
 
 
-def digits(completions: list[str], **kwargs: Any) -> list[float]:
+def _text(completion: str | list[dict[str, str]]) -> str:
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def digits(completions: list, **kwargs: Any) -> list[float]:
     """Share of digits."""
+    completions = map(_text, completions)
     return [sum(w.isdigit() for w in text.split()) / max(len(text.split()), 1) for text in completions]
 
 
@@ -116,7 +122,9 @@ def settings(folder: Path, **overrides: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def trl_run(folder: Path, model: str, rewards: list[Callable], adapter=None, **overrides: Any) -> Run:
+def trl_run(
+    folder: Path, model: str, rewards: list[Callable], adapter=None, *, chat: bool = False, **overrides: Any
+) -> Run:  # fmt: skip
     """TRL's. A rollout's completions are not shuffled before it is cut into steps, as TRL does it: here a step has
     whole groups."""
     import trl.trainer.grpo_trainer as module
@@ -124,7 +132,7 @@ def trl_run(folder: Path, model: str, rewards: list[Callable], adapter=None, **o
     run = Run()
     args = module.GRPOConfig(**settings(folder, **overrides))
     trainer = module.GRPOTrainer(
-        model, list(rewards), args, prompts(), _held_out(overrides), processing_class=make_tokenizer(),
+        model, list(rewards), args, prompts(chat=chat), _held_out(overrides), processing_class=make_tokenizer(chat),
         callbacks=[_Watch(run)], peft_config=adapter,
     )  # fmt: skip
 
@@ -146,13 +154,13 @@ def trl_run(folder: Path, model: str, rewards: list[Callable], adapter=None, **o
 
 def our_run(
     folder: Path, model: str, rewards: list[Callable], adapter=None, start: dict[str, Tensor] | None = None,
-    **overrides: Any,
+    *, chat: bool = False, **overrides: Any,
 ) -> Run:  # fmt: skip
     """Ours, from the weights `start`."""
     run = Run()
     args = GRPOConfig(**settings(folder, **overrides))
     trainer = GRPOTrainer(
-        model, list(rewards), args, prompts(), _held_out(overrides), processing_class=make_tokenizer(),
+        model, list(rewards), args, prompts(chat=chat), _held_out(overrides), processing_class=make_tokenizer(chat),
         callbacks=[_Watch(run)], peft_config=adapter, observer=Quiet(),
     )  # fmt: skip
     policy = dict(trainer.model.named_parameters())
