@@ -42,7 +42,9 @@ OPTIONS = {
     "entropy bonus": {"entropy_coef": 0.05},
     "entropy bonus of the high": {"entropy_coef": 0.05, "top_entropy_quantile": 0.5},
     "truncated left out": {"mask_truncated_completions": True},
-    "truncated left out of both": {"mask_truncated_completions": True, "top_entropy_quantile": 0.5, "entropy_coef": 0.1},
+    "truncated left out of both": {
+        "mask_truncated_completions": True, "top_entropy_quantile": 0.5, "entropy_coef": 0.1,
+    },
     "temperatures": {"sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.7},
     "shapes": {"vespo_k_pos": 1.0, "vespo_lambda_pos": 1.5, "vespo_k_neg": 2.0, "vespo_lambda_neg": 0.5},
     "sampler": {"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"},
@@ -83,10 +85,8 @@ class OurLoss:
 
         def score(model, prompt_ids, prompt_mask, completion_ids, completion_mask, **kwargs):
             rows, columns = prompt_ids[:, -1], slice(completion_ids.shape[1])
-            if model is self.reference.model:
-                given = tensors.ref
-            else:
-                given = logps if torch.is_grad_enabled() else tensors.old
+            policy = logps if torch.is_grad_enabled() else tensors.old
+            given = tensors.ref if model is self.reference.model else policy
             shown = lambda values: torch.where(completion_mask.bool(), values[rows, columns], 0.0)
             return Scores(shown(given), shown(entropies))
 

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer and ours side by side: the same weights, the same prompts in the same order, the same completions."""
+"""TRL's GRPOTrainer and ours side by side: the same weights, the same prompts in the same order and completions."""
 
 from __future__ import annotations
 
