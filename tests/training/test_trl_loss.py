@@ -91,15 +91,19 @@ class OurLoss:
             return Scores(shown(given), shown(entropies))
 
         monkeypatch.setattr(learner_module, "score", score)
-        updates, _ = self.learner.learnable(_rollout(tensors), self.args.batch_plan(), 0)
-        sums, total = UpdateSums(), torch.zeros(())
-        for micro in updates[0]:
-            share, scores = self.learner.loss(micro)
+        learner = self.learner
+        updates, _ = learner.learnable(_rollout(tensors), self.args.batch_plan(), 0)
+        sums, total = UpdateSums(learner.objective), torch.zeros(())
+        for micro in learner.with_entropy_masks(updates[0]):
+            share, scores = learner.loss(micro)
             sums.add(share, scores)
             total = total + share.loss
         total.backward()
         zero = lambda leaf: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        return Losses(float(total), zero(logps), zero(entropies), sums.take())
+        metrics = sums.take()
+        if learner.entropy is not None:
+            metrics |= learner.entropy.step(sums.acted_entropy)
+        return Losses(float(total.detach()), zero(logps), zero(entropies), metrics)
 
 
 def _rollout(tensors: Tensors) -> Rollout:

@@ -144,7 +144,7 @@ class TRLLoss:
         total.backward()
         noted = {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()}
         zero = lambda leaf: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        return Losses(float(total), zero(logps), zero(entropies), noted)
+        return Losses(float(total.detach()), zero(logps), zero(entropies), noted)
 
 
 # TRL's names and defaults, but for `beta` and a generation batch of one step.
