@@ -176,6 +176,24 @@ ONE_BY_ONE = {
     "conversations": {"chat": True},
     "warmup-cosine-decay": {"lr_scheduler_type": "cosine", "warmup_steps": 2, "max_steps": 5, "weight_decay": 0.1},
 }  # fmt: skip
+SAMPLERS = {
+    "token_truncate": {"num_iterations": 2},
+    "token_mask": {"vllm_importance_sampling_clip_min": 0.8, "vllm_importance_sampling_clip_max": 1.3},
+    "sequence_truncate": {"vllm_importance_sampling_clip_max": 1.5, "loss_type": "dapo", "num_iterations": 2},
+    "sequence_mask": {"off_policy_mask_threshold": 0.05, "num_iterations": 2, "vllm_importance_sampling_clip_min": 0.5},
+    "token_mask of vespo": {"loss_type": "vespo", "num_iterations": 2},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_of_another_sampler(pair, name):
+    """vLLM's log-probs differ from the policy's: their quotients weigh the loss, and are logged."""
+    given = {"use_vllm": True, "vllm_importance_sampling_mode": name.split()[0], **_FAR, **SAMPLERS[name]}
+    trl, ours = pair({"self_test": False}, **given)
+    agree(trl, ours)
+    assert trl.log[0]["sampling/sampling_logp_difference/max"] > 0.3
+
+
 # Whose names mean another thing there, on purpose.
 APART = {
     # Whether the std of the whole batch is 0 there; the share of groups without a difference here.
@@ -189,6 +207,8 @@ APART = {
 def test_one_by_one(pair, name):
     trl, ours = pair(**ONE_BY_ONE[name])
     agree(trl, ours, apart=APART.get(name, set()), weights=1e-5 if name == "adamw" else 2e-6)
+    if name == "entropy-adaptive":
+        assert len({row["entropy_coef"] for row in trl.log}) > 2
 
 
 # Names of TRL's that no run here has, or none of these.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from conftest import Quiet, make_tokenizer
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 from lowvram_grpo import GRPOConfig, GRPOTrainer
 from lowvram_grpo.rollout.batch import RolloutBatch
+from lowvram_grpo.training import parts
 
 LENGTH, GROUP, EOS = 7, 4, 1
 # The ids of what a completion may say: digits and letters, never padding, end or <unk>, which decode differently.
@@ -118,7 +120,7 @@ def settings(folder: Path, **overrides: Any) -> dict[str, Any]:
         "learning_rate": 0.05, "optim": "sgd", "lr_scheduler_type": "linear", "max_grad_norm": 1.0, "beta": 0.04,
         "temperature": 1.0, "logging_steps": 1, "shuffle_dataset": False, "report_to": "none", "save_strategy": "no",
         "disable_tqdm": True, "gradient_checkpointing": False, "loss_type": "grpo", "scale_rewards": "group",
-        "remove_unused_columns": False, "seed": 11, **overrides,
+        "remove_unused_columns": False, "seed": 11, "use_vllm": False, "vllm_mode": "colocate", **overrides,
     }  # fmt: skip
 
 
@@ -131,24 +133,24 @@ def trl_run(
 
     run = Run()
     args = module.GRPOConfig(**settings(folder, **overrides))
-    trainer = module.GRPOTrainer(
-        model, list(rewards), args, prompts(chat=chat), _held_out(overrides), processing_class=make_tokenizer(chat),
-        callbacks=[_Watch(run)], peft_config=adapter,
-    )  # fmt: skip
+    with patch.object(module, "VLLMGeneration", lambda **kwargs: None):
+        trainer = module.GRPOTrainer(
+            model, list(rewards), args, prompts(chat=chat), _held_out(overrides), processing_class=make_tokenizer(chat),
+            callbacks=[_Watch(run)], peft_config=adapter,
+        )  # fmt: skip
 
     def generate(prompt_ids, images, multimodal_fields, num_generations, **kwargs):
         step, rows = trainer.state.global_step, []
         for first in range(0, len(prompt_ids), num_generations):
             rows += written(list(prompt_ids[first]), step, num_generations)
-        return rows, None
+        if not args.use_vllm:
+            return rows, None
+        return rows, [log_probs(trainer.model, prompt, ids, args).tolist() for prompt, ids in zip(prompt_ids, rows)]
 
     trainer._generate_single_turn = generate
     run.weights.append(trained(trainer.model))
-    shuffle, module.shuffle_sequence_dict = module.shuffle_sequence_dict, lambda batch: batch
-    try:
+    with patch.object(module, "shuffle_sequence_dict", lambda batch: batch):
         trainer.train()
-    finally:
-        module.shuffle_sequence_dict = shuffle
     return run.read(trainer.state.log_history)
 
 
@@ -159,10 +161,11 @@ def our_run(
     """Ours, from the weights `start`."""
     run = Run()
     args = GRPOConfig(**settings(folder, **overrides))
-    trainer = GRPOTrainer(
-        model, list(rewards), args, prompts(chat=chat), _held_out(overrides), processing_class=make_tokenizer(chat),
-        callbacks=[_Watch(run)], peft_config=adapter, observer=Quiet(),
-    )  # fmt: skip
+    with patch.object(parts, "check_vllm", lambda args: None), patch.object(parts, "vllm_engine", parts.engine_of):
+        trainer = GRPOTrainer(
+            model, list(rewards), args, prompts(chat=chat), _held_out(overrides), processing_class=make_tokenizer(chat),
+            callbacks=[_Watch(run)], peft_config=adapter, observer=Quiet(),
+        )  # fmt: skip
     policy = dict(trainer.model.named_parameters())
     with torch.no_grad():
         for name, value in (start or {}).items():
@@ -172,7 +175,7 @@ def our_run(
         batch, step = RolloutBatch([], [], [], []), trainer.state.global_step
         for prompt in prompt_ids:
             for ids in written(prompt, step, group):
-                batch.append(prompt, ids, _log_probs(trainer.model, prompt, ids, args.temperature), {EOS})
+                batch.append(prompt, ids, log_probs(trainer.model, prompt, ids, args), {EOS})
         return batch
 
     trainer.collector.engine.generate = generate
@@ -182,7 +185,11 @@ def our_run(
 
 
 @torch.no_grad()
-def _log_probs(model: torch.nn.Module, prompt: list[int], ids: list[int], temperature: float) -> Tensor:
-    """As the sampler would have noted them, by a dense softmax."""
-    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].float() / temperature
-    return logits.log_softmax(1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+def log_probs(model: torch.nn.Module, prompt: list[int], ids: list[int], args: Any) -> Tensor:
+    """(T,) float32 as the sampler notes them: by a dense softmax, and for vLLM's part with a rounding of its own."""
+    logits = model(torch.tensor([list(prompt) + ids])).logits[0, len(prompt) - 1 : -1].float() / args.temperature
+    found = logits.log_softmax(1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+    if not args.use_vllm:
+        return found
+    draw = random.Random(repr((list(prompt), ids)))
+    return found + torch.tensor([draw.gauss(0, 0.3) for _ in ids])
