@@ -27,18 +27,20 @@ _TWO = {"rewards": (digits, length), "reward_weights": (1.0, 0.5)}
 def pair(tmp_path_factory):
     """Runs of TRL's trainer, made once, and of ours from the weights that TRL's started with."""
     folder = tmp_path_factory.mktemp("trl")
-    model = make_folder(folder / "model")
+    models = {mixture: make_folder(folder / f"model-{mixture}", mixture=mixture) for mixture in (False, True)}
 
     @cache
-    def theirs(lora: bool, rewards: tuple, given: tuple) -> Run:
-        return trl_run(folder / "theirs", model, list(rewards), _lora() if lora else None, **_settings(given))
+    def theirs(mixture: bool, lora: bool, rewards: tuple, given: tuple) -> Run:
+        return trl_run(folder / "theirs", models[mixture], list(rewards), _lora() if lora else None, **_settings(given))
 
-    def run(ours: dict[str, Any] | None = None, *, rewards=(digits,), lora=False, **both) -> tuple[Run, Run]:
+    def run(
+        ours: dict[str, Any] | None = None, *, rewards=(digits,), lora=False, mixture=False, **both
+    ) -> tuple[Run, Run]:  # fmt: skip
         """(TRL's, ours); `ours` are settings of ours alone."""
-        trl = theirs(lora, rewards, tuple(sorted(both.items())))
+        trl = theirs(mixture, lora, rewards, tuple(sorted(both.items())))
         given = {**_settings(tuple(both.items())), **(ours or {})}
         adapter = _lora() if lora else None
-        return trl, our_run(folder / "ours", model, list(rewards), adapter, trl.weights[0], **given)
+        return trl, our_run(folder / "ours", models[mixture], list(rewards), adapter, trl.weights[0], **given)
 
     return run
 
@@ -174,6 +176,7 @@ ONE_BY_ONE = {
     "normalize-then-sum": {"multi_objective_aggregation": "normalize_then_sum", **_TWO},
     "shuffled": {"shuffle_dataset": True, "max_steps": 5},
     "conversations": {"chat": True},
+    "experts": {"mixture": True, "router_aux_loss_coef": 0.1},
     "warmup-cosine-decay": {"lr_scheduler_type": "cosine", "warmup_steps": 2, "max_steps": 5, "weight_decay": 0.1},
 }  # fmt: skip
 SAMPLERS = {
@@ -215,7 +218,6 @@ def test_one_by_one(pair, name):
 NOT_HERE = {
     "tools/call_frequency": "docs/trl.md: no tools yet",
     "tools/failure_frequency": "docs/trl.md: no tools yet",
-    "aux_loss": "of a mixture of experts",
 }
 
 
@@ -231,5 +233,6 @@ def test_every_metric_of_trl_has_its_name_here(pair):
         pair(**OFF_POLICY, loss_type="cispo", beta=0.04, **_bounds("cispo")),
         pair(**OFF_POLICY, loss_type="vespo", beta=0.04),
         pair(**ONE_BY_ONE["entropy"]),
+        pair(**ONE_BY_ONE["experts"]),
     ]
     assert named - {name for _, ours in runs for name in ours.log[-1]} == NOT_HERE.keys()

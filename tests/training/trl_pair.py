@@ -24,9 +24,9 @@ LENGTH, GROUP, EOS = 7, 4, 1
 SPOKEN = range(3, 39)
 
 
-def make_folder(folder: Path, **overrides: Any) -> str:
-    """A saved Qwen2 of two layers with its tokenizer."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def make_folder(folder: Path, *, mixture: bool = False) -> str:
+    """A saved Qwen2 of two layers with its tokenizer, or a `mixture` of experts (Qwen3-MoE)."""
+    import transformers
 
     torch.manual_seed(5)
     settings = {
@@ -34,7 +34,12 @@ def make_folder(folder: Path, **overrides: Any) -> str:
         "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True, "bos_token_id": None,
         "eos_token_id": EOS, "pad_token_id": 0, "initializer_range": 0.3,
     }  # fmt: skip
-    Qwen2ForCausalLM(Qwen2Config(**{**settings, **overrides})).save_pretrained(folder)
+    if mixture:
+        settings |= {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**settings))
+    else:
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings))
+    model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
 
