@@ -167,6 +167,7 @@ def score(
     group_sizes: list[int] | None = None,
     attention: str = "auto",
     offload: bool = False,
+    entropy_gradient: bool = False,
 ) -> Scores:
     """Log-prob and entropy of each completion token at `temperature`, under `model` with its adapter on or off.
 
@@ -190,6 +191,7 @@ def score(
             kl=kl,
             wanted=None if wanted is None else wanted.flatten()[scored],
             path=path,
+            **({"entropy_gradient": True} if entropy_gradient else {}),
         )
     blank = torch.zeros(shape.numel(), dtype=torch.float32, device=completion_ids.device)
     spread = lambda values: None if values is None else blank.index_copy(0, scored, values).view(shape)
