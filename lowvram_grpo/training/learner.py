@@ -84,6 +84,8 @@ class Learner:
             wanted=self._wanted(micro) if torch.is_grad_enabled() else None,
             ref_states=ref_states,
             kl=ref_states is not None and self.args.kl_estimator == "exact",
+            # Without a gradient too: the same tiles, so the same bits as the pass that has one.
+            entropy_gradient=self.args.entropy_bonus,
             **self._sharing(micro, model or self.model),
             offload=self.args.activation_offload,
             entropy_gradient=self.entropy is not None and torch.is_grad_enabled(),

@@ -8,7 +8,7 @@ from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.linear_logps import linear_logps
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 from lowvram_grpo.kernels.sweep.autograd import sweep_op
-from lowvram_grpo.kernels.sweep.direction import Entries, sparse_direction
+from lowvram_grpo.kernels.sweep.direction import Entries, RowGrads, sparse_direction
 from problems import peaked
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -47,7 +47,7 @@ def test_opcheck(mode):
     tensors, numbers = head.flatten()
     mean = head.centre(hidden.device)[0]
     args = [hidden.requires_grad_(), hidden.detach(), tensors, numbers, targets, None, mean]
-    settings = (1.0, mode, 2.0**-16, 64, 0.015, None, torch.float32, 4, True, True)
+    settings = (1.0, mode, 2.0**-16, 64, 0.015, None, torch.float32, 4, True, True, True)
     torch.library.opcheck(sweep_op, (*args, *settings), test_utils=("test_schema", "test_autograd_registration"))
 
 
@@ -75,10 +75,10 @@ def test_weights_beyond_32_bits_are_addressed_right(use_triton):
     none = torch.empty(0, device=device)
     entries = Entries(
         torch.tensor([0, 2], device=device), torch.tensor([last, last - v // 2], dtype=torch.int32, device=device),
-        torch.tensor([1.0, 2.0], device=device), none, torch.zeros(1, device=device), none,
+        torch.tensor([1.0, 2.0], device=device), none, none, torch.zeros(1, device=device), none, none,
     )  # fmt: skip
-    c, mean = torch.tensor([-1.0], device=device), torch.zeros(h, device=device)
-    out = sparse_direction(Head(weight), entries, c, None, mean, 1.0, torch.float32, use_triton=use_triton)
+    c, mean = RowGrads(torch.tensor([-1.0], device=device)), torch.zeros(h, device=device)
+    out = sparse_direction(Head(weight), entries, c, mean, 1.0, torch.float32, use_triton=use_triton)
     assert (out == 13.0).all()
 
 
