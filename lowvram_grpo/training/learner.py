@@ -88,7 +88,6 @@ class Learner:
             entropy_gradient=self.args.entropy_bonus,
             **self._sharing(micro, model or self.model),
             offload=self.args.activation_offload,
-            entropy_gradient=self.entropy is not None and torch.is_grad_enabled(),
         )
 
     def _wanted(self, micro: MicroBatch) -> Tensor:

@@ -169,7 +169,6 @@ def score(
     group_sizes: list[int] | None = None,
     attention: str = "auto",
     offload: bool = False,
-    entropy_gradient: bool = False,
 ) -> Scores:
     """Log-prob and entropy of each completion token at `temperature`, under `model` with its adapter on or off.
 
@@ -195,7 +194,6 @@ def score(
             kl=kl,
             wanted=None if wanted is None else wanted.flatten()[scored],
             path=path,
-            **({"entropy_gradient": True} if entropy_gradient else {}),
         )
     blank = torch.zeros(shape.numel(), dtype=torch.float32, device=completion_ids.device)
     spread = lambda values: None if values is None else blank.index_copy(0, scored, values).view(shape)

@@ -169,7 +169,9 @@ def test_loss_gradients_and_metrics(tmp_path, monkeypatch, model, loss_type, opt
         assert theirs.logps.any()
 
 
-def our_advantages(folder, rewards: torch.Tensor, weights: list[float], **settings: Any) -> tuple[Rollout, dict]:
+def our_advantages(
+    folder, rewards: torch.Tensor, weights: list[float], group: int = GROUP, **settings: Any
+) -> tuple[Rollout, dict[str, float]]:
     """A rollout of completions that are rewarded so, through the collector of a run."""
     args = GRPOConfig(
         output_dir=str(folder),
@@ -193,7 +195,7 @@ def our_advantages(folder, rewards: torch.Tensor, weights: list[float], **settin
     engine = SimpleNamespace(sampling=SimpleNamespace(pad_id=0, eos_ids=(1,)), generate=lambda *a, **k: batch)
     guard = SimpleNamespace(run=lambda name, work: work())
     collector = parts.make_collector(engine, runner, make_tokenizer(), guard, args, lambda phase: None)
-    rollout, _ = collector.collect([{"prompt": "a"}] * (rows // GROUP), GROUP, seed=0, trainer_state=None)
+    rollout, _ = collector.collect([{"prompt": "a"}] * (rows // group), group, seed=0, trainer_state=None)
     return rollout, rollout_metrics(rollout, runner.names)
 
 
@@ -225,12 +227,12 @@ def test_advantages_and_reward_metrics(tmp_path, scaled, weights):
 
 
 def test_equal_rewards_that_round_teach_nothing_here(tmp_path):
-    """0.35 has no exact mean: TRL divides what rounding leaves of it by the epsilon alone."""
-    rewards = torch.full((GROUP, 1), 0.35)
-    rewards = torch.cat([rewards, torch.tensor([[0.0], [1.0], [1.0], [0.0]])])
-    theirs, _ = trl_advantages(rewards, [0.7])
-    rollout, metrics = our_advantages(tmp_path, rewards, [0.7])
-    assert rollout.advantages.values[:GROUP].eq(0).all() and metrics["frac_reward_zero_std"] == 0.5
+    """The mean of eight times 0.35 is not 0.35: TRL divides what rounding leaves by little but its epsilon."""
+    rewards = torch.cat([torch.full((8, 1), 0.35), torch.tensor([[0.0], [1.0]] * 4)])
+    theirs, _ = trl_advantages(rewards, [1.0], 8)
+    rollout, metrics = our_advantages(tmp_path, rewards, [1.0], 8)
+    assert rollout.advantages.values[:8].eq(0).all() and metrics["frac_reward_zero_std"] == 0.5
+    assert theirs[:8].ne(0).all()
     torch.testing.assert_close(rollout.advantages.values, theirs, rtol=1e-5, atol=1e-3)
 
 

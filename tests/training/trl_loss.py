@@ -165,8 +165,10 @@ _READ = (
 )  # fmt: skip
 
 
-def trl_advantages(rewards: Tensor, weights: list[float], **overrides: Any) -> tuple[Tensor, dict[str, float]]:
-    """TRL's (B,) advantages of (B, F) rewards in groups of GROUP, and the metrics it notes of them: its
+def trl_advantages(
+    rewards: Tensor, weights: list[float], group: int = GROUP, **overrides: Any
+) -> tuple[Tensor, dict[str, float]]:
+    """TRL's (B,) advantages of (B, F) rewards in groups of `group`, and the metrics it notes of them: its
     `_generate_and_score_completions`, with completions of one token each."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -176,7 +178,7 @@ def trl_advantages(rewards: Tensor, weights: list[float], **overrides: Any) -> t
         accelerator=SimpleNamespace(device=torch.device("cpu"), gather=lambda value: value, process_index=0),
         model=SimpleNamespace(training=True, is_gradient_checkpointing=False), environment_factories=None,
         environments=None, tools=None, mask_truncated_completions=False, pad_to_multiple_of=None, beta=0.0,
-        _tokenizer=SimpleNamespace(pad_token_id=0), use_vllm=False, num_iterations=1, num_generations=GROUP,
+        _tokenizer=SimpleNamespace(pad_token_id=0), use_vllm=False, num_iterations=1, num_generations=group,
         reward_weights=torch.tensor(weights), reward_funcs=[None] * len(weights),
         reward_func_names=[f"r{i}" for i in range(len(weights))], _metrics={"train": defaultdict(list)},
         _logs=defaultdict(list, rewards=defaultdict(list), extra=defaultdict(list)), _pending_extra_logs={},
