@@ -92,8 +92,8 @@ def _policy(ratio, a, low, high, delta, FAMILY: tl.constexpr):
         tau = tl.where(a > 0.0, high, low)
         # Beyond 80 the gate is 0 or 1 to all of float32's digits.
         other = _exp(-_clamp(tau * (ratio - 1.0), -80.0, 80.0))
-        gate = tl.div_rn(nothing + 1.0, 1.0 + other)
-        value, slope, direct = tl.div_rn(-4.0 * gate * a, nothing + tau), -4.0 * gate * gate * other * a, nothing
+        gate = 1.0 / (1.0 + other)
+        value, slope, direct = tl.div_rn(-4.0 * a, tau) * gate, -4.0 * a * gate * gate * other, nothing
     elif FAMILY == 2:
         value, slope, direct = nothing, nothing, -tl.where(ratio > high, high, ratio) * a
     else:

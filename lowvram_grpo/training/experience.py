@@ -82,6 +82,7 @@ class MicroBatch:
         loss_mask: (b, T) bool, tokens the loss counts (truncated completions may be left out).
         weights: (b, T) float32, see objective.token_weights.
         token_share: (b,) float32, 1 / the tokens that the update counts, in each row: of the entropy bonus's mean.
+            None for an update of this one micro-batch.
         advantages: (b,) float32.
         sampling_per_token_logps: (b, T) float32.
         old_per_token_logps, ref_per_token_logps: (b, T) float32, filled in by the trainer where the loss needs them.
@@ -98,7 +99,7 @@ class MicroBatch:
     weights: Tensor
     advantages: Tensor
     sampling_per_token_logps: Tensor
-    token_share: Tensor
+    token_share: Tensor | None = None
     old_per_token_logps: Tensor | None = None
     ref_per_token_logps: Tensor | None = None
     entropy_mask: Tensor | None = None

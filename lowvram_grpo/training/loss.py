@@ -137,9 +137,9 @@ def _with_bonus(
     leaves: a mean over micro-batches, which is TRL's, would depend on how the update is cut."""
     acted = micro.loss_mask.bool() if entropy_mask is None else entropy_mask
     share = micro.token_share
-    if entropy_mask is not None and micro.entropy_mask is None:
-        # The mask was made from this very pass, so this micro-batch is the whole update.
-        share = torch.ones_like(share) / acted.sum().clamp(min=1)
+    # A mask that was made from this very pass says that this micro-batch is the whole update.
+    if share is None or (entropy_mask is not None and micro.entropy_mask is None):
+        share = 1 / acted.sum().clamp(min=1)
     entropy = torch.where(acted, scores.entropy, 0.0)
     loss = sums.loss - coef * (entropy.sum(1) * share).sum()
     return sums._replace(loss=loss, bonus=BonusSums(sums.loss.detach(), entropy.detach().sum(), acted.sum().float()))

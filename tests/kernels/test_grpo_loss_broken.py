@@ -54,7 +54,7 @@ SOURCE_BREAKS = {
     "the row's length": ("tl.div_rn(of_ratio * ratio_slope, n)", "of_ratio * ratio_slope"),
     "the ratio's pull by the KL": ("pull += u * corrected * ratio_slope * kl", "pull += 0.0"),
     "the row's pull by the KL": ("corrected * beta * tl.sum(weighed_kl, 0)", "0.0"),
-    "the gate's slope": ("-4.0 * gate * gate * other * a", "-4.0 * gate * a"),
+    "the gate's slope": ("-4.0 * a * gate * gate * other", "-4.0 * a * gate"),
     "cispo's bound": ("-tl.where(ratio > high, high, ratio) * a", "-ratio * a"),
     "the temperatures": ("tl.where(a > 0.0, high, low)", "tl.where(a > 0.0, low, high)"),
     "the sign of the detached": ("nothing - a", "nothing + a"),
