@@ -9,7 +9,8 @@ import torch
 from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.linear_logps import linear_logps, linear_logps_ref
 from lowvram_grpo.kernels.runtime import HAS_TRITON
-from lowvram_grpo.kernels.sweep.plan import DirectionParams
+from lowvram_grpo.kernels.sweep import vocabulary_pass
+from lowvram_grpo.kernels.sweep.plan import DirectionParams, TilePlan
 from problems import in_dtype, peaked, problem
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -76,6 +77,35 @@ def test_dense_no_worse_than_eager(path, dtype, n, v, h, extra, reference):
     if path != "torch" and dtype != torch.float32:
         room = room + rounding_room(*given, 0.7)
     assert ((got - exact).norm(dim=1) <= 2 * (plain - exact).norm(dim=1).max() + room).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_sums_are_rescaled_whenever_a_tile_has_a_new_maximum(path, monkeypatch):
+    """Logits that grow along the vocabulary, a few tiles of it, both kinds of beginning: with and without E[l]."""
+    monkeypatch.setattr(vocabulary_pass, "plan_tiles", lambda *args, **kwargs: TilePlan(8, 50))
+    hidden, head, _ = problem(8, 190, 16, spread=0.5)
+    head = Head(head.weight, torch.arange(190) / 30)
+    given = hidden, head, torch.arange(8), coefficients(8, False)
+    exact = exactly(*given)
+    for params in (DirectionParams("dense"), DirectionParams("sparse", capacity=16)):
+        got, out = direction(linear_logps, *given, path=path, direction=params, **ENTROPY)
+        assert len(out.diffuse) == 8
+        assert (got - exact).norm() < 1e-5 * exact.norm()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed on this platform")
+@pytest.mark.parametrize("alone", [False, True])
+def test_lists_and_tails_weigh_the_same_in_every_path(alone):
+    """Of a head whose mean row is far from zero, so that a tail in the wrong place shows."""
+    hidden, head, targets = peaked(9, 1100, 32)
+    head = Head(head.weight + 0.5)
+    params = DirectionParams("sparse", epsilon=2.0**-7, capacity=4096, max_tail=1.0)
+    asked = {"entropy": torch.ones(9)} if alone else coefficients(9, True)
+    settings = {"direction": params, "ref_hidden": hidden * 0.9, "kl": True, **ENTROPY}
+    plain, *others = (direction(linear_logps, hidden, head, targets, asked, path=path, **settings) for path in PATHS)
+    assert (plain[1].entropy_bound > 1e-2).any() and not len(plain[1].diffuse)
+    for got, _ in others:
+        torch.testing.assert_close(got, plain[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -236,10 +266,15 @@ def test_the_bonus_on_rows_of_a_trained_model_costs_no_second_product():
     assert flops(hidden, head, targets, direction="dense")[0] == pytest.approx(6, rel=0.02)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_scoring_without_a_gradient_has_the_same_bits(path):
-    hidden, head, targets = peaked(40, 3000, 64)
-    given = {"path": path, "workspace_mib": 1, "direction": "sparse", **ENTROPY}
+@pytest.mark.parametrize(
+    # Fused, the dense product's tiles are folded by another kernel than those of a pass without gradient.
+    "path,how",
+    [pair for pair in itertools.product(PATHS, ["sparse", "dense"]) if pair != ("fused", "dense")],
+)
+def test_scoring_without_a_gradient_has_the_same_bits(path, how):
+    """In tiles that are smaller than those of a sweep without this gradient."""
+    hidden, head, targets = peaked(24, 5000, 64)
+    given = {"path": path, "workspace_mib": 1, "direction": how, **ENTROPY}
     learnt = linear_logps(hidden.clone().requires_grad_(), head, targets, **given)
     with torch.no_grad():
         frozen = linear_logps(hidden.clone().requires_grad_(), head, targets, **given)
@@ -283,7 +318,7 @@ def test_bytes_of_a_sweep_with_the_bonus(path, reference):
         with Ledger() as ledger:
             out = linear_logps(
                 hidden, weight, meta(n, of=torch.long), entropy=True, entropy_gradient=bonus, workspace_mib=mib,
-                path=path, ref_hidden=meta(n, h) if reference else None, kl=reference,
+                path=path, ref_hidden=meta(n, h) if reference else None, kl=reference, direction="dense",
             )  # fmt: skip
             held = ledger.live
             directions = (1 + reference + bonus) * n * h * 4
@@ -292,7 +327,7 @@ def test_bytes_of_a_sweep_with_the_bonus(path, reference):
             loss = out.logps.sum() + out.entropy.sum() if bonus else out.logps.sum()
             loss.backward()
         peaks[bonus] = ledger.peak
-    assert n * h * 4 <= peaks[True] - peaks[False] < 1.3 * n * h * 4
+    assert 0.8 * n * h * 4 <= peaks[True] - peaks[False] < 1.2 * n * h * 4  # tiles fill the workspace as they can
 
 
 @pytest.mark.parametrize("kind", ["dense", "int8", "nf4"])

@@ -42,6 +42,26 @@ def test_fake_tensors_have_the_real_ones_shapes():
 
 
 @pytest.mark.parametrize("mode", ["sparse", "dense"])
+@pytest.mark.parametrize("kl", [False, True])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_every_fake_output_has_the_real_ones_shape(mode, kl, entropy):
+    """What is only known to the device has a symbol, and the same symbol wherever it is the same number."""
+    hidden, head, targets = peaked(6, 120, 16)
+    tensors, numbers = head.flatten()
+    args = [hidden.requires_grad_(), hidden.detach() if kl else None, tensors, targets, head.centre(hidden.device)[0]]
+    settings = (1.0, mode, 2.0**-16, 64, 0.015, None, torch.float32, 4, True, kl, entropy)
+    call = lambda h, ref, weights, t, mean: sweep_op(h, ref, weights, numbers, t, None, mean, *settings)
+    real = call(*args)
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        fakes = call(*torch.utils._pytree.tree_map(lambda x: x if x is None else mode.from_tensor(x), args))
+    meaning = {}
+    for i, (r, f) in enumerate(zip(real, fakes, strict=True)):
+        assert r.dtype == f.dtype and r.ndim == f.ndim
+        for a, b in zip(r.shape, f.shape):
+            assert a == (b if isinstance(b, int) else meaning.setdefault(str(b), a)), i
+
+
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
 def test_opcheck(mode):
     hidden, head, targets = peaked(6, 120, 16)
     tensors, numbers = head.flatten()
