@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from packaging.version import Version
 from trl_loss import DEFAULTS, GROUP, Losses, Tensors, TRLLoss, make_tensors, trl_advantages
 
 import lowvram_grpo.training.learner as learner_module
@@ -27,6 +28,8 @@ from lowvram_grpo.training.scoring import Scores
 pytest.importorskip("trl", reason="TRL is the oracle: pip install -e '.[test]' on Python 3.11 or later")
 
 LEVELS = ("token", "sequence")
+# torch.clamp has no slope on its bounds from 2.14 on, and ratios are exactly 1 on policy (docs/trl.md).
+SLOPELESS_BOUNDS = Version(torch.__version__) >= Version("2.14.dev0")
 # What a run may switch on, one at a time, beside every loss type at both levels.
 OPTIONS = {
     "as it is": {},
@@ -162,6 +165,8 @@ def _case(loss_type: str, level: str, option: str) -> dict[str, Any]:
 def test_loss_gradients_and_metrics(tmp_path, monkeypatch, model, loss_type, option):
     tensors = make_tensors()
     for level, off_policy in product(LEVELS, (False, True)):
+        if option == "no clipping" and not off_policy and SLOPELESS_BOUNDS:
+            continue
         case = _case(loss_type, level, option)
         theirs = TRLLoss(**case).step(tensors, off_policy=off_policy)
         ours = OurLoss(tmp_path, model, off_policy=off_policy, **case).step(tensors, monkeypatch)
