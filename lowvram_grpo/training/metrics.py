@@ -67,6 +67,7 @@ def complete_row(
     """
     if any(key.startswith("eval_") for key in row):
         row.update({f"{eval_prefix}_{name}": value for name, value in books["eval"].take().items()})
+        row[f"{eval_prefix}_num_tokens"] = tokens
     elif "loss" in row or ("train_runtime" in row and books["train"]):
         # As in TRL, the last row has what was measured since the last logged step.
         row.update(books["train"].take())
