@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.errors import UserError
 from lowvram_grpo.recipe import preset
 from lowvram_grpo.recipe.ranges import LORA_RANGES, check_ranges
 from lowvram_grpo.recipe.tables import read_table
+from lowvram_grpo.recipe.unknown_names import instead_of
 from lowvram_grpo.recipe.values import cast
 from lowvram_grpo.rewards.registry import BUILTIN, parse_spec
 from lowvram_grpo.run.directory import RECIPE_HEADER
@@ -198,7 +199,7 @@ def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:
         hint = _JOB_TYPES.get(key) or training.get(key)
         if hint is None and key not in LOADING:
             known = [*_JOB_TYPES, *training, *ALIASES]
-            raise UserError(f"Unknown setting {raw!r} {where}{did_you_mean(key, known)}.")
+            raise UserError(f"Unknown setting {raw!r} {where}{instead_of(key, known)}.")
         if value is not None:
             found[key] = cast(key, value, hint)
         elif type(None) in typing.get_args(hint):
