@@ -63,6 +63,8 @@ INERT_FIELDS = {
     "liger_kernel_config": "the loss head and the norms are already fused here (fused_loss, fused_ops)",
     "use_cache": "rollouts have a cache, and no other pass has",
     "do_predict": "it is for scripts to read, and GRPOTrainer does not",
+    "resume_from_checkpoint": "it is for scripts to pass to trainer.train(); `lowvram-grpo train` has --resume",
+    "accelerator_config": "one process trains, and it reads the prompts itself",
     "ds3_gather_for_generation": "DeepSpeed ZeRO-3 is not supported yet, so there are no sharded weights to gather",
     "cache_implementation": "rollouts choose their own KV cache",
     "dataloader_drop_last": "a smaller last batch is still whole groups",
@@ -91,11 +93,6 @@ _ONLY_SERVER = ("vllm_server_base_url", "vllm_server_host", "vllm_server_port", 
                 "vllm_adapter_server_dir", "vllm_server_model")  # fmt: skip
 _ONLY_COLOCATED = ("vllm_model_impl", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization",
                    "vllm_max_model_length", "vllm_max_model_len")  # fmt: skip
-
-
-def why_inert(name: str) -> str | None:
-    """Why a field does nothing here; None where it does something."""
-    return INERT_FIELDS.get(name)
 
 
 # Not typed as a GRPOConfig: that module asks this one.
@@ -150,6 +147,8 @@ def _is_set(args: Any, name: str, default: Any) -> bool:
     if name == "dataloader_pin_memory" and args.use_cpu:
         return False
     value = getattr(args, name)
+    if name == "accelerator_config":  # which is always made into one
+        default = type(value)()
     return value != default and bool(value if default is MISSING else value is not None)
 
 
