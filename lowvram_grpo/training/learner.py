@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowvram_grpo.errors import UserError
 from lowvram_grpo.objective import Objective
 from lowvram_grpo.policy.dropout import training_mode
+from lowvram_grpo.policy.experts import router_loss_of
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.shared_prefix import shared_groups
@@ -53,6 +55,12 @@ class Learner:
     ):
         self.model, self.reference, self.objective, self.kernels, self.args = model, reference, objective, kernels, args
         self.steps_per_rollout, self.autocast, self.correction = steps_per_rollout, autocast, correction
+        self.router = router_loss_of(unwrap(model), args.router_aux_loss_coef)
+        if self.router is not None and args.shared_prefix == "on":
+            raise UserError(
+                "shared_prefix is on, but the router's load-balancing loss counts each token of each row; set it to "
+                "auto, or router_aux_loss_coef to 0."
+            )
         head = head_of(unwrap(model))
         if not head.trainable:
             # Known from now on; the first backward pass would find it out at its fullest moment.
@@ -86,11 +94,24 @@ class Learner:
     def _sharing(self, micro: MicroBatch, model: nn.Module) -> dict[str, Any]:
         """Lengths, groups and attention of a micro-batch, as the functions of `scoring` take them."""
         lengths = micro.lengths()
-        groups = shared_groups(self.args.shared_prefix, model, **lengths, group_sizes=micro.group_sizes)
+        # A router's loss counts a prompt's tokens with each of its completions.
+        setting = self.args.shared_prefix if self.router is None else "off"
+        groups = shared_groups(setting, model, **lengths, group_sizes=micro.group_sizes)
         return {**lengths, "group_sizes": groups, "attention": self.args.attention}
 
     def loss(self, micro: MicroBatch) -> tuple[LossSums, Scores]:
         """This micro-batch's share of the update's loss, and the scores it was made from."""
+        if self.router is None:
+            return self._policy_loss(micro)
+        with self.router.watched() as passes:
+            sums, scores = self._policy_loss(micro)
+        # The policy's own pass is the last: a reference that rides along goes before it.
+        aux_loss = self.router.loss(passes[-1], torch.cat([micro.prompt_mask, micro.completion_mask], 1))
+        if micro.router_share is not None:
+            aux_loss = aux_loss * micro.router_share.sum()
+        return sums._replace(loss=sums.loss + self.router.coefficient * aux_loss), scores._replace(aux_loss=aux_loss)
+
+    def _policy_loss(self, micro: MicroBatch) -> tuple[LossSums, Scores]:
         ref_states = None
         if self.joint_reference and micro.ref_per_token_logps is None:
             states = lambda reference: scored_states(reference, *micro.sequence(), **self._sharing(micro, reference))
@@ -107,7 +128,7 @@ class Learner:
         needed = torch.stack([wanted_rows(micro, self.objective).any() for micro in update]).tolist()
         if not any(needed):
             needed[0] = True
-        return needed
+        return needed if self.router is None else [True] * len(needed)
 
     def cut(self, rollout: Rollout, plan: BatchPlan, pad_id: int, *, updates: int) -> list[list[MicroBatch]]:
         """As many `updates`, each a list of micro-batches of the size that `plan` has, on the device."""
