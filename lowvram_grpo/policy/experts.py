@@ -1,14 +1,15 @@
-"""The load-balancing loss of a mixture of experts, over all tokens that went through the decoder.
+"""The load-balancing loss of a mixture of experts, over all tokens of the decoder's pass.
 
     aux = E sum_e f_e P_e    f_e: how often a token chose expert e, over all layers; P_e: mean probability of the router
 
-(Switch Transformers, Fedus et al. 2021, equations 4 to 6; with k experts a token the f_e add up to k.) The model family's
-own function computes it from router logits that its decoder is asked for; no second pass, and no logits of the
+(Switch Transformers, Fedus et al. 2021, equations 4 to 6; with k experts a token the f_e add up to k.) The model
+family's own function computes it from router logits that its decoder is asked for: no second pass, and no logits of the
 vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class RouterLoss:
     def __init__(self, causal_lm: PreTrainedModel, coefficient: float):
         self.coefficient = coefficient
         self._decoder = getattr(causal_lm, causal_lm.base_model_prefix)
-        self._loss, self._experts, self._chosen = _family(causal_lm)
+        self._loss, *self._sizes = _family(causal_lm)
 
     @contextmanager
     def watched(self) -> Iterator[list[tuple[Tensor, ...]]]:
@@ -64,7 +65,7 @@ class RouterLoss:
                 f"{type(self._decoder).__name__} gives no router logits, so its experts can't be balanced; set "
                 "router_aux_loss_coef to 0."
             )
-        return self._loss(router_logits, self._experts, self._chosen, attention_mask)
+        return self._loss(router_logits, *self._sizes, attention_mask)
 
 
 def router_loss_of(causal_lm: PreTrainedModel, coefficient: float | None) -> RouterLoss | None:
@@ -81,17 +82,25 @@ def router_loss_of(causal_lm: PreTrainedModel, coefficient: float | None) -> Rou
                 "returns its router logits, so there is nothing to weigh; drop it."
             )
         return None
-    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient
-    return RouterLoss(causal_lm, coefficient) if coefficient else None
+    wanted = getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient
+    if not wanted:
+        return None
+    if _family(causal_lm) is None:
+        if coefficient is None:
+            return None
+        raise UserError(
+            f"router_aux_loss_coef is {coefficient}, but transformers has no load-balancing loss for "
+            f"{type(causal_lm).__name__}; drop it."
+        )
+    return RouterLoss(causal_lm, wanted)
 
 
-def _family(causal_lm: nn.Module) -> tuple[Callable[..., Tensor], int, int]:
-    """(loss, number of experts, experts a token) as the model's own forward has them."""
+def _family(causal_lm: nn.Module) -> tuple[Callable[..., Tensor], int, int] | None:
+    """(loss, number of experts, experts a token) as the model's own forward has them; None where it has none, or one of
+    another kind (Doge's chooses by two keys)."""
     loss = getattr(sys.modules[type(causal_lm).__module__], "load_balancing_loss_func", None)
     experts, chosen = (getattr(causal_lm, name, None) for name in ("num_experts", "num_experts_per_tok"))
     if loss is None or experts is None or chosen is None:
-        raise UserError(
-            f"{type(causal_lm).__name__} has experts, but transformers has no load-balancing loss for it; set "
-            "router_aux_loss_coef to 0."
-        )
-    return loss, experts, chosen
+        return None
+    takes = list(inspect.signature(loss).parameters)
+    return (loss, experts, chosen) if takes == ["gate_logits", "num_experts", "top_k", "attention_mask"] else None

@@ -1,8 +1,8 @@
 """log_completions_hub_repo: what was sampled, as a dataset on the hub that grows while a run trains.
 
 A parquet table a log, with TRL's columns (step, prompt, completion, one a reward, what the rewards logged, advantage),
-A parquet table a log, with the columns of TRL (step, prompt, completion, one a reward, what the rewards logged, its
-What goes wrong there is said once, and the files are tried again with the next ones.
+lies in `output_dir/completions`; a thread commits those that are new at most every two minutes, and the rest at the
+end. What goes wrong there is said once, and the files are tried again with the next ones.
 """
 
 from __future__ import annotations

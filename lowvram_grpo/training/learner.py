@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowvram_grpo.errors import UserError
 from lowvram_grpo.objective import Objective
 from lowvram_grpo.policy.dropout import training_mode
-from lowvram_grpo.policy.experts import router_loss_of
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.shared_prefix import shared_groups
@@ -28,6 +26,7 @@ from lowvram_grpo.training.experience import MicroBatch, Rollout, updates_of
 from lowvram_grpo.training.loss import KernelChoice, LossSums, micro_loss, wanted_rows
 from lowvram_grpo.training.loss_settings import correction_of, objective_of
 from lowvram_grpo.training.metrics import read, sampler_metrics
+from lowvram_grpo.training.router_loss import router_of
 from lowvram_grpo.training.scoring import Scores, score, scored_states
 
 
@@ -55,12 +54,7 @@ class Learner:
     ):
         self.model, self.reference, self.objective, self.kernels, self.args = model, reference, objective, kernels, args
         self.steps_per_rollout, self.autocast, self.correction = steps_per_rollout, autocast, correction
-        self.router = router_loss_of(unwrap(model), args.router_aux_loss_coef)
-        if self.router is not None and args.shared_prefix == "on":
-            raise UserError(
-                "shared_prefix is on, but the router's load-balancing loss counts each token of each row; set it to "
-                "auto, or router_aux_loss_coef to 0."
-            )
+        self.router = router_of(args, unwrap(model))
         head = head_of(unwrap(model))
         if not head.trainable:
             # Known from now on; the first backward pass would find it out at its fullest moment.
