@@ -13,22 +13,23 @@ if TYPE_CHECKING:
     from lowvram_grpo.recipe.field_table import Entry
 
 _INTRO = (
-    "Every field of GRPOConfig is a flag of `lowvram-grpo train` (--no-NAME switches one off) and a key of a recipe "
-    "file. Defaults in brackets; a preset may set others (`lowvram-grpo presets NAME`)."
+    "Every field of GRPOConfig, and every parameter of a built-in reward, is a flag of `lowvram-grpo train` (--no-NAME "
+    "switches one off) and a key of a recipe file. Defaults in brackets; a preset may set others "
+    "(`lowvram-grpo presets NAME`)."
 )
 _INERT = "Accepted for TRL's sake, without effect"
 _REFUSED = "Refused"
 
 
 def show() -> None:
-    """Print the flags in groups: GRPO's by subject, those of transformers.TrainingArguments, those without effect, and
-    those that are refused."""
+    """Print the flags in groups: GRPO's by subject, parameters of built-in rewards, those of
+    transformers.TrainingArguments, those without effect, and those that are refused."""
     hush()
-    from lowvram_grpo.recipe.field_table import INHERITED, entries
+    from lowvram_grpo.recipe.field_table import INHERITED, REWARDS, entries, reward_entries
 
-    known = entries()
-    groups: dict[str, list[Entry]] = {each.group: [] for each in known if each.group != INHERITED}
-    groups |= {INHERITED: [], _INERT: [], _REFUSED: []}
+    known = [*entries(), *reward_entries()]
+    groups: dict[str, list[Entry]] = {each.group: [] for each in known if each.group not in (REWARDS, INHERITED)}
+    groups |= {REWARDS: [], INHERITED: [], _INERT: [], _REFUSED: []}
     for each in known:
         groups[_REFUSED if each.refused else _INERT if each.inert else each.group].append(each)
     width = max(shutil.get_terminal_size().columns, 40)

@@ -56,9 +56,11 @@ class StandIn(TorchFunctionMode):
         """In the block, `torch.autocast` of meta tensors is this one: peft asks for it by a tensor's device."""
         real = torch.autocast
 
-        def autocast(device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> AbstractContextManager:
+        def autocast(
+            device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **kwargs: Any
+        ) -> AbstractContextManager:
             if device_type != "meta":
-                return real(device_type, *args, enabled=enabled, **kwargs)
+                return real(device_type, dtype, enabled, **kwargs)
             return self.autocast() if enabled else self._without()
 
         torch.autocast = autocast  # type: ignore[assignment, misc]

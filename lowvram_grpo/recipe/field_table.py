@@ -12,10 +12,12 @@ from typing import Any
 
 from lowvram_grpo.recipe.config import GRPOConfig
 from lowvram_grpo.recipe.notices import INERT_FIELDS
-from lowvram_grpo.recipe.resolve import training_types
+from lowvram_grpo.recipe.resolve import job_types, training_types
 from lowvram_grpo.recipe.settings import REFUSED_FIELDS
+from lowvram_grpo.rewards.settings import RewardSettings
 
 INHERITED = "transformers.TrainingArguments"
+REWARDS = "Parameters of built-in rewards"
 # The first field of each group, in the order in which GRPOConfig declares them.
 _GROUPS = {
     "model_init_kwargs": "Model and data",
@@ -86,10 +88,16 @@ def entries() -> list[Entry]:
     ]
 
 
+def reward_entries() -> list[Entry]:
+    """The parameters of built-in rewards, which a recipe and the command line can set."""
+    types = job_types()
+    return [_entry(field, REWARDS, types[field.name]) for field in fields(RewardSettings)]
+
+
 def _entry(field: Field, group: str, hint: Any) -> Entry:
     text = field.metadata.get("help", "")
     ours = text.startswith(_OURS)
-    if field.name not in GRPOConfig.__annotations__:
+    if group == INHERITED:
         text = first_sentence(text)
     return Entry(
         field.name,

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from lowvram_grpo.errors import UnknownSetting, did_you_mean, flag_of
+from lowvram_grpo.rewards.settings import RewardSettings
 
 # Our name -> those that others have for it.
 _OTHERS = {
@@ -94,6 +96,11 @@ _ELSEWHERE = _by_name({
     "preset memory_plan": "it belongs to `lowvram-grpo train`; in a script set the fields of docs/memory.md",
     "resume": "call trainer.train(resume_from_checkpoint=True)",
     "plain": "it belongs to `lowvram-grpo train`",
+    " ".join(f.name for f in fields(RewardSettings)): "it belongs to a built-in reward, which "
+        "lowvram_grpo.rewards.get_reward_funcs makes with it",
+    "cosine_min_len_value_wrong cosine_max_len_value_wrong cosine_min_len_value_correct cosine_max_len_value_correct "
+    "soft_max_length soft_cache_length": "it belongs to a built-in reward, in a recipe or on the command line",
+    "max_completion_len": "write max_completion_length",
 })  # fmt: skip
 # In scripts, recipes and flags alike.
 _ANYWHERE = _by_name({

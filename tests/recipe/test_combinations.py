@@ -7,6 +7,8 @@ import re
 import pytest
 
 from lowvram_grpo import UserError
+from lowvram_grpo.objective import LOSS_TYPES
+from lowvram_grpo.recipe.combinations import _READ_BY
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,10 @@ def test_what_does_not_is_said_once(config, settings, words):
 def test_contradictions_are_refused(config, settings, words):
     with pytest.raises(UserError, match=words):
         config(**settings)
+
+
+def test_what_a_loss_reads_is_known_of_every_loss():
+    assert {loss for readers in _READ_BY.values() for loss in readers} == set(LOSS_TYPES)
 
 
 def test_vespo_with_a_mode_by_tokens(config):
