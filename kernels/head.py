@@ -7,6 +7,7 @@ or for some rows, in the dtype and on the device of the computation.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,7 +62,7 @@ class Head:
             return self.weight.detach()[v0:v1], bias
         out = buffer[: v1 - v0]
         if self.dense:
-            return out.copy_(self.weight.detach()[v0:v1], non_blocking=True), bias
+            return out.copy_(_near(self.weight.detach()[v0:v1], out), non_blocking=True), bias
         return self.weight.tile(v0, v1, out), bias
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,3 +128,14 @@ class Head:
         if kind not in kinds:
             raise ValueError(f"a head can be quantized to {' or '.join(kinds)}, not {kind!r}")
         return replace(self, weight=kinds[kind].quantize(self.weight.detach()))
+
+
+def _near(rows: Tensor, out: Tensor) -> Tensor:
+    """Rows that lie in host memory as something that `out`, on a card, takes over without anybody waiting: in
+    page-locked memory, and not to be cast on the way, which the host would do, but where it arrives."""
+    if rows.device == out.device or not (out.is_cuda and rows.device.type == "cpu"):
+        return rows
+    if not rows.is_pinned():
+        with suppress(RuntimeError):  # the system grants none: the copy waits, then
+            rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
+    return rows if rows.dtype == out.dtype else rows.to(out.device, non_blocking=True)
