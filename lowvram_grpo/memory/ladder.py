@@ -119,9 +119,11 @@ def way_back(settings: Mapping[str, Any], begins: Mapping[str, Any], group: int)
 
 
 def last_resorts(settings: Mapping[str, Any]) -> Iterator[Rung]:
-    """Rungs below the last one of any preset: what is left to give up in the middle of a run. A reference that is a copy
-    of all weights (there is no such setting otherwise) goes first: it is the most there is to have, its price is one
-    copy a pass, and smaller micro-batches are more passes."""
+    """Rungs below the last one of any preset: what is left to give up in the middle of a run.
+
+    A reference that is a copy of all weights (there is no such setting otherwise) goes first: it is the most there is
+    to have, its price is one copy a pass, and smaller micro-batches are more passes.
+    """
     if "reference_offload" in settings:
         yield Rung("reference_offload", True)
     yield from (Rung("rollout_batch_size", n) for n in _halvings(settings["rollout_batch_size"]))

@@ -1,14 +1,14 @@
 """A frozen model whose weights wait in host memory and visit the device layer by layer.
 
 A pass holds two decoder layers on the device: while one computes, the next arrives on a stream of its own. A layer's
-weights lie packed in one piece of host memory, page-locked where there is CUDA, so a visit is one copy that nobody waits
-for; between passes nothing of a layer is on the device. Of the two tables, lm_head is read tile by tile by the sweep
-(`kernels.head.Head`), and the input embedding gives the rows of its tokens, for which the host must see the ids: one
-wait a pass. What is left (norms outside of the layers) stays on the device.
+weights lie packed in one piece of host memory, page-locked where there is CUDA, so a visit is one copy that nobody
+waits for; between passes nothing of a layer is on the device. Of the two tables, lm_head is read tile by tile by the
+sweep (`kernels.head.Head`), and the input embedding gives the rows of its tokens, for which the host must see the ids:
+one wait a pass. What is left (norms outside of the layers) stays on the device.
 
 A slot is written again only behind the event that its last reader recorded, a layer computes only behind the event of
-its copy, and the slots are freed once the compute stream has waited for every copy: the allocator never sees memory that
-the other stream still touches.
+its copy, and the slots are freed once the compute stream has waited for every copy: the allocator never sees memory
+that the other stream still touches.
 
 The same code runs on a CPU (copies to other memory, the same bits) and on meta, where a ledger sees the two slots and
 nothing of what lies in host memory.
@@ -64,8 +64,8 @@ def _check_room(model: nn.Module) -> None:
     if need > free:
         raise UserError(
             f"reference_offload keeps {need / _GIB:.1f} GiB of the reference in host memory, of which "
-            f"{free / _GIB:.1f} GiB are free; close other programs, or train a LoRA adapter, whose reference shares the "
-            "policy's weights."
+            f"{free / _GIB:.1f} GiB are free; close other programs, or train a LoRA adapter, whose reference shares "
+            "the policy's weights."
         )
 
 
