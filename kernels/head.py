@@ -62,13 +62,15 @@ class Head:
             return self.weight.detach()[v0:v1], bias
         out = buffer[: v1 - v0]
         if self.dense:
-            return out.copy_(_near(self.weight.detach()[v0:v1], out), non_blocking=True), bias
+            rows = _near(self.weight.detach()[v0:v1], out.device, out.dtype)
+            return out.copy_(rows, non_blocking=True), bias
         return self.weight.tile(v0, v1, out), bias
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(n, H) weight rows `ids` (n,), of `dtype` and on the device of `ids`."""
         if self.dense:
-            return self.weight.detach()[ids.to(self.weight.device)].to(ids.device, dtype)
+            rows = self.weight.detach()[ids.to(self.weight.device)]
+            return _near(rows, ids.device, dtype).to(ids.device, dtype, non_blocking=True)
         return self.weight.rows(ids, torch.empty(len(ids), self.shape[1], dtype=dtype, device=ids.device))
 
     def centre(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -130,12 +132,12 @@ class Head:
         return replace(self, weight=kinds[kind].quantize(self.weight.detach()))
 
 
-def _near(rows: Tensor, out: Tensor) -> Tensor:
-    """Rows that lie in host memory as something that `out`, on a card, takes over without anybody waiting: in
-    page-locked memory, and not to be cast on the way, which the host would do, but where it arrives."""
-    if rows.device == out.device or not (out.is_cuda and rows.device.type == "cpu"):
+def _near(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Rows that lie in host memory as something that a tensor of `dtype` on a card takes over without anybody waiting:
+    in page-locked memory, and not to be cast on the way, which the host would do, but where it arrives."""
+    if rows.device == device or not (device.type == "cuda" and rows.device.type == "cpu"):
         return rows
     if not rows.is_pinned():
         with suppress(RuntimeError):  # the system grants none: the copy waits, then
             rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
-    return rows if rows.dtype == out.dtype else rows.to(out.device, non_blocking=True)
+    return rows if rows.dtype == dtype else rows.to(device, non_blocking=True)

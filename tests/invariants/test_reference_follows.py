@@ -126,7 +126,7 @@ def test_as_trl_lets_it_follow(config, dataset, tokenizer, sharing, tmp_path):
 
 
 def test_small_steps_are_not_lost_in_16_bits():
-    """alpha (policy - reference) is below half of a bfloat16's last place: in bfloat16 alone nothing would ever move."""
+    """alpha (policy - reference) is below half of bfloat16's last place: alone in bfloat16 nothing would move."""
     from lowvram_grpo.policy.reference import Reference
 
     model = make_model().to(torch.bfloat16)
