@@ -20,7 +20,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import psutil  # comes with accelerate
@@ -187,7 +187,7 @@ class Streamed:
         self._layers = [_Layer(module, _shared(modules)) for module in modules]
         _check_room(model)
         for group in self._together():
-            starts, size = spans([torch.empty(layer.bytes, dtype=torch.uint8, device="meta") for layer in group])
+            *starts, size = accumulate((layer.bytes for layer in group), initial=0)
             with _disable_current_modes():
                 piece = _piece(size, device)
             self.locked &= device.type != "cuda" or piece.is_pinned()
