@@ -213,8 +213,6 @@ class Streamed:
         finally:
             self._window.close()
             self._window = None
-            for layer in self._layers:  # one that an error left on the way
-                layer.leave()
 
     def _enter(self, i: int, module: nn.Module, args: tuple) -> None:
         layer = self._layers[i]
