@@ -102,7 +102,19 @@ def make_learner(
     notice: Callable[[str], None],
 ) -> Learner:
     """The learner of a policy, with the reference that it starts from."""
-    reference = Reference(model, follows=args.sync_ref_model) if args.beta > 0 else None
+    if args.sync_ref_model and not args.beta:
+        raise UserError(
+            "sync_ref_model is on, but with beta 0 there is no reference to let follow; set beta above 0, or drop it."
+        )
+    reference = None
+    if args.beta > 0:
+        reference = Reference(
+            model,
+            follows=args.sync_ref_model,
+            offload=args.reference_offload,
+            resort=args.oom_step_down,
+            tell=notice,
+        )
     if reference is not None and not is_peft(model) and args.kl_estimator == "exact":
         raise UserError(
             "kl_estimator exact sweeps policy and reference through one frozen lm_head, and here all weights are "

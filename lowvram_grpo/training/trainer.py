@@ -32,6 +32,7 @@ from lowvram_grpo.training.experience import MicroBatch, Rollout, split
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
 from lowvram_grpo.training.metrics import MetricBook, UpdateSums, complete_row, rollout_metrics
 from lowvram_grpo.training.pushing import HubPushes
+from lowvram_grpo.training.reference_sync import ReferenceSync
 from lowvram_grpo.training.resumable import ResumableTrainer
 from lowvram_grpo.training.savers import TrainerGuard
 from lowvram_grpo.training.warmup import WarmUp
@@ -102,9 +103,12 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         self.policy_adapter = model.active_adapters[0] if is_peft(model) else None
         self.learner = parts.make_learner(model, args, self.compute_loss_context_manager, notice)
         self.reference = self.learner.reference
+        self.add_callback(ReferenceSync(self.learner))
         self.rewards = parts.make_rewards(reward_funcs, args, reward_processing_classes)
         engine = parts.make_engine(model, args, tokenizer)
-        self.guard = TrainerGuard(model, engine, args, ladder, notice=notice, log=lambda row: self.log(row))
+        self.guard = TrainerGuard(
+            model, engine, args, ladder, notice=notice, log=lambda row: self.log(row), reference=self.reference
+        )
         self.collector = parts.make_collector(engine, self.rewards, tokenizer, self.guard, args, self.observer.phase)
         self.metrics = {"train": MetricBook(), "eval": MetricBook()}
         log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl")) if args.log_completions else None
@@ -170,7 +174,6 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch=None) -> Tensor:
         """One optimizer step's gradients, on the rollout that is due or already there."""
         started, step, metrics = time.perf_counter(), self.state.global_step, self.metrics["train"]
-        self.learner.sync_reference(step)
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedule-free optimizers keep other weights for evaluation
         within, sampled = (step - self.shift) % self.plan.steps_per_rollout, 0
