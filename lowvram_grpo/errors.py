@@ -17,6 +17,10 @@ class UserError(ValueError):
     """
 
 
+class WrongType(UserError, TypeError):
+    """An argument of another type than it can have: a TypeError, too, as in TRL."""
+
+
 # Errors of the operating system that say that a file can't be written here, or not any more.
 _UNWRITABLE = {
     getattr(errno, name)

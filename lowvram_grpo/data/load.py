@@ -157,7 +157,7 @@ def check_dataset(dataset: Any, name: str, *, several: bool = False) -> None:
             (those found are listed) or none of prompts.
     """
     if dataset is None:
-        raise UserError(f"{name} is missing; GRPO needs a dataset with a `prompt` column.")
+        raise UserError(f"`{name}` is required: GRPO needs a dataset with a `prompt` column.")
     if isinstance(dataset, dict):
         if not several:
             splits = ", ".join(map(str, dataset)) or "none"
