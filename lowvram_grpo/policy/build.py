@@ -58,10 +58,6 @@ def build_policy(
         model = load_causal_lm(
             model, device=args.device, dtype=dtype, quantization_config=quantization_config, init_kwargs=init, tell=tell
         )
-    else:
-        given = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
-        for name in (name for name, value in given.items() if value):
-            tell(f"{name} will be ignored: it is for loading a model by its name, and this model is loaded already.")
     model = _with_adapter(model, args, peft_config)
     if is_peft(model) or args.head_dtype != "dense" or args.embedding_offload:
         for sentence in place_embeddings(

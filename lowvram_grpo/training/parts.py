@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import BitsAndBytesConfig
 
+    from lowvram_grpo.run.observer import Observer
+
 
 def check_arguments(
     args: GRPOConfig,
@@ -75,11 +77,16 @@ def make_policy(
     tokenizer: PreTrainedTokenizerBase | None,
     quantization_config: BitsAndBytesConfig | None,
     peft_config: PeftConfig | None,
-    notice: Callable[[str], None],
+    observer: Observer,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """(policy, tokenizer), with the allocator held to what of the card is ours before weights are loaded."""
+    notice = observer.notice
     if isinstance(model, str):
         model = named(model, notice)
+    else:
+        given = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
+        for name in (name for name, value in given.items() if value):
+            observer.warning(f"{name} will be ignored: it is for a model given by its name, and this one is loaded.")
     if tokenizer is None:
         tokenizer = load_tokenizer_for(model, args)
     elif not isinstance(tokenizer, PreTrainedTokenizerBase):

@@ -92,7 +92,9 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         parts.check_arguments(args, reward_funcs, train_dataset, eval_dataset, peft_config)
         set_seed(args.seed)
-        model, tokenizer = parts.make_policy(model, args, processing_class, quantization_config, peft_config, notice)
+        model, tokenizer = parts.make_policy(
+            model, args, processing_class, quantization_config, peft_config, self.observer
+        )
         super().__init__(
             model=model,
             args=parts.for_transformers(args),
@@ -219,7 +221,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
 
     def _collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
         """Sample and reward the rollout of `step`; its random numbers depend on (seed, step) alone."""
-        training, group = mode == "train", self._group(mode)
+        training, group, self._mode = mode == "train", self._group(mode), mode
         # Evaluation draws from seeds of its own, one a batch, the same at every evaluation.
         seed = rollout_seed(self.args.seed, step if training else -1 - self._eval_batches)
         with self.compute_loss_context_manager():
@@ -315,4 +317,5 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         super().log(logs, start_time)
         if "train_runtime" in logs:
             # The history's last row, where TRL's scripts look, has the metrics of the last step even if that is logged.
-            self.state.log_history[-1] = {**self.metrics["train"].last, **self.state.log_history[-1]}
+            last = {**self.metrics["train"].last, "num_tokens": tokens}
+            self.state.log_history[-1] = {**last, **self.state.log_history[-1]}

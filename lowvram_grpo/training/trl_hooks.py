@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.objective import Advantages
 from lowvram_grpo.rewards.runner import RewardResult
-from lowvram_grpo.rollout.batch import pad_left
+from lowvram_grpo.rollout.batch import RolloutBatch, pad_left
 from lowvram_grpo.training.experience import MicroBatch, Rollout, pad_right
 from lowvram_grpo.training.scoring import score
 
@@ -42,6 +44,7 @@ class TrlHooks:
     _collect: Callable[[Rows, int, str], Rollout]
 
     _scored: RewardResult | None = None  # what the reward functions said last
+    _mode = "train"  # of the rollout that is being made, or was made last
     _asked: tuple[int, str] | None = None  # step and mode of the rollout that is asked for
     _extra_columns: dict[str, list]
     _rollout: Rollout | None = None  # what `_generate_and_score_completions` has made
@@ -66,8 +69,8 @@ class TrlHooks:
         return self._scored.per_func.to(self.args.device)
 
     def _log_metric(self, name: str, value: float) -> None:
-        """Log a number with the metrics of the mode that the model is in."""
-        self.metrics["train" if self.model.training else "eval"].add({name: float(value)})
+        """Log a number with the metrics of the rollout that is being made, or was made last."""
+        self.metrics[self._mode].add({name: float(value)})
 
     def _log_completion_extra(self, column: str, values: Sequence[Any]) -> None:
         """Log a column with the completions of the rollout that is being made; a value for each."""
@@ -109,7 +112,7 @@ class TrlHooks:
             prompt_ids, prompt_mask (n, P) left-padded; completion_ids, completion_mask, sampling_per_token_logps
             (n, T) right-padded; advantages (n,); num_items_in_batch, the number of completion tokens.
         """
-        step, mode = self._asked or (self.state.global_step, "train" if self.model.training else "eval")
+        step, mode = self._asked or (self.state.global_step, self._mode)
         self._rollout = rollout = self._collect(inputs[:: self._group(mode)], step, mode)
         batch, pad_id, device = rollout.batch, self.collector.pad_id, self.args.device
         width = max(map(len, batch.completion_ids))
@@ -185,7 +188,8 @@ class TrlHooks:
         """This micro-batch's share of the update's loss: those of an update add up to it.
 
         Args:
-            inputs: has TRL's keys, too: `inputs["advantages"]`, `"old_per_token_logps" in inputs`.
+            inputs: has TRL's keys, too: `inputs["advantages"]`, `"old_per_token_logps" in inputs`. A dict made of them
+                will do, or one of TRL's keys alone, which then counts as a whole update.
 
         Raises:
             UserError: outputs are asked for; there are none, as logits are never whole.
@@ -194,11 +198,37 @@ class TrlHooks:
             raise UserError("GRPOTrainer has no outputs to return: the logits are never whole; leave return_outputs.")
         return self._compute_loss(model, inputs)
 
-    def _compute_loss(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
+    def _compute_loss(self, model: nn.Module, inputs: MicroBatch | dict[str, Any]) -> Tensor:
+        if not isinstance(inputs, MicroBatch):
+            inputs = self._micro_batch(inputs)
         sums, scores = self.learner.loss(inputs)
         first = inputs.old_per_token_logps is None and self.model.training
         self._sums.add(sums, scores, self.learner.sampler_gap(inputs, scores.logps.detach()) if first else None)
         return sums.loss
+
+    def _micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
+        """A dict as a micro-batch: of its fields, or of TRL's keys as they come from
+        `_generate_and_score_completions`."""
+        names = {field.name for field in fields(MicroBatch)}
+        if "weights" in inputs:
+            return MicroBatch(**{name: value for name, value in inputs.items() if name in names})
+        lengths = inputs["completion_mask"].sum(1).tolist()
+        cut = lambda name: [row[:n].tolist() for row, n in zip(inputs[name], lengths)]
+        n, logps = len(lengths), inputs.get("sampling_per_token_logps")
+        batch = RolloutBatch(
+            [row[mask.bool()].tolist() for row, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"])],
+            cut("completion_ids"),
+            [torch.zeros(k) if logps is None else logps[i, :k].cpu() for i, k in enumerate(lengths)],
+            [False] * n,
+        )
+        nothing, alone = torch.zeros(n), replace(self.plan, micro_batch_size=n)
+        advantages = Advantages(inputs["advantages"].float().cpu(), nothing.bool(), nothing)
+        rollout = Rollout(batch, [""] * n, [""] * n, nothing, nothing[:, None], advantages, {})
+        micro = self.learner.cut(rollout, alone, self.collector.pad_id, updates=1)[0][0]
+        for name in ("old_per_token_logps", "ref_per_token_logps"):
+            if inputs.get(name) is not None:
+                setattr(micro, name, inputs[name][:, : max(lengths)])
+        return micro
 
     @property
     def own_loss(self) -> bool:

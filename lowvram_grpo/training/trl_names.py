@@ -7,6 +7,7 @@ change nothing.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ class TrlNames:
     _updates: list[list[MicroBatch]] | None
     _given_processing_classes: list
 
-    _name = "GRPO"
+    _name, _is_vlm = "GRPO", False
     _tag_names = ("grpo", "lowvram-grpo")
 
     beta = Setting()
@@ -117,6 +118,16 @@ class TrlNames:
         """Weight of the entropy bonus: of now, where it adapts."""
         control = getattr(self.learner, "entropy", None)
         return self.grpo_args.entropy_coef if control is None else control.coef
+
+    @property
+    def _entropy_bonus_enabled(self) -> bool:
+        return self.grpo_args.entropy_bonus
+
+    @property
+    def _last_world_entropy(self) -> float:
+        """Mean entropy of the step before, in nats, where the bonus adapts to it; infinite until there is one."""
+        control = getattr(self.learner, "entropy", None)
+        return math.inf if control is None else control.last_entropy
 
     # The reference and the rewards
 
@@ -203,6 +214,20 @@ class TrlNames:
     @property
     def _tokenizer(self) -> Any:
         return self.processing_class
+
+    # What is written
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **more: Any,
+    ) -> None:
+        """README.md of output_dir; `more` are further arguments of transformers' own."""
+        tags = [*([tags] if isinstance(tags, str) else tags or ()), *self._tag_names]
+        named = {"model_name": model_name, "dataset": dataset_name, "tags": list(dict.fromkeys(tags))}
+        super().create_model_card(**{**named, **more})
 
     # Masks and weights
 
