@@ -12,19 +12,23 @@ from typing import Any
 from lowvram_grpo.run.quiet import hush
 
 _INTRO = (
-    "Every field of GRPOConfig is a flag of `lowvram-grpo train` (--no-NAME switches one off) and a key of a recipe "
-    "file. Defaults in brackets; a preset may set others (`lowvram-grpo presets NAME`)."
+    "Every field of GRPOConfig, and every parameter of a built-in reward, is a flag of `lowvram-grpo train` (--no-NAME "
+    "switches one off) and a key of a recipe file. Defaults in brackets; a preset may set others "
+    "(`lowvram-grpo presets NAME`)."
 )
 
 
 def show() -> None:
-    """Print the flags in three groups: GRPO's, those of transformers.TrainingArguments, and those without effect."""
+    """Print the flags in four groups: GRPO's, parameters of built-in rewards, those of
+    transformers.TrainingArguments, and those without effect."""
     hush()
     from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.recipe.notices import why_inert
-    from lowvram_grpo.recipe.resolve import training_types
+    from lowvram_grpo.recipe.resolve import job_types, training_types
+    from lowvram_grpo.rewards.settings import RewardSettings
 
     types = training_types()
+    rewards = {_title(field, job_types()[field.name]): field.metadata["help"] for field in fields(RewardSettings)}
     grpo: dict[str, str] = {}
     inherited: dict[str, str] = {}
     inert: dict[str, str] = {}
@@ -43,6 +47,7 @@ def show() -> None:
     print(textwrap.fill(_INTRO, width))
     for heading, group in (
         ("GRPO", grpo),
+        ("Parameters of built-in rewards", rewards),
         ("transformers.TrainingArguments", inherited),
         ("Accepted for TRL's sake, without effect", inert),
     ):

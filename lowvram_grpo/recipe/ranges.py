@@ -51,6 +51,22 @@ LORA_RANGES: dict[str, Range] = {
     "lora_dropout": Range(at_least=0, below=1),
 }
 
+# Parameters of built-in rewards, `rewards.settings.RewardSettings`.
+REWARD_RANGES: dict[str, Range] = {
+    "cosine_min_value_wrong": Range(),
+    "cosine_max_value_wrong": Range(),
+    "cosine_min_value_correct": Range(),
+    "cosine_max_value_correct": Range(),
+    "cosine_max_len": _COUNT,
+    "repetition_n_grams": _COUNT,
+    "repetition_max_penalty": Range(at_most=0, because="it is a penalty"),
+    "parallel_code_exec_per_proc": _COUNT,
+    "code_timeout": _POSITIVE,
+    "code_memory_mib": Range(at_least=64, because="Python itself takes about that much"),
+    "max_completion_len": _NOT_NEGATIVE,
+    "soft_punish_cache": _NOT_NEGATIVE,
+}
+
 # Fields of GRPOConfig, those of TrainingArguments too: transformers takes any number and fails in the middle of a run.
 TRAINING_RANGES: dict[str, Range] = {
     "num_generations": Range(at_least=2, because="GRPO compares the completions of one prompt with each other"),

@@ -193,4 +193,5 @@ def make_collector(
         scale_rewards=args.scale_rewards,
         only_prompts=bool(args.remove_unused_columns),
         tell=phase,
+        aggregation=args.multi_objective_aggregation,
     )

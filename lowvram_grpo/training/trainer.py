@@ -6,6 +6,7 @@ samples and scores them when a rollout is due, cuts them into micro-batches and 
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections import defaultdict
@@ -203,10 +204,13 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         if self.args.torch_empty_cache_steps and step % self.args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
         means = metrics.add_update(self._sums)
+        if self.learner.entropy is not None:
+            metrics.add(self.learner.entropy.step(self._sums.acted_entropy))
         seconds = time.perf_counter() - started  # now that the device has done it all
         metrics.add({"step_time": seconds})
-        if self.learner.correction is None and not self.own_loss:  # which may have taken every weight away
-            self._gradient_check.look(self.model, update, live=self._teaches, clipped=means["clip_ratio/region_mean"])
+        if not self.learner.may_drop_tokens and not self.own_loss:
+            clipped = means.get("clip_ratio/region_mean", 0.0)
+            self._gradient_check.look(self.model, update, live=self._teaches, clipped=clipped)
         if sampled:
             metrics.add({"tokens_per_second": sampled / seconds})
         return loss
@@ -259,10 +263,13 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
     def _gradients(self, update: list[MicroBatch]) -> Tensor:
         """Accumulate the update's gradients, in micro-batches as small as they have to be; its loss."""
         self.model.zero_grad()
-        self._sums, loss = UpdateSums(), torch.zeros((), device=self.args.device)
+        self._sums, loss = UpdateSums(self.learner.objective), torch.zeros((), device=self.args.device)
         micros = [part for micro in update for part in split(micro, self.plan.micro_batch_size)]
+        with self.guard.phase("score"):
+            micros = self.learner.with_entropy_masks(micros)
         self.current_gradient_accumulation_steps = len(micros)  # for losses of subclasses: micro-batches in this step
         needed = [True] * len(micros) if self.own_loss else self.learner.need_gradients(micros)
+        micros = [copy.copy(micro) for micro in micros] if self.own_loss else micros  # which may write into them
         for micro, needs_gradient in zip(micros, needed):
             with self.compute_loss_context_manager(), torch.set_grad_enabled(needs_gradient):
                 share = self.compute_loss(self.model, micro)
@@ -301,8 +308,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
 
     @torch.no_grad()
     def _evaluated(self, rollout: Rollout) -> Tensor:
-        self._sums, loss = UpdateSums(), torch.zeros((), device=self.args.device)
-        for micro in self.cut(rollout, 1)[0]:
+        self._sums, loss = UpdateSums(self.learner.objective), torch.zeros((), device=self.args.device)
+        for micro in self.learner.with_entropy_masks(self.cut(rollout, 1)[0]):
             with self.compute_loss_context_manager():
                 self.learner.add_reference(micro)
                 loss += self.compute_loss(self.model, micro)

@@ -164,8 +164,8 @@ class TrlHooks:
             ignored: TRL's arguments for images, of which there are none.
 
         Returns:
-            (n, logits_to_keep) float32 log-probs, differentiable; entropies of that shape without gradient, or None;
-            None for the load-balancing loss of a mixture of experts, which belongs to the loss here.
+            (n, logits_to_keep) float32 log-probs, and entropies or None, both differentiable; None for the
+            load-balancing loss of a mixture of experts.
         """
         args, keep = self.grpo_args, logits_to_keep
         found = []
@@ -177,6 +177,7 @@ class TrlHooks:
                         model, ids[:, :-keep], mask[:, :-keep], ids[:, -keep:], mask[:, -keep:],
                         temperature=args.temperature or 1.0, workspace_mib=args.workspace_mib,
                         path=self.learner.kernels.path, attention=args.attention, offload=args.activation_offload,
+                        entropy_gradient=compute_entropy and torch.is_grad_enabled(),
                     )
                 )  # fmt: skip
         entropies = torch.cat([scores.entropy for scores in found]) if compute_entropy else None

@@ -116,7 +116,7 @@ class TrlNames:
     @property
     def entropy_coef(self) -> float:
         """Weight of the entropy bonus: of now, where it adapts."""
-        control = getattr(self.learner, "entropy", None)
+        control = self.learner.entropy
         return self.grpo_args.entropy_coef if control is None else control.coef
 
     @property
@@ -126,7 +126,7 @@ class TrlNames:
     @property
     def _last_world_entropy(self) -> float:
         """Mean entropy of the step before, in nats, where the bonus adapts to it; infinite until there is one."""
-        control = getattr(self.learner, "entropy", None)
+        control = self.learner.entropy
         return math.inf if control is None else control.last_entropy
 
     # The reference and the rewards

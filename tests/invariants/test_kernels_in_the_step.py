@@ -122,7 +122,7 @@ def test_dead_micro_batches_cost_no_backward_and_change_nothing(config, dataset,
         trainer.accelerator.backward = lambda loss: (calls.append(1), backward(loss))  # noqa: B023
         with pytest.MonkeyPatch.context() as patch:
             if not skip:
-                everything = lambda micro, objective: torch.ones_like(micro.weights, dtype=torch.bool)
+                everything = lambda micro, *_: torch.ones_like(micro.weights, dtype=torch.bool)
                 patch.setattr("lowvram_grpo.training.learner.wanted_rows", everything)
             found.append(step(trainer, rows))
         passes.append(len(calls))

@@ -138,10 +138,13 @@ def test_advantages_that_a_loss_sets_are_used(config, dataset, tokenizer):
             return super().compute_loss(model, inputs, **kwargs)
 
     settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "beta": 0.0, "max_grad_norm": 0.0}
+    settings["per_device_train_batch_size"] = 4
     up, down = (run(kind, config(**settings), dataset, tokenizer) for kind in (GRPOTrainer, Flipped))
     start = dict(make_model().named_parameters())
     for name, value in weights(up).items():
         torch.testing.assert_close(value - start[name], start[name] - weights(down)[name], rtol=1e-3, atol=1e-6)
+    kept = [torch.cat([m["advantages"] for m in trainer._buffered_inputs]) for trainer in (up, down)]
+    assert torch.equal(*kept)  # what a pass has written is none of the next one's
 
 
 @pytest.mark.parametrize("rows", [8, 3])
@@ -162,7 +165,7 @@ def test_a_loss_of_ones_own_from_log_probs(config, dataset, tokenizer, rows):
             torch.testing.assert_close(
                 logps * inputs["completion_mask"], inputs["sampling_per_token_logps"], rtol=1e-4, atol=1e-4
             )
-            assert none is None and logps.requires_grad is torch.is_grad_enabled()
+            assert none is None and logps.requires_grad is entropies.requires_grad is torch.is_grad_enabled()
             return -logps.sum() / inputs["completion_mask"].sum() / self.current_gradient_accumulation_steps
 
     args = config(max_steps=1, per_device_train_batch_size=rows, eval_strategy="steps", eval_steps=1)

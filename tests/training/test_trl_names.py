@@ -40,9 +40,16 @@ def trainer_for(config, dataset, tokenizer, reward=digit_share, model=None, kind
 def test_settings_are_read_off_the_configuration_and_cannot_be_set_here(config, dataset, tokenizer):
     args = config(beta=0.1, epsilon=0.3, epsilon_high=0.4, top_p=0.9, num_iterations=2, temperature=0.7)
     trainer = trainer_for(args, dataset, tokenizer)
-    named = (
-        "beta num_generations num_iterations temperature top_p loss_type max_completion_length scale_rewards".split()
-    )
+    named = [
+        "beta",
+        "num_generations",
+        "num_iterations",
+        "temperature",
+        "top_p",
+        "loss_type",
+        "max_completion_length",
+        "scale_rewards",
+    ]
     assert {name: getattr(trainer, name) for name in named} == {name: getattr(args, name) for name in named}
     assert (trainer.epsilon_low, trainer.epsilon_high, trainer.num_generations_eval) == (0.3, 0.4, 4)
     with pytest.raises(AttributeError, match="set beta there"):
