@@ -17,6 +17,7 @@ from trl_loss import DEFAULTS, GROUP, Losses, Tensors, TRLLoss, make_tensors, tr
 import lowvram_grpo.training.learner as learner_module
 from lowvram_grpo import GRPOConfig
 from lowvram_grpo.objective import LOSS_TYPES, Advantages
+from lowvram_grpo.rewards.runner import RewardRunner
 from lowvram_grpo.rollout.batch import RolloutBatch
 from lowvram_grpo.training import parts
 from lowvram_grpo.training.experience import Rollout
@@ -195,7 +196,7 @@ def our_advantages(
         reward.__name__ = f"r{column}"
         return reward
 
-    runner = parts.make_rewards([judge(column) for column in range(len(weights))], args, None)
+    runner = RewardRunner([judge(column) for column in range(len(weights))], weights=weights)
     batch = RolloutBatch([[3]] * rows, [[3]] * rows, [torch.zeros(1)] * rows, [False] * rows)
     engine = SimpleNamespace(sampling=SimpleNamespace(pad_id=0, eos_ids=(1,)), generate=lambda *a, **k: batch)
     guard = SimpleNamespace(run=lambda name, work: work())
