@@ -49,6 +49,30 @@ class StandIn(TorchFunctionMode):
             if not self._depth:
                 self._cast.clear()
 
+    @contextmanager
+    def for_libraries(self) -> Iterator[None]:
+        """In the block, `torch.autocast` of meta tensors is this one: peft asks for it by a tensor's device."""
+        real = torch.autocast
+
+        def autocast(device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> AbstractContextManager:
+            if device_type != "meta":
+                return real(device_type, *args, enabled=enabled, **kwargs)
+            return self.autocast() if enabled else self._without()
+
+        torch.autocast = autocast  # type: ignore[assignment, misc]
+        try:
+            yield
+        finally:
+            torch.autocast = real  # type: ignore[misc]
+
+    @contextmanager
+    def _without(self) -> Iterator[None]:
+        depth, self._depth = self._depth, 0
+        try:
+            yield
+        finally:
+            self._depth = depth
+
     def recompute(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """`context_fn` of torch.utils.checkpoint: what is recomputed runs outside of all function modes."""
         return nullcontext(), self._again()

@@ -26,6 +26,7 @@ RUNS = {
     "shared, 4 bits": ("nf4", {"shared_prefix": "on", "head_dtype": "int8", "optim": "adamw_8bit"}),
     "kept activations": ("none", {"gradient_checkpointing": False, "shared_prefix": "on", "head_dtype": "int8"}),
     "tiles, old log-probs": ("nf4", {"mlp_tile": 16, "num_iterations": 2, "head_dtype": "nf4", "max_steps": 3}),
+    "entropy bonus": ("none", {"entropy_coef": 0.01, "kl_estimator": "exact", "gradient_checkpointing": False}),
     "small waves": ("none", {"rollout_batch_size": 2, "beta": 0.0, "per_device_train_batch_size": 8}),
 }
 
