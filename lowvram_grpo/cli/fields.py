@@ -22,14 +22,14 @@ _REFUSED = "Refused"
 
 
 def show() -> None:
-    """Print the flags in groups: GRPO's by subject, those of built-in rewards, those of
+    """Print the flags in groups: GRPO's by subject, parameters of built-in rewards, those of
     transformers.TrainingArguments, those without effect, and those that are refused."""
     hush()
-    from lowvram_grpo.recipe.field_table import INHERITED, entries, reward_entries
+    from lowvram_grpo.recipe.field_table import INHERITED, REWARDS, entries, reward_entries
 
     known = [*entries(), *reward_entries()]
-    groups: dict[str, list[Entry]] = {each.group: [] for each in known if each.group != INHERITED}
-    groups |= {INHERITED: [], _INERT: [], _REFUSED: []}
+    groups: dict[str, list[Entry]] = {each.group: [] for each in known if each.group not in (REWARDS, INHERITED)}
+    groups |= {REWARDS: [], INHERITED: [], _INERT: [], _REFUSED: []}
     for each in known:
         groups[_REFUSED if each.refused else _INERT if each.inert else each.group].append(each)
     width = max(shutil.get_terminal_size().columns, 40)

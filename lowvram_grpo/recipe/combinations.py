@@ -7,13 +7,13 @@ from dataclasses import fields
 from typing import Any
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.objective import CLIPPED
 
-_CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 # Which losses read a setting of the ratio, and what the others do instead.
 _READ_BY = {
-    "epsilon": _CLIPPED,
-    "epsilon_high": (*_CLIPPED, "cispo"),
-    "delta": _CLIPPED,
+    "epsilon": CLIPPED,
+    "epsilon_high": (*CLIPPED, "cispo"),
+    "delta": CLIPPED,
     **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), ("sapo",)),
     **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), ("vespo",)),
 }
@@ -89,7 +89,7 @@ def _about_the_loss(args: Any, changed: Any) -> list[str]:
             f"and it is {high}{'' if args.epsilon_high is not None else ' (epsilon)'}: every token's ratio is cut to "
             "that, and the gradient is as much smaller; the ScaleRL paper sets 5.0."
         )
-    if loss in _CLIPPED and args.delta is not None and args.delta < 1 + high:
+    if loss in CLIPPED and args.delta is not None and args.delta < 1 + high:
         said.append(
             f"delta {args.delta} lies below 1 + epsilon_high ({1 + high:g}), so it clips ratios that epsilon_high "
             "would leave alone; it is meant to lie above."

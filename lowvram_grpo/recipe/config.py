@@ -219,6 +219,10 @@ class GRPOConfig(TrainingArguments):
         "(ours) Keep checkpointed activations in pinned host memory until the backward pass.", False
     )
     optimizer_offload: bool = _help("(ours) Keep the optimizer's moments in host memory.", False)
+    reference_offload: bool = _help(
+        "(ours) Where all weights are trained, keep the reference in pinned host memory and stream it layer by layer.",
+        False,
+    )
     mlp_tile: int | None = _help("(ours) Run each MLP over this many tokens at a time; unset: all at once.")
     attention: str = _help(
         "(ours) What attends where prompts are shared or prefilled: sdpa (PyTorch's), xformers, or auto, which takes "

@@ -16,8 +16,8 @@ from lowvram_grpo.recipe.resolve import job_types, training_types
 from lowvram_grpo.recipe.settings import REFUSED_FIELDS
 from lowvram_grpo.rewards.settings import RewardSettings
 
-OF_REWARDS = "Parameters of built-in rewards"
 INHERITED = "transformers.TrainingArguments"
+REWARDS = "Parameters of built-in rewards"
 # The first field of each group, in the order in which GRPOConfig declares them.
 _GROUPS = {
     "model_init_kwargs": "Model and data",
@@ -91,7 +91,7 @@ def entries() -> list[Entry]:
 def reward_entries() -> list[Entry]:
     """Parameters of built-in rewards: keys of a recipe and flags, but no fields of GRPOConfig."""
     types = job_types()
-    return [_entry(field, OF_REWARDS, types[field.name]) for field in fields(RewardSettings)]
+    return [_entry(field, REWARDS, types[field.name]) for field in fields(RewardSettings)]
 
 
 def _entry(field: Field, group: str, hint: Any) -> Entry:
@@ -160,7 +160,7 @@ _OWN = """
 |---|---|---|
 """
 _REWARDS = f"""
-## {OF_REWARDS}
+## {REWARDS}
 
 Keys of a recipe file and flags; in a script they are arguments of the functions in `lowvram_grpo.rewards`
 ([rewards.md](rewards.md)).

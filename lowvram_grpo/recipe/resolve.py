@@ -191,7 +191,8 @@ def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             if key == "use_peft" and value is not None and not cast(key, value, bool):
                 raise UserError(
                     f"use_peft is false {where}, but a recipe always trains a LoRA adapter; drop it, or call "
-                    "GRPOTrainer without peft_config to train all weights."
+                    "GRPOTrainer without peft_config to train all weights (`lowvram-grpo plan --use-peft false` says "
+                    "what that takes)."
                 )
             continue
         if key in LOADING and value is not None:

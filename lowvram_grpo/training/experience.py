@@ -18,6 +18,7 @@ from lowvram_grpo.memory.host import upload
 from lowvram_grpo.objective import Advantages, token_weights
 from lowvram_grpo.rollout.batch import RolloutBatch, pad_left
 from lowvram_grpo.run.completions import as_text
+from lowvram_grpo.training.as_mapping import AsMapping
 
 _FILE = "rollout.pt"
 
@@ -73,7 +74,7 @@ class Rollout:
 
 
 @dataclass
-class MicroBatch:
+class MicroBatch(AsMapping):
     """b completions that go through the model together. Trimmed to its own longest prompt and completion.
 
     Attributes:

@@ -189,9 +189,9 @@ class Learner:
         return sampler_metrics(logps, micro.sampling_per_token_logps, micro.completion_mask, self.correction)
 
     def sync_reference(self, step: int) -> None:
-        """Mix the policy into its reference where that is due before optimizer step `step`, counted from 0."""
+        """Mix the policy into its reference where that is due after optimizer step `step`, counted from 1."""
         args = self.args
-        if args.sync_ref_model and self.reference and step and step % args.ref_model_sync_steps == 0:
+        if args.sync_ref_model and self.reference and step % args.ref_model_sync_steps == 0:
             self.reference.sync(args.ref_model_mixup_alpha)
 
     def prepare(self, micro: MicroBatch) -> None:

@@ -24,20 +24,29 @@ def read(groups: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
 
 
 class MetricBook:
-    """Values by name. Minima and maxima (names ending in min or max) are folded as such; the rest are averaged."""
+    """Values by name. Minima and maxima (names ending in min or max) are folded as such; the rest are averaged.
+
+    Attributes:
+        values: since they were last taken.
+        last: what was taken then.
+    """
 
     def __init__(self):
-        self._values: dict[str, list[float]] = defaultdict(list)
+        self.values: dict[str, list[float]] = defaultdict(list)
+        self.last: dict[str, float] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._values)
+        return bool(self.values)
 
     def add(self, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._values[name].append(float(value))
+            self.values[name].append(float(value))
 
     def add_update(self, update: UpdateSums) -> dict[str, float]:
-        """Add what an update has summed up, and return its means: here the host waits for the device."""
+        """Add what an update has summed up, and return its means: here the host waits for the device. A loss of a
+        subclass's own may have summed up nothing."""
+        if not update:
+            return {}
         means = update.take()
         for gap in update.gaps:
             self.add(gap)
@@ -47,11 +56,12 @@ class MetricBook:
     def take(self) -> dict[str, float]:
         """All metrics since the last call, and forget them. NaN (not applicable) counts in no mean."""
         folded = {}
-        for name, values in self._values.items():
+        for name, values in self.values.items():
             present = [v for v in values if v == v] or [float("nan")]
             kind = name.rsplit("/", 1)[-1].rsplit("_", 1)[-1]
             folded[name] = {"min": min, "max": max}.get(kind, lambda v: sum(v) / len(v))(present)
-        self._values.clear()
+        self.values.clear()
+        self.last = folded or self.last
         return folded
 
 
@@ -135,6 +145,9 @@ class UpdateSums:
         self._extremes: list[dict[str, Tensor]] = []
         self._rows = self._diffuse = 0
         self._aux_losses: list[Tensor] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
 
     def add(self, sums: LossSums, scores: Scores, gap: dict[str, Tensor] | None = None) -> None:
         """A micro-batch's; `gap` is its `sampler_metrics`, where it is the first update on these tokens."""

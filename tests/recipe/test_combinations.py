@@ -7,7 +7,8 @@ import re
 import pytest
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.recipe.combinations import combination_notices
+from lowvram_grpo.objective import LOSS_TYPES
+from lowvram_grpo.recipe.combinations import _READ_BY, combination_notices
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,10 @@ def test_what_does_not_is_said_once(config, settings, words):
 def test_contradictions_are_refused(config, settings, words):
     with pytest.raises(UserError, match=words):
         config(**settings)
+
+
+def test_what_a_loss_reads_is_known_of_every_loss():
+    assert {loss for readers in _READ_BY.values() for loss in readers} == set(LOSS_TYPES)
 
 
 def test_vespo_with_a_mode_by_tokens(config):

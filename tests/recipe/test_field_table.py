@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lowvram_grpo import GRPOConfig
 from lowvram_grpo.recipe import field_table
 from lowvram_grpo.recipe.combinations import _READ_BY
 from lowvram_grpo.recipe.notices import INERT_FIELDS
+from lowvram_grpo.recipe.resolve import resolve
 from lowvram_grpo.recipe.settings import REFUSED_FIELDS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "fields.md"
@@ -42,6 +44,24 @@ def test_the_tables_name_fields():
     ]
     assert all(set(table) <= known for table in tables)
     assert not set(INERT_FIELDS) & set(REFUSED_FIELDS)
+
+
+def test_a_recipe_file_may_have_any_of_them(tmp_path):
+    values = {name: getattr(GRPOConfig, name, None) for name in GRPOConfig.__annotations__}
+    given = {name: value for name, value in values.items() if value is not None} | {
+        "router_aux_loss_coef": 0.01, "pad_to_multiple_of": "8", "off_policy_mask_threshold": "0.5",
+        "transformers_continuous_batching_config": {"a": 1}, "max_tool_calling_iterations": 3,
+        "log_completions_hub_repo": "me/x", "log_completions": True, "top_entropy_quantile": 0.2,
+        "multi_objective_aggregation": "normalize_then_sum", "entropy_coef": 1e-3, "loss_type": "vespo",
+    }  # fmt: skip
+    (tmp_path / "config_demo.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
+    recipe = resolve({}, tmp_path / "config_demo.yaml")
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **recipe.training)
+    assert (args.pad_to_multiple_of, args.off_policy_mask_threshold, args.entropy_coef) == (8, 0.5, 1e-3)
+    assert args.transformers_continuous_batching_config == {"a": 1} and args.log_completions_hub_repo == "me/x"
+    again = tmp_path / "again.toml"
+    again.write_text(recipe.to_toml(), encoding="utf-8")
+    assert resolve({}, again).training == recipe.training
 
 
 @pytest.fixture(scope="module")
