@@ -167,8 +167,7 @@ class TrlNames:
 
     @property
     def aux_loss_enabled(self) -> bool:
-        config = unwrap(self.model).config.get_text_config()
-        return hasattr(config, "output_router_logits") and self.router_aux_loss_coef != 0.0
+        return self.learner.router is not None
 
     # Sampling
 
