@@ -24,20 +24,29 @@ def read(groups: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
 
 
 class MetricBook:
-    """Values by name. Minima and maxima (names ending in min or max) are folded as such; the rest are averaged."""
+    """Values by name. Minima and maxima (names ending in min or max) are folded as such; the rest are averaged.
+
+    Attributes:
+        values: since they were last taken.
+        last: what was taken then.
+    """
 
     def __init__(self):
-        self._values: dict[str, list[float]] = defaultdict(list)
+        self.values: dict[str, list[float]] = defaultdict(list)
+        self.last: dict[str, float] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._values)
+        return bool(self.values)
 
     def add(self, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._values[name].append(float(value))
+            self.values[name].append(float(value))
 
     def add_update(self, update: UpdateSums) -> dict[str, float]:
-        """Add what an update has summed up, and return its means: here the host waits for the device."""
+        """Add what an update has summed up, and return its means: here the host waits for the device. A loss of a
+        subclass's own may have summed up nothing."""
+        if not update:
+            return {}
         means = update.take()
         for gap in update.gaps:
             self.add(gap)
@@ -47,11 +56,12 @@ class MetricBook:
     def take(self) -> dict[str, float]:
         """All metrics since the last call, and forget them. NaN (not applicable) counts in no mean."""
         folded = {}
-        for name, values in self._values.items():
+        for name, values in self.values.items():
             present = [v for v in values if v == v] or [float("nan")]
             kind = name.rsplit("/", 1)[-1].rsplit("_", 1)[-1]
             folded[name] = {"min": min, "max": max}.get(kind, lambda v: sum(v) / len(v))(present)
-        self._values.clear()
+        self.values.clear()
+        self.last = folded or self.last
         return folded
 
 
@@ -67,6 +77,7 @@ def complete_row(
     """
     if any(key.startswith("eval_") for key in row):
         row.update({f"{eval_prefix}_{name}": value for name, value in books["eval"].take().items()})
+        row[f"{eval_prefix}_num_tokens"] = tokens
     elif "loss" in row or ("train_runtime" in row and books["train"]):
         # As in TRL, the last row has what was measured since the last logged step.
         row.update(books["train"].take())
@@ -133,6 +144,10 @@ class UpdateSums:
         self._sums: dict[str, Tensor] = {}
         self._extremes: list[dict[str, Tensor]] = []
         self._rows = self._diffuse = 0
+        self._aux_losses: list[Tensor] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
 
     def add(self, sums: LossSums, scores: Scores, gap: dict[str, Tensor] | None = None) -> None:
         """A micro-batch's; `gap` is its `sampler_metrics`, where it is the first update on these tokens."""
@@ -159,6 +174,8 @@ class UpdateSums:
             if scores.bound is not None:
                 extremes["sweep/direction_bound_max"] = scores.bound
         self._extremes.append(extremes)
+        if scores.aux_loss is not None:
+            self._aux_losses.append(scores.aux_loss.detach())
         if gap is not None:
             self.gaps.append(gap)
 
@@ -196,6 +213,8 @@ class UpdateSums:
             found = {name: value for name, value in found.items() if not math.isinf(value)}
         if self._rows:
             found["sweep/diffuse_ratio"] = self._diffuse / self._rows
+        if self._aux_losses:
+            found["aux_loss"] = float(torch.stack(self._aux_losses).sum())
         return found
 
     def _divisor(self, name: str, tokens: Tensor, completions: Tensor) -> Tensor | float:

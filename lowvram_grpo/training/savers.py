@@ -16,6 +16,7 @@ from lowvram_grpo.memory.optimizer import GuardedStep
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 
 if TYPE_CHECKING:
+    from lowvram_grpo.policy.reference import Reference
     from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.rollout.engine import RolloutEngine
     from lowvram_grpo.rollout.vllm import VLLMEngine
@@ -30,6 +31,7 @@ class TrainerGuard(Guard):
         args: changed with each rung; what reads them at each pass needs no more than that.
         notice: hears of each rung in one sentence.
         log: gets a row of metrics at each rung.
+        reference: may be streamed from host memory, where it is a copy of all weights.
 
     Attributes:
         plan: how a rollout becomes optimizer steps, with the micro-batches of now.
@@ -44,12 +46,16 @@ class TrainerGuard(Guard):
         *,
         notice: Callable[[str], None],
         log: Callable[[dict[str, Any]], None],
+        reference: Reference | None = None,
     ):
+        self.reference = reference
         self.model, self.engine, self.args, self.plan = model, engine, args, args.batch_plan()
         self._notice, self._log = notice, log
         self._step: GuardedStep | None = None
+        copied = reference is not None and reference.model is not None
         super().__init__(
             {
+                **({"reference_offload": reference.offloaded} if copied else {}),
                 "rollout_batch_size": args.rollout_batch_size or self.plan.completions_per_rollout,
                 "per_device_train_batch_size": self.plan.micro_batch_size,
                 "gradient_checkpointing": args.gradient_checkpointing,
@@ -107,6 +113,10 @@ class TrainerGuard(Guard):
             tile_mlps(self.model, value)
         elif key == "workspace_mib":
             self.engine.workspace_mib = value
+        elif key == "reference_offload":
+            if self.reference is None:
+                raise UserError("reference_offload has no effect: with beta 0 there is no reference.")
+            self.reference.offload()
         elif key == "optimizer_offload" and self._step is not None:
             self._step.offload = value
             self._step.settle()
