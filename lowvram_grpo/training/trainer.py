@@ -112,7 +112,6 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         self.policy_adapter = model.active_adapters[0] if is_peft(model) else None
         self.learner = parts.make_learner(model, args, self.compute_loss_context_manager, notice)
         self.reference = self.learner.reference
-        self.aux_loss_enabled = self.learner.router is not None
         self.add_callback(ReferenceSync(self.learner))
         classes = parts.one_each(reward_processing_classes, len(reward_funcs))
         self.rewards, self._given_processing_classes = parts.make_rewards(reward_funcs, args, classes), classes
