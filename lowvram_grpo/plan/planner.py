@@ -130,9 +130,8 @@ class Planner:
         if key not in self._known:
             plain = "float32" if self.device == "cpu" else self.half
             dtype = DTYPES[plain if recipe.dtype == "auto" else recipe.dtype]
-            lora = {"r": recipe.lora_r, "target_modules": recipe.lora_target_modules}
-            if trains_all_weights(recipe):
-                lora = None
+            adapter = {"r": recipe.lora_r, "target_modules": recipe.lora_target_modules}
+            lora = None if trains_all_weights(recipe) else adapter
             blueprint = Blueprint(
                 self.config, recipe.quantization, dtype, lora, self.device,
                 follows=bool(recipe.adapter) or self.cold_start or str(args.cold_start) not in ("off", "auto", "0"),
