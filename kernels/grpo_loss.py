@@ -1,26 +1,34 @@
 """The GRPO loss, its gradient and its metrics in one launch.
 
 `objective.grpo_loss` is the definition and this file's oracle; the elementwise launches there are one here. With m the
-mask, w the weights, A the advantage of the row, d = ref_logp - logp:
+mask, w the weights, f the factor, A the advantage of the row, d = ref_logp - logp:
 
     x     = logp - old_logp                              token level; exactly 0 without old log-probs
     x     = sum_t m (logp - old_logp) / n, n = sum_t m   sequence level, one number a row
-    rho   = exp(clamp(x, -20, 20))
-    L     = sum_it m w [ -min(min(rho, delta) A, clamp(rho, low, high) A) + beta KL ]
+    rho   = exp(clamp(x, -20, 20)),  rho' = rho where |x| <= 20, else 0
+    L     = sum_it m w [ f (V + D logp) + beta c KL ]    c = rho where the KL is corrected, else 1
+
+                            V                                                  D
+    grpo and its kin        -min(min(rho, delta) A, clamp(rho, low, high) A)   0
+    sapo                    -4 A s / tau,  s = sigmoid(tau (rho - 1))          0
+    cispo, vespo            0                                                  -min(rho, high) A,  -A
+
     KL    = -d,   d^2 / 2,   exp(d) - d - 1,   or given (exact)
+    KL'   = 1,   -d,   1 - exp(d)   for |d| <= 20, else 0
 
-    dL/dlogp_t = -w_t A s rho [|x| <= 20] + beta w_t KL'_t                       token level
-    dL/dlogp_t = -(sum_u w_u) A s rho [|x| <= 20] / n + beta w_t KL'_t           sequence level: each token moves all
-    KL'        = 1,   -d,   1 - exp(d)   for |d| <= 20, else 0;   dL/dkl_t = beta w_t for the exact KL
+    dL/dlogp_t = w_t f_t (V' rho' + D) + beta w_t (c KL'_t + c' KL_t)                                 token level
+    dL/dlogp_t = w_t f_t D + beta w_t c KL'_t + rho' / n sum_u w_u (f_u V' + beta c'/rho' KL_u)       sequence level
+    dL/dkl_t   = beta w_t                                                                             the exact KL
 
-s is the slope of the min in rho as the oracle has it: that of the smaller branch (clamps pass gradient at their bounds,
-not beyond), half of each where they are equal. A masked position is selected away, never multiplied by 0: it may hold
+where c' is rho' for a corrected KL and else 0: at sequence level each token moves the ratio of all. V' is the slope in
+rho as the oracle has it; of the min that of the smaller branch (clamps pass gradient at their bounds, not beyond), half
+of each where they are equal. A masked position is selected away, never multiplied by 0: it may hold
 NaN or infinity in every input. An unmasked NaN makes the loss NaN, as it should.
 
 Memory: dL/dlogp and, for the exact KL, dL/dkl, 4BT bytes each, plus 32B bytes of row sums that torch adds up in a fixed
 order: no atomics, so equal inputs give equal bits. The backward pass is one product with the incoming gradient.
 
-Sources: those of objective.py.
+Sources: those of objective/loss.py.
 """
 
 from __future__ import annotations
@@ -33,6 +41,7 @@ from lowvram_grpo.kernels.grpo_loss_kernel import (
     COLUMNS,
     ENTROPY,
     ESTIMATORS,
+    FAMILIES,
     HIGH,
     KL,
     LOSS,
@@ -44,27 +53,27 @@ from lowvram_grpo.kernels.grpo_loss_kernel import (
 from lowvram_grpo.kernels.runtime import require_triton
 from torch import Tensor
 
-from lowvram_grpo.objective import Objective, check_kl
+from lowvram_grpo.objective import CLIPPED, Objective, check_factor, check_kl
 
 
 class FusedLoss(NamedTuple):
     """One micro-batch. `loss` is a float32 scalar, differentiable in `logps` and `kl`; the rest carries no gradient.
 
-    Sums and counts are float32 scalars over the unmasked tokens; `kl_sum` and `entropy_sum` are None where nothing was
-    given to sum. Without a single token the ratio's bounds are +inf and -inf, which leaves any min and max as it was.
+    Sums are float32 scalars over the unmasked tokens, counts are (B,), one a completion; `kl_sum` and `entropy_sum` are
+    None where nothing was given to sum. Without a single token the ratio's bounds are +inf and -inf, which leaves any
+    min and max as it was.
     """
 
     loss: Tensor
     coefficient: Tensor  # (B, T) float32 dL/dlogp, 0 where masked
     kl_coefficient: Tensor | None  # (B, T) float32 dL/dkl of an exact KL
     kl_sum: Tensor | None
-    low_clipped: Tensor
-    high_clipped: Tensor
-    region_clipped: Tensor
+    low_clipped: Tensor  # (B,)
+    high_clipped: Tensor  # (B,)
     ratio_min: Tensor
     ratio_max: Tensor
     entropy_sum: Tensor | None
-    tokens: Tensor
+    tokens: Tensor  # (B,)
 
 
 @torch.library.custom_op("lowvram_grpo::grpo_loss", mutates_args=())
@@ -76,15 +85,19 @@ def _grpo_loss_op(
     advantages: Tensor,
     mask: Tensor,
     weights: Tensor,
+    factor: Tensor | None,
     entropy: Tensor | None,
     beta: float,
     low: float,
     high: float,
     delta: float,
+    corrected: bool,
     estimator: int,
+    family: int,
     sequence: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The launcher: loss (), coefficient (B, T), kl_coefficient (B, T) or (0, T), totals (6,), bounds (2,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The launcher: loss (), coefficient (B, T), kl_coefficient (B, T) or (0, T), the rows' sums and bounds (B, 8);
+    without a row one that holds nothing."""
     require_triton("The fused GRPO loss", logps, "objective.grpo_loss")
     rows, tokens = logps.shape
     exact = estimator == ESTIMATORS["exact"]
@@ -93,27 +106,26 @@ def _grpo_loss_op(
     nothing = [[0.0] * SUMMED + [-inf] * (COLUMNS - SUMMED)]
     partials = torch.empty((rows, COLUMNS), device=logps.device) if rows else coefficient.new_tensor(nothing)
     launch(
-        logps, old_logps, kl if exact else ref_logps, advantages, mask, weights, entropy, coefficient,
-        kl_coefficient if exact else None, partials, bounds=(beta, low, high, delta), estimator=estimator,
-        sequence=sequence,
+        logps, old_logps, kl if exact else ref_logps, advantages, mask, weights, factor, entropy, coefficient,
+        kl_coefficient if exact else None, partials, bounds=(beta, low, high, delta, float(corrected)),
+        estimator=estimator, family=family, sequence=sequence,
     )  # fmt: skip
-    totals, bounds = partials[:, :SUMMED].sum(0), partials[:, SUMMED:].amax(0)
-    # The loss must own its memory: an output of an op may not be a view of another.
-    return totals[LOSS].clone(), coefficient, kl_coefficient, totals, bounds
+    return partials[:, LOSS].sum(), coefficient, kl_coefficient, partials
 
 
 @_grpo_loss_op.register_fake
-def _(logps, old_logps, ref_logps, kl, advantages, mask, weights, entropy, beta, low, high, delta, estimator, sequence):
+def _(logps, old_logps, ref_logps, kl, advantages, mask, weights, factor, entropy, beta, low, high, delta, corrected,
+      estimator, family, sequence):  # fmt: skip
     rows, tokens = logps.shape
     new = lambda *shape: logps.new_empty(shape, dtype=torch.float32)
     kl_rows = rows if estimator == ESTIMATORS["exact"] else 0
-    return new(), new(rows, tokens), new(kl_rows, tokens), new(SUMMED), new(COLUMNS - SUMMED)
+    return new(), new(rows, tokens), new(kl_rows, tokens), new(max(rows, 1), COLUMNS)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     logps, kl = inputs[0], inputs[3]
-    _, coefficient, kl_coefficient, totals, bounds = output
-    ctx.mark_non_differentiable(coefficient, kl_coefficient, totals, bounds)
+    _, coefficient, kl_coefficient, partials = output
+    ctx.mark_non_differentiable(coefficient, kl_coefficient, partials)
     ctx.save_for_backward(coefficient, kl_coefficient)
     ctx.dtypes = logps.dtype, None if kl is None else kl.dtype
 
@@ -123,7 +135,7 @@ def _backward(ctx, grad_loss, *_):
     dtype, kl_dtype = ctx.dtypes
     d_logps = (grad_loss * coefficient).to(dtype)
     d_kl = (grad_loss * kl_coefficient).to(kl_dtype) if kl_dtype is not None and ctx.needs_input_grad[3] else None
-    return d_logps, None, None, d_kl, *[None] * 10
+    return d_logps, None, None, d_kl, *[None] * 13
 
 
 _grpo_loss_op.register_autograd(_backward, setup_context=_setup_context)
@@ -135,48 +147,58 @@ def fused_grpo_loss(
     ref_logps: Tensor | None,  # (B, T), or None without KL; not read with kl_estimator "exact"
     advantages: Tensor,  # (B,)
     mask: Tensor,  # (B, T) nonzero where a token counts
-    weights: Tensor,  # (B, T) from objective.token_weights: the loss types differ in nothing else
+    weights: Tensor,  # (B, T) from objective.token_weights
     objective: Objective,
     kl: Tensor | None = None,  # (B, T) the exact KL, with kl_estimator "exact" alone
+    factor: Tensor | None = None,  # (B, T) without gradient, times the policy term alone
     entropy: Tensor | None = None,  # (B, T), only summed up
 ) -> FusedLoss:
-    """`objective.grpo_loss` in one launch, its gradient and metrics included.
+    """`objective.grpo_loss` in one launch, its gradient and metrics included; one more multiplies a `factor` in.
 
     Differentiable once, in `logps` and `kl` only. Works on meta and fake tensors.
 
     Raises:
-        ValueError: shapes that do not fit, float64 (which the kernel would round), an unknown estimator, or a KL that
-            does not belong to the estimator.
+        ValueError: shapes that do not fit, float64 (which the kernel would round), an unknown estimator or loss type,
+            a KL that does not belong to the estimator, or vespo without a factor.
         RuntimeError: no Triton, or a tensor that is not on a GPU while kernels are not interpreted.
     """
     check_kl(objective, ref_logps, kl)
+    check_factor(objective, factor)
     if objective.kl_estimator not in ESTIMATORS:
         raise ValueError(f"unknown KL estimator {objective.kl_estimator!r}")
     if logps.dtype == torch.float64:
         raise ValueError("the fused GRPO loss computes in float32; objective.grpo_loss keeps float64.")
     for name, x in {"old_logps": old_logps, "ref_logps": ref_logps, "kl": kl, "mask": mask, "weights": weights,
-                    "entropy": entropy}.items():  # fmt: skip
+                    "factor": factor, "entropy": entropy}.items():  # fmt: skip
         if x is not None and x.shape != logps.shape:
             raise ValueError(f"{name} {tuple(x.shape)} does not fit logps {tuple(logps.shape)}")
     if logps.ndim != 2 or advantages.shape != logps.shape[:1]:
         raise ValueError(f"advantages {tuple(advantages.shape)} do not fit logps {tuple(logps.shape)}")
     has_kl = kl is not None or ref_logps is not None
-    loss, coefficient, kl_coefficient, totals, bounds = _grpo_loss_op(
-        logps, old_logps, ref_logps, kl, advantages, mask, weights, entropy,
-        float(objective.beta), 1.0 - objective.epsilon, 1.0 + objective.upper,
-        inf if objective.delta is None else float(objective.delta),
-        ESTIMATORS[objective.kl_estimator] if has_kl else 0, objective.importance_sampling_level == "sequence",
+    loss, coefficient, kl_coefficient, partials = _grpo_loss_op(
+        logps, old_logps, ref_logps, kl, advantages, mask, weights, factor, entropy, float(objective.beta),
+        *_bounds(objective), objective.corrects_kl, ESTIMATORS[objective.kl_estimator] if has_kl else 0,
+        FAMILIES[objective.loss_type], objective.per_sequence,
     )  # fmt: skip
+    of_rows, bounds = partials[: len(logps)], partials[:, SUMMED:].amax(0)
     return FusedLoss(
         loss=loss,
         coefficient=coefficient,
         kl_coefficient=None if kl is None else kl_coefficient,
-        kl_sum=totals[KL] if has_kl else None,
-        low_clipped=totals[LOW],
-        high_clipped=totals[HIGH],
-        region_clipped=totals[LOW] + totals[HIGH],  # no token is both: the advantage has one sign
+        kl_sum=partials[:, KL].sum() if has_kl else None,
+        low_clipped=of_rows[:, LOW],
+        high_clipped=of_rows[:, HIGH],
         ratio_min=-bounds[0],
         ratio_max=bounds[1],
-        entropy_sum=None if entropy is None else totals[ENTROPY],
-        tokens=totals[TOKENS],
+        entropy_sum=None if entropy is None else partials[:, ENTROPY].sum(),
+        tokens=of_rows[:, TOKENS],
     )
+
+
+def _bounds(objective: Objective) -> tuple[float, float, float]:
+    """(low, high, delta) as the kernel's families have them."""
+    if objective.loss_type == "sapo":
+        return float(objective.sapo_temperature_neg), float(objective.sapo_temperature_pos), inf
+    if objective.loss_type not in CLIPPED:
+        return -inf, float(objective.upper), inf
+    return 1.0 - objective.epsilon, 1.0 + objective.upper, inf if objective.delta is None else float(objective.delta)

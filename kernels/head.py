@@ -7,6 +7,7 @@ or for some rows, in the dtype and on the device of the computation.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,13 +62,15 @@ class Head:
             return self.weight.detach()[v0:v1], bias
         out = buffer[: v1 - v0]
         if self.dense:
-            return out.copy_(self.weight.detach()[v0:v1], non_blocking=True), bias
+            rows = _near(self.weight.detach()[v0:v1], out.device, out.dtype)
+            return out.copy_(rows, non_blocking=True), bias
         return self.weight.tile(v0, v1, out), bias
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(n, H) weight rows `ids` (n,), of `dtype` and on the device of `ids`."""
         if self.dense:
-            return self.weight.detach()[ids.to(self.weight.device)].to(ids.device, dtype)
+            rows = self.weight.detach()[ids.to(self.weight.device)]
+            return _near(rows, ids.device, dtype).to(ids.device, dtype, non_blocking=True)
         return self.weight.rows(ids, torch.empty(len(ids), self.shape[1], dtype=dtype, device=ids.device))
 
     def centre(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -127,3 +130,14 @@ class Head:
         if kind not in kinds:
             raise ValueError(f"a head can be quantized to {' or '.join(kinds)}, not {kind!r}")
         return replace(self, weight=kinds[kind].quantize(self.weight.detach()))
+
+
+def _near(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Rows that lie in host memory as something that a tensor of `dtype` on a card takes over without anybody waiting:
+    in page-locked memory, and not to be cast on the way, which the host would do, but where it arrives."""
+    if rows.device == device or not (device.type == "cuda" and rows.device.type == "cpu"):
+        return rows
+    if not rows.is_pinned():
+        with suppress(RuntimeError):  # the system grants none: the copy waits, then
+            rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
+    return rows if rows.dtype == dtype else rows.to(device, non_blocking=True)

@@ -4,18 +4,24 @@ For N scored tokens with hidden state h, target t and temperature T, with l = so
 
     logp = l_t - lse(l)          entropy = lse(l) - sum_v p_v l_v          KL = sum_v p_v (log p_v - log q_v)
     d logp / d h = scale / T * (s_t W_t - sum_v p_v s_v W_v),   s = d softcap (1 without soft-capping)
+    d KL / d h = scale / T * sum_v p_v (log p_v - log q_v - KL) s_v W_v
+    d entropy / d h = -scale / T * sum_v p_v (log p_v + entropy) s_v W_v
 
-where q are the probabilities under reference hidden states. The sum over v in the gradient is found during the sweep,
-before the loss is known: as a short list of probable entries for most rows of a trained model (2NVH FLOP forward and
-backward together), as a dense online product for diffuse rows (4NVH); see `sweep/sweep.py`, `sweep/direction.py`. A
-trainable head recomputes its logits instead (8NVH, `sweep/trainable_head.py`).
+where q are the probabilities under reference hidden states; the last is the line above it for a uniform q, as then
+KL = log V - entropy. The sums over v in the gradient are found during the sweep, before the loss is known: as a short
+list of probable entries for most rows of a trained model (2NVH FLOP forward and backward together, whichever of the
+three are differentiated), as a dense online product for diffuse rows (4NVH, and 2NVH more for each of KL and entropy);
+see `sweep/sweep.py`, `sweep/direction.py`. A trainable head recomputes its logits instead (8NVH,
+`sweep/trainable_head.py`).
 
-Memory: `workspace_mib`, a few hundred bytes for a listed row, H floats for a diffuse one. Logits are float32 from
+Memory: `workspace_mib`, a few hundred bytes for a listed row, H floats for a diffuse one (H more for each of KL and
+entropy that is differentiated). Logits are float32 from
 float32 accumulation, and no N x V tensor is made on any device.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,12 +35,13 @@ from torch import Tensor
 
 
 class LinearLogps(NamedTuple):
-    """float32 tensors of shape (N,); None where not asked for. `logps` and `kl` are differentiable, the rest is not.
+    """float32 tensors of shape (N,); None where not asked for. `logps`, `kl` and, with `entropy_gradient`, `entropy`
+    are differentiable, the rest is not.
 
     Attributes:
         bound: the most by which |d logp / d hidden| of each row can be wrong because its list is short; 0 where the
             dense product was taken, None without a gradient.
-        kl_bound: the same for |d kl / d hidden|.
+        kl_bound, entropy_bound: the same for |d kl / d hidden| and |d entropy / d hidden|.
         diffuse: (Nd,) int64, the rows that took the dense product, None without a gradient.
     """
 
@@ -45,6 +52,7 @@ class LinearLogps(NamedTuple):
     bound: Tensor | None = None
     kl_bound: Tensor | None = None
     diffuse: Tensor | None = None
+    entropy_bound: Tensor | None = None
 
 
 def linear_logps(
@@ -56,6 +64,7 @@ def linear_logps(
     softcap: float | None = None,
     logit_scale: float | None = None,
     entropy: bool = False,
+    entropy_gradient: bool = False,
     workspace_mib: int = 64,
     ref_hidden: Tensor | None = None,  # (N, H)
     kl: bool = False,
@@ -70,6 +79,7 @@ def linear_logps(
     Args:
         softcap, logit_scale: override those of a `Head`.
         entropy: also return the entropy of each row, in nats.
+        entropy_gradient: make it differentiable, from the same sweep; also for passes that shall have the same bits.
         workspace_mib: memory for tiles, in MiB, whatever N, V and H.
         ref_hidden: hidden states of a reference under the same head, swept along; yields `ref_logps`.
         kl: with `ref_hidden`, also return the exact KL(policy || reference) over the whole vocabulary, in nats.
@@ -79,7 +89,8 @@ def linear_logps(
 
     Raises:
         ValueError: shapes that do not fit, a target outside the vocabulary, a temperature that is not positive, a
-            reference with a head that is being trained, a path that the device cannot take.
+            reference with a head that is being trained, the gradient of an entropy that is not asked for, a path that
+            the device cannot take.
     """
     head = Head(head) if isinstance(head, Tensor) else head
     if softcap is not None or logit_scale is not None:
@@ -87,12 +98,13 @@ def linear_logps(
         head = Head(head.weight, head.bias, scale, head.softcap if softcap is None else softcap)
     traced = torch.compiler.is_compiling() or type(hidden) not in (Tensor, torch.nn.Parameter)
     _check(hidden, head, targets, temperature, ref_hidden, kl, traced)
+    _check_entropy(entropy, entropy_gradient)
     params = DirectionParams(direction) if isinstance(direction, str) else direction
     trainable = head.trainable and torch.is_grad_enabled()
     want_grad = torch.is_grad_enabled() and hidden.requires_grad and not trainable
     settings = SweepSettings(
         temperature, params.mode, params.epsilon, params.capacity, params.max_tail, path,
-        compute_dtype(hidden, path), workspace_mib, want_grad, want_grad and kl,
+        compute_dtype(hidden, path), workspace_mib, want_grad, want_grad and kl, entropy_gradient,
     )  # fmt: skip
     if trainable:
         logps, ent = _through_a_trainable_head(hidden, head, targets, ref_hidden, settings)
@@ -105,9 +117,10 @@ def linear_logps(
     if traced:
         tensors, numbers = head.flatten()
         out = sweep_op(hidden, ref_hidden, tensors, numbers, targets, wanted, mean, *settings)
-        logps, ent, ref_logps, full_kl, tail, spread, diffuse = *out[:4], out[8], out[13], out[10]
+        logps, ent, ref_logps, full_kl, tail, spread, entropy_tail, diffuse = *out[:4], out[9], out[16], *out[11:13]
+        ent = ent if settings.want_entropy_grad else ent.detach()
     else:
-        logps, ent, ref_logps, full_kl, tail, spread, diffuse = FrozenHead.apply(
+        logps, ent, ref_logps, full_kl, tail, spread, entropy_tail, diffuse = FrozenHead.apply(
             hidden, ref_hidden, head, targets, wanted, mean, settings
         )
     # A sum of at most `capacity` float32 probabilities is itself not exact.
@@ -120,7 +133,17 @@ def linear_logps(
         within(tail),
         within(spread) if kl else None,
         diffuse if want_grad else None,
+        within(_entropy_spread(ent.detach(), tail, entropy_tail, params)) if settings.want_entropy_grad else None,
     )
+
+
+def _entropy_spread(entropy: Tensor, tail: Tensor, entropy_tail: Tensor, params: DirectionParams) -> Tensor:
+    """(N,) the most that sum |p (log p + entropy)| over what a row's list lacks can be.
+
+    Terms of one sign sum up to `entropy_tail`. All have it unless some of what is missing, of probability epsilon at
+    most, is more probable than exp(-entropy).
+    """
+    return entropy_tail.abs() + 2 * tail * (entropy + math.log(params.epsilon)).clamp(min=0)
 
 
 def _check(
@@ -144,6 +167,11 @@ def _check(
         raise ValueError(f"a target lies outside the vocabulary of {vocab}")
 
 
+def _check_entropy(asked: bool, gradient: bool) -> None:
+    if gradient and not asked:
+        raise ValueError("entropy_gradient needs entropy=True")
+
+
 def _through_a_trainable_head(
     hidden: Tensor, head: Head, targets: Tensor, ref_hidden: Tensor | None, settings: SweepSettings
 ) -> tuple[Tensor, Tensor]:
@@ -155,8 +183,9 @@ def _through_a_trainable_head(
     transform = Transform(head.logit_scale, head.softcap, settings.temperature)
     sweep_once = lambda weights: run_sweep(hidden.detach(), None, weights, targets, None, settings)
     return TrainableHead.apply(
-        hidden, head.weight, head.bias, targets, sweep_once, transform, settings.dtype, settings.workspace_mib
-    )
+        hidden, head.weight, head.bias, targets, sweep_once, transform, settings.dtype, settings.workspace_mib,
+        settings.entropy_gradient,
+    )  # fmt: skip
 
 
 def linear_logps_ref(

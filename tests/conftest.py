@@ -29,6 +29,7 @@ if os.environ["TRITON_INTERPRET"] == "1":
 LONG = (
     "masked_cuda/test_on_cc_86.py", "masked_cuda/test_on_cc_90.py", "masked_cuda/test_on_cc_75.py",
     "kernels/test_gate.py", "cli/test_kill.py", "benchmarks/test_benchmarks.py",
+    "training/test_trl_steps.py",
 )  # fmt: skip
 # Each holds PyTorch and transformers.
 MOST_PROCESSES = 8

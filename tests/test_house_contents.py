@@ -29,6 +29,7 @@ BY_ANOTHER_WAY = {
     "rewards/test_accuracy_forms.py": "by benchmarks/accuracy_forms.py",
     "training/test_probe.py": "a trainer, by the helpers of test_out_of_memory.py",
     "training/test_trl_script.py": "a script as users write it",
+    "training/test_trl_steps.py": "two trainers, by trl_pair.py beside it",
 }
 
 

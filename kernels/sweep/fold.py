@@ -9,7 +9,8 @@ With l = softcap * tanh(scale * (x + b) / softcap) / T (no tanh without soft-cap
 each an online sum (Milakov & Gimelshein 2018, arXiv:1805.02867): a new maximum rescales what was summed before. Entries
 above the running log-sum-exp + log(epsilon) are appended to the row's list: always a superset of those above the final
 one, since a log-sum-exp only grows. The maximum starts near the target's own logit, so the list is nearly minimal from
-the first tile on. For the dense direction the tile's probabilities e^(l-m), and e^(l-m) d, are written out instead.
+the first tile on. For the dense direction the tile's probabilities e^(l-m), and e^(l-m) d and e^(l-m) (l-l0) with l0
+any constant of the row, are written out instead.
 
 Memory: 10 floats and one list a row. This is the CPU's path, and the reference of `fold_triton.py` and `fused_fold.py`.
 """
@@ -87,6 +88,8 @@ def fold_torch(
         out.p.copy_(p if slope is None else p.mul_(slope))
         if out.pd is not None:
             out.pd.copy_(d.mul_(p))
+        if out.pl is not None:
+            out.pl.copy_(shifted.add_((m - out.l0)[:, None]).mul_(p))
 
 
 def _append(state: RowState, shifted: Tensor, highest: Tensor, d: Tensor | None, v0: int, log_epsilon: float) -> None:

@@ -32,7 +32,7 @@ def _load_logit(ptr, bias_ptr, c, inside, scale, softcap, inv_temperature):
 @jit
 def _fold_kernel(
     x_ptr, ref_ptr, bias_ptr, stats_ptr, targets_ptr, count_ptr, ids_ptr, logits_ptr, ref_logits_ptr, p_ptr, pd_ptr,
-    decay_ptr, v0, columns, x_stride, rows, capacity, scale, softcap, inv_temperature, log_epsilon,
+    decay_ptr, pl_ptr, l0_ptr, v0, columns, x_stride, rows, capacity, scale, softcap, inv_temperature, log_epsilon,
     LISTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -101,6 +101,8 @@ def _fold_kernel(
         tl.store(count_ptr + row, count)
     if p_ptr is not None:
         tl.store(decay_ptr + row, tl.exp(m_start - m))
+        if pl_ptr is not None:
+            l0 = tl.load(l0_ptr + row)
         c0 = 0
         while c0 < columns:
             c = c0 + tl.arange(0, BLOCK)
@@ -116,6 +118,9 @@ def _fold_kernel(
                 ref = _load_logit(ref_row, bias_ptr, c, inside, scale, softcap, inv_temperature)
                 d = tl.where(p > 0, logit - ref - d0, 0.0)
                 tl.store(pd_ptr + row * x_stride + c, (weight * d).to(pd_ptr.dtype.element_ty), mask=inside)
+            if pl_ptr is not None:
+                pl = tl.where(p > 0, weight * (logit - l0), 0.0)
+                tl.store(pl_ptr + row * x_stride + c, pl.to(pl_ptr.dtype.element_ty), mask=inside)
             c0 += BLOCK
 
 
@@ -138,9 +143,9 @@ def fold_triton(
         return
     _fold_kernel[(rows,)](
         x, ref_x, bias, state.stats, state.targets, state.count, state.ids, state.logits, state.ref_logits,
-        out and out.p, out and out.pd, out and out.decay, v0, columns, x.stride(0), rows, state.capacity,
-        transform.scale, transform.softcap, 1.0 / transform.temperature, log_epsilon, LISTS=state.capacity > 0,
-        BLOCK=block, num_warps=warps,
+        out and out.p, out and out.pd, out and out.decay, out and out.pl, out and out.l0, v0, columns, x.stride(0),
+        rows, state.capacity, transform.scale, transform.softcap, 1.0 / transform.temperature, log_epsilon,
+        LISTS=state.capacity > 0, BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
 
@@ -150,7 +155,9 @@ def compile_cases(cc: int) -> list[CompileCase]:
     kinds = [(False, False, halves[0]), (True, True, halves[0])]  # soft cap, bias, dtype of the product
     cases = []
     for ref in (False, True):
-        for lists, probs in ((True, False), (False, True), (False, False)):
+        for lists, probs, entropy in (
+            (True, False, False), (False, True, False), (False, True, True), (False, False, False),
+        ):  # fmt: skip
             others = [(False, False, kind) for kind in (*halves[1:], "fp32")] if ref and probs else []
             for softcap, bias, half in kinds + others:
                 types = {
@@ -158,12 +165,13 @@ def compile_cases(cc: int) -> list[CompileCase]:
                     "ids_ptr": "*i32:16", "logits_ptr": "*fp32:16", "ref_ptr": "*fp32:16" if ref else None,
                     "bias_ptr": f"*{half}" if bias else None, "ref_logits_ptr": "*fp32:16" if ref else None,
                     "p_ptr": f"*{half}:16" if probs else None, "pd_ptr": f"*{half}:16" if probs and ref else None,
-                    "decay_ptr": "*fp32:16" if probs else None,
+                    "decay_ptr": "*fp32:16" if probs else None, "pl_ptr": f"*{half}:16" if entropy else None,
+                    "l0_ptr": "*fp32:16" if entropy else None,
                     **dict.fromkeys(("v0", "columns", "x_stride", "rows", "capacity"), "i32"),
                     **dict.fromkeys(("scale", "inv_temperature", "log_epsilon"), "fp32"),
                     "softcap": "fp32" if softcap else None,
                 }  # fmt: skip
                 constants = {"LISTS": lists, "BLOCK": 512}
-                name = f"fold {half} ref={ref} lists={lists} probs={probs} softcap={softcap}"
+                name = f"fold {half} ref={ref} lists={lists} probs={probs} entropy={entropy} softcap={softcap}"
                 cases.append(compile_case(name, _fold_kernel, types, constants, num_warps=4, num_stages=2))
     return cases

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 from lowvram_grpo.kernels.sweep.direction import Entries
-from lowvram_grpo.kernels.sweep.state import D0, TARGET, D, E, M, RowState, S
+from lowvram_grpo.kernels.sweep.state import D0, TARGET, D, E, M, RowState, S, X
 from lowvram_grpo.kernels.transform import Transform
 from torch import Tensor
 
@@ -100,6 +100,7 @@ def entries_of(
     max_tail: float,
     wanted: Tensor | None,  # (R,) bool
     keep_kl: bool,
+    keep_entropy: bool,
     shuffled: bool,
     vocab: int,
     scratch: int,
@@ -126,7 +127,7 @@ def entries_of(
     # `unsafe`: not asked whether the lengths fit, which would be a wait.
     total = lambda values: torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)
     tail = torch.where(alive, (1 - total(coef)).clamp(min=0), 0.0)
-    kl_coef, kl_tail, spread = (tail.new_empty(0) for _ in range(3))
+    kl_coef, kl_tail, spread, entropy_coef, entropy_tail = (tail.new_empty(0) for _ in range(5))
     if keep_kl:
         mean = stats[D] / stats[S]
         gap = logits - state.ref_logits[rows, place] - (stats[D0] + mean)[rows]
@@ -134,10 +135,14 @@ def entries_of(
         variance = stats[E] / stats[S] - mean.square()
         spread = (tail * (variance - total(kl_coef * gap)).clamp(min=0)).sqrt()
         kl_tail = torch.where(alive, -total(kl_coef), 0.0)
+    if keep_entropy:
+        entropy_coef = coef * ((stats[M] + stats[X] / stats[S])[rows] - logits)
+        entropy_tail = torch.where(alive, -total(entropy_coef), 0.0)
     slope, target_slope = transform.slope(logits), transform.slope(stats[TARGET])
     if slope is not None:
         coef = coef * slope
         kl_coef = kl_coef * slope if keep_kl else kl_coef
+        entropy_coef = entropy_coef * slope if keep_entropy else entropy_coef
     # The target is one more entry, of coefficient -1, first in its row; the others move up by the targets so far.
     offsets = torch.nn.functional.pad((torch.where(alive, lengths + 1, 0)).cumsum(0), (1, 0))
     owners = alive.nonzero_static(size=told.wanted - told.diffuse)[:, 0]
@@ -148,13 +153,16 @@ def entries_of(
         joined[offsets[owners]], joined[moved] = first, rest
         return joined
 
+    beside = lambda rest, kept: join(rest.new_zeros(len(owners)), rest) if kept else rest
     minus_one = -torch.ones_like(tail) if target_slope is None else -target_slope
     entries = Entries(
         offsets,
         join(state.targets[owners].int(), ids),
         join(minus_one[owners], coef),
-        join(coef.new_zeros(len(owners)), kl_coef) if keep_kl else kl_coef,
+        beside(kl_coef, keep_kl),
+        beside(entropy_coef, keep_entropy),
         tail,
         kl_tail,
+        entropy_tail,
     )
     return entries, diffuse.nonzero_static(size=told.diffuse)[:, 0], spread, told

@@ -74,9 +74,14 @@ class RowState:
 
 
 class Probabilities(NamedTuple):
-    """Where the dense direction wants e^(l-m) [and e^(l-m) d], times the soft-cap's slope: (R, C) of the matmul's
-    dtype; and the factor (R,) float32 that rescales what was accumulated under the old maximum."""
+    """Where the dense direction wants e^(l-m) [and e^(l-m) d, and e^(l-m) (l-l0)], times the soft-cap's slope: (R, C)
+    of the matmul's dtype; and the factor (R,) float32 that rescales what was accumulated under the old maximum.
+
+    l0 (R,) float32 is given, any constant of the row: unlike l-m, l-l0 stays what it was when the maximum grows, so
+    one factor rescales all three."""
 
     p: Tensor
     pd: Tensor | None
     decay: Tensor
+    pl: Tensor | None = None
+    l0: Tensor | None = None

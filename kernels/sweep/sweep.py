@@ -2,11 +2,12 @@
 
 A row is `listed` (its probable entries, 2NVH FLOP in all, see `direction.py`) or `diffuse`: its list overflowed, or
 more mass than `max_tail` is missing from it. Diffuse rows are swept again, together, with the dense online product
-sum_v p_v W_v (FlashAttention with K = V = W, Dao et al. 2022; 4NVH FLOP). Where most rows of a block turn out diffuse
-on its first tile already, the block and all that follow take the dense product at once.
+sum_v p_v W_v (FlashAttention with K = V = W, Dao et al. 2022; 4NVH FLOP, 2NVH more for the gradient of the KL and for
+that of the entropy each). Where most rows of a block turn out diffuse on its first tile already, the block and all that
+follow take the dense product at once.
 
 Memory: the workspace holds the tiles of one row block; what outlives the sweep is about 30 entries of 8 bytes for a
-listed row and H floats for a diffuse one.
+listed row and H floats for a diffuse one. The gradients of KL and entropy take 4 bytes an entry, or H floats, each.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lowvram_grpo.kernels.sweep.launch import LaunchConfig
 from lowvram_grpo.kernels.sweep.lists import entries_of
 from lowvram_grpo.kernels.sweep.plan import DirectionParams
 from lowvram_grpo.kernels.sweep.state import D0, REF_M, REF_S, REF_TARGET, TARGET, D, M, RowState, S, X
-from lowvram_grpo.kernels.sweep.vocabulary_pass import VocabularyPass
+from lowvram_grpo.kernels.sweep.vocabulary_pass import UNKNOWN, Centres, Directions, VocabularyPass
 from lowvram_grpo.kernels.transform import Transform
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class Swept(NamedTuple):
         logps, entropy, ref_logps, kl: (N,) float32.
         entries: lists; rows without one have no entries.
         diffuse: (Nd,) int64 rows that took the dense product.
-        g, g_kl: (Nd, H) float32, d logp / d hidden and d KL / d hidden of those rows.
+        g, g_kl, g_entropy: (Nd, H) float32, d logp / d hidden, d KL / d hidden and d entropy / d hidden of those rows.
         kl_spread: (N,) float32, bound of the listed KL's missing sum |p (d - E[d])|.
         lse: (N,) float32 log-sum-exp of the logits.
         ends: (N + 1,) the offsets of the entries, as the host knows them.
@@ -47,6 +48,7 @@ class Swept(NamedTuple):
     diffuse: Tensor
     g: Tensor
     g_kl: Tensor
+    g_entropy: Tensor
     kl_spread: Tensor
     lse: Tensor
     ends: list[int]
@@ -66,15 +68,22 @@ def sweep(
     workspace_mib: int,
     want_grad: bool,
     want_kl_grad: bool,
+    entropy_gradient: bool,
 ) -> Swept:
-    """The whole pass; see the module. Products are made in `dtype` and accumulated in float32."""
+    """The whole pass; see the module. Products are made in `dtype` and accumulated in float32.
+
+    `entropy_gradient` without `want_grad` only cuts the tiles as the pass with both does.
+    """
     n, device, has_ref = len(hidden), hidden.device, ref_hidden is not None
     transform = Transform(head.logit_scale, head.softcap, temperature)
-    over = VocabularyPass(head, transform, n, dtype, device, has_ref, workspace_mib, params, launch, want_grad)
+    over = VocabularyPass(
+        head, transform, n, dtype, device, has_ref, workspace_mib, params, launch, want_grad, entropy_gradient
+    )
+    want = _Want(want_grad, want_kl_grad, want_grad and entropy_gradient)
     column = lambda present=True: torch.empty(n if present else 0, device=device)
     logps, entropy, ref_logps, kl = column(), column(), column(has_ref), column(has_ref)
     spread, lse = column(want_kl_grad).zero_(), column()
-    blocks = _Blocks(over, n, None if device.type == "meta" else wanted, want_grad, want_kl_grad, workspace_mib * 2**17)
+    blocks = _Blocks(over, n, None if device.type == "meta" else wanted, want, workspace_mib * 2**17)
     for first in range(0, n, over.plan.rows):
         rows = slice(first, min(first + over.plan.rows, n))
         stats = blocks.take(
@@ -96,9 +105,17 @@ def sweep(
             ref_logps[rows] = stats[REF_TARGET] - ref_lse
             kl[rows] = stats[D] / stats[S] + stats[D0] - lse[rows] + ref_lse
     return Swept(
-        logps, entropy, ref_logps, kl, _join(blocks.entries, device, want_kl_grad), blocks.diffuse_rows(),
-        blocks.g.all(), blocks.g_kl.all(), spread, lse, blocks.ends,
+        logps, entropy, ref_logps, kl, _join(blocks.entries, device, want), blocks.diffuse_rows(),
+        blocks.g.all(), blocks.g_kl.all(), blocks.g_entropy.all(), spread, lse, blocks.ends,
     )  # fmt: skip
+
+
+class _Want(NamedTuple):
+    """Whether rows need a gradient, and whether one goes through the KL and the entropy too."""
+
+    grad: bool
+    kl: bool
+    entropy: bool
 
 
 @dataclass(frozen=True)
@@ -128,17 +145,14 @@ class _Block:
 class _Blocks:
     """Listed and diffuse rows, block by block: how one went says how the next is begun with."""
 
-    def __init__(
-        self, over: VocabularyPass, n: int, wanted: Tensor | None, want_grad: bool, want_kl_grad: bool, scratch: int
-    ):
-        self.over, self.n, self.wanted, self.scratch = over, n, wanted, scratch
-        self.want_grad, self.want_kl_grad = want_grad, want_kl_grad
-        self.g, self.g_kl = _Rows(over.width, over.device), _Rows(over.width, over.device)
+    def __init__(self, over: VocabularyPass, n: int, wanted: Tensor | None, want: _Want, scratch: int):
+        self.over, self.n, self.wanted, self.want, self.scratch = over, n, wanted, want, scratch
+        self.g, self.g_kl, self.g_entropy = (_Rows(over.width, over.device) for _ in range(3))
         self.entries: list[Entries] = []
         self.ends = [0]
         self._diffuse: list[Tensor] = []
         self._needed = _Needed(wanted, over.plan.rows)
-        self._all_dense = want_grad and not over.lists
+        self._all_dense = want.grad and not over.lists
         self._may_give_up = over.lists and over.params.mode == "auto"
 
     def take(self, block: _Block, spread: Tensor) -> Tensor:
@@ -149,7 +163,7 @@ class _Blocks:
         state = None
         if not self._all_dense:
             state = self.over.listed(*block.some(slice(None)), self.over.lists, hopeless)
-        if state is not None and self.want_grad:
+        if state is not None and self.want.grad:
             self._list(block, state, spread)
             return state.stats
         if state is None:
@@ -157,7 +171,7 @@ class _Blocks:
             stats = self._dense_block(block)
         else:
             stats = state.stats
-        self.entries.append(_no_entries(len(block), self.over.device, self.want_kl_grad))
+        self.entries.append(_no_entries(len(block), self.over.device, self.want))
         self.ends += [self.ends[-1]] * len(block)
         return stats
 
@@ -169,15 +183,17 @@ class _Blocks:
         stats, over = state.stats, self.over
         entries, rows, block_spread, told = entries_of(
             state, over.transform, epsilon=over.params.epsilon, max_tail=over.params.max_tail, wanted=block.wanted,
-            keep_kl=self.want_kl_grad, shuffled=over.launch.path == "fused", vocab=over.vocab, scratch=self.scratch,
+            keep_kl=self.want.kl, keep_entropy=self.want.entropy, shuffled=over.launch.path == "fused",
+            vocab=over.vocab, scratch=self.scratch,
         )  # fmt: skip
         self._all_dense = self._may_give_up and 2 * told.overflowed > told.wanted
         self.ends += [self.ends[-1] + end for end in told.ends[1:]]
-        if self.want_kl_grad:
+        if self.want.kl:
             spread.copy_(block_spread)
         if len(rows):
-            centre = None if block.ref_hidden is None else (stats[D0] + stats[D] / stats[S])[rows]
-            self._dense(block, rows, len(rows), len(rows), centre)
+            log_ratio = None if block.ref_hidden is None else (stats[D0] + stats[D] / stats[S])[rows]
+            logit = (stats[M] + stats[X] / stats[S])[rows] if self.want.entropy else None
+            self._dense(block, rows, len(rows), len(rows), Centres(log_ratio, logit))
         self.entries.append(entries)
 
     def _dense_block(self, block: _Block) -> Tensor:
@@ -195,12 +211,13 @@ class _Blocks:
         return stats
 
     def _dense(
-        self, block: _Block, rows: Tensor | slice, count: int, reserve: int, centre: Tensor | None = None
+        self, block: _Block, rows: Tensor | slice, count: int, reserve: int, centres: Centres = UNKNOWN
     ) -> Tensor:
         """Statistics of `count` rows of a block, whose directions are kept; `reserve`: how many may still come."""
-        pieces = self.g.take(count, reserve), self.g_kl.take(count, reserve) if self.want_kl_grad else None
+        kept = zip((self.g, self.g_kl, self.g_entropy), self.want)
+        into = Directions(*(kind.take(count, reserve) if wanted else None for kind, wanted in kept))
         self._diffuse.append(torch.arange(block.first, block.first + len(block), device=self.over.device)[rows])
-        return self.over.dense(*block.some(rows), *pieces, centre).stats
+        return self.over.dense(*block.some(rows), into, centres).stats
 
 
 class _Rows:
@@ -259,17 +276,16 @@ class _Needed:
         return 2 * count > (len(overflowed) if self._wanted is None else self._counts[0])
 
 
-def _no_entries(rows: int, device: torch.device, kl: bool) -> Entries:
+def _no_entries(rows: int, device: torch.device, want: _Want) -> Entries:
     # Tensors of their own each: outputs of an operator must not alias each other.
     empty = lambda n=0, of=torch.float32: torch.zeros(n, dtype=of, device=device)
-    return Entries(
-        empty(rows + 1, torch.long), empty(0, torch.int32), empty(), empty(), empty(rows), empty(rows if kl else 0)
-    )
+    tails = (empty(rows if needed else 0) for needed in (True, want.kl, want.entropy))
+    return Entries(empty(rows + 1, torch.long), empty(0, torch.int32), empty(), empty(), empty(), *tails)
 
 
-def _join(lists: list[Entries], device: torch.device, kl: bool) -> Entries:
+def _join(lists: list[Entries], device: torch.device, want: _Want) -> Entries:
     if not lists:
-        return _no_entries(0, device, kl)
+        return _no_entries(0, device, want)
     if len(lists) == 1:
         return lists[0]
     counts = torch.cat([part.offsets.diff() for part in lists])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise, starmap
+from typing import NamedTuple
 
 import torch
 from lowvram_grpo.kernels.cuts import cuts
@@ -15,8 +16,8 @@ from lowvram_grpo.kernels.sweep.fold_triton import fold_triton
 from lowvram_grpo.kernels.sweep.fused_fold import fused_fold
 from lowvram_grpo.kernels.sweep.launch import LaunchConfig
 from lowvram_grpo.kernels.sweep.plan import DirectionParams, plan_tiles
-from lowvram_grpo.kernels.sweep.state import D0, TARGET, D, Probabilities, RowState, S
-from lowvram_grpo.kernels.transform import Transform
+from lowvram_grpo.kernels.sweep.state import D0, TARGET, D, M, Probabilities, RowState, S, X
+from lowvram_grpo.kernels.transform import LOWEST, Transform
 from torch import Tensor
 
 # On a CPU, making lists costs more than the product they save where hidden states are narrow: 2.5 times the dense
@@ -24,12 +25,31 @@ from torch import Tensor
 _CPU_LISTS_FROM_WIDTH = 768
 
 
+class Directions(NamedTuple):
+    """(r, H) float32 each, to be written to: d logp / d h, and d KL / d h and d entropy / d h where wanted."""
+
+    logp: Tensor
+    kl: Tensor | None
+    entropy: Tensor | None
+
+
+class Centres(NamedTuple):
+    """(r,) each where it is known from a pass before: E[l - r] and E[l]. What is multiplied by probabilities is rounded
+    to the matmul's dtype, so what is subtracted from it afterwards should be small."""
+
+    log_ratio: Tensor | None = None
+    logit: Tensor | None = None
+
+
+UNKNOWN = Centres()
+
+
 class VocabularyPass:
     """The pass over the vocabulary for one head, transform and device; buffers are shared by all row blocks."""
 
     def __init__(
         self, head: Head, transform: Transform, n: int, dtype: torch.dtype, device: torch.device, has_ref: bool,
-        workspace_mib: int, params: DirectionParams, launch: LaunchConfig, want_grad: bool,
+        workspace_mib: int, params: DirectionParams, launch: LaunchConfig, want_grad: bool, entropy_gradient: bool,
     ):  # fmt: skip
         self.head, self.transform, self.params, self.launch = head, transform, params, launch
         self.vocab, self.width = head.shape
@@ -42,7 +62,7 @@ class VocabularyPass:
         refs = 1 + has_ref
         # Logits, and their probabilities for the dense product; PyTorch's fold needs copies of its own. The plan is the
         # same with and without a gradient: scoring twice gives the same bits.
-        tile_bytes = refs * (4 + item) + (8 * refs + 4 if launch.path == "torch" else 0)
+        tile_bytes = (refs + entropy_gradient) * item + 4 * refs + (8 * refs + 4 if launch.path == "torch" else 0)
         list_bytes = (10 + 4 * has_ref) * params.capacity if params.mode != "dense" else 0
         self.plan = plan_tiles(
             n, self.vocab, self.width, workspace_mib, item=item, view=self.view, tile_bytes=tile_bytes,
@@ -110,37 +130,45 @@ class VocabularyPass:
         return state
 
     def dense(
-        self, h: Tensor, ref_h: Tensor | None, targets: Tensor, g: Tensor, g_kl: Tensor | None,
-        centre: Tensor | None = None,
-    ) -> RowState:  # fmt: skip
-        """The state after one pass, and d logp / d h into `g` (r, H), d KL / d h into `g_kl`.
-
-        centre (r,): E[l - r] where it is known. Log-ratios are rounded to the matmul's dtype, so what is subtracted
-        from them afterwards should be small.
-        """
+        self, h: Tensor, ref_h: Tensor | None, targets: Tensor, into: Directions, centres: Centres = UNKNOWN
+    ) -> RowState:
+        """The state after one pass, and the directions of its rows."""
         state = self.start(h, ref_h, targets, False)
-        if centre is not None:
-            state.stats[D0] = centre
-        g.zero_()
-        if g_kl is not None:
-            g_kl.zero_()
+        if centres.log_ratio is not None:
+            state.stats[D0] = centres.log_ratio
+        l0 = centres.logit
+        if l0 is None and into.entropy is not None:  # the target's own, as for log-ratios, unless a bias forbids it
+            l0 = state.stats[M].masked_fill(state.stats[M] < LOWEST / 2, 0.0)
+        for total in into:
+            if total is not None:
+                total.zero_()
         for v0, v1 in cuts(self.vocab, self.plan.columns, self.device):
             shape = len(h), v1 - v0
-            pd = None if g_kl is None else self._tile("pd", *shape, self.dtype)
-            out = Probabilities(self._tile("p", *shape, self.dtype), pd, self._decay[: len(h)])
+            p, pd, pl = (
+                None if x is None else self._tile(name, *shape, self.dtype) for name, x in zip(("p", "pd", "pl"), into)
+            )
+            out = Probabilities(p, pd, self._decay[: len(h)], pl, l0)
             w = self.fold(state, h, ref_h, v0, v1, out)
-            add_matmul(g.mul_(out.decay[:, None]), out.p, w)
-            if g_kl is not None:
-                add_matmul(g_kl.mul_(out.decay[:, None]), out.pd, w)
-        mass = state.stats[S][:, None]
+            for total, tile in zip(into, (p, pd, pl)):
+                if total is not None:
+                    add_matmul(total.mul_(out.decay[:, None]), tile, w)
+        self._finish(state, targets, into, l0)
+        return state
+
+    def _finish(self, state: RowState, targets: Tensor, into: Directions, l0: Tensor | None) -> None:
+        """From sums over the vocabulary to directions."""
+        stats, (g, g_kl, g_entropy) = state.stats, into
+        mass = stats[S][:, None]
         g.div_(mass)
         factor = self.transform.scale / self.transform.temperature
         if g_kl is not None:
-            g_kl.div_(mass).addcmul_(g, (state.stats[D] / state.stats[S])[:, None], value=-1).mul_(factor)
-        slope = self.transform.slope(state.stats[TARGET])
-        for block in starmap(slice, cuts(len(h), self._step, self.device)):
+            g_kl.div_(mass).addcmul_(g, (stats[D] / stats[S])[:, None], value=-1).mul_(factor)
+        if g_entropy is not None:
+            above = stats[M] - l0 + stats[X] / stats[S]  # E[l] - l0
+            g_entropy.div_(mass).addcmul_(g, above[:, None], value=-1).mul_(-factor)
+        slope = self.transform.slope(stats[TARGET])
+        for block in starmap(slice, cuts(len(targets), self._step, self.device)):
             w = self.head.rows(targets[block], self.dtype).float()
             if slope is not None:
                 w *= slope[block, None]
             g[block].neg_().add_(w).mul_(factor)
-        return state

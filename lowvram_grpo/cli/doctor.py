@@ -77,6 +77,7 @@ def _device(table: Table) -> list[str]:
         _describe(table, device, f"taken: {choice.reason}" if device is choice.device and len(found) > 1 else "")
     table.add_row("vocabulary sweep", *_sweep())
     table.add_row("attention", *_attention())
+    table.add_row("rewards that run programs", *_sandbox())
     for sentence in choice.notices:
         table.add_row("note", "", sentence)
     card = devices.nvidia_card_without_cuda_torch()
@@ -102,6 +103,13 @@ def _describe(table: Table, device: Device, note: str) -> None:
     table.add_row("preset", picked.name, f"what `--preset auto` takes here: {picked.reason}")
     for sentence in (*ours.notices, *picked.notices):
         table.add_row("note", "", sentence)
+
+
+def _sandbox() -> tuple[str, str]:
+    """Whether rewards that run programs can confine them here, and by what."""
+    from lowvram_grpo.rewards import sandbox
+
+    return ("-", reason) if (reason := sandbox.why_not()) else ("sandbox", sandbox.describe())
 
 
 def _sweep() -> tuple[str, str]:

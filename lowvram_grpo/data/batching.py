@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from itertools import groupby
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -34,10 +35,40 @@ class PromptSampler(Sampler[list[int]]):
                 yield order[first : first + self.prompts]
 
 
+class Batched(Sampler[list[int]]):
+    """Batches of prompts in the order of another sampler, each repeated as `PromptSampler` does. To go on from a
+    checkpoint that order has to be the same whenever an epoch is begun.
+
+    Args:
+        order: yields single indices, each once an epoch; one that repeats them at once, as TRL's does for the
+            completions of a group, counts once.
+    """
+
+    def __init__(self, order: Sampler[int], prompts: int, repeats: int):
+        self.order, self.prompts, self.repeats = order, prompts, repeats
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.order, "set_epoch"):
+            self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.prompts) * self.repeats
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for index, _ in groupby(self.order):
+            batch.append(index)
+            if len(batch) == self.prompts:
+                yield from (batch for _ in range(self.repeats))
+                batch = []
+        if batch:
+            yield from (batch for _ in range(self.repeats))
+
+
 class PromptLoader(DataLoader):
     """Yields lists of dataset rows. No workers: a row is a prompt, and Windows spawns them badly."""
 
-    def __init__(self, data, sampler: PromptSampler):
+    def __init__(self, data, sampler: PromptSampler | Batched):
         super().__init__(data, batch_sampler=sampler, collate_fn=list, generator=torch.Generator())
 
     def set_epoch(self, epoch: int) -> None:

@@ -10,7 +10,7 @@ from lowvram_grpo.data.messages import is_conversational, written_out
 from lowvram_grpo.data.prompts import PROMPT_COLUMNS, find_prompt_column, look_at, prompt_and_last
 from lowvram_grpo.data.reading import load
 from lowvram_grpo.data.templates import template as find_template
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import UserError, WrongType
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -153,17 +153,18 @@ def check_dataset(dataset: Any, name: str, *, several: bool = False) -> None:
         several: a dict of datasets will do as well.
 
     Raises:
-        UserError: it is missing, is several where one is wanted, has no length, is empty, or has no `prompt` column
+        WrongType: it is several where one is wanted.
+        UserError: it is missing, has no length, is empty, or has no `prompt` column
             (those found are listed) or none of prompts.
     """
     if dataset is None:
-        raise UserError(f"{name} is missing; GRPO needs a dataset with a `prompt` column.")
+        raise UserError(f"`{name}` is required: GRPO needs a dataset with a `prompt` column.")
     if isinstance(dataset, dict):
         if not several:
             splits = ", ".join(map(str, dataset)) or "none"
-            raise UserError(
-                f"{name} is a {type(dataset).__name__} of several datasets ({splits}); pass one of them, as in "
-                f"data[{next(iter(dataset), 'train')!r}]."
+            raise WrongType(
+                f"`{name}` must be a `Dataset`, and is a {type(dataset).__name__} of several datasets ({splits}); pass "
+                f"one of them, as in data[{next(iter(dataset), 'train')!r}]."
             )
         for key, part in dataset.items():
             check_dataset(part, f"{name}[{key!r}]")

@@ -12,7 +12,7 @@ from lowvram_grpo.data.load import load
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.jobs.loading import adopt_stored_quantization, read_model_of, training_config
 from lowvram_grpo.jobs.resume import check_unfinished
-from lowvram_grpo.jobs.task import Rewards, check_reward_columns, prepared, rewards_of
+from lowvram_grpo.jobs.task import Rewards, check_reward_columns, prepared, rewards_of, sandbox_notice
 from lowvram_grpo.memory.devices import detect
 from lowvram_grpo.plan.fitting import fit
 from lowvram_grpo.training.cold_start import REFERENCE_COLUMN
@@ -43,7 +43,7 @@ class Job:
 
 
 def read(recipe: Recipe, tell: Callable[[str], None]) -> Job:
-    """Read what `recipe` names; `tell` hears what was decided about the data.
+    """Read what `recipe` names; `tell` hears what was decided about the data, and what confines programs.
 
     Raises:
         UserError: there is no such model, data or reward, or settings that do not fit together.
@@ -51,6 +51,8 @@ def read(recipe: Recipe, tell: Callable[[str], None]) -> Job:
     model_config, tokenizer = read_model_of(recipe)
     raw = load(recipe.data, config=recipe.data_config, split=recipe.split)
     rewards = rewards_of(recipe, raw.column_names)
+    if confined := sandbox_notice(rewards):
+        tell(confined)
     args = training_config(recipe, weights=rewards.weights)
     train_data, eval_data = _data(recipe, raw, tell)
     return Job(recipe, args, model_config, tokenizer, rewards, train_data, eval_data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lowvram_grpo.errors import UserError
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from lowvram_grpo.recipe.resolve import Recipe
+    from lowvram_grpo.rewards.settings import RewardSettings
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,24 @@ def rewards_of(recipe: Recipe, columns: list[str]) -> Rewards:
     from lowvram_grpo.rewards.registry import resolve_reward
 
     specs = _specs(recipe, columns)
-    found = [resolve_reward(spec) for spec in specs]
+    found = [resolve_reward(spec, _settings(recipe)) for spec in specs]
     return Rewards(specs, [function for function, _ in found], [weight for _, weight in found])
+
+
+def _settings(recipe: Recipe) -> RewardSettings:
+    """The recipe's own, with the run's longest completion where no length is set."""
+    from lowvram_grpo.recipe.config import GRPOConfig
+
+    longest = recipe.training.get("max_completion_length") or GRPOConfig.max_completion_length
+    return replace(recipe, max_completion_len=recipe.max_completion_len or longest)
+
+
+def sandbox_notice(rewards: Rewards) -> str:
+    """What confines the programs that a reward runs, in a sentence; empty where none does."""
+    from lowvram_grpo.rewards import sandbox
+    from lowvram_grpo.rewards.code import runs_programs
+
+    return f"programs run in a sandbox: {sandbox.describe()}." if any(map(runs_programs, rewards.functions)) else ""
 
 
 def _specs(recipe: Recipe, columns: list[str]) -> list[str]:
@@ -98,9 +115,9 @@ def _read_by_builtins(recipe: Recipe, dataset: Dataset) -> list[str]:
     what they are. A person's own rewards get such columns as they are."""
     from datasets import Value
 
-    from lowvram_grpo.rewards.registry import parse_spec
+    from lowvram_grpo.rewards.registry import COMPARING, parse_spec
 
-    if recipe.template or not {"accuracy", "content"} & {parse_spec(spec).target for spec in recipe.reward}:
+    if recipe.template or not COMPARING & {parse_spec(spec).target for spec in recipe.reward}:
         return []
     found = next((name for name in ("answer", "solution") if name in dataset.column_names), None)
     return [] if found is None or type(dataset.features[found]) is Value else [found]

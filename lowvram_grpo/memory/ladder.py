@@ -33,6 +33,7 @@ RELIEVES: dict[str, tuple[str, ...]] = {
     "mlp_tile": ("forward", "backward"),
     "workspace_mib": ("rollout", *_TRAINING),
     "optimizer_offload": ("rollout", *_TRAINING, "optimizer", REWARD),
+    "reference_offload": (*PHASES, REWARD),
 }
 
 _WORDS = {
@@ -44,6 +45,7 @@ _WORDS = {
     "mlp_tile": "MLPs run {} tokens at a time",
     "workspace_mib": "{} MiB of scratch memory for the vocabulary sweep",
     "optimizer_offload": "the optimizer's moments live in host memory",
+    "reference_offload": "the reference of all weights is streamed from host memory, layer by layer",
     "embedding_offload": "the input embedding lives in host memory",
     "kv_cache_dtype": "rollouts keep keys and values in {}",
     "head_dtype": "lm_head is kept in {}",
@@ -139,7 +141,13 @@ def _reward_models(settings: Mapping[str, Any]) -> Iterator[Rung]:
 
 
 def last_resorts(settings: Mapping[str, Any]) -> Iterator[Rung]:
-    """Rungs below the last one of any preset: what is left to give up in the middle of a run."""
+    """Rungs below the last one of any preset: what is left to give up in the middle of a run.
+
+    A reference that is a copy of all weights (there is no such setting otherwise) goes first: it is the most there is
+    to have, its price is one copy a pass, and smaller micro-batches are more passes.
+    """
+    if "reference_offload" in settings:
+        yield Rung("reference_offload", True)
     yield from (Rung("rollout_batch_size", n) for n in _halvings(settings["rollout_batch_size"]))
     yield from (Rung("per_device_train_batch_size", n) for n in _halvings(settings["per_device_train_batch_size"]))
     yield Rung("gradient_checkpointing", True)  # without it, nothing is kept that could be offloaded

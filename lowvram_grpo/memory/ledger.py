@@ -20,7 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 # In the order in which tables show them. Whatever is not tagged is an activation.
-CATEGORIES = ("base weights", "head", "adapter", "gradients", "optimizer", "KV cache", "workspace", "activations")
+CATEGORIES = (
+    "base weights",
+    "head",
+    "adapter",
+    "reference",
+    "gradients",
+    "optimizer",
+    "KV cache",
+    "workspace",
+    "activations",
+)
 ACTIVATIONS = "activations"
 
 

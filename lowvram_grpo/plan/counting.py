@@ -19,6 +19,7 @@ from lowvram_grpo.memory.ledger import ACTIVATIONS, Ledger, Peak
 from lowvram_grpo.memory.overheads import Overheads, on
 from lowvram_grpo.plan.four_bit import hidden_copy
 from lowvram_grpo.plan.stand_in import StandIn
+from lowvram_grpo.policy.wrapper import is_peft
 from lowvram_grpo.training.learner import Learner, learner_of
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Blueprint:
         config: of the model.
         quantization: none or nf4.
         dtype: of the weights that are not quantized, and of autocast; float32 runs without autocast.
-        lora: arguments of peft.LoraConfig.
+        lora: arguments of peft.LoraConfig; None trains all weights, which are float32 then.
         device: cuda or cpu.
         follows: the reference has weights of its own (a given adapter, or a cold start).
         longest_prompt: in tokens, where the data is known.
@@ -50,12 +51,17 @@ class Blueprint:
     config: PretrainedConfig
     quantization: str
     dtype: torch.dtype
-    lora: dict[str, Any]
+    lora: dict[str, Any] | None
     device: str = "cuda"
     follows: bool = False
     longest_prompt: int | None = None
     attention: str = "sdpa"
     card: Card | None = None
+
+    @property
+    def stored(self) -> torch.dtype:
+        """Of the weights: those that are trained themselves are float32 under autocast (policy.build)."""
+        return self.dtype if self.lora is not None else torch.float32
 
     @property
     def overheads(self) -> Overheads:
@@ -76,10 +82,10 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     stand_in = StandIn(blueprint.device, None if blueprint.dtype == torch.float32 else blueprint.dtype)
     work = workload(args, blueprint.config, blueprint.longest_prompt)
     attention = "eager" if blueprint.attention == "eager" else "sdpa"
-    empty = skeleton(blueprint.config, blueprint.dtype, attn_implementation=attention)
+    empty = skeleton(blueprint.config, blueprint.stored, attn_implementation=attention)
     args = copy.copy(args)
     args.gradient_checkpointing_kwargs = {"context_fn": stand_in.recompute}
-    with stand_in, ledger:
+    with stand_in, stand_in.for_libraries(), ledger:
         with ledger.phase("load"), ledger.making("base weights"):
             base = _base(empty, blueprint, args)
         with ledger.phase("adapter"):
@@ -126,21 +132,23 @@ def _base(empty: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig) -> Pre
         empty,
         meta_source(empty),
         device=_META,
-        dtype=blueprint.dtype,
+        dtype=blueprint.stored,
         quantization=blueprint.quantization,
         keep_on_host=stays_on_host(empty, args.head_dtype, args.embedding_offload),
     )
 
 
 def _adapted(base: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig, ledger: Ledger) -> nn.Module:
-    """The policy: adapter attached, embeddings placed, checkpointing and tiles on."""
+    """The policy: adapter attached where one is trained, embeddings placed, checkpointing and tiles on."""
     from peft import LoraConfig
 
     from lowvram_grpo.policy.build import attach_lora, build_policy
     from lowvram_grpo.policy.embeddings import place_embeddings
 
-    with ledger.making("adapter"):
-        model = attach_lora(base, LoraConfig(**blueprint.lora, task_type="CAUSAL_LM"))
+    model: nn.Module = base
+    if blueprint.lora is not None:
+        with ledger.making("adapter"):
+            model = attach_lora(base, LoraConfig(**blueprint.lora, task_type="CAUSAL_LM"))
     if args.head_dtype == "dense":
         # Not the input embedding: what waits in host memory must not be counted for as much as a moment.
         ledger.tag("head", base.get_output_embeddings().parameters())
@@ -168,9 +176,11 @@ def _around(
     from lowvram_grpo.rollout.sampler import filters_of
     from lowvram_grpo.training.loss import KernelChoice
 
+    reference, follows = None, blueprint.follows or args.sync_ref_model
     # peft makes a second adapter on the CPU, and moves it wherever the base is, but not to meta.
-    with ledger.making("adapter"), _META:
-        reference = Reference(model, follows=blueprint.follows or args.sync_ref_model) if args.beta > 0 else None
+    with ledger.making("adapter" if is_peft(model) else "reference"), _META:
+        if args.beta > 0:
+            reference = Reference(model, follows=follows, offload=args.reference_offload)
     # Fewer known ids than the table has rows, as in most models: what forbids the others is counted.
     known = blueprint.config.get_text_config().vocab_size - 1
     sampling = filters_of(args, eos_ids=(0,), pad_id=0, known_ids=known)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ladder import IN_TURN, ON_CPU, Rung, relieves, saves
-from lowvram_grpo.plan.paper import by_a_person, ladder_of, setting, with_its_batch, with_setting
+from lowvram_grpo.plan.paper import by_a_person, ladder_on_paper, setting, with_its_batch, with_setting
 from lowvram_grpo.rewards.registry import is_model
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _ladder(recipe: Recipe) -> list[Rung]:
     """The preset's rungs; where there are reward models, bringing them to the card in turn comes before, since it costs
     next to nothing, and scoring on the CPU behind."""
     models = any(map(is_model, recipe.reward))
-    return [*([IN_TURN] * models), *ladder_of(recipe.preset), *([ON_CPU] * models)]
+    return [*([IN_TURN] * models), *ladder_on_paper(recipe), *([ON_CPU] * models)]
 
 
 def _next(recipe: Recipe, found: Prediction, left: list[Rung]) -> Rung | None:

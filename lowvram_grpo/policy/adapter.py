@@ -95,7 +95,8 @@ def restore_adapter(model: PeftModel, checkpoint: str, name: str) -> None:
         if changed is not None:
             changed.restore(model, checkpoint)
             return
-        report = model.load_adapter(checkpoint, name, is_trainable=True)
+        # Into the dtype that it has: peft would make an adapter in 16 bits float32, which takes other steps.
+        report = model.load_adapter(checkpoint, name, is_trainable=True, autocast_adapter_dtype=False)
     except _UNLOADABLE as error:
         raise _misfit(f"The checkpoint {checkpoint}", error) from error
     check_whole(f"The checkpoint {checkpoint}", report)

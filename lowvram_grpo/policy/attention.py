@@ -213,8 +213,9 @@ class SupportCheck:
         others = layer_kinds(decoder) - {"full_attention", "sliding_attention"}
         if others:
             return f"{kind} has layers of the kind {', '.join(sorted(others))}"
-        # Not that of an input embedding, which may be in host memory.
-        device = next(causal_lm.get_output_embeddings().buffers(), next(decoder.parameters())).device
+        # Not that of what waits in host memory: an input embedding, or the layers of a streamed reference.
+        places = [x.device for x in (*causal_lm.get_output_embeddings().buffers(), *decoder.parameters())]
+        device = next((place for place in places if place.type != "cpu"), places[0])
         try:
             # What the asking pass will draw (an adapter's dropout) must not depend on whether it was the first to ask.
             with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -51,11 +51,13 @@ def build_policy(
         # Training all weights needs float32 masters under autocast; frozen weights need no such room.
         dtype = compute_dtype(args.device) if peft_config is not None else torch.float32
         init = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        if quantization_config is not None and "quantization_config" in init:
+            raise UserError(
+                "quantization_config is given twice, to the trainer and in model_init_kwargs; leave it in one of them."
+            )
         model = load_causal_lm(
             model, device=args.device, dtype=dtype, quantization_config=quantization_config, init_kwargs=init, tell=tell
         )
-    elif args.model_init_kwargs:
-        raise UserError("model_init_kwargs only apply to a model given by name; drop them or pass the model's name.")
     model = _with_adapter(model, args, peft_config)
     if is_peft(model) or args.head_dtype != "dense" or args.embedding_offload:
         for sentence in place_embeddings(

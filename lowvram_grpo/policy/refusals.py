@@ -32,7 +32,7 @@ def explained(model: str, error: Exception, wanted: str = "model") -> UserError:
         return UserError(f"{model!r} needs a package that is missing ({one_line(error)}); install it{other}.")
     if "trust_remote_code" in text:
         return UserError(
-            f"{model!r} brings code of its own, which runs only if you say so: read it, then pass --trust-remote-code."
+            f"{model!r} brings custom code, which runs only if you say so: read it, then pass --trust-remote-code."
         )
     if os.path.isfile(model):
         return UserError(f"The file {model!r} does not hold a loadable {wanted}: {one_line(error)}.")

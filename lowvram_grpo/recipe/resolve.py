@@ -14,15 +14,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.errors import UserError
 from lowvram_grpo.recipe import preset
-from lowvram_grpo.recipe.ranges import LORA_RANGES, check_ranges
+from lowvram_grpo.recipe.ranges import LORA_RANGES, REWARD_RANGES, check_ranges
 from lowvram_grpo.recipe.tables import read_table
+from lowvram_grpo.recipe.unknown_names import instead_of
 from lowvram_grpo.recipe.values import cast
-from lowvram_grpo.rewards.registry import BUILTIN, parse_spec
+from lowvram_grpo.rewards.registry import as_open_r1, is_builtin, parse_spec
+from lowvram_grpo.rewards.settings import ARGUMENTS, FOREIGN, RewardSettings
 from lowvram_grpo.run.directory import RECIPE_HEADER
 
-# Keys of TRL's and open-r1's recipes that have another name here.
+# Keys of TRL's, open-r1's and ms-swift's recipes that have another name here.
 ALIASES = {
     "model_name_or_path": "model",
     "dataset_name": "data",
@@ -33,6 +35,7 @@ ALIASES = {
     "reward_funcs": "reward",
     "torch_dtype": "dtype",
     "adapter_name_or_path": "adapter",
+    **ARGUMENTS,
 }
 # Accepted from TRL recipes; LoRA is always on and 4-bit is always NF4.
 IGNORED = ("overwrite_output_dir", "use_peft", "bnb_4bit_quant_type", "use_bnb_nested_quant", "lora_task_type")
@@ -47,8 +50,9 @@ JOB_DEFAULTS: dict[str, Any] = {"cold_start": "auto", "save_steps": 50, "save_to
 
 
 @dataclass
-class Recipe:
-    """Everything a run needs. `training` holds the GRPOConfig fields that were set, cast to their types."""
+class Recipe(RewardSettings):
+    """Everything a run needs, the parameters of its rewards included. `training` holds the GRPOConfig fields that were
+    set, cast to their types."""
 
     model: str | None = None
     model_revision: str | None = None
@@ -95,7 +99,8 @@ class Recipe:
         """As a recipe file that resolves to this recipe again; a comment on each line says who set it."""
         import tomli_w
 
-        table = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_WRITTEN}
+        left_out = _NOT_WRITTEN | (_OF_REWARDS - self.origin.keys())  # most rewards have no parameters
+        table = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         lines = [RECIPE_HEADER]
         for key, value in {**table, **self.training}.items():
             if value is None:
@@ -113,6 +118,7 @@ class Recipe:
 # Who sets one of these counts in completions, as TRL does; a preset's prompts_per_step must not outvote it.
 _TRL_BATCH = ("gradient_accumulation_steps", "generation_batch_size", "steps_per_generation")
 _NOT_WRITTEN = {"training", "origin", "resume", "output_dir"}
+_OF_REWARDS = {f.name for f in fields(RewardSettings)}
 # Settings that may be local paths; a reward may be one in part.
 _PLACES = {"model", "data", "eval_data", "adapter", "few_shot"}
 _JOB_TYPES = {name: hint for name, hint in typing.get_type_hints(Recipe).items() if name not in ("training", "origin")}
@@ -150,7 +156,7 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
     for key, allowed in CHOICES.items():
         if key in job and job[key] not in allowed:
             raise UserError(f"{key} is {job[key]!r}; it must be one of {', '.join(allowed)}.")
-    check_ranges(job, LORA_RANGES)
+    check_ranges(job, {**LORA_RANGES, **REWARD_RANGES})
     for key in _PLACES & job.keys():
         job[key] = _anchored(job[key])
     if job.get("chat_template") != "plain":
@@ -170,7 +176,7 @@ def _anchored(place: str | None) -> str | None:
 
 def _anchored_reward(spec: str) -> str:
     target = parse_spec(spec).target
-    if target in BUILTIN:
+    if is_builtin(target):
         return spec
     return f"{_anchored(target)}{spec.strip()[len(target) :]}"
 
@@ -185,7 +191,8 @@ def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             if key == "use_peft" and value is not None and not cast(key, value, bool):
                 raise UserError(
                     f"use_peft is false {where}, but a recipe always trains a LoRA adapter; drop it, or call "
-                    "GRPOTrainer without peft_config to train all weights."
+                    "GRPOTrainer without peft_config to train all weights (`lowvram-grpo plan --use-peft false` says "
+                    "what that takes)."
                 )
             continue
         if key in LOADING and value is not None:
@@ -194,13 +201,19 @@ def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             else:
                 found.setdefault("quantization", "none")
             continue
+        if key in FOREIGN:
+            if value is not None:
+                raise UserError(f"{key} is set {where}, but {FOREIGN[key]}; drop it.")
+            continue
         key = ALIASES.get(key, key)
         hint = _JOB_TYPES.get(key) or training.get(key)
         if hint is None and key not in LOADING:
             known = [*_JOB_TYPES, *training, *ALIASES]
-            raise UserError(f"Unknown setting {raw!r} {where}{did_you_mean(key, known)}.")
+            raise UserError(f"Unknown setting {raw!r} {where}{instead_of(key, known)}.")
         if value is not None:
             found[key] = cast(key, value, hint)
+            if raw == "reward_funcs":
+                found[key] = [as_open_r1(spec) for spec in found[key]]
         elif type(None) in typing.get_args(hint):
             found[key] = None
     return found

@@ -17,23 +17,11 @@ from typing import NamedTuple
 
 from lowvram_grpo.data.textfile import utf8_source
 from lowvram_grpo.errors import Terminated, UserError, did_you_mean
-from lowvram_grpo.rewards.gym_scores import reasoning_gym
-from lowvram_grpo.rewards.language import language_consistency
-from lowvram_grpo.rewards.maths import accuracy
-from lowvram_grpo.rewards.tags import content, format, label, label_strict
+from lowvram_grpo.rewards.builtin import BUILTIN, FULL_MARKS, OPEN_R1, SYNONYMS, builtin, refuse
+from lowvram_grpo.rewards.settings import RewardSettings
 
-BUILTIN: dict[str, Callable] = {
-    "label": label,
-    "label_strict": label_strict,
-    "content": content,
-    "accuracy": accuracy,
-    "format": format,
-    "language_consistency": language_consistency,
-    "reasoning_gym": reasoning_gym,
-}
-
-# What the best completion gets from a built-in; from any other function it is taken to be 1.
-FULL_MARKS: dict[str, float] = {"label": 5.0, "label_strict": 10.0, "content": 5.0}
+# Built-in rewards that read a reference, a text or a number.
+COMPARING = {"accuracy", "content", "accuracy_reward", "reasoning_accuracy", "len", "length", "cosine"}
 
 TEMPLATE_REWARDS: dict[str | None, list[str]] = {
     "tldr": ["label", "label_strict", "content"],
@@ -84,12 +72,14 @@ def _address_spec(spec: str) -> RewardSpec:
     return RewardSpec(spec, None, 1.0)
 
 
-def resolve_reward(spec: str) -> tuple[Callable | str, float]:
+def resolve_reward(spec: str, settings: RewardSettings | None = None) -> tuple[Callable | str, float]:
     """A reward function, or the folder or hub id of a reward model (as str), and its weight.
 
     Args:
-        spec: a built-in's name, `path/file.py:function`, `package.module:function`, `http://host:port/path`, or a
-            sequence-classification model (a folder, or a hub id with a slash); each may end in `:weight`.
+        spec: a built-in's name, `path/file.py:function`, `package.module:function` (or with a dot, as TRL's scripts
+            take it), `http://host:port/path`, or a sequence-classification model (a folder, or a hub id with a slash);
+            each may end in `:weight`.
+        settings: parameters of built-in rewards; None is their defaults.
 
     Raises:
         UserError: nothing stands behind `spec`; the sentence names what was looked for and what was found.
@@ -100,27 +90,43 @@ def resolve_reward(spec: str) -> tuple[Callable | str, float]:
 
         return HTTPReward(target), weight
     if function is None:
-        return _named(target), weight
-    if target in BUILTIN:
+        return _named(target, settings), weight
+    if is_builtin(target):
         raise UserError(f"the weight {function!r} of the reward {target!r} is not a number; write e.g. {target}:0.5.")
     module = _load_file(target) if target.endswith(".py") else _load_module(target, spec)
     return _function_of(module, function, target), weight
 
 
+def is_builtin(name: str) -> bool:
+    """Whether a reward of that name is built in, under its own name or one of TRL's and Open R1's for it."""
+    return SYNONYMS.get(name, name) in BUILTIN
+
+
+def as_open_r1(spec: str) -> str:
+    """What a recipe of Open R1 means by a reward: its own functions where names of ours are the same."""
+    target = parse_spec(spec).target
+    return f"{OPEN_R1.get(target, target)}{spec.strip()[len(target) :]}"
+
+
 def is_model(spec: str) -> bool:
     """Whether a reward is a model of its own, by its name."""
     target, function, _ = parse_spec(spec)
-    return function is None and target not in BUILTIN and not is_address(target) and not target.endswith(".py")
+    named = is_builtin(target) or is_address(target) or target.endswith(".py")
+    return function is None and not named and (bool(re.search(r"[/\\]", target)) or Path(target).is_dir())
 
 
 def full_marks(reward: Callable | str) -> float:
     """What the best completion gets from a resolved reward, as far as is known: 1 for what is not built in."""
+    if (by_settings := getattr(reward, "full_marks", None)) is not None:
+        return float(by_settings)
     return next((FULL_MARKS.get(name, 1.0) for name, function in BUILTIN.items() if function is reward), 1.0)
 
 
-def _named(target: str) -> Callable | str:
-    if target in BUILTIN:
-        return BUILTIN[target]
+def _named(target: str, settings: RewardSettings | None) -> Callable | str:
+    name = SYNONYMS.get(target, target)
+    if name in BUILTIN:
+        return builtin(name, settings)
+    refuse(target)
     if target.endswith(".py"):
         names = ", ".join(_functions(_load_file(target))) or "none"
         raise UserError(f"the reward file {target!r} needs a function: write {target}:NAME (functions found: {names}).")
@@ -128,9 +134,12 @@ def _named(target: str) -> Callable | str:
         return target
     if "/" in target or "\\" in target:
         raise UserError(f"the reward model folder {target!r} does not exist (looked from {os.getcwd()}).")
+    module, dot, function = target.rpartition(".")
+    if dot and re.fullmatch(r"\w+(\.\w+)*", target):
+        return _function_of(_load_module(module, target), function, module)
     raise UserError(
-        f"unknown reward {target!r}{did_you_mean(target, BUILTIN)}; built-in: {', '.join(BUILTIN)}; your own: "
-        "path/to/file.py:function, package.module:function, or the folder or hub id of a reward model."
+        f"unknown reward {target!r}{did_you_mean(target, [*BUILTIN, *SYNONYMS])}; built-in: {', '.join(BUILTIN)}; "
+        "your own: path/to/file.py:function, package.module:function, or the folder or hub id of a reward model."
     )
 
 

@@ -108,7 +108,10 @@ class RewardRunner:
             raise UserError("no reward function: give at least one with --reward (or reward_funcs).")
         for what, values in (("reward weights", weights), ("reward processing classes", processing_classes)):
             if values is not None and len(values) != len(reward_funcs):
-                raise UserError(f"{len(values)} {what} for {len(reward_funcs)} reward functions; give one for each.")
+                raise UserError(
+                    f"The number of {what} ({len(values)}) must match the number of reward functions "
+                    f"({len(reward_funcs)}); give one for each."
+                )
         classes = processing_classes if processing_classes is not None else [None] * len(reward_funcs)
         load = partial(_loaded, load_model, model_init_kwargs or {})
         self.funcs = [_as_function(f, load, c, device, model_place, visitor) for f, c in zip(reward_funcs, classes)]

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections import Counter, OrderedDict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from lowvram_grpo.errors import UserError
 
@@ -37,6 +38,15 @@ _EXPLOSIVE = re.compile(
 )
 
 
+class Verdict(NamedTuple):
+    """Of a reply beside its reference: whether they are equal (None where the reference can't be read), and what was
+    read in either."""
+
+    equal: bool | None
+    gold: str
+    reply: str
+
+
 def explosive(formula: str) -> bool:
     """Whether sympy would work on `formula` for hours or until memory is gone."""
     return len(formula) > _MAX_CHARACTERS or bool(_EXPLOSIVE.search(formula))
@@ -52,14 +62,25 @@ def equal(gold: str, reply: str) -> bool | None:
     """
     if explosive(gold) or explosive(reply):
         return False
-    return _worker.ask(gold, reply)
+    return _worker.ask("formulas", gold, reply)
+
+
+def verified(gold: str, reply: str) -> Verdict:
+    """What math-verify finds in two texts, and whether that is equal; not equal where no answer came within `SECONDS`.
+    Safe in any thread.
+
+    Raises:
+        UserError: no helper process could be started.
+    """
+    found = _worker.ask("texts", gold, reply)
+    return Verdict(False, "[out of time]", "[out of time]") if found is False else Verdict(*found)
 
 
 class _Worker:
     """One child process, asked one pair at a time."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[str, str], bool | None] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str, str], Any] = OrderedDict()
         self._slow: Counter[str] = Counter()
         self.forget()
 
@@ -72,24 +93,26 @@ class _Worker:
         self._process: subprocess.Popen | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
 
-    def ask(self, gold: str, reply: str) -> bool | None:
+    def ask(self, kind: str, gold: str, reply: str) -> Any:
+        """What the child says to two "formulas" or "texts", False where it ran out of time."""
         with self._lock:
-            if (gold, reply) in self._known:
-                self._known.move_to_end((gold, reply))
-                return self._known[gold, reply]
-            verdict = self._compute(gold, reply)
-            self._known[gold, reply] = verdict
+            asked = (kind, gold, reply)
+            if asked in self._known:
+                self._known.move_to_end(asked)
+                return self._known[asked]
+            verdict = self._compute(kind, gold, reply)
+            self._known[asked] = verdict
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
             return verdict
 
-    def _compute(self, gold: str, reply: str) -> bool | None:
+    def _compute(self, kind: str, gold: str, reply: str) -> Any:
         if self._process is None or self._process.poll() is not None:
             self._start()
         # A reference that takes too long does so with every completion of its group, in every epoch.
         seconds = SECONDS / 2 ** min(self._slow[gold], 4)
         try:
-            self._process.stdin.write(json.dumps([gold, reply, seconds]) + "\n")
+            self._process.stdin.write(json.dumps([kind, gold, reply, seconds]) + "\n")
             self._process.stdin.flush()
             line = self._lines.get(timeout=seconds + 1)
         except (OSError, queue.Empty):

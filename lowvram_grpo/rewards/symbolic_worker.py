@@ -1,6 +1,7 @@
-"""The child process of symbolic.py: a line of JSON `[gold, reply, seconds]` comes in, one goes out.
+"""The child process of symbolic.py: a line of JSON `[kind, gold, reply, seconds]` comes in, one goes out.
 
-`true` or `false`, `null` where the reference can't be read, `"out of time"` where the seconds did not suffice.
+Of "formulas" `true` or `false`, `null` where the reference can't be read; of "texts" a list of that, the reference and
+the reply as they were read. `"out of time"` where the seconds did not suffice.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ def serve() -> None:
         return
     print("ready", flush=True)
     for line in sys.stdin:
-        gold, reply, seconds = json.loads(line)
+        kind, gold, reply, seconds = json.loads(line)
         try:
             with _time_limit(seconds):
-                verdict = compare(gold, reply)
+                verdict = compare(gold, reply) if kind == "formulas" else compare_texts(gold, reply)
         except _OutOfTime:
             verdict = "out of time"
         except (MemoryError, RecursionError):
-            verdict = False
+            verdict = "out of time"
         print(json.dumps(verdict), flush=True)
 
 
@@ -64,6 +65,30 @@ def compare(gold: str, reply: str) -> bool | None:
     # Its six decimals and fifteen digits make all small numbers equal: as many more as the smallest one has zeros.
     zeros = max(_zeros(wanted), _zeros(found))
     return zeros == 0 or bool(verify(wanted, found, float_rounding=6 + zeros, numeric_precision=15 + zeros, **settings))
+
+
+def compare_texts(gold: str, reply: str) -> tuple[bool | None, str, str]:
+    """Whether what math-verify finds in two texts is equal, and what it finds, as TRL's accuracy_reward asks it: of the
+    reference anything, of the reply LaTeX behind an anchor, `\\boxed{}` first."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    wanted = _parse_gold(gold)
+    if not wanted:
+        return None, "[unparseable]", "[skipped]"
+    config = LatexExtractionConfig(
+        normalization_config=NormalizationConfig(units=True), boxed_match_priority=0, try_extract_without_anchor=False
+    )
+    found = parse(reply, extraction_config=[config], extraction_mode="first_match", parsing_timeout=None)
+    equal = bool(verify(wanted, found, timeout_seconds=None))
+    return equal, str(wanted), str(found) if found else "[unparseable]"
+
+
+@lru_cache(maxsize=1024)
+def _parse_gold(text: str) -> list:
+    from math_verify import parse
+
+    return parse(text, parsing_timeout=None)
 
 
 @lru_cache(maxsize=1024)

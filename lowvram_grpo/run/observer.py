@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
+# A script that handles its logs finds warnings there, too; without a handler they would be printed twice.
+_LOGGER = logging.getLogger("lowvram_grpo")
+_LOGGER.addHandler(logging.NullHandler())
+
 
 class Observer:
     """Prints notices as lines, with `log_completions` also sample completions, and keeps quiet about the rest."""
@@ -13,6 +19,11 @@ class Observer:
     def notice(self, text: str) -> None:
         """Something a person should know: shown once, kept on screen."""
         print(f"[lowvram-grpo] {text}", flush=True)
+
+    def warning(self, text: str) -> None:
+        """A notice that TRL would log as a warning."""
+        _LOGGER.warning(text)
+        self.notice(text)
 
     def phase(self, text: str) -> None:
         """What is going on right now; `doing` has it."""

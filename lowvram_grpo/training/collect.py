@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor
+
 from lowvram_grpo.data.decoding import silent_ids, spoken
 from lowvram_grpo.data.encoding import encode_prompts
 from lowvram_grpo.data.messages import is_conversational
 from lowvram_grpo.memory.guard import Guard
-from lowvram_grpo.objective import group_advantages
+from lowvram_grpo.objective import Advantages, decoupled_advantages, group_advantages
 from lowvram_grpo.rewards.runner import RewardRunner
 from lowvram_grpo.rollout.batch import RolloutBatch
 from lowvram_grpo.rollout.engine import RolloutEngine
@@ -57,10 +59,11 @@ class Collector:
         scale_rewards: str,
         only_prompts: bool,
         tell: Callable[[str], None],
+        aggregation: str = "sum_then_normalize",
     ):
         self.engine, self.rewards, self.tokenizer, self.guard, self.tell = engine, rewards, tokenizer, guard, tell
         self.max_prompt_length, self.chat_template_kwargs = max_prompt_length, chat_template_kwargs
-        self.scale_rewards, self.only_prompts = scale_rewards, only_prompts
+        self.scale_rewards, self.only_prompts, self.aggregation = scale_rewards, only_prompts, aggregation
 
     @property
     def pad_id(self) -> int:
@@ -110,12 +113,17 @@ class Collector:
             trainer_state,
             seed=seed,
         )
-        advantages = group_advantages(scored.total, num_generations, self.scale_rewards)
+        advantages = self._advantages(scored.total, scored.per_func, num_generations)
         rollout = Rollout(
             batch, prompts, completions, scored.total, scored.per_func, advantages, scored.extras,
             time.perf_counter() - started,
         )  # fmt: skip
         return rollout, scored.metrics
+
+    def _advantages(self, total: Tensor, per_func: Tensor, num_generations: int) -> Advantages:
+        if self.aggregation == "normalize_then_sum":
+            return decoupled_advantages(per_func, self.rewards.weights, num_generations)
+        return group_advantages(total, num_generations, self.scale_rewards)
 
     def _decode(self, batch: RolloutBatch, prompts: list) -> list:
         sampling = self.engine.sampling

@@ -27,7 +27,8 @@ _FILE = "made_with.json"
 ROLLOUT_SETTINGS = (
     "num_generations", "max_prompt_length", "max_completion_length", "chat_template_kwargs",
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs",
-    "reward_weights", "scale_rewards", "loss_type", "mask_truncated_completions", "beta", "kl_estimator",
+    "reward_weights", "scale_rewards", "multi_objective_aggregation", "loss_type", "mask_truncated_completions", "beta",
+    "kl_estimator",
     "importance_sampling_level", "num_iterations", "seed", "data_seed", "shuffle_dataset", "disable_dropout",
     "kv_cache_dtype", "use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
     "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "bf16", "fp16",

@@ -39,7 +39,7 @@ class Correction:
         return self.mode.startswith("sequence")
 
     def weights(self, scored: Tensor, sampled: Tensor, mask: Tensor) -> Tensor:
-        """(b, T) float32 without gradient, to be multiplied into the weights of the loss.
+        """(b, T) float32 without gradient, times which the policy term of the loss is taken; the KL is not.
 
         Args:
             scored: (b, T) log-probs of the policy before the first update on them.

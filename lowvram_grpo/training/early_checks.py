@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lowvram_grpo.data.encoding import LengthReport, prompt_length_report
 from lowvram_grpo.data.load import check_dataset
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.objective import CLIPPED
 from lowvram_grpo.policy.attention_choice import check_asked
 from lowvram_grpo.recipe.settings import value_of
 from lowvram_grpo.rewards.signatures import names_before_loading
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
 
 # What an evaluation measures of itself, without eval_ in front; rewards, and what they log, come to it.
 EVAL_METRICS = (
-    "loss", "reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "runtime", "samples_per_second",
-    "steps_per_second", "step_time", "ratio/min", "ratio/max",
-    *(f"clip_ratio/{part}" for part in ("low_mean", "high_mean", "region_mean", "low_min", "high_max")),
+    "loss", "reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "num_tokens", "runtime",
+    "samples_per_second", "steps_per_second", "step_time", "ratio/min", "ratio/max",
     *(f"completions/{part}_length" for part in ("mean", "min", "max")),
     *(f"completions/{part}_terminated_length" for part in ("mean", "min", "max")), "completions/clipped_ratio",
 )  # fmt: skip
@@ -93,6 +93,15 @@ def check_evaluation(args: GRPOConfig, evaluated: Any) -> None:
         raise UserError(f"{what}, but there is no eval_dataset; pass one, or drop it.")
 
 
+def _of_the_loss(args: GRPOConfig) -> list[str]:
+    """What an evaluation measures with this loss alone."""
+    found = ["policy_loss"] if args.entropy_bonus else []
+    found += ["aux_loss"] if args.router_aux_loss_coef else []
+    if args.loss_type in CLIPPED:
+        found += [f"clip_ratio/{part}" for part in ("low_mean", "high_mean", "region_mean", "low_min", "high_max")]
+    return found + {"cispo": ["cispo_clip_ratio"], "vespo": ["vespo/phi_seq_mean"]}.get(args.loss_type, [])
+
+
 def check_best_metric(
     args: GRPOConfig, rewards: Sequence[str], evaluated: Any, logged: Iterable[str], *, final: bool
 ) -> None:
@@ -112,6 +121,7 @@ def check_best_metric(
         return
     wanted = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
     names = [*EVAL_METRICS, *(f"rewards/{name}/{part}" for name in rewards for part in ("mean", "std")), *logged]
+    names += _of_the_loss(args)
     if not args.beta:
         names.remove("kl")
     prefixes = [f"eval_{name}_" for name in evaluated] if isinstance(evaluated, dict) else ["eval_"]

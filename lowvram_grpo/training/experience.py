@@ -18,6 +18,7 @@ from lowvram_grpo.memory.host import upload
 from lowvram_grpo.objective import Advantages, token_weights
 from lowvram_grpo.rollout.batch import RolloutBatch, pad_left
 from lowvram_grpo.run.completions import as_text
+from lowvram_grpo.training.as_mapping import AsMapping
 
 _FILE = "rollout.pt"
 
@@ -73,20 +74,24 @@ class Rollout:
 
 
 @dataclass
-class MicroBatch:
+class MicroBatch(AsMapping):
     """b completions that go through the model together. Trimmed to its own longest prompt and completion.
 
     Attributes:
         prompt_ids, prompt_mask: (b, P) left-padded.
         completion_ids, completion_mask: (b, T) right-padded; the mask marks tokens that were sampled.
         loss_mask: (b, T) bool, tokens the loss counts (truncated completions may be left out).
-        weights: (b, T) float32, see objective.token_weights; times those of correction.py once the policy has scored
-            the tokens, where another engine drew them.
+        weights: (b, T) float32, see objective.token_weights.
+        token_share: (b,) float32, 1 / the tokens that the update counts, in each row: of the entropy bonus's mean.
+            None for an update of this one micro-batch.
         advantages: (b,) float32.
         sampling_per_token_logps: (b, T) float32.
         old_per_token_logps, ref_per_token_logps: (b, T) float32, filled in by the trainer where the loss needs them.
+        entropy_mask: (b, T) bool, the tokens of most entropy in the update, where that takes more than this one pass.
         prompt_lengths, completion_lengths: b numbers of tokens, on the host: what the masks say, without a wait.
         group_sizes: runs of adjacent rows that have the same prompt.
+        router_share: (b,) float32, each row's share of the update's tokens, prompts included: weighs the mean that a
+            router's loss takes over them.
     """
 
     prompt_ids: Tensor
@@ -97,11 +102,14 @@ class MicroBatch:
     weights: Tensor
     advantages: Tensor
     sampling_per_token_logps: Tensor
+    token_share: Tensor | None = None
     old_per_token_logps: Tensor | None = None
     ref_per_token_logps: Tensor | None = None
+    entropy_mask: Tensor | None = None
     prompt_lengths: list[int] | None = None
     completion_lengths: list[int] | None = None
     group_sizes: list[int] | None = None
+    router_share: Tensor | None = None
 
     def sequence(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The arguments of `scoring.score`."""
@@ -174,7 +182,11 @@ def updates_of(
     loss_mask = completion_mask.bool() & ~(truncated[:, None] & mask_truncated)
     cut = []
     for update in split_evenly(len(ids), updates):
-        weights = token_weights(loss_mask[update.start : update.stop], loss_type, max_completion_length)
+        counted = loss_mask[update.start : update.stop]
+        # Of the whole rollout's tokens those that fall to a step of so many completions: all steps weigh a token alike.
+        tokens = loss_mask.sum() * (len(update) / len(ids))
+        weights = token_weights(counted, loss_type, max_completion_length, tokens)
+        token_share = torch.ones(len(update)) / counted.sum().clamp(min=1)
         micro = []
         for first in range(update.start, update.stop, micro_batch_size):
             rows = slice(first, min(first + micro_batch_size, update.stop))
@@ -190,13 +202,21 @@ def updates_of(
                     weights[rows.start - update.start : rows.stop - update.start, :t],
                     rollout.advantages.values[rows],
                     logps[rows, :t],
+                    token_share[rows.start - update.start : rows.stop - update.start],
                     prompt_lengths=[len(prompt) for prompt in batch.prompt_ids[rows]],
                     completion_lengths=[len(row) for row in ids[rows]],
                     group_sizes=[len(list(run)) for _, run in groupby(batch.prompt_ids[rows])],
+                    router_share=_share_of_tokens(batch, update)[rows.start - update.start : rows.stop - update.start],
                 )
             )
         cut.append(micro)
     return _moved(cut, device)
+
+
+def _share_of_tokens(batch: RolloutBatch, update: range) -> Tensor:
+    """(len(update),) of all tokens that an update's rows have, prompts included."""
+    lengths = [len(batch.prompt_ids[i]) + len(batch.completion_ids[i]) for i in update]
+    return torch.tensor(lengths, dtype=torch.float32) / sum(lengths)
 
 
 def _moved(cut: list[list[MicroBatch]], device: torch.device) -> list[list[MicroBatch]]:
@@ -217,9 +237,13 @@ def save_updates(updates: list[list[MicroBatch]], folder: str) -> None:
 
 
 def load_updates(folder: str, device: torch.device) -> list[list[MicroBatch]] | None:
-    """What `save_updates` left, None if nothing."""
+    """What `save_updates` left. None if that is nothing, or of a version that kept something else: the steps that the
+    rollout has left to serve then sample anew."""
     path = os.path.join(folder, _FILE)
     if not os.path.isfile(path):
         return None
     saved = torch.load(path, map_location=device, weights_only=True)
+    names = {f.name for f in fields(MicroBatch)}
+    if any(micro.keys() != names for update in saved for micro in update):
+        return None
     return [[MicroBatch(**micro) for micro in update] for update in saved]

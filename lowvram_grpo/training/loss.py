@@ -13,20 +13,45 @@ from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 from lowvram_grpo.kernels.sweep.launch import launch_config
 from lowvram_grpo.objective import Objective, grpo_loss
 from lowvram_grpo.training.experience import MicroBatch
+from lowvram_grpo.training.policy_factor import PolicyFactor
 from lowvram_grpo.training.scoring import Scores
+
+_NO_FACTOR = PolicyFactor()
+
+
+class BonusSums(NamedTuple):
+    """Where the loss has an entropy bonus: float32 scalars without gradient.
+
+    Attributes:
+        policy_loss: the loss without it, the KL included.
+        entropy, tokens: sum and number of the entropies that it acts on.
+    """
+
+    policy_loss: Tensor
+    entropy: Tensor
+    tokens: Tensor
 
 
 class LossSums(NamedTuple):
-    """Float32 scalars over the tokens that count; only `loss` has a gradient. `kl` is None without a reference."""
+    """Of a micro-batch, in float32: scalars over the tokens that count, and (b,) one number a completion. Only `loss`
+    has a gradient.
+
+    Attributes:
+        kl: None without a reference.
+        tokens, low_clipped, high_clipped: (b,) how many count, and of those how many are clipped.
+        phi: (b,) vespo's weights, None for all others.
+    """
 
     loss: Tensor
-    tokens: Tensor
     entropy: Tensor
     kl: Tensor | None
+    tokens: Tensor
     low_clipped: Tensor
     high_clipped: Tensor
     ratio_min: Tensor
     ratio_max: Tensor
+    phi: Tensor | None = None
+    bonus: BonusSums | None = None
 
 
 class KernelChoice(NamedTuple):
@@ -61,34 +86,60 @@ def choose_kernels(fused_loss: str, device: torch.device, dtype: torch.dtype, wi
     return KernelChoice(None, device.type == "cuda" and HAS_TRITON, f"{names[launch.path]}: {launch.reason}")
 
 
-def wanted_rows(micro: MicroBatch, objective: Objective) -> Tensor:
-    """(b, T) bool: tokens whose log-prob can get a gradient. A dead group's cannot, unless the KL pulls at it."""
-    wanted = micro.weights != 0
-    return wanted if objective.beta else wanted & (micro.advantages != 0)[:, None]
+def micro_loss(
+    scores: Scores,
+    micro: MicroBatch,
+    objective: Objective,
+    fused: bool,
+    parts: PolicyFactor = _NO_FACTOR,
+    entropy_coef: float | None = None,
+) -> LossSums:
+    """This micro-batch's share of the update's loss.
+
+    Args:
+        parts: of `policy_factor`, for these scores.
+        entropy_coef: the weight of the entropy bonus; None for a loss without one.
+    """
+    sums = _loss_sums(scores, micro, objective, fused, parts.factor)._replace(phi=parts.phi)
+    return sums if entropy_coef is None else _with_bonus(sums, scores, micro, parts.entropy_mask, entropy_coef)
 
 
-def micro_loss(scores: Scores, micro: MicroBatch, objective: Objective, fused: bool) -> LossSums:
-    """This micro-batch's share of the update's loss."""
+def _loss_sums(scores: Scores, micro: MicroBatch, objective: Objective, fused: bool, factor: Tensor | None) -> LossSums:
     ref_logps = scores.ref_logps if micro.ref_per_token_logps is None else micro.ref_per_token_logps
     given = (
         scores.logps, micro.old_per_token_logps, ref_logps, micro.advantages, micro.loss_mask, micro.weights, objective,
     )  # fmt: skip
+    entropy = scores.entropy.detach()
     if fused:
-        out = fused_grpo_loss(*given, kl=scores.kl, entropy=scores.entropy)
+        out = fused_grpo_loss(*given, kl=scores.kl, factor=factor, entropy=entropy)
         return LossSums(
-            out.loss, out.tokens, out.entropy_sum, out.kl_sum, out.low_clipped, out.high_clipped, out.ratio_min,
+            out.loss, out.entropy_sum, out.kl_sum, out.tokens, out.low_clipped, out.high_clipped, out.ratio_min,
             out.ratio_max,
         )  # fmt: skip
-    terms = grpo_loss(*given, kl=scores.kl)
+    terms = grpo_loss(*given, kl=scores.kl, factor=factor)
     mask = micro.loss_mask.bool()
-    total = lambda values: (values * mask).sum()
     return LossSums(
         terms.loss,
-        mask.sum().float(),
-        total(scores.entropy),
-        None if terms.kl is None else total(terms.kl),
-        total(terms.low_clipped).float(),
-        total(terms.high_clipped).float(),
+        (entropy * mask).sum(),
+        None if terms.kl is None else (terms.kl * mask).sum(),
+        mask.sum(1).float(),
+        terms.low_clipped.sum(1).float(),
+        terms.high_clipped.sum(1).float(),
         torch.where(mask, terms.ratio, torch.inf).amin(),
         torch.where(mask, terms.ratio, -torch.inf).amax(),
     )
+
+
+def _with_bonus(
+    sums: LossSums, scores: Scores, micro: MicroBatch, entropy_mask: Tensor | None, coef: float
+) -> LossSums:
+    """L - c H with H the mean entropy of the tokens of the whole update that count, or of those that `entropy_mask`
+    leaves: a mean over micro-batches, which is TRL's, would depend on how the update is cut."""
+    acted = micro.loss_mask.bool() if entropy_mask is None else entropy_mask
+    share = micro.token_share
+    # A mask that was made from this very pass says that this micro-batch is the whole update.
+    if share is None or (entropy_mask is not None and micro.entropy_mask is None):
+        share = 1 / acted.sum().clamp(min=1)
+    entropy = torch.where(acted, scores.entropy, 0.0)
+    loss = sums.loss - coef * (entropy.sum(1) * share).sum()
+    return sums._replace(loss=loss, bonus=BonusSums(sums.loss.detach(), entropy.detach().sum(), acted.sum().float()))

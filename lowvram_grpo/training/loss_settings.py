@@ -17,6 +17,11 @@ def objective_of(args: GRPOConfig) -> Objective:
     return Objective(**{f.name: getattr(args, f.name) for f in fields(Objective)})
 
 
+def other_sampler(args: GRPOConfig) -> bool:
+    """Whether what draws the tokens is not the policy as it is scored: another engine, or a cache that rounds."""
+    return bool(args.use_vllm) or args.kv_cache_dtype == "int8"
+
+
 def correction_of(args: GRPOConfig) -> Correction | None:
     """What a training configuration asks for; None where the sampler is the policy itself."""
     if not args.use_vllm:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lowvram_grpo.objective import CLIPPED, MAX_LOG_RATIO, Objective
 from lowvram_grpo.training.correction import Correction, quotients
 from lowvram_grpo.training.experience import Rollout
 from lowvram_grpo.training.loss import LossSums
@@ -22,20 +24,29 @@ def read(groups: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
 
 
 class MetricBook:
-    """Values by name. Minima and maxima (names ending in min or max) are folded as such; the rest are averaged."""
+    """Values by name. Minima and maxima (names ending in min or max) are folded as such; the rest are averaged.
+
+    Attributes:
+        values: since they were last taken.
+        last: what was taken then.
+    """
 
     def __init__(self):
-        self._values: dict[str, list[float]] = defaultdict(list)
+        self.values: dict[str, list[float]] = defaultdict(list)
+        self.last: dict[str, float] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._values)
+        return bool(self.values)
 
     def add(self, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._values[name].append(float(value))
+            self.values[name].append(float(value))
 
     def add_update(self, update: UpdateSums) -> dict[str, float]:
-        """Add what an update has summed up, and return its means: here the host waits for the device."""
+        """Add what an update has summed up, and return its means: here the host waits for the device. A loss of a
+        subclass's own may have summed up nothing."""
+        if not update:
+            return {}
         means = update.take()
         for gap in update.gaps:
             self.add(gap)
@@ -45,11 +56,12 @@ class MetricBook:
     def take(self) -> dict[str, float]:
         """All metrics since the last call, and forget them. NaN (not applicable) counts in no mean."""
         folded = {}
-        for name, values in self._values.items():
+        for name, values in self.values.items():
             present = [v for v in values if v == v] or [float("nan")]
             kind = name.rsplit("/", 1)[-1].rsplit("_", 1)[-1]
             folded[name] = {"min": min, "max": max}.get(kind, lambda v: sum(v) / len(v))(present)
-        self._values.clear()
+        self.values.clear()
+        self.last = folded or self.last
         return folded
 
 
@@ -65,6 +77,7 @@ def complete_row(
     """
     if any(key.startswith("eval_") for key in row):
         row.update({f"{eval_prefix}_{name}": value for name, value in books["eval"].take().items()})
+        row[f"{eval_prefix}_num_tokens"] = tokens
     elif "loss" in row or ("train_runtime" in row and books["train"]):
         # As in TRL, the last row has what was measured since the last logged step.
         row.update(books["train"].take())
@@ -115,58 +128,101 @@ def reward_metrics(rewards: Tensor, per_func: Tensor, names: list[str], dead: Te
 
 class UpdateSums:
     """Sums over the micro-batches of one update, divided once at its end; until then they stay on the device, and
-    nobody waits for it.
+    nobody waits for it. Means are over the update's tokens; where the ratio is a completion's, so is its clipping, and
+    those that count in the loss are counted.
 
     Attributes:
         gaps: of the micro-batches that had one; numbers once `take` has been called.
+        acted_entropy: mean entropy of the tokens that an entropy bonus acts on, once `take` has been called; NaN
+            without any.
     """
 
-    def __init__(self):
+    def __init__(self, objective: Objective | None = None):
+        self.objective = objective or Objective()
         self.gaps: list[dict[str, Tensor]] | list[dict[str, float]] = []
+        self.acted_entropy = math.nan
         self._sums: dict[str, Tensor] = {}
         self._extremes: list[dict[str, Tensor]] = []
         self._rows = self._diffuse = 0
+        self._aux_losses: list[Tensor] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
 
     def add(self, sums: LossSums, scores: Scores, gap: dict[str, Tensor] | None = None) -> None:
         """A micro-batch's; `gap` is its `sampler_metrics`, where it is the first update on these tokens."""
-        values = {
-            "tokens": sums.tokens,
-            "entropy": sums.entropy,
-            "clip_ratio/low_mean": sums.low_clipped,
-            "clip_ratio/high_mean": sums.high_clipped,
-            "clip_ratio/region_mean": sums.low_clipped + sums.high_clipped,
-        }
+        counted = sums.tokens > 0
+        values = {"tokens": sums.tokens.sum(), "completions": counted.sum().float(), "entropy": sums.entropy}
         if sums.kl is not None:
             values["kl"] = sums.kl
+        if sums.bonus is not None:
+            values["policy_loss"] = sums.bonus.policy_loss
+            values["acted entropy"], values["acted tokens"] = sums.bonus.entropy, sums.bonus.tokens
+        if sums.phi is not None:
+            values["vespo/phi_seq_mean"] = torch.where(counted, sums.phi, 0.0).sum()
+        extremes = {"ratio/min": sums.ratio_min, "ratio/max": sums.ratio_max}
+        if self.objective.loss_type in (*CLIPPED, "cispo"):
+            clipped, of_completions = self._clipping(sums, counted)
+            values |= clipped
+            extremes |= of_completions
         for name, total in values.items():
             total = total.detach()
             self._sums[name] = total if name not in self._sums else self._sums[name] + total
-        tokens = sums.tokens.clamp(min=1)
-        extremes = {"clip_ratio/low_min": sums.low_clipped / tokens, "clip_ratio/high_max": sums.high_clipped / tokens}
-        extremes |= {"ratio/min": sums.ratio_min, "ratio/max": sums.ratio_max}
         if scores.diffuse is not None:
             self._rows += scores.rows
             self._diffuse += scores.diffuse
             if scores.bound is not None:
                 extremes["sweep/direction_bound_max"] = scores.bound
         self._extremes.append(extremes)
+        if scores.aux_loss is not None:
+            self._aux_losses.append(scores.aux_loss.detach())
         if gap is not None:
             self.gaps.append(gap)
 
+    def _clipping(self, sums: LossSums, counted: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Sums of what was clipped, and the shares of the completions that were clipped least and most."""
+        low, high = sums.low_clipped, sums.high_clipped
+        if self.objective.per_sequence:  # all tokens of a completion share its ratio
+            low, high, per_completion = (low > 0).float(), (high > 0).float(), 1.0
+        else:
+            per_completion = sums.tokens.clamp(min=1)
+        if self.objective.loss_type == "cispo":
+            return {"cispo_clip_ratio": high.sum()}, {}
+        totals = {"low_mean": low.sum(), "high_mean": high.sum(), "region_mean": low.sum() + high.sum()}
+        extremes = {
+            "low_min": torch.where(counted, low / per_completion, torch.inf).amin(),
+            "high_max": torch.where(counted, high / per_completion, -torch.inf).amax(),
+        }
+        named = lambda found: {f"clip_ratio/{name}": value for name, value in found.items()}
+        return named(totals), named(extremes)
+
     def take(self) -> dict[str, float]:
         """The update's metrics: the one moment at which the host waits for its forward and backward passes."""
-        tokens = self._sums.pop("tokens").clamp(min=1)
-        means = {name: total / tokens for name, total in self._sums.items()}
-        found, *rest = read([means, *self._extremes, *self.gaps])
+        tokens, completions = (self._sums.pop(name).clamp(min=1) for name in ("tokens", "completions"))
+        acted = {name: self._sums.pop(name) for name in ("acted entropy", "acted tokens") if name in self._sums}
+        means = {name: total / self._divisor(name, tokens, completions) for name, total in self._sums.items()}
+        found, acted, *rest = read([means, acted, *self._extremes, *self.gaps])
+        if acted.get("acted tokens"):
+            self.acted_entropy = acted["acted entropy"] / acted["acted tokens"]
         extremes, self.gaps = rest[: len(self._extremes)], rest[len(self._extremes) :]
         for name in dict.fromkeys(name for micro in extremes for name in micro):
             values = [micro[name] for micro in extremes if name in micro]
             found[name] = (min if name.endswith("min") else max)(values)
         if not found["ratio/min"] <= found["ratio/max"]:  # no token counted
             del found["ratio/min"], found["ratio/max"]
+            found = {name: value for name, value in found.items() if not math.isinf(value)}
         if self._rows:
             found["sweep/diffuse_ratio"] = self._diffuse / self._rows
+        if self._aux_losses:
+            found["aux_loss"] = float(torch.stack(self._aux_losses).sum())
         return found
+
+    def _divisor(self, name: str, tokens: Tensor, completions: Tensor) -> Tensor | float:
+        """What a sum is divided by."""
+        if name == "policy_loss":
+            return 1.0
+        of_completions = name.startswith("vespo/") or (self.objective.per_sequence and "clip_ratio" in name)
+        return completions if of_completions else tokens
 
 
 def sampler_metrics(
@@ -176,10 +232,11 @@ def sampler_metrics(
     device, NaN where no token was sampled.
 
     With a correction the ratios under TRL's name are those that were applied, as there, and the quotients themselves
-    stand beside them."""
+    stand beside them. Perplexities and divergences have ms-swift's names."""
     mask = mask.bool()
     _, mean, highest = _spread((scored - sampled).abs(), mask)
     found = {"sampling/sampling_logp_difference/mean": mean, "sampling/sampling_logp_difference/max": highest}
+    found |= _divergences(scored, sampled, mask)
     raw = quotients(scored, sampled, mask)
     if correction is None:
         return found | _named("sampling/importance_sampling_ratio", raw, mask)
@@ -191,6 +248,36 @@ def sampler_metrics(
     found |= _named("sampling/importance_sampling_ratio", applied, mask)
     found |= _named("sampling/raw_importance_sampling_ratio", raw, mask)
     return found | {"sampling/corrected_share": _spread((applied != raw).float(), mask)[1]}
+
+
+def _divergences(scored: Tensor, sampled: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """How far the sampler q is from the policy p, on tokens that q drew:
+
+        kl          mean log p / q                      k3_kl       mean p / q - 1 - log p / q, an estimate of KL(q, p)
+        *_ppl       mean over completions of exp(-1/|o| sum_t log-prob)
+        ppl_ratio   mean over completions of training_ppl / rollout_ppl;  log_ppl_diff is of its logarithm
+        chi2_token  mean (p / q)^2 - 1                  chi2_seq    the same of completions, p / q their geometric mean
+
+    Logarithms beyond +-20 are cut.
+    """
+    zeroed = lambda x: torch.where(mask, x.detach().float(), 0.0)
+    p, q = zeroed(scored), zeroed(sampled)
+    gap = (p - q).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    tokens, rows = mask.sum(1), mask.any(1)
+    of_rows = lambda x: x.sum(1) / tokens.clamp(min=1)
+    mean = lambda x, where: _spread(x, where)[1]
+    row_gap = of_rows(p - q).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    found = {
+        "kl": mean(gap, mask),
+        "k3_kl": mean(torch.expm1(gap) - gap, mask),
+        "training_ppl": mean((-of_rows(p)).exp(), rows),
+        "rollout_ppl": mean((-of_rows(q)).exp(), rows),
+        "log_ppl_diff": mean(-row_gap, rows),
+        "ppl_ratio": mean((-row_gap).exp(), rows),
+        "chi2_token": mean((2 * gap).exp(), mask) - 1,
+        "chi2_seq": mean((2 * row_gap).exp(), rows) - 1,
+    }
+    return {f"rollout_correction/{name}": value for name, value in found.items()}
 
 
 def _spread(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

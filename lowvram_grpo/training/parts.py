@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from lowvram_grpo.data.load import check_dataset
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import UserError, WrongType
 from lowvram_grpo.memory.guard import Guard, cap
 from lowvram_grpo.policy.attention_choice import check as check_attention
 from lowvram_grpo.policy.build import build_policy
@@ -35,11 +36,14 @@ from lowvram_grpo.training.collect import Collector, reward_columns
 from lowvram_grpo.training.early_checks import check_before_loading, check_evaluation
 from lowvram_grpo.training.learner import Learner, learner_of
 from lowvram_grpo.training.loss import choose_kernels
+from lowvram_grpo.training.router_loss import router_notice
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
-    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig
+
+    from lowvram_grpo.run.observer import Observer
 
 
 def check_arguments(
@@ -58,7 +62,14 @@ def check_arguments(
     check_evaluation(args, eval_dataset)
     check_columns(reward_funcs, reward_columns(train_dataset[0], only_prompts=bool(args.remove_unused_columns)))
     check_before_loading(args, reward_funcs, eval_dataset)
-    if peft_config is not None:  # build_policy does so too, once a tokenizer has been fetched
+    if peft_config is not None:
+        from peft import PeftConfig
+
+        if not isinstance(peft_config, PeftConfig):
+            raise WrongType(
+                f"peft_config must be a configuration of peft, as LoraConfig(), and is a {type(peft_config).__name__}."
+            )
+        # build_policy does so too, once a tokenizer has been fetched
         check_adapter(peft_config, fresh=True, reference=args.beta > 0)
 
 
@@ -68,12 +79,22 @@ def make_policy(
     tokenizer: PreTrainedTokenizerBase | None,
     quantization_config: BitsAndBytesConfig | None,
     peft_config: PeftConfig | None,
-    notice: Callable[[str], None],
+    observer: Observer,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """(policy, tokenizer), with the allocator held to what of the card is ours before weights are loaded."""
+    notice = observer.notice
     if isinstance(model, str):
         model = named(model, notice)
-    tokenizer = tokenizer or load_tokenizer_for(model, args)
+    else:
+        given = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
+        for name in (name for name, value in given.items() if value):
+            observer.warning(f"{name} will be ignored: it is for a model given by its name, and this one is loaded.")
+    if tokenizer is None:
+        tokenizer = load_tokenizer_for(model, args)
+    elif not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise WrongType(f"processing_class must be a tokenizer, and is a {type(tokenizer).__name__}.")
+    elif tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # as one that is loaded; scripts read its pad_token_id
     check_tokens(model, tokenizer, args)
     if args.use_vllm:
         check_vllm(args)
@@ -103,7 +124,19 @@ def make_learner(
     notice: Callable[[str], None],
 ) -> Learner:
     """The learner of a policy, with the reference that it starts from."""
-    reference = Reference(model, follows=args.sync_ref_model) if args.beta > 0 else None
+    if args.sync_ref_model and not args.beta:
+        raise UserError(
+            "sync_ref_model is on, but with beta 0 there is no reference to let follow; set beta above 0, or drop it."
+        )
+    reference = None
+    if args.beta > 0:
+        reference = Reference(
+            model,
+            follows=args.sync_ref_model,
+            offload=args.reference_offload,
+            resort=args.oom_step_down,
+            tell=notice,
+        )
     if reference is not None and not is_peft(model) and args.kl_estimator == "exact":
         raise UserError(
             "kl_estimator exact sweeps policy and reference through one frozen lm_head, and here all weights are "
@@ -116,15 +149,23 @@ def make_learner(
         decoder = getattr(causal_lm, causal_lm.base_model_prefix)
         if partly := check_attention(args.attention, "training", decoder, args.device):
             notice(partly)
-    return learner_of(args, model, reference, kernels, autocast)
+    learner = learner_of(args, model, reference, kernels, autocast)
+    if said := router_notice(args, learner.router):
+        notice(said)
+    return learner
+
+
+def one_each(processing_classes: Any, functions: int) -> list:
+    """Tokenizers of reward models, given as one, as one a function, or as None."""
+    if processing_classes is None:
+        return [None] * functions
+    return processing_classes if isinstance(processing_classes, list) else [processing_classes]
 
 
 def make_rewards(
-    reward_funcs: list, args: GRPOConfig, processing_classes: Any, notice: Callable[[str], None]
+    reward_funcs: list, args: GRPOConfig, processing_classes: list, notice: Callable[[str], None]
 ) -> RewardRunner:
-    """`processing_classes`: one tokenizer, one a function, or None."""
-    if not isinstance(processing_classes, list) and processing_classes is not None:
-        processing_classes = [processing_classes]
+    """`processing_classes`: a tokenizer or None a function."""
     return RewardRunner(
         reward_funcs,
         weights=args.reward_weights,
@@ -163,4 +204,5 @@ def make_collector(
         scale_rewards=args.scale_rewards,
         only_prompts=bool(args.remove_unused_columns),
         tell=phase,
+        aggregation=args.multi_objective_aggregation,
     )

@@ -73,6 +73,7 @@ def longest_micro_batch(work: Workload, rows: int, device: torch.device) -> Micr
         weights=torch.full(t, 1.0 / (rows * work.completion), device=device),
         advantages=signs,
         sampling_per_token_logps=torch.zeros(t, device=device),
+        token_share=torch.full((rows,), 1.0 / (rows * work.completion), device=device),
         prompt_lengths=[work.prompt] * rows,
         completion_lengths=[work.completion] * rows,
         group_sizes=[min(work.group, rows - i * work.group) for i in range(prompts)],

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.rewards.runner import RewardRunner
     from lowvram_grpo.run.observer import Observer
+    from lowvram_grpo.training.learner import Learner
     from lowvram_grpo.training.savers import TrainerGuard
 
 
@@ -47,6 +48,7 @@ class ResumableTrainer(Trainer):
     observer: Observer
     rewards: RewardRunner
     guard: TrainerGuard
+    learner: Learner
     reference: Reference | None
     policy_adapter: str | None
     shift = 0
@@ -172,6 +174,8 @@ class ResumableTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.reference is not None:
             self.reference.restore(resume_from_checkpoint)
+        if self.learner.entropy is not None:
+            self.learner.entropy.restore(resume_from_checkpoint)
         self._updates = load_updates(resume_from_checkpoint, self.args.device) or self._updates
 
     def _restore_adapter(self, folder: str) -> None:
@@ -242,5 +246,7 @@ class ResumableTrainer(Trainer):
         self._made_with(self.optimizer).save(folder)
         if self.reference is not None and (self.reference.moved or self.grpo_args.sync_ref_model):
             self.reference.save(folder)
+        if self.learner.entropy is not None:
+            self.learner.entropy.save(folder)
         if (self.state.global_step - self.shift) % self.plan.steps_per_rollout and self._updates:
             save_updates(self._updates, folder)

@@ -16,6 +16,7 @@ from lowvram_grpo.memory.optimizer import GuardedStep
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 
 if TYPE_CHECKING:
+    from lowvram_grpo.policy.reference import Reference
     from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.rewards.runner import RewardRunner
     from lowvram_grpo.rollout.engine import RolloutEngine
@@ -31,6 +32,7 @@ class TrainerGuard(Guard):
         args: changed with each rung; what reads them at each pass needs no more than that.
         notice: hears of each rung in one sentence.
         log: gets a row of metrics at each rung.
+        reference: may be streamed from host memory, where it is a copy of all weights.
         rewards: whose models leave the card.
 
     Attributes:
@@ -46,16 +48,20 @@ class TrainerGuard(Guard):
         *,
         notice: Callable[[str], None],
         log: Callable[[dict[str, Any]], None],
+        reference: Reference | None = None,
         rewards: RewardRunner | None = None,
     ):
+        self.reference = reference
         self._reward_models = [] if rewards is None else rewards.models
         self.model, self.engine, self.args, self.plan = model, engine, args, args.batch_plan()
         self._notice, self._log = notice, log
         self._step: GuardedStep | None = None
         on_card = {"reward_model_device": args.reward_model_device} if self._reward_models else {}
+        copied = reference is not None and reference.model is not None
         super().__init__(
             {
                 **on_card,
+                **({"reference_offload": reference.offloaded} if copied else {}),
                 "rollout_batch_size": args.rollout_batch_size or self.plan.completions_per_rollout,
                 "per_device_train_batch_size": self.plan.micro_batch_size,
                 "gradient_checkpointing": args.gradient_checkpointing,
@@ -116,6 +122,10 @@ class TrainerGuard(Guard):
             tile_mlps(self.model, value)
         elif key == "workspace_mib":
             self.engine.workspace_mib = value
+        elif key == "reference_offload":
+            if self.reference is None:
+                raise UserError("reference_offload has no effect: with beta 0 there is no reference.")
+            self.reference.offload()
         elif key == "optimizer_offload" and self._step is not None:
             self._step.offload = value
             self._step.settle()

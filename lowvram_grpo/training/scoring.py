@@ -25,10 +25,13 @@ class Scores(NamedTuple):
 
     Attributes:
         logps, kl: differentiable log-prob and exact KL to the reference.
-        entropy, ref_logps: without gradient.
+        entropy: differentiable with `entropy_gradient`.
+        ref_logps: without gradient.
         rows: of the sweep, those that are scored.
         diffuse: how many of them took the dense product, None without a gradient.
         bound: the largest error that short lists can have left in a row of the gradient's direction, likewise.
+        aux_loss: differentiable scalar, the micro-batch's share of a router's load-balancing loss, without its
+            coefficient; the learner fills it in.
     """
 
     logps: Tensor
@@ -38,6 +41,7 @@ class Scores(NamedTuple):
     rows: int = 0
     diffuse: int | None = None
     bound: Tensor | None = None
+    aux_loss: Tensor | None = None
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -162,6 +166,7 @@ def score(
     wanted: Tensor | None = None,  # (B, T) bool
     ref_states: Tensor | None = None,  # (N, H)
     kl: bool = False,
+    entropy_gradient: bool = False,
     prompt_lengths: list[int] | None = None,
     completion_lengths: list[int] | None = None,
     group_sizes: list[int] | None = None,
@@ -170,8 +175,9 @@ def score(
 ) -> Scores:
     """Log-prob and entropy of each completion token at `temperature`, under `model` with its adapter on or off.
 
-    `wanted`, `path` and `kl` as in `linear_logps`; `ref_states` are the reference's `scored_states`, for a reference
-    that has the model's own head. Lengths, `group_sizes`, `attention` and `offload` as in `scored_states`.
+    `wanted`, `path`, `kl` and `entropy_gradient` as in `linear_logps`; `ref_states` are the reference's
+    `scored_states`, for a reference that has the model's own head. Lengths, `group_sizes`, `attention` and `offload` as
+    in `scored_states`.
     """
     shape = completion_ids.shape
     lengths = prompt_lengths, completion_lengths, group_sizes
@@ -185,6 +191,7 @@ def score(
             completion_ids.flatten()[scored],
             temperature=temperature,
             entropy=True,
+            entropy_gradient=entropy_gradient,
             workspace_mib=workspace_mib,
             ref_hidden=ref_states,
             kl=kl,

@@ -6,15 +6,18 @@ samples and scores them when a rollout is due, cuts them into micro-batches and 
 
 from __future__ import annotations
 
+import copy
 import os
 import time
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import TrainerCallback, set_seed
 
-from lowvram_grpo.data.batching import PromptLoader, PromptSampler
+from lowvram_grpo.data.batching import Batched, PromptLoader, PromptSampler
 from lowvram_grpo.data.load import check_dataset
 from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.policy.dropout import training_mode
@@ -27,13 +30,17 @@ from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.training import parts
 from lowvram_grpo.training.checks import RolloutChecks
 from lowvram_grpo.training.collect import rollout_seed
+from lowvram_grpo.training.completions_hub import upload_of
 from lowvram_grpo.training.early_checks import check_best_metric
 from lowvram_grpo.training.experience import MicroBatch, Rollout, split
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
 from lowvram_grpo.training.metrics import MetricBook, UpdateSums, complete_row, rollout_metrics
 from lowvram_grpo.training.pushing import HubPushes
+from lowvram_grpo.training.reference_sync import ReferenceSync
 from lowvram_grpo.training.resumable import ResumableTrainer
 from lowvram_grpo.training.savers import TrainerGuard
+from lowvram_grpo.training.trl_hooks import AskedRewards, TrlHooks
+from lowvram_grpo.training.trl_names import LastCompletions, TrlNames
 from lowvram_grpo.training.warmup import WarmUp
 
 if TYPE_CHECKING:
@@ -42,7 +49,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-class GRPOTrainer(HubPushes, ResumableTrainer):
+class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
     """Trains a causal language model with GRPO. Arguments mean what they mean in TRL.
 
     Args:
@@ -86,8 +93,11 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         notice = self.observer.notice
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         parts.check_arguments(args, reward_funcs, train_dataset, eval_dataset, peft_config)
+        self.completions_upload = upload_of(args, notice)
         set_seed(args.seed)
-        model, tokenizer = parts.make_policy(model, args, processing_class, quantization_config, peft_config, notice)
+        model, tokenizer = parts.make_policy(
+            model, args, processing_class, quantization_config, peft_config, self.observer
+        )
         super().__init__(
             model=model,
             args=parts.for_transformers(args),
@@ -102,16 +112,26 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         self.policy_adapter = model.active_adapters[0] if is_peft(model) else None
         self.learner = parts.make_learner(model, args, self.compute_loss_context_manager, notice)
         self.reference = self.learner.reference
-        self.rewards = parts.make_rewards(reward_funcs, args, reward_processing_classes, notice)
+        self.add_callback(ReferenceSync(self.learner))
+        classes = parts.one_each(reward_processing_classes, len(reward_funcs))
+        self.rewards = parts.make_rewards(reward_funcs, args, classes, notice)
+        self._given_processing_classes = classes
         engine = parts.make_engine(model, args, tokenizer)
-        self.guard = TrainerGuard(model, engine, args, ladder, notice=notice, log=lambda row: self.log(row),
-                                  rewards=self.rewards)  # fmt: skip
-        self.collector = parts.make_collector(engine, self.rewards, tokenizer, self.guard, args, self.observer.phase)
+        self.guard = TrainerGuard(
+            model, engine, args, ladder, notice=notice, log=lambda row: self.log(row), reference=self.reference,
+            rewards=self.rewards,
+        )  # fmt: skip
+        asked = AskedRewards(self) if self.replaces("_calculate_rewards") else self.rewards
+        self.collector = parts.make_collector(engine, asked, tokenizer, self.guard, args, self.observer.phase)
         self.metrics = {"train": MetricBook(), "eval": MetricBook()}
         log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl")) if args.log_completions else None
         self.completions_log: CompletionsLog | None = log
+        if self.completions_upload is not None:
+            self.add_callback(self.completions_upload)
         self.pending_rollout: Rollout | None = None
-        self._rollout_checks = RolloutChecks(self._check_best_metric, notice)
+        self._logs = LastCompletions(self.plan.completions_per_rollout)
+        self._extra_columns: dict[str, list] = defaultdict(list)
+        self._rollout_checks = RolloutChecks(self._check_best_metric, self.observer.warning)
         self._gradient_check, self._teaches = GradientCheck(str(args.optim)), False
         self._checked, self._early_log = False, []
         self._eval_prefix, self._eval_batches = "eval", 0
@@ -119,10 +139,17 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
     # Data
 
     def get_train_dataloader(self) -> PromptLoader:
-        data, plan, shuffle = self.train_dataset, self.plan, self.grpo_args.shuffle_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        prompts, repeats = plan.prompts_per_rollout, plan.steps_per_rollout
-        return PromptLoader(data, PromptSampler(data, prompts=prompts, repeats=repeats, shuffle=shuffle, seed=seed))
+        sampler = self._get_train_sampler()
+        if not isinstance(sampler, PromptSampler):
+            sampler = Batched(sampler, self.plan.prompts_per_rollout, self.plan.steps_per_rollout)
+        return PromptLoader(self.train_dataset, sampler)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        """Which prompts go into which step. A subclass may return a sampler of single indices, each once an epoch."""
+        data = self.train_dataset if train_dataset is None else train_dataset
+        seed, shuffle = self.args.seed if self.args.data_seed is None else self.args.data_seed, self.shuffle_dataset
+        prompts, repeats = self.plan.prompts_per_rollout, self.plan.steps_per_rollout
+        return PromptSampler(data, prompts=prompts, repeats=repeats, shuffle=shuffle, seed=seed)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> PromptLoader:
         data = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -171,7 +198,6 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch=None) -> Tensor:
         """One optimizer step's gradients, on the rollout that is due or already there."""
         started, step, metrics = time.perf_counter(), self.state.global_step, self.metrics["train"]
-        self.learner.sync_reference(step)
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedule-free optimizers keep other weights for evaluation
         within, sampled = (step - self.shift) % self.plan.steps_per_rollout, 0
@@ -184,10 +210,13 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         if self.args.torch_empty_cache_steps and step % self.args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
         means = metrics.add_update(self._sums)
+        if self.learner.entropy is not None:
+            metrics.add(self.learner.entropy.step(self._sums.acted_entropy))
         seconds = time.perf_counter() - started  # now that the device has done it all
         metrics.add({"step_time": seconds})
-        if self.learner.correction is None:  # which may have taken every weight away
-            self._gradient_check.look(self.model, update, live=self._teaches, clipped=means["clip_ratio/region_mean"])
+        if not self.learner.may_drop_tokens and not self.own_loss:
+            clipped = means.get("clip_ratio/region_mean", 0.0)
+            self._gradient_check.look(self.model, update, live=self._teaches, clipped=clipped)
         if sampled:
             metrics.add({"tokens_per_second": sampled / seconds})
         return loss
@@ -200,10 +229,9 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         self._updates, self._teaches = self._learnable(rollout), could_teach(rollout)
         return rollout.sampled_tokens
 
-    def collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
+    def _collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
         """Sample and reward the rollout of `step`; its random numbers depend on (seed, step) alone."""
-        training = mode == "train"
-        group = self.plan.num_generations if training else self.generations_eval
+        training, group, self._mode = mode == "train", self._group(mode), mode
         # Evaluation draws from seeds of its own, one a batch, the same at every evaluation.
         seed = rollout_seed(self.args.seed, step if training else -1 - self._eval_batches)
         with self.compute_loss_context_manager():
@@ -211,6 +239,8 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         self._rollout_checks.look(rollout, rows, logged, training=training)
         self.metrics[mode].add(logged)
         self.metrics[mode].add(rollout_metrics(rollout, self.rewards.names))
+        self._add_extras(rollout)
+        self._logs.keep(rollout, self.rewards.names)
         return rollout
 
     def _check_best_metric(self, logged: dict[str, float]) -> None:
@@ -221,8 +251,9 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         """Count the rollout's tokens and hand its completions to whoever keeps them."""
         self.state.num_input_tokens_seen += rollout.tokens
         step = self.state.global_step + 1
-        if self.completions_log is not None:
-            self.completions_log.write(step, **rollout.columns(self.rewards.names))
+        for log in (self.completions_log, self.completions_upload):
+            if log is not None:
+                log.write(step, **rollout.columns(self.rewards.names))
         self.observer.sample(*rollout.best(), step)
 
     def cut(self, rollout: Rollout, updates: int) -> list[list[MicroBatch]]:
@@ -239,9 +270,14 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
     def _gradients(self, update: list[MicroBatch]) -> Tensor:
         """Accumulate the update's gradients, in micro-batches as small as they have to be; its loss."""
         self.model.zero_grad()
-        self._sums, loss = UpdateSums(), torch.zeros((), device=self.args.device)
+        self._sums, loss = UpdateSums(self.learner.objective), torch.zeros((), device=self.args.device)
         micros = [part for micro in update for part in split(micro, self.plan.micro_batch_size)]
-        for micro, needs_gradient in zip(micros, self.learner.need_gradients(micros)):
+        with self.guard.phase("score"):
+            micros = self.learner.with_entropy_masks(micros)
+        self.current_gradient_accumulation_steps = len(micros)  # for losses of subclasses: micro-batches in this step
+        needed = [True] * len(micros) if self.own_loss else self.learner.need_gradients(micros)
+        micros = [copy.copy(micro) for micro in micros] if self.own_loss else micros  # which may write into them
+        for micro, needs_gradient in zip(micros, needed):
             with self.compute_loss_context_manager(), torch.set_grad_enabled(needs_gradient):
                 share = self.compute_loss(self.model, micro)
             if needs_gradient:
@@ -250,13 +286,6 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
             loss += share.detach()
             del share  # and with it what its graph holds, before the next forward pass
         return loss
-
-    def compute_loss(self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, **kwargs) -> Tensor:
-        """This micro-batch's share of the update's loss."""
-        sums, scores = self.learner.loss(inputs)
-        first = inputs.old_per_token_logps is None and self.model.training
-        self._sums.add(sums, scores, self.learner.sampler_gap(inputs, scores.logps.detach()) if first else None)
-        return (sums.loss, scores) if return_outputs else sums.loss
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         try:
@@ -286,8 +315,8 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
 
     @torch.no_grad()
     def _evaluated(self, rollout: Rollout) -> Tensor:
-        self._sums, loss = UpdateSums(), torch.zeros((), device=self.args.device)
-        for micro in self.cut(rollout, 1)[0]:
+        self._sums, loss = UpdateSums(self.learner.objective), torch.zeros((), device=self.args.device)
+        for micro in self.learner.with_entropy_masks(self.cut(rollout, 1)[0]):
             with self.compute_loss_context_manager():
                 self.learner.add_reference(micro)
                 loss += self.compute_loss(self.model, micro)
@@ -300,3 +329,7 @@ class GRPOTrainer(HubPushes, ResumableTrainer):
         tokens = self.state.num_input_tokens_seen
         complete_row(logs, self.metrics, eval_prefix=self._eval_prefix, tokens=tokens, device=self.args.device)
         super().log(logs, start_time)
+        if "train_runtime" in logs:
+            # The history's last row, where TRL's scripts look, has the metrics of the last step even if that is logged.
+            last = {**self.metrics["train"].last, "num_tokens": tokens}
+            self.state.log_history[-1] = {**last, **self.state.log_history[-1]}

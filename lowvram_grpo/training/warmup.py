@@ -79,7 +79,7 @@ class WarmUp:
         """
         args, model, notice = self.learner.args, self.learner.model, self.observer.notice
         for sentence in args.notices():
-            notice(sentence)
+            self.observer.warning(sentence)
         if dropped := adapter_dropout(model):
             notice(
                 f"the adapter's dropout of {dropped:g} is on in training passes only, so ratio and kl carry its noise; "

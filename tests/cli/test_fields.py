@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import fields
 
 import pytest
 
 from lowvram_grpo.cli import app
-from lowvram_grpo.cli.fields import first_sentence, type_name
 from lowvram_grpo.cli.flags import parse_extra
+from lowvram_grpo.recipe.field_table import first_sentence, type_name
 from lowvram_grpo.recipe.resolve import training_types
+from lowvram_grpo.rewards.settings import RewardSettings
 
-EXAMPLES = {"INT": "3", "FLOAT": "0.5", "TEXT": "x", "LIST": "a,b", "JSON": '{"a": 1}', "TEXT|BOOL": "x"}
+REWARDS = [field.name for field in fields(RewardSettings)]
+EXAMPLES = {
+    "INT": "3",
+    "FLOAT": "0.5",
+    "TEXT": "x",
+    "LIST": "a,b",
+    "JSON": '{"a": 1}',
+    "TEXT|BOOL": "x",
+    "INT|TEXT": "3",
+}
 
 
 @pytest.fixture
@@ -28,8 +39,8 @@ def printed(monkeypatch, capsys):
 def test_every_field_is_listed_once_with_type_default_and_help(printed):
     assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith("  --"))
     entries = re.findall(r"^  --([\w-]+)( [A-Z|]+)? \[(.+)\]\n      (\S.+)$", printed, flags=re.MULTILINE)
-    assert [name.replace("-", "_") for name, *_ in entries] and len(entries) == len(training_types())
-    assert {name.replace("-", "_") for name, *_ in entries} == set(training_types())
+    assert [name.replace("-", "_") for name, *_ in entries] and len(entries) == len({*training_types(), *REWARDS})
+    assert {name.replace("-", "_") for name, *_ in entries} == {*training_types(), *REWARDS}
     for name, kind, _, _ in entries:  # and the flags are taken as they stand there
         assert parse_extra([f"--{name}", *([EXAMPLES[kind.strip()]] if kind else [])])
     assert ("num-generations", " INT", "8", "Completions per prompt (G).") in entries

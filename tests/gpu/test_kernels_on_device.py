@@ -115,6 +115,30 @@ def test_reference_and_exact_kl(path, direction):
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("direction", ["auto", "dense"])
+@pytest.mark.parametrize("rows", [peaked, problem], ids=["listed", "diffuse"])
+def test_the_gradient_of_entropy_and_kl(path, dtype, direction, rows):
+    skip_if_refused(path, dtype, 80)
+    hidden, head, targets = on_device(*rows(61, 5003, 80), dtype)
+    ref = hidden + 0.2 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+    c = torch.randn(3, 61, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def d_hidden(fn, hidden, head, ref, **kwargs):
+        hidden = hidden.detach().clone().requires_grad_()
+        out = fn(hidden, head, targets, ref_hidden=ref, **kwargs)
+        sum((x * w.to(x)).sum() for x, w in zip((out.logps, out.entropy, out.kl), c)).backward()
+        return hidden.grad.double()
+
+    exact = d_hidden(linear_logps_ref, hidden.double(), in_dtype(head, torch.float64), ref.double())
+    half, half_ref = (x.to(HALVES[0]) for x in (hidden, ref))
+    eager = d_hidden(linear_logps_ref, half, in_dtype(head, HALVES[0]), half_ref)
+    settings = {"kl": True, "entropy": True, "entropy_gradient": True, "path": path, "direction": direction}
+    got = d_hidden(linear_logps, hidden, head, ref, workspace_mib=2, **settings)
+    assert (got - exact).norm() <= 2 * (eager - exact).norm()
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantized_head_equals_its_own_dequantized_weights(path, kind):
     pytest.importorskip("bitsandbytes")

@@ -29,8 +29,8 @@ def naive_loss(model, reference, rollout, loss_type, mode, t_max):
             inside = (quotient >= LOW) & (quotient <= HIGH)
             weight = quotient.clamp(LOW, HIGH) if mode.endswith("truncate") else quotient * inside
         ratio, d = torch.exp(logp - logp.detach()), ref - logp
-        token = -torch.min(ratio * a, ratio.clamp(1 - EPSILON, 1 + EPSILON) * a) + BETA * (d.exp() - d - 1)
-        terms.append((weight * token).sum())
+        policy = -torch.min(ratio * a, ratio.clamp(1 - EPSILON, 1 + EPSILON) * a)
+        terms.append((weight * policy + BETA * ratio * (d.exp() - d - 1)).sum())
         lengths.append(len(completion))
     if loss_type == "grpo":
         return sum(t / n for t, n in zip(terms, lengths)) / len(terms)

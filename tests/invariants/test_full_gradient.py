@@ -29,7 +29,7 @@ def naive_loss(model, reference, rollout, old, loss_type, masked, t_max):
             ref = naive_logps(reference, prompt, completion)
         ratio = torch.exp(logp - (logp.detach() if old is None else old[i]))
         d = ref - logp
-        token = -torch.min(ratio * a, ratio.clamp(1 - EPSILON, 1 + EPSILON) * a) + BETA * (d.exp() - d - 1)
+        token = -torch.min(ratio * a, ratio.clamp(1 - EPSILON, 1 + EPSILON) * a) + BETA * ratio * (d.exp() - d - 1)
         counts = 0 if masked and batch.truncated[i] else len(completion)
         terms.append(token[:counts].sum())
         lengths.append(counts)

@@ -1,4 +1,4 @@
-"""Micro-batches for the fused loss, what objective.py makes of them, and how near the kernel must come."""
+"""Micro-batches for the fused loss, what the objective makes of them, and how near the kernel must come."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from lowvram_grpo.kernels.grpo_loss import FusedLoss, fused_grpo_loss
 from lowvram_grpo.objective import LossTerms, Objective, grpo_loss, token_weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-METRICS = ("kl_sum", "low_clipped", "high_clipped", "region_clipped", "ratio_min", "ratio_max", "tokens")
+COUNTS = ("low_clipped", "high_clipped", "tokens")
+METRICS = ("kl_sum", "ratio_min", "ratio_max", *COUNTS)
 
 
 def problem(B=5, T=63, *, spread=0.3, seed=0, loss_type="dapo") -> dict[str, torch.Tensor]:
-    """float32 inputs; row 1 is all masked, masks have holes, and one advantage is 0."""
+    """float32 inputs; row 1 is all masked, masks have holes, one advantage is 0, and factors
+    have zeros."""
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=g)
     logps = -normal(B, T).abs() * 2
@@ -31,19 +33,21 @@ def problem(B=5, T=63, *, spread=0.3, seed=0, loss_type="dapo") -> dict[str, tor
         "weights": token_weights(mask, loss_type, 2 * T),
         "kl": normal(B, T).abs(),
         "entropy": normal(B, T).abs(),
+        "factor": normal(B, T).clamp(min=0),
     }
     return {name: x.to(DEVICE) for name, x in p.items()}
 
 
-def select(p: dict, objective: Objective, old: bool = True) -> dict:
+def select(p: dict, objective: Objective, old: bool = True, factor: bool = True) -> dict:
     """The arguments that this objective takes."""
     exact = objective.kl_estimator == "exact"
     dropped = {"ref_logps": None} if exact else {"kl": None}
-    return {**p, **dropped, **({} if old else {"old_logps": None})}
+    dropped |= {} if old else {"old_logps": None}
+    return {**p, **dropped, **({} if factor else {"factor": None})}
 
 
 def eager(p: dict, objective: Objective, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Loss, gradients and metrics of objective.py, in float64 numbers."""
+    """Loss, gradients and metrics of the objective, in float64 numbers."""
     cast = {k: x.to(dtype) if x is not None and x.is_floating_point() else x for k, x in p.items() if k != "entropy"}
     leaves = {k: cast[k].detach().clone().requires_grad_() for k in ("logps", "kl") if cast[k] is not None}
     weights = cast["weights"].detach().clone().requires_grad_()
@@ -55,12 +59,11 @@ def eager(p: dict, objective: Objective, dtype: torch.dtype) -> dict[str, torch.
         "loss": terms.loss.detach(),
         **{f"d_{k}": x.grad for k, x in leaves.items()},
         "kl_sum": (terms.kl * mask).sum() if terms.kl is not None else None,
-        "low_clipped": terms.low_clipped.sum(),
-        "high_clipped": terms.high_clipped.sum(),
-        "region_clipped": (terms.low_clipped | terms.high_clipped).sum(),
+        "low_clipped": terms.low_clipped.sum(1),
+        "high_clipped": terms.high_clipped.sum(1),
         "ratio_min": ratio.min() if ratio.numel() else torch.tensor(math.inf),
         "ratio_max": ratio.max() if ratio.numel() else torch.tensor(-math.inf),
-        "tokens": mask.sum(),
+        "tokens": mask.sum(1),
         # What the rounding of a sum goes by; the loss of a token is the slope of its weight.
         "loss scale": (weights.grad * weights.detach())[mask].abs().sum(),
         "kl_sum scale": (terms.kl * mask).abs().sum() if terms.kl is not None else None,
@@ -84,9 +87,9 @@ def check(p: dict, objective: Objective, **kwargs) -> None:
     got = fused(p, objective, **kwargs)
     assert got.keys() == exact.keys()
     for name, e in exact.items():
-        if name in ("low_clipped", "high_clipped", "region_clipped", "tokens"):
+        if name in COUNTS:
             # A ratio within rounding of a bound may count in one precision and not in the other: float32 has the say.
-            assert got[name] == plain[name], name
+            assert torch.equal(got[name], plain[name]), name
             continue
         if not bool(e.isfinite().all()):
             assert torch.equal(got[name], e), name

@@ -1,4 +1,4 @@
-"""The fused loss against objective.py in float64, and against what objective.py gets wrong in float32."""
+"""The fused loss against the objective in float64, and against what that gets wrong in float32."""
 
 from __future__ import annotations
 
@@ -28,7 +28,15 @@ def block(request, monkeypatch):
 @pytest.mark.parametrize("estimator", ["none", "k1", "k2", "k3", "exact"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("old", [True, False], ids=["old", "no old"])
-@pytest.mark.parametrize("extra", [{}, {"epsilon_high": 0.28}, {"delta": 1.25}, {"delta": 1.1, "epsilon_high": 0.05}])
+@pytest.mark.parametrize("extra", [
+    {},
+    {"epsilon_high": 0.28, "use_bias_correction_kl": False},
+    {"delta": 1.25},
+    {"delta": 1.1, "epsilon_high": 0.05, "use_bias_correction_kl": False},
+    {"loss_type": "cispo", "epsilon_high": 1.2},
+    {"loss_type": "sapo", "sapo_temperature_pos": 0.6},
+    {"loss_type": "vespo", "use_bias_correction_kl": False},
+])  # fmt: skip
 def test_every_objective(estimator, level, old, extra):
     objective = Objective(
         beta=0.0 if estimator == "none" else 0.3,
@@ -36,7 +44,8 @@ def test_every_objective(estimator, level, old, extra):
         importance_sampling_level=level,
         **extra,
     )
-    p = select(problem(spread=0.4 if level == "token" else 2.0), objective, old)
+    factor = "use_bias_correction_kl" in extra  # which vespo cannot do without
+    p = select(problem(spread=0.4 if level == "token" else 2.0), objective, old, factor)
     if estimator == "none":
         p["ref_logps"] = None
     check(p, objective)
@@ -44,9 +53,9 @@ def test_every_objective(estimator, level, old, extra):
 
 @pytest.mark.parametrize("B,T", [(1, 1), (3, 63), (7, 130), (2, 64), (5, 128)])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "luspo", "sapo", "cispo", "vespo"])
 def test_every_shape_and_loss_type(B, T, level, loss_type, block):
-    objective = Objective(beta=0.2, importance_sampling_level=level)
+    objective = Objective(beta=0.2, importance_sampling_level=level, loss_type=loss_type)
     p = select(problem(B, T, seed=T, loss_type=loss_type), objective)
     if B == 1:
         p["mask"] = torch.ones_like(p["mask"])
@@ -56,9 +65,14 @@ def test_every_shape_and_loss_type(B, T, level, loss_type, block):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_log_ratios_beyond_every_bound(level, estimator):
+@pytest.mark.parametrize("extra", [
+    {"use_bias_correction_kl": False},
+    {"loss_type": "cispo", "epsilon_high": 5.0},
+    {"loss_type": "sapo", "sapo_temperature_neg": 200.0},
+])  # fmt: skip
+def test_log_ratios_beyond_every_bound(level, estimator, extra):
     """exp is as good at 20 as at 0, and nothing pulls on a log-prob that was clamped."""
-    objective = Objective(beta=0.1, kl_estimator=estimator, importance_sampling_level=level, epsilon=0.5)
+    objective = Objective(beta=0.1, kl_estimator=estimator, importance_sampling_level=level, epsilon=0.5, **extra)
     check(select(problem(spread=15.0), objective), objective)
     far = select(problem(3, 63, spread=0.0), objective)
     for shift in (19.0, 20.0, 20.5, -20.0, -21.0, 300.0):
@@ -94,9 +108,12 @@ def test_slopes_at_the_edges_are_those_of_autograd(level, bounds, shift):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, about the junk
-@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
-def test_masked_positions_may_hold_anything(level, estimator, junk):
-    objective = Objective(beta=0.3, kl_estimator=estimator, importance_sampling_level=level)
+@pytest.mark.parametrize("loss_type, junk", [
+    ("grpo", math.nan), ("grpo", math.inf), ("dapo", -math.inf), ("sapo", math.nan), ("cispo", math.inf),
+    ("vespo", -math.inf),
+])  # fmt: skip
+def test_masked_positions_may_hold_anything(level, estimator, loss_type, junk):
+    objective = Objective(beta=0.3, kl_estimator=estimator, importance_sampling_level=level, loss_type=loss_type)
     clean = select(problem(), objective)
     clean["advantages"][1] = 0.0
     keep = clean["mask"]
@@ -129,7 +146,8 @@ def test_nothing_to_learn_from(level):
     check(p, objective)
     empty = {k: None if x is None else x[:0] for k, x in p.items()}
     out = fused_grpo_loss(**empty, objective=objective)
-    assert out.loss == 0 and out.tokens == 0 and out.coefficient.shape == (0, 63) and out.ratio_min == math.inf
+    assert out.loss == 0 and out.tokens.shape == (0,) and out.coefficient.shape == (0, 63)
+    assert out.ratio_min == math.inf and out.kl_sum == 0
 
 
 def test_small_differences_keep_their_kl():
@@ -176,9 +194,10 @@ def test_micro_batches_add_up_and_repeat_bit_for_bit():
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_gradient_is_that_of_finite_differences(level):
+@pytest.mark.parametrize("loss_type", ["grpo", "sapo"])
+def test_gradient_is_that_of_finite_differences(level, loss_type):
     """Of the kernel's own loss, so that loss and gradient agree without the oracle."""
-    objective = Objective(beta=0.2, importance_sampling_level=level)
+    objective = Objective(beta=0.2, importance_sampling_level=level, loss_type=loss_type)
     p = select(problem(3, 9, spread=0.02), objective)
     p["weights"] = torch.ones_like(p["weights"])
     direction = torch.randn(3, 9, generator=torch.Generator().manual_seed(5)).to(DEVICE)
@@ -223,8 +242,9 @@ def test_meta_and_fake_tensors(estimator):
 def test_opcheck(estimator):
     p = problem(3, 9)
     logps, kl = p["logps"].requires_grad_(), p["kl"].requires_grad_() if estimator == 4 else None
-    args = (logps, p["old_logps"], p["ref_logps"], kl, p["advantages"], p["mask"], p["weights"], p["entropy"],
-            0.1, 0.8, 1.2, math.inf, estimator, estimator == 3)  # fmt: skip
+    factor = p["factor"] if estimator else None
+    args = (logps, p["old_logps"], p["ref_logps"], kl, p["advantages"], p["mask"], p["weights"], factor, p["entropy"],
+            0.1, 0.8, 1.2, math.inf, estimator == 3, estimator, estimator % 3, estimator == 3)  # fmt: skip
     torch.library.opcheck(module._grpo_loss_op, args)
 
 
@@ -242,6 +262,10 @@ def test_bad_input_is_named(monkeypatch):
         fused_grpo_loss(**{**p, "kl": p["logps"]}, objective=Objective())
     with pytest.raises(ValueError, match="needs kl"):
         fused_grpo_loss(**p, objective=Objective(kl_estimator="exact"))
+    with pytest.raises(ValueError, match="'vespo' needs factor"):
+        fused_grpo_loss(**{**p, "factor": None}, objective=Objective(loss_type="vespo"))
+    with pytest.raises(ValueError, match="unknown loss_type 'ppo'"):
+        fused_grpo_loss(**p, objective=Objective(loss_type="ppo"))
     from lowvram_grpo.kernels import runtime
 
     if DEVICE == "cpu":

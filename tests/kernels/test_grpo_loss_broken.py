@@ -26,6 +26,10 @@ BREAKS = {
     "k2 for k3": lambda p, o: (p, Objective(beta=o.beta, kl_estimator="k2")),
     "reference and old swapped": lambda p, o: ({**p, "ref_logps": p["old_logps"], "old_logps": p["ref_logps"]}, o),
     "sequence for token": lambda p, o: (p, Objective(beta=o.beta, importance_sampling_level="sequence")),
+    "no factor": lambda p, o: ({**p, "factor": None}, o),
+    "a factor of the KL": lambda p, o: ({**p, "weights": p["weights"] * p["factor"], "factor": None}, o),
+    "a KL without its ratio": lambda p, o: (p, Objective(beta=o.beta, use_bias_correction_kl=False)),
+    "another loss type": lambda p, o: (p, Objective(beta=o.beta, loss_type="sapo")),
     "one token more": lambda p, o: ({**p, "mask": torch.ones_like(p["mask"])}, o),
 }
 
@@ -46,8 +50,15 @@ def test_the_comparison_fails_when_the_kernel_is_wrong(name):
 
 SOURCE_BREAKS = {
     "the minimum's slope at a tie": ("0.5 * (free_slope + held_slope)", "free_slope + held_slope"),
-    "the clamp's slope": ("tl.where(inside, -slope * ratio, 0.0)", "-slope * ratio"),
-    "the row's length": ("tl.div_rn(tl.sum(weight, 0) * row_slope, n)", "tl.sum(weight, 0) * row_slope"),
+    "the clamp's slope": ("tl.where((x >= -_LIMIT) & (x <= _LIMIT), ratio, 0.0)", "ratio"),
+    "the row's length": ("tl.div_rn(of_ratio * ratio_slope, n)", "of_ratio * ratio_slope"),
+    "the ratio's pull by the KL": ("pull += u * corrected * ratio_slope * kl", "pull += 0.0"),
+    "the row's pull by the KL": ("corrected * beta * tl.sum(weighed_kl, 0)", "0.0"),
+    "the gate's slope": ("-4.0 * a * gate * gate * other", "-4.0 * a * gate"),
+    "cispo's bound": ("-tl.where(ratio > high, high, ratio) * a", "-ratio * a"),
+    "the temperatures": ("tl.where(a > 0.0, high, low)", "tl.where(a > 0.0, low, high)"),
+    "the sign of the detached": ("nothing - a", "nothing + a"),
+    "delta before the count": ("counted = tl.where(ratio > delta, delta, ratio)", "counted = ratio"),
     "the KL's slope": ("slope = -(value + d)", "slope = value + d"),
     "the mask of the gradient": ("tl.where(m, pull, 0.0), mask=t < T", "pull, mask=t < T"),
 }
@@ -87,5 +98,8 @@ def _small_suite(op) -> None:
         check(p, objective, op=op)
         check({**p, "old_logps": None}, objective, op=op)
         check({**p, "old_logps": p["logps"] - 25, "advantages": -p["advantages"].abs()}, objective, op=op)
+        for extra in ({"loss_type": "sapo"}, {"loss_type": "vespo"}, {"loss_type": "cispo", "epsilon_high": 1.1},
+                      {"delta": 1.1}):  # fmt: skip
+            check(p, Objective(beta=0.3, importance_sampling_level=level, **extra), op=op)
         p["advantages"][1] = math.nan
         assert fused(p, objective, op=op)["d_logps"].isfinite().all()

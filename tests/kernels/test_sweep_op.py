@@ -8,7 +8,7 @@ from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.linear_logps import linear_logps
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 from lowvram_grpo.kernels.sweep.autograd import sweep_op
-from lowvram_grpo.kernels.sweep.direction import Entries, sparse_direction
+from lowvram_grpo.kernels.sweep.direction import Entries, RowGrads, sparse_direction
 from problems import peaked
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -42,12 +42,32 @@ def test_fake_tensors_have_the_real_ones_shapes():
 
 
 @pytest.mark.parametrize("mode", ["sparse", "dense"])
+@pytest.mark.parametrize("kl", [False, True])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_every_fake_output_has_the_real_ones_shape(mode, kl, entropy):
+    """What is only known to the device has a symbol, and the same symbol wherever it is the same number."""
+    hidden, head, targets = peaked(6, 120, 16)
+    tensors, numbers = head.flatten()
+    args = [hidden.requires_grad_(), hidden.detach() if kl else None, tensors, targets, head.centre(hidden.device)[0]]
+    settings = (1.0, mode, 2.0**-16, 64, 0.015, None, torch.float32, 4, True, kl, entropy)
+    call = lambda h, ref, weights, t, mean: sweep_op(h, ref, weights, numbers, t, None, mean, *settings)
+    real = call(*args)
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        fakes = call(*torch.utils._pytree.tree_map(lambda x: x if x is None else mode.from_tensor(x), args))
+    meaning = {}
+    for i, (r, f) in enumerate(zip(real, fakes, strict=True)):
+        assert r.dtype == f.dtype and r.ndim == f.ndim
+        for a, b in zip(r.shape, f.shape):
+            assert a == (b if isinstance(b, int) else meaning.setdefault(str(b), a)), i
+
+
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
 def test_opcheck(mode):
     hidden, head, targets = peaked(6, 120, 16)
     tensors, numbers = head.flatten()
     mean = head.centre(hidden.device)[0]
     args = [hidden.requires_grad_(), hidden.detach(), tensors, numbers, targets, None, mean]
-    settings = (1.0, mode, 2.0**-16, 64, 0.015, None, torch.float32, 4, True, True)
+    settings = (1.0, mode, 2.0**-16, 64, 0.015, None, torch.float32, 4, True, True, True)
     torch.library.opcheck(sweep_op, (*args, *settings), test_utils=("test_schema", "test_autograd_registration"))
 
 
@@ -75,10 +95,10 @@ def test_weights_beyond_32_bits_are_addressed_right(use_triton):
     none = torch.empty(0, device=device)
     entries = Entries(
         torch.tensor([0, 2], device=device), torch.tensor([last, last - v // 2], dtype=torch.int32, device=device),
-        torch.tensor([1.0, 2.0], device=device), none, torch.zeros(1, device=device), none,
+        torch.tensor([1.0, 2.0], device=device), none, none, torch.zeros(1, device=device), none, none,
     )  # fmt: skip
-    c, mean = torch.tensor([-1.0], device=device), torch.zeros(h, device=device)
-    out = sparse_direction(Head(weight), entries, c, None, mean, 1.0, torch.float32, use_triton=use_triton)
+    c, mean = RowGrads(torch.tensor([-1.0], device=device)), torch.zeros(h, device=device)
+    out = sparse_direction(Head(weight), entries, c, mean, 1.0, torch.float32, use_triton=use_triton)
     assert (out == 13.0).all()
 
 

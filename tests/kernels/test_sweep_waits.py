@@ -25,25 +25,27 @@ def waits(hidden, head, targets, kind=None, ref=False, **settings):
     hidden = hidden.clone().requires_grad_()
     settings = {"path": "cublas", "wanted": wanted, "ref_hidden": hidden.detach() + 0.01 if ref else None, **settings}
     with Waits() as forward:
-        out = linear_logps(hidden, head, targets, kl=ref, **settings)
-    loss = (out.logps * wanted).sum() + ((out.kl * wanted).sum() if ref else 0)
+        out = linear_logps(hidden, head, targets, kl=ref, entropy=True, **settings)
+    loss = (out.logps * wanted).sum() + ((out.kl * wanted).sum() if ref else 0) - (out.entropy * wanted).sum()
     with Waits() as backward:
         loss.backward()
     # Targets outside of the vocabulary are looked for on a CPU alone.
     return [x for x in forward.where if "targets.m" not in x], backward.where, out
 
 
+@pytest.mark.parametrize("bonus", [False, True])
 @pytest.mark.parametrize("kind, ref", [(None, True), ("int8", True), ("nf4", False)])
-def test_listed_rows_cost_one_wait(kind, ref):
+def test_listed_rows_cost_one_wait(kind, ref, bonus):
     params = DirectionParams(max_tail=3e-4)
-    forward, backward, out = waits(*peaked(12, 500, 64), kind, ref, direction=params)
+    forward, backward, out = waits(*peaked(12, 500, 64), kind, ref, direction=params, entropy_gradient=bonus)
     assert len(forward) == 1 and backward == [], (forward, backward)
     assert 0 < len(out.diffuse) < 8  # both kinds of rows are there
 
 
 @pytest.mark.parametrize("all_wanted", [True, False])
-def test_dense_rows_cost_one_wait_at_most(all_wanted, monkeypatch):
-    given = {"wanted": None} if all_wanted else {}
+@pytest.mark.parametrize("bonus", [False, True])
+def test_dense_rows_cost_one_wait_at_most(all_wanted, bonus, monkeypatch):
+    given = {"entropy_gradient": bonus, **({"wanted": None} if all_wanted else {})}
     monkeypatch.setattr(vocabulary_pass, "plan_tiles", lambda *args, **kwargs: TilePlan(8, 300))
     dense, backward, out = waits(*problem(16, 500, 64, spread=0.3), direction="dense", **given)
     assert len(dense) == (0 if all_wanted else 1) and backward == [], (dense, backward)

@@ -57,6 +57,10 @@ SAVERS = {
     },
     "without a shared prefix": {"shared_prefix": "off", "kl_estimator": "exact"},
     "all weights": {"lora": False},
+    "all weights, a streamed reference": {"lora": False, "reference_offload": True, "sync_ref_model": True,
+                                          "ref_model_sync_steps": 1, "steps": 3},
+    "all weights and a streamed reference, tied": {"lora": False, "reference_offload": True, "num_iterations": 2,
+                                                   "model": {"tie_word_embeddings": True, "num_hidden_layers": 5}},
     "two uses of a rollout": {"num_iterations": 2, "steps": 3, "rollout_batch_size": 3},
     "filters": {"top_p": 0.9, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2, "temperature": 0.9},
 }  # fmt: skip

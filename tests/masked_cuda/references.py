@@ -114,10 +114,10 @@ def _fused_fold(_, state, h, ref_h, w, bias, v0, transform, log_epsilon, config)
     fold.fold_torch(state, product(h), product(ref_h), bias, v0, transform, log_epsilon)
 
 
-def _direction(_, w, entries, grad_logps, grad_kl, mean, factor, out, direct):
+def _direction(_, w, entries, grads, mean, factor, out, direct):
     if len(out):
         rows = w if direct else w[entries.ids.long()]
-        direction._torch(rows, entries, grad_logps, grad_kl, mean, factor, out)
+        direction._torch(rows, entries, grads, mean, factor, out)
 
 
 def _written(reference, out, *args, **kwargs):

@@ -46,7 +46,10 @@ def test_a_trl_recipe_is_understood(yaml_file):
     recipe = resolve({}, yaml_file)
     assert (recipe.model, recipe.data, recipe.split) == ("Qwen/Qwen2.5-0.5B", "trl-lib/tldr", "train")
     assert (recipe.quantization, recipe.dtype, recipe.lora_r) == ("nf4", "bfloat16", 8)
-    assert recipe.lora_target_modules == ["q_proj", "v_proj"] and recipe.reward == ["accuracy", "format:0.5"]
+    assert recipe.lora_target_modules == ["q_proj", "v_proj"] and recipe.reward == [
+        "accuracy_reward",
+        "format_reward:0.5",
+    ]
     assert recipe.training["learning_rate"] == 1e-6 and recipe.training["num_generations"] == 16
     assert recipe.training["report_to"] == "none"
 

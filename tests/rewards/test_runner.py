@@ -238,8 +238,8 @@ def test_extras_of_the_wrong_length_are_named():
     ("funcs", "settings", "message"),
     [
         ([], {}, "no reward function"),
-        ([length], {"weights": [1.0, 2.0]}, "2 reward weights for 1 reward functions"),
-        ([length], {"processing_classes": []}, "0 reward processing classes for 1 reward functions"),
+        ([length], {"weights": [1.0, 2.0]}, r"reward weights \(2\) must match the number of reward functions \(1\)"),
+        ([length], {"processing_classes": []}, r"reward processing classes \(0\) must match"),
         ([3], {}, "a reward function is 3, which can't be called"),
     ],
 )

@@ -354,7 +354,7 @@ def test_a_run_with_vllm_in_this_process(installed, config, dataset, tokenizer, 
         model, digit_share, args, dataset, processing_class=tokenizer, observer=Quiet(), peft_config=LORA
     )
     trainer.train()
-    rows = [row for row in trainer.state.log_history if "reward" in row]
+    rows = [row for row in trainer.state.log_history if "loss" in row]
     assert len(rows) == 2 and all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in rows)
     llm = trainer.collector.engine.llm
     assert len(llm.fake.adapters) == 2 and llm.naps == (3 if sleeps else 0)

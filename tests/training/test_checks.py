@@ -77,8 +77,8 @@ def test_it_is_all_said_before_step_one(config, tokenizer, model):
     assert not any("cold start" in text for text in said)  # which could not make them judge
 
 
-@pytest.mark.parametrize("logging_steps,rows", [(1, [1, 2, 3]), (2, [2, 3])])
-def test_the_last_row_has_what_no_row_had(config, dataset, tokenizer, model, logging_steps, rows):
+@pytest.mark.parametrize("logging_steps,rows", [(1, [1, 2, 3, 3]), (2, [2, 3])])
+def test_the_last_row_has_what_no_row_had_or_the_last_one_again(config, dataset, tokenizer, model, logging_steps, rows):
     args = config(max_steps=3, logging_steps=logging_steps)
     trainer = GRPOTrainer(
         model, digit_share, args, dataset, processing_class=tokenizer, peft_config=LORA, observer=Quiet()
@@ -87,4 +87,5 @@ def test_the_last_row_has_what_no_row_had(config, dataset, tokenizer, model, log
     log = [row for row in trainer.state.log_history if "reward" in row]
     assert [row["step"] for row in log] == rows
     assert all("completions/mean_length" in row and "num_tokens" in row for row in log)
-    assert ("train_runtime" in log[-1]) is (logging_steps > 1)
+    assert "train_runtime" in log[-1] and "train_runtime" not in log[-2]
+    assert (log[-1]["reward"] == log[-2]["reward"]) is (logging_steps == 1)

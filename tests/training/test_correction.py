@@ -93,9 +93,37 @@ def test_metrics_count_what_was_applied_and_keep_the_raw_ratio():
     assert whole["sampling/importance_sampling_ratio/mean"] == pytest.approx(0.5)  # one of two completions is out
     assert whole["sampling/corrected_share"] == pytest.approx(0.5)
     plain = sampler_metrics(scored, sampled, mask)
-    assert plain["sampling/importance_sampling_ratio/max"] == pytest.approx(8.0) and len(plain) == 5
+    assert plain["sampling/importance_sampling_ratio/max"] == pytest.approx(8.0) and len(plain) == 13
     nothing = sampler_metrics(scored, sampled, mask * 0, Correction())
-    assert len(nothing) == 9 and all(value.isnan() for value in nothing.values())
+    assert len(nothing) == 17 and all(value.isnan() for value in nothing.values())
+
+
+def test_divergences_from_the_sampler_are_ms_swifts():
+    """Written out in float64 from ms-swift's `rollout_correction/*`."""
+    scored, sampled, mask = batch()
+    found = sampler_metrics(scored, sampled, mask)
+    rows = [
+        [(p, q) for p, q, m in zip(ps, qs, ms) if m]
+        for ps, qs, ms in zip(scored.tolist(), sampled.tolist(), mask.tolist())
+    ]
+    rows = [row for row in rows if row]
+    mean = lambda values: sum(values) / len(values)
+    gaps = [p - q for row in rows for p, q in row]
+    of_rows = [mean([p - q for p, q in row]) for row in rows]
+    expected = {
+        "kl": mean(gaps),
+        "k3_kl": mean([math.exp(g) - g - 1 for g in gaps]),
+        "training_ppl": mean([math.exp(-mean([p for p, _ in row])) for row in rows]),
+        "rollout_ppl": mean([math.exp(-mean([q for _, q in row])) for row in rows]),
+        "log_ppl_diff": -mean(of_rows),
+        "ppl_ratio": mean([math.exp(-g) for g in of_rows]),
+        "chi2_token": mean([math.exp(2 * g) for g in gaps]) - 1,
+        "chi2_seq": mean([math.exp(2 * g) for g in of_rows]) - 1,
+    }
+    for name, value in expected.items():
+        assert float(found[f"rollout_correction/{name}"]) == pytest.approx(value, rel=1e-5), name
+    equal = sampler_metrics(sampled, sampled, mask)
+    assert all(equal[f"rollout_correction/{name}"] == 0 for name in ("kl", "k3_kl", "log_ppl_diff", "chi2_token"))
 
 
 def test_a_configuration_switches_it_on(config):

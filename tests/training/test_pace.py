@@ -90,7 +90,7 @@ def test_the_passes_are_those_that_training_makes(
     trainer = trainer_of(config, tokenizer, dataset, peft_config, max_steps=2, **{"beta": 0.0, **settings})
     models = [trainer.model.get_base_model()] if peft_config else [trainer.model]
     if trainer.reference is not None and trainer.reference.kind == "frozen copy":
-        models.append(trainer.reference._copy)
+        models.append(trainer.reference.model)
     calls = []
     rollout = trainer.collect(next(iter(trainer.get_train_dataloader())), 0)
     found = seen(trainer, rollout, (1, 1.0))

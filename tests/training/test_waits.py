@@ -90,8 +90,12 @@ def test_a_micro_batch_waits_at_most_twice_and_a_step_ten_times(config, dataset,
 
 
 def sums(scale):
-    number = lambda x: torch.tensor(float(x))
-    return LossSums(*map(number, (0.5, 10 * scale, 7 * scale, 2 * scale, 1, scale, 1 - 0.1 * scale, 1 + 0.2 * scale)))
+    """Of two completions that count, of 6 and 4 tokens times `scale`, and one that does not."""
+    number = lambda *x: torch.tensor(x if len(x) > 1 else float(*x))
+    return LossSums(
+        number(0.5), number(7 * scale), number(2 * scale), number(6.0 * scale, 4.0 * scale, 0.0), number(1.0, 0.0, 0.0),
+        number(0.0, 1.0 * scale, 0.0), number(1 - 0.1 * scale), number(1 + 0.2 * scale),
+    )  # fmt: skip
 
 
 def test_an_updates_metrics_are_read_at_once():
@@ -106,7 +110,7 @@ def test_an_updates_metrics_are_read_at_once():
     assert len(waits.where) == 1
     assert found == pytest.approx({
         "entropy": 0.7, "kl": 0.2, "clip_ratio/low_mean": 2 / 30, "clip_ratio/high_mean": 0.1,
-        "clip_ratio/region_mean": 5 / 30, "clip_ratio/low_min": 0.05, "clip_ratio/high_max": 0.1, "ratio/min": 0.8,
+        "clip_ratio/region_mean": 5 / 30, "clip_ratio/low_min": 0.0, "clip_ratio/high_max": 0.25, "ratio/min": 0.8,
         "ratio/max": 1.4, "sweep/diffuse_ratio": 0.25, "sweep/direction_bound_max": 0.25,
     })  # fmt: skip
     assert len(update.gaps) == 2 and all(type(x) is float for gap in update.gaps for x in gap.values())
@@ -116,7 +120,7 @@ def test_no_token_means_no_ratio_and_no_gap():
     update = UpdateSums()
     none = sums(0)._replace(ratio_min=torch.tensor(torch.inf), ratio_max=torch.tensor(-torch.inf))
     update.add(none, Scores(None, None))
-    assert not any(name.startswith("ratio/") for name in update.take())
+    assert not any(name.startswith(("ratio/", "clip_ratio/low_min", "clip_ratio/high_max")) for name in update.take())
     gap = sampler_metrics(torch.zeros(1, 2), torch.full((1, 2), torch.nan), torch.tensor([[0, 0]]))
     book = MetricBook()
     for values in read([gap, sampler_metrics(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([[1, 0]]))]):

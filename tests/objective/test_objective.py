@@ -1,4 +1,4 @@
-"""objective.py against a naive float64 implementation written from the papers, one token at a time."""
+"""The objective against a naive float64 implementation written from the papers, one token at a time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,32 @@ import math
 import pytest
 import torch
 
-from lowvram_grpo.objective import Objective, group_advantages, grpo_loss, kl_divergence, token_weights
+from lowvram_grpo.objective import (
+    LOSS_TYPES,
+    Objective,
+    decoupled_advantages,
+    group_advantages,
+    grpo_loss,
+    kl_divergence,
+    token_weights,
+)
 
 
-def naive_loss(logps, old, ref, advantages, mask, o: Objective, loss_type: str, t_max: int):
+def policy_term(ratio, logp, a, o: Objective):
+    """One token's, from the papers."""
+    upper = o.epsilon if o.epsilon_high is None else o.epsilon_high
+    if o.loss_type == "cispo":
+        return -min(float(ratio.detach()), upper) * a * logp
+    if o.loss_type == "vespo":
+        return -a * logp
+    if o.loss_type == "sapo":
+        tau = o.sapo_temperature_pos if a > 0 else o.sapo_temperature_neg
+        return -(4 / tau) / (1 + torch.exp(-tau * (ratio - 1))) * a
+    bounded = ratio if o.delta is None else torch.clamp(ratio, max=o.delta)
+    return -torch.min(bounded * a, torch.clamp(ratio, 1 - o.epsilon, 1 + upper) * a)
+
+
+def naive_loss(logps, old, ref, advantages, mask, o: Objective, t_max: int, factor=None):
     """Python loops over tokens; float64; gradients by autograd through the loops."""
     B, T = logps.shape
     total_tokens = sum(int(mask[i].sum()) for i in range(B))
@@ -25,19 +47,24 @@ def naive_loss(logps, old, ref, advantages, mask, o: Objective, loss_type: str, 
             if not mask[i, t]:
                 continue
             ratio = torch.exp(mean if o.importance_sampling_level == "sequence" else logps[i, t] - old[i, t])
-            clipped = torch.clamp(ratio, 1 - o.epsilon, 1 + (o.epsilon if o.epsilon_high is None else o.epsilon_high))
-            bounded = ratio if o.delta is None else torch.clamp(ratio, max=o.delta)
-            term = -torch.min(bounded * advantages[i], clipped * advantages[i])
+            term = policy_term(ratio, logps[i, t], advantages[i], o)
+            if factor is not None:
+                term = term * factor[i, t]
             if ref is not None:
                 d = ref[i, t] - logps[i, t]
-                term = term + o.beta * {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - d - 1}[o.kl_estimator]
+                kl = {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - d - 1}[o.kl_estimator]
+                term = term + o.beta * kl * (ratio if o.use_bias_correction_kl else 1)
             weight = {
                 "grpo": 1 / length / B,
+                "sapo": 1 / length / B,
                 "bnpo": 1 / total_tokens,
                 "dapo": 1 / total_tokens,
+                "cispo": 1 / total_tokens,
+                "vespo": 1 / total_tokens,
                 "dr_grpo": 1 / (B * t_max),
+                "luspo": 1 / B,
             }
-            loss = loss + term * weight[loss_type]
+            loss = loss + term * weight[o.loss_type]
     return loss
 
 
@@ -51,21 +78,97 @@ def batch(seed=0, B=6, T=7):
     return logps, old, ref, torch.randn(B, generator=g, dtype=torch.float64), mask
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("extra", [{}, {"epsilon_high": 0.28}, {"delta": 1.1}])
+@pytest.mark.parametrize("extra", [
+    {}, {"epsilon_high": 0.28}, {"delta": 1.1}, {"use_bias_correction_kl": False, "sapo_temperature_pos": 0.7},
+])  # fmt: skip
 def test_loss_and_gradient(loss_type, estimator, level, extra):
     logps, old, ref, advantages, mask = batch()
-    o = Objective(beta=0.3, kl_estimator=estimator, importance_sampling_level=level, **extra)
+    factor = None
+    if loss_type == "vespo" or "delta" in extra:
+        factor = torch.rand(mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
+    o = Objective(beta=0.3, loss_type=loss_type, kl_estimator=estimator, importance_sampling_level=level, **extra)
     a, b = logps.clone().requires_grad_(), logps.clone().requires_grad_()
     weights = token_weights(mask, loss_type, 9)
-    loss = grpo_loss(a, old, ref, advantages, mask, weights, o).loss
-    expected = naive_loss(b, old, ref, advantages, mask, o, loss_type, 9)
-    loss.backward(), expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)  # weights are float32
+    terms = grpo_loss(a, old, ref, advantages, mask, weights, o, factor=factor)
+    expected = naive_loss(b, old, ref, advantages, mask, o, 9, factor)
+    terms.loss.backward(), expected.backward()
+    torch.testing.assert_close(terms.loss, expected, rtol=1e-6, atol=1e-9)  # weights are float32
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-9)
     assert a.grad[~mask].abs().max() == 0
+    kl = kl_divergence(logps, ref, mask, estimator) * (terms.ratio if o.use_bias_correction_kl else 1)
+    torch.testing.assert_close(terms.kl, kl)
+
+
+def test_a_factor_leaves_the_kl_alone_and_may_be_junk_where_masked():
+    logps, old, ref, advantages, mask = batch()
+    weights = token_weights(mask, "grpo", 9)
+    nothing, plain = logps.clone().requires_grad_(), logps.clone().requires_grad_()
+    junk = torch.zeros_like(logps).masked_fill(~mask, math.nan)
+    o = Objective(beta=0.3)
+    left = grpo_loss(nothing, old, ref, advantages, mask, weights, o, factor=junk)
+    kl_alone = grpo_loss(plain, old, ref, 0 * advantages, mask, weights, o)
+    left.loss.backward(), kl_alone.loss.backward()
+    torch.testing.assert_close(left.loss, kl_alone.loss)
+    torch.testing.assert_close(nothing.grad, plain.grad)
+
+
+def test_what_is_detached_has_no_gradient_and_the_rest_gradcheck_confirms():
+    """Finite differences know nothing of a detached coefficient, so the types that have one are left to the loops."""
+    logps, old, ref, advantages, mask = batch()
+    for loss_type in ("grpo", "sapo", "luspo"):
+        for level in ("token", "sequence"):
+            o = Objective(beta=0.3, loss_type=loss_type, importance_sampling_level=level)
+            weights = token_weights(mask, loss_type, 9).double()
+            run = lambda x: grpo_loss(x, old, ref, advantages, mask, weights, o).loss  # noqa: B023
+            assert torch.autograd.gradcheck(run, logps.clone().requires_grad_())
+
+
+def test_cispo_keeps_the_gradient_of_what_grpo_clips():
+    logps, old, _, _, mask = batch()
+    weights, high = token_weights(mask, "cispo", 9), torch.full((6,), 1.0, dtype=torch.float64)
+    terms, grads = {}, {}
+    for loss_type, upper in (("cispo", 1.1), ("grpo", 0.1)):
+        leaf = logps.clone().requires_grad_()
+        o = Objective(beta=0.0, loss_type=loss_type, epsilon_high=upper)
+        terms[loss_type] = grpo_loss(leaf, old, None, high, mask, weights, o)
+        terms[loss_type].loss.backward()
+        grads[loss_type] = leaf.grad
+    over = terms["cispo"].high_clipped
+    assert over.any() and torch.equal(over, terms["grpo"].high_clipped) and not terms["cispo"].low_clipped.any()
+    assert grads["grpo"][over].abs().max() == 0
+    torch.testing.assert_close(grads["cispo"][over], -1.1 * weights.double()[over])
+
+
+def test_vespo_without_its_weight_is_refused_and_so_is_an_unknown_type():
+    logps, old, _, advantages, mask = batch()
+    given = (logps, old, None, advantages, mask, mask.float())
+    with pytest.raises(ValueError, match="needs factor, with vespo_weight"):
+        grpo_loss(*given, Objective(beta=0.0, loss_type="vespo"))
+    with pytest.raises(ValueError, match="unknown loss_type 'ppo'"):
+        grpo_loss(*given, Objective(beta=0.0, loss_type="ppo"))
+    with pytest.raises(ValueError, match="unknown loss_type 'ppo'"):
+        token_weights(mask, "ppo", 9)
+
+
+def test_a_token_of_a_rollout_weighs_the_same_in_each_of_its_steps():
+    _, _, _, _, mask = batch()
+    first, second = mask[:3], mask[3:]
+    for loss_type in ("dapo", "cispo", "vespo"):
+        cut = [token_weights(part, loss_type, 9, mask.sum() * len(part) / 6) for part in (first, second)]
+        assert {float(w) for part in cut for w in part[part > 0]} == {float(2 / mask.sum())}
+        assert torch.equal(token_weights(mask, loss_type, 9, mask.sum()), token_weights(mask, "bnpo", 9))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_exact_kl_takes_no_ratio(level):
+    logps, old, _, advantages, mask = batch()
+    weights, kl = token_weights(mask, "dapo", 9), torch.rand_like(logps)
+    o = [Objective(kl_estimator="exact", importance_sampling_level=level, use_bias_correction_kl=b) for b in (0, 1)]
+    losses = [grpo_loss(logps, old, None, advantages, mask, weights, x, kl=kl).loss for x in o]
+    assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -158,9 +261,10 @@ def test_masked_junk_does_not_poison(estimator):
 def test_everything_masked_is_a_zero_loss_with_zero_gradient():
     logps, old, ref, advantages, mask = batch()
     nothing = torch.zeros_like(mask)
-    for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo"):
+    for loss_type in LOSS_TYPES:
         leaf = logps.clone().requires_grad_()
-        loss = grpo_loss(leaf, old, ref, advantages, nothing, token_weights(nothing, loss_type, 9), Objective()).loss
+        weights, o = token_weights(nothing, loss_type, 9), Objective(loss_type=loss_type)
+        loss = grpo_loss(leaf, old, ref, advantages, nothing, weights, o, factor=torch.ones_like(logps)).loss
         loss.backward()
         assert loss.item() == 0 and leaf.grad.abs().max() == 0
 
@@ -196,6 +300,31 @@ def test_a_reward_that_does_not_apply_changes_no_mean():
     result = group_advantages(torch.tensor([1.0, nan, 3.0, 2.0, nan, nan, nan, 1.0]), 4, "none")
     assert result.values.tolist() == [-1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert result.dead.tolist() == [False, True]
+
+
+def test_decoupled_advantages_hear_a_reward_of_small_spread():
+    """Summed first, a reward of 100 drowns one of 1 altogether."""
+    nan = float("nan")
+    per_func = torch.tensor(
+        [[100.0, 0.0], [0.0, 1.0], [100.0, 1.0], [0.0, 0.0], [7.0, 2.0], [7.0, 2.0], [7.0, nan], [7.0, 2.0]]
+    )
+    result = decoupled_advantages(per_func, torch.tensor([1.0, 2.0]), 4)
+    z = lambda x: (x - x.mean()) / (x.std() + 1e-4)
+    total = torch.cat([z(per_func[:4, 0]) + 2 * z(per_func[:4, 1]), torch.zeros(4)])
+    torch.testing.assert_close(result.values, z(total), rtol=1e-5, atol=1e-6)
+    assert result.dead.tolist() == [False, True] and result.values[4:].tolist() == [0.0] * 4
+
+
+def test_decoupled_advantages_of_what_cannot_be_scored():
+    nan = float("nan")
+    per_func = torch.tensor([[1.0, nan], [nan, nan], [3.0, 5.0], [2.0, 6.0]])
+    result = decoupled_advantages(per_func, torch.tensor([1.0, 1.0]), 4)
+    assert result.values[1] == 0 and result.values.isfinite().all() and not result.dead.any()
+    others = result.values[[0, 2, 3]]
+    torch.testing.assert_close(others.mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(others.std(), torch.tensor(1.0), atol=1e-3, rtol=0)
+    alone = decoupled_advantages(torch.full((4, 2), nan), torch.tensor([1.0, 1.0]), 4)
+    assert alone.values.tolist() == [0.0] * 4 and alone.dead.tolist() == [True]
 
 
 def test_k1_as_a_loss_has_no_expected_gradient_but_k2_has():
