@@ -109,7 +109,7 @@ class RewardModel:
             self._rows //= 2
             torch.cuda.empty_cache()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _scored(self, texts: list[str], templated: bool) -> list[float]:
         batch = self.tokenizer.pad(
             {"input_ids": self._ids(texts, templated)}, return_tensors="pt", padding_side="right", verbose=False

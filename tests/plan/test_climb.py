@@ -346,10 +346,10 @@ def test_a_card_says_what_it_can_do_and_a_typical_one_fills_the_gaps(monkeypatch
     assert cards.typical(2) == cards.typical(4)
 
 
-def test_a_reward_model_takes_what_the_plan_does_not_know():
-    for reward, climbs in ((["accuracy", "mine.py:f:0.5"], True), (["accuracy", "someone/judge:2"], False)):
+def test_beside_a_reward_model_there_is_a_climb_as_its_bytes_are_counted():
+    for reward in (["accuracy", "mine.py:f:0.5"], ["accuracy", "someone/judge:2"]):
         _, plan = planned(told("Qwen2.5-0.5B"), "Qwen2.5-0.5B", 8, reward=reward)
-        assert bool(plan.climbs) == climbs
+        assert plan.climbs
 
 
 def test_a_climb_that_fails_leaves_the_plan(monkeypatch):
