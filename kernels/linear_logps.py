@@ -79,8 +79,7 @@ def linear_logps(
     Args:
         softcap, logit_scale: override those of a `Head`.
         entropy: also return the entropy of each row, in nats.
-        entropy_gradient: make that entropy differentiable too, from the same sweep. To be given to passes without a
-            gradient as well where they shall have the same bits.
+        entropy_gradient: make it differentiable, from the same sweep; also for passes that shall have the same bits.
         workspace_mib: memory for tiles, in MiB, whatever N, V and H.
         ref_hidden: hidden states of a reference under the same head, swept along; yields `ref_logps`.
         kl: with `ref_hidden`, also return the exact KL(policy || reference) over the whole vocabulary, in nats.
@@ -97,10 +96,9 @@ def linear_logps(
     if softcap is not None or logit_scale is not None:
         scale = head.logit_scale if logit_scale is None else logit_scale
         head = Head(head.weight, head.bias, scale, head.softcap if softcap is None else softcap)
-    if entropy_gradient and not entropy:
-        raise ValueError("entropy_gradient needs entropy=True")
     traced = torch.compiler.is_compiling() or type(hidden) not in (Tensor, torch.nn.Parameter)
     _check(hidden, head, targets, temperature, ref_hidden, kl, traced)
+    _check_entropy(entropy, entropy_gradient)
     params = DirectionParams(direction) if isinstance(direction, str) else direction
     trainable = head.trainable and torch.is_grad_enabled()
     want_grad = torch.is_grad_enabled() and hidden.requires_grad and not trainable
@@ -167,6 +165,11 @@ def _check(
         and not (int(targets.min()) >= 0 and int(targets.max()) < vocab)
     ):  # fmt: skip
         raise ValueError(f"a target lies outside the vocabulary of {vocab}")
+
+
+def _check_entropy(asked: bool, gradient: bool) -> None:
+    if gradient and not asked:
+        raise ValueError("entropy_gradient needs entropy=True")
 
 
 def _through_a_trainable_head(

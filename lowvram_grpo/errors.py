@@ -17,6 +17,10 @@ class UserError(ValueError):
     """
 
 
+class UnknownSetting(UserError, TypeError):
+    """A name that is no setting. A TypeError too, since that is what a class that does not know an argument raises."""
+
+
 class WrongType(UserError, TypeError):
     """An argument of another type than it can have: a TypeError, too, as in TRL."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.errors import UserError
 
 # For a command with such flags; they come as its context's arguments.
 MORE_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -26,6 +26,7 @@ def parse_extra(arguments: list[str]) -> dict[str, Any]:
         UserError: an argument that is no flag, an unknown flag, or a flag without its value.
     """
     from lowvram_grpo.recipe.resolve import ALIASES, IGNORED, LOADING, job_types, training_types
+    from lowvram_grpo.recipe.unknown_names import instead_of
 
     types = {**training_types(), **job_types(), **dict.fromkeys([*LOADING, "use_peft"], bool)}
     found: dict[str, Any] = {}
@@ -39,8 +40,7 @@ def parse_extra(arguments: list[str]) -> dict[str, Any]:
         if not has_value and key.startswith("no_") and key not in types and key[3:] in types:
             key, value = key[3:], "false"
         elif key not in types and key not in ALIASES and key not in IGNORED:
-            known = [f"--{n.replace('_', '-')}" for n in types]
-            raise UserError(f"Unknown flag {raw.partition('=')[0]}{did_you_mean('--' + key.replace('_', '-'), known)}.")
+            raise UserError(f"Unknown flag {raw.partition('=')[0]}{instead_of(key, types, flag=True)}.")
         elif not has_value:
             if rest and not rest[0].startswith("--"):
                 value = rest.pop(0)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.plan.guess import Guess
-from lowvram_grpo.plan.paper import by_a_person, paper_config, setting, with_its_batch, with_setting
+from lowvram_grpo.plan.paper import by_a_person, paper_config, setting, trains_all_weights, with_its_batch, with_setting
 from lowvram_grpo.plan.speed import Choice, Shape, Speed, shape_of
 from lowvram_grpo.policy.trials import wanted
 from lowvram_grpo.rewards.registry import is_model
@@ -150,7 +150,9 @@ class Climber:
             self._shape = shape_of(self.config)
         work = workload(args, self.config, self.longest_prompt)
         kernel = wanted("int8_head", args.fused_ops)
-        return Speed(self._shape, work, args, self.card, self.half, int8_kernel=kernel)
+        return Speed(
+            self._shape, work, args, self.card, self.half, int8_kernel=kernel, trained=trains_all_weights(recipe)
+        )
 
     def _fastest(self, recipe: Recipe, possible: list[Choice], guess: Guess, room: float) -> Choice | None:
         """The first of `possible`, the fastest first, that is predicted to fit. What takes more of everything than one

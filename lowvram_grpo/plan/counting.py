@@ -85,7 +85,7 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     empty = skeleton(blueprint.config, blueprint.stored, attn_implementation=attention)
     args = copy.copy(args)
     args.gradient_checkpointing_kwargs = {"context_fn": stand_in.recompute}
-    with stand_in, ledger:
+    with stand_in, stand_in.for_libraries(), ledger:
         with ledger.phase("load"), ledger.making("base weights"):
             base = _base(empty, blueprint, args)
         with ledger.phase("adapter"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ladder import RELIEVES, Rung, saves
-from lowvram_grpo.plan.paper import by_a_person, ladder_of, setting, with_its_batch, with_setting
+from lowvram_grpo.plan.paper import ladder_on_paper, setting, with_its_batch, with_setting
 
 if TYPE_CHECKING:
     from lowvram_grpo.plan.prediction import Prediction
@@ -48,7 +48,7 @@ class Descender:
     def descend(self, recipe: Recipe, budget: int) -> Lowered:
         """`recipe` itself where its peak is within `budget` bytes; with every rung that saves something where none of
         them fits."""
-        left = [rung for rung in ladder_of(recipe.preset) if not by_a_person(recipe, rung.key)]
+        left = list(ladder_on_paper(recipe))
         found = self.predict(recipe)
         if found.peak > budget:
             recipe = with_its_batch(recipe)

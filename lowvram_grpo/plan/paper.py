@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 # Who set a value, as the resolved recipe records it.
 PLANNED = "memory plan"
 OF_THE_ADAPTER = "the adapter's run"  # what its base was kept in; where that does not fit, a plan may lower it
-_BY_A_PERSON = ("flag", "file", "adapter", "checkpoint")
+OF_ALL_WEIGHTS = "training of all weights"  # which leaves no frozen base that could be rounded or moved
+_BY_A_PERSON = ("flag", "file", "adapter", "checkpoint", OF_ALL_WEIGHTS)
+# What a frozen base may be, and a trained one must.
+_TRAINED = {"quantization": "none", "head_dtype": "dense", "embedding_offload": False}
+# The first and the last rung of a ladder where all weights are trained: a copy of them is the most there is to have,
+# and micro-batches that are halved read it twice as often; moments go over the bus at each step.
+_FIRST, _LAST = Rung("reference_offload", True), Rung("optimizer_offload", True)
 
 
 def by_a_person(recipe: Recipe, key: str) -> bool:
@@ -45,6 +51,29 @@ def with_setting(recipe: Recipe, key: str, value: Any, origin: str = PLANNED) ->
     return changed
 
 
+def all_weights(recipe: Recipe) -> Recipe:
+    """`recipe` as GRPOTrainer trains it without a peft_config: no adapter, all weights in float32.
+
+    Raises:
+        UserError: it asks for something that only a frozen base can be.
+    """
+    if recipe.adapter:
+        raise UserError("--adapter and --use-peft false contradict each other; drop one of them.")
+    for key, value in _TRAINED.items():
+        if recipe.origin.get(key) in ("flag", "file") and setting(recipe, key) != value:
+            raise UserError(
+                f"{key} {setting(recipe, key)} needs a frozen base, and with --use-peft false all weights are trained; "
+                "drop one of them."
+            )
+        recipe = with_setting(recipe, key, value, OF_ALL_WEIGHTS)
+    return recipe
+
+
+def trains_all_weights(recipe: Recipe) -> bool:
+    """Whether it is one of `all_weights`."""
+    return recipe.origin.get("quantization") == OF_ALL_WEIGHTS
+
+
 def with_its_batch(recipe: Recipe) -> Recipe:
     """The same step, counted in prompts: where it follows from per_device_train_batch_size, as TRL counts, a rung that
     lowers that would change what is trained."""
@@ -66,6 +95,14 @@ def ladder_of(name: str) -> tuple[Rung, ...]:
         UserError: no such preset.
     """
     return tuple(Rung(key, typed(key, value)) for key, value in presets.load(name).ladder)
+
+
+def ladder_on_paper(recipe: Recipe) -> tuple[Rung, ...]:
+    """The rungs that a plan may take for `recipe`."""
+    rungs = ladder_of(recipe.preset)
+    if trains_all_weights(recipe):
+        rungs = (*((_FIRST,) if paper_config(recipe).beta > 0 else ()), *rungs, _LAST)
+    return tuple(rung for rung in rungs if not by_a_person(recipe, rung.key))
 
 
 def ladder_for(recipe: Recipe) -> tuple[Rung, ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.memory.ladder import RELIEVES, Rung, saves
 from lowvram_grpo.plan.descent import Descender
-from lowvram_grpo.plan.paper import OF_THE_ADAPTER, ladder_of, paper_config, setting, with_setting
+from lowvram_grpo.plan.paper import OF_THE_ADAPTER, ladder_of, paper_config, setting, trains_all_weights, with_setting
 from lowvram_grpo.recipe import preset as presets
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lowvram_grpo.memory.cards import Card
     from lowvram_grpo.plan.climb import Climb
     from lowvram_grpo.plan.prediction import Prediction
+    from lowvram_grpo.plan.streaming import Streaming
     from lowvram_grpo.recipe.resolve import Recipe
 
 GIB = 2**30
@@ -40,6 +41,7 @@ class Plan:
         climbs: settings that were raised, what buys most first.
         time: of a step after the climbs, as a share of what it would be without, by counts and a card's numbers.
         card: whose numbers.
+        streaming: what a reference in host memory costs, where there is one.
     """
 
     recipe: Recipe
@@ -50,6 +52,7 @@ class Plan:
     climbs: tuple[Climb, ...] = ()
     time: float = 1.0
     card: str = ""
+    streaming: Streaming | None = None
 
     @property
     def fits(self) -> bool:
@@ -73,6 +76,7 @@ class Plan:
             "modelled_time": round(self.time, 3),
             "modelled_card": self.card,
             "settings": {key: setting(self.recipe, key) for key in RELIEVES},
+            "streaming": self.streaming and self.streaming.as_json(),
             "advice": list(self.advice),
         }
 
@@ -127,6 +131,8 @@ class Planner:
             plain = "float32" if self.device == "cpu" else self.half
             dtype = DTYPES[plain if recipe.dtype == "auto" else recipe.dtype]
             lora = {"r": recipe.lora_r, "target_modules": recipe.lora_target_modules}
+            if trains_all_weights(recipe):
+                lora = None
             blueprint = Blueprint(
                 self.config, recipe.quantization, dtype, lora, self.device,
                 follows=bool(recipe.adapter) or self.cold_start or str(args.cold_start) not in ("off", "auto", "0"),
@@ -142,6 +148,14 @@ class Planner:
         """The first configuration down the ladder of `recipe.preset` whose predicted peak is within `budget` bytes;
         where none is, the last one, with advice. Where much is left, settings rise (not on a CPU, whose memory the
         whole system lives in, and not with memory_plan savers)."""
+        plan = self._planned(recipe, budget, advise)
+        if self.card is None or not (trains_all_weights(plan.recipe) and setting(plan.recipe, "reference_offload")):
+            return plan
+        from lowvram_grpo.plan.streaming import streaming_of
+
+        return replace(plan, streaming=streaming_of(plan.recipe, self.config, self.card, self.half))
+
+    def _planned(self, recipe: Recipe, budget: int, advise: bool) -> Plan:
         lowered = self._descender.descend(recipe, budget)
         plan = Plan(lowered.recipe, budget, lowered.prediction, lowered.rungs)
         if not plan.fits:
@@ -211,5 +225,6 @@ def _of_the_job(recipe: Recipe) -> tuple:
     """The settings outside of GRPOConfig that bytes depend on."""
     modules = recipe.lora_target_modules
     return (
-        recipe.quantization, recipe.dtype, recipe.lora_r, str(modules), bool(recipe.adapter), recipe.attn_implementation
+        recipe.quantization, recipe.dtype, recipe.lora_r, str(modules), bool(recipe.adapter),
+        recipe.attn_implementation, trains_all_weights(recipe),
     )  # fmt: skip

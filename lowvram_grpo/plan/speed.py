@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 LAUNCH, NODE, WAIT = 7e-6, 2e-6, 60e-6
 # Of a card's best: what products and what reading weights reach.
 ARITHMETIC, STREAM = 0.5, 0.8
+# Bytes a second from page-locked memory to a card: what PCIe 3.0 x16 and 4.0 x8 reach of their 15.75 GB/s, the slower
+# of what cards of 8 to 16 GB sit in.
+BUS = 12e9
 # Launches a layer, and beside the layers.
 DECODE, FORWARD, REFERENCE, BACKWARD, BESIDE = 51, 101, 60, 190, 230
 # Launches of a tile of a quantized head in a decode step.
@@ -107,11 +110,14 @@ class Speed:
         work: the longest step.
         half: name of the 16-bit dtype.
         int8_kernel: an int8 head is multiplied by its own kernel while sampling.
+        trained: all weights are, in float32 under autocast.
     """
 
     def __init__(
-        self, shape: Shape, work: Workload, args: GRPOConfig, card: Card, half: str, *, int8_kernel: bool = False
-    ):
+        self, shape: Shape, work: Workload, args: GRPOConfig, card: Card, half: str, *, int8_kernel: bool = False,
+        trained: bool = False,
+    ):  # fmt: skip
+        self.trained, self.streamed = trained, trained and args.beta > 0 and args.reference_offload
         self.shape, self.work, self.card, self.half, self.int8_kernel = shape, work, card, half, int8_kernel
         plan = args.batch_plan()
         self.steps = plan.steps_per_rollout
@@ -183,15 +189,29 @@ class Speed:
         computes go on at the same time, but for a tenth."""
         shape, again = self.shape, bool(choice.gradient_checkpointing)
         launches: float = shape.layers * (FORWARD * (1 + again) + REFERENCE * self.reference + BACKWARD) + BESIDE
-        passes = 2 + self.reference + again
-        moved = 2.0 * shape.weights * passes
+        passes = 2 + self.reference + again + self.trained  # which have gradients of their own
+        moved = (4.0 if self.trained else 2.0) * shape.weights * passes
         if choice.quantization != "none":
             moved = four_bit.COPIED * shape.weights * passes
             launches += four_bit.COPY_LAUNCHES * passes * sum(shape.linears.values())
         head = rows * self.length * shape.table * (2 + self.reference)
         multiplied = 2 * (self.tokens(rows, self.length) * shape.weights * passes + head) / self._flops
         host, device = launches * LAUNCH, multiplied + moved / self._reads
+        if self.streamed:
+            device += self.exposed(rows)
         return max(host, device) + 0.1 * min(host, device)
+
+    @property
+    def streamed_bytes(self) -> float:
+        """That a pass of a streamed reference brings to the card: its layers and lm_head, in float32."""
+        return 4.0 * (self.shape.weights + self.shape.table)
+
+    def exposed(self, rows: int) -> float:
+        """Seconds that a pass of a streamed reference over `rows` completions is longer than one on the card: what its
+        own products do not hide. Layers arrive beside them, tiles of lm_head before them."""
+        over = 4 * self.shape.weights / BUS
+        beside = 2 * self.tokens(rows, self.length) * self.shape.weights / self._flops
+        return max(0.0, over - beside) + 4 * self.shape.table / BUS
 
     def tokens(self, rows: int, length: float) -> float:
         """That go through the decoder in a micro-batch of completions of this length."""

@@ -23,6 +23,8 @@ _IN_16_BITS = {
     torch.einsum, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, F.conv1d, torch.conv1d,
 }  # fmt: skip
 
+_GROUPED_MM = getattr(torch, "_grouped_mm", None)  # of experts
+
 
 class StandIn(TorchFunctionMode):
     """Inside this context meta tensors are treated as tensors of `device` ("cuda" or "cpu").
@@ -49,6 +51,32 @@ class StandIn(TorchFunctionMode):
             if not self._depth:
                 self._cast.clear()
 
+    @contextmanager
+    def for_libraries(self) -> Iterator[None]:
+        """In the block, `torch.autocast` of meta tensors is this one: peft asks for it by a tensor's device."""
+        real = torch.autocast
+
+        def autocast(
+            device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **kwargs: Any
+        ) -> AbstractContextManager:
+            if device_type != "meta":
+                return real(device_type, dtype, enabled, **kwargs)
+            return self.autocast() if enabled else self._without()
+
+        torch.autocast = autocast  # type: ignore[assignment, misc]
+        try:
+            yield
+        finally:
+            torch.autocast = real  # type: ignore[misc]
+
+    @contextmanager
+    def _without(self) -> Iterator[None]:
+        depth, self._depth = self._depth, 0
+        try:
+            yield
+        finally:
+            self._depth = depth
+
     def recompute(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """`context_fn` of torch.utils.checkpoint: what is recomputed runs outside of all function modes."""
         return nullcontext(), self._again()
@@ -62,6 +90,9 @@ class StandIn(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.dtype is not None and self._depth and func in _IN_16_BITS:
             args, kwargs = tree_map(self._in_16_bits, (args, kwargs))
+        if func is _GROUPED_MM and args[0].is_meta and args[0].dtype != torch.bfloat16:
+            # On meta it takes no other dtype; rows by one expert's matrix (in, out) have the same shapes and bytes.
+            return args[0] @ args[1][0]
         if func is F.scaled_dot_product_attention:
             q = args[0] if args else kwargs["query"]
             if q.is_meta:

@@ -20,7 +20,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import psutil  # comes with accelerate
@@ -187,7 +187,7 @@ class Streamed:
         self._layers = [_Layer(module, _shared(modules)) for module in modules]
         _check_room(model)
         for group in self._together():
-            starts, size = spans([torch.empty(layer.bytes, dtype=torch.uint8, device="meta") for layer in group])
+            *starts, size = accumulate((layer.bytes for layer in group), initial=0)
             with _disable_current_modes():
                 piece = _piece(size, device)
             self.locked &= device.type != "cuda" or piece.is_pinned()
@@ -213,8 +213,6 @@ class Streamed:
         finally:
             self._window.close()
             self._window = None
-            for layer in self._layers:  # one that an error left on the way
-                layer.leave()
 
     def _enter(self, i: int, module: nn.Module, args: tuple) -> None:
         layer = self._layers[i]

@@ -18,10 +18,12 @@ from transformers import TrainingArguments
 from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.objective import LOSS_TYPES
 from lowvram_grpo.recipe.batch_plan import BatchPlan
+from lowvram_grpo.recipe.combinations import check_combinations
 from lowvram_grpo.recipe.generation_kwargs import settle_generation_kwargs
 from lowvram_grpo.recipe.notices import notices_of
-from lowvram_grpo.recipe.ranges import TRAINING_RANGES, check_ranges
+from lowvram_grpo.recipe.ranges import TRAINING_RANGES, check_numbers, check_ranges, settled_padding
 from lowvram_grpo.recipe.settings import check_built, check_choices, settle_best_model
+from lowvram_grpo.recipe.unknown_names import Arguments, check_names
 
 CORRECTION_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 _SWITCH = ("auto", "on", "off")
@@ -54,11 +56,18 @@ class GRPOConfig(TrainingArguments):
     """Everything `GRPOTrainer` needs to know. Field names and meaning are TRL's; fields of our own say so.
 
     Raises:
+        UnknownSetting: no field has such a name; a TypeError too, and it says what to write instead.
         UserError: a value outside its range, with the range.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "generation_kwargs",
-                          "chat_template_kwargs"]  # fmt: skip
+                          "chat_template_kwargs", "transformers_continuous_batching_config"]  # fmt: skip
+    # Of the arguments by name: __new__ takes any, to say which it does not know.
+    __signature__ = Arguments()
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        check_names(cls, kwargs)
+        return super().__new__(cls)
 
     # Model and data
     model_init_kwargs: dict[str, Any] | str | None = _help("Keyword arguments of AutoModelForCausalLM.from_pretrained.")
@@ -95,8 +104,8 @@ class GRPOConfig(TrainingArguments):
     cache_implementation: str | None = _help("(no effect)")
     use_transformers_continuous_batching: bool = _help("(no effect)", False)
     transformers_continuous_batching_config: dict[str, Any] | str | None = _help("(no effect)")
-    use_transformers_paged: bool = _help("(no effect)", False)
-    max_tool_calling_iterations: int | None = _help("(no effect yet)")
+    use_transformers_paged: bool = _help("TRL's earlier name of the flag above. (no effect)", False)
+    max_tool_calling_iterations: int | None = _help("Turns with tools in one completion. (no effect yet)")
     pad_to_multiple_of: int | str | None = _help("(no effect)", "auto")
     ds3_gather_for_generation: bool = _help("(no effect yet)", True)
 
@@ -242,7 +251,10 @@ class GRPOConfig(TrainingArguments):
     num_completions_to_print: int | None = _help("Completions shown at each log.")
     log_unique_prompts: bool = _help("Show each prompt once.", False)
     log_multimodal: bool = _help("(no effect)", True)
-    log_completions_hub_repo: str | None = _help("Dataset on the hub that the completions are written to.")
+    log_completions_hub_repo: str | None = _help(
+        "Dataset on the hub that gets the completions, a table a log, with log_completions; it is public unless "
+        "hub_private_repo is set."
+    )
 
     # TrainingArguments, with defaults for this job
     gradient_checkpointing: bool = _help("Recompute activations in the backward pass.", True)
@@ -254,6 +266,7 @@ class GRPOConfig(TrainingArguments):
     def __post_init__(self):
         # True and False are what TRL's first versions took.
         self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
+        self.pad_to_multiple_of = settled_padding(self.pad_to_multiple_of)
         self._check_ranges()
         self._settle_vllm()
         if self.warmup_ratio is not None and not self.warmup_steps:
@@ -286,19 +299,19 @@ class GRPOConfig(TrainingArguments):
             if not ok:
                 raise UserError(message)
 
+        check_numbers(self)
         check_ranges(vars(self), TRAINING_RANGES)
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             need(value in allowed, f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
         need(not (self.generation_batch_size and self.steps_per_generation),
              "generation_batch_size and steps_per_generation say the same thing; set one of them.")  # fmt: skip
-        need(not self.auto_find_batch_size,
-             "auto_find_batch_size does not fit GRPO; lower per_device_train_batch_size instead.")  # fmt: skip
         cold = str(self.cold_start)
         need(
             cold in ("auto", "off") or cold.isdigit(),
             f"cold_start is {cold!r}; it must be auto, off, or a number of steps.",
         )
+        check_combinations(self)
 
     def _settle_vllm(self) -> None:
         """TRL's earlier names become the later ones; the bounds of the correction must leave room between them."""

@@ -3,17 +3,72 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from lowvram_grpo.recipe.batch_plan import step_notices
+from lowvram_grpo.recipe.combinations import combination_notices
+
+_ONE_PROCESS = "one process trains"
+_LOADER = "a row is only a prompt, which the main process reads at no cost"
+_EVALUATION = "an evaluation samples and rewards completions, and keeps no outputs of the model"
+_COMPILED = "the sampler and the scorer do not go through the compiled forward"
 
 # Accepted so that a TRL script runs unchanged; each says on screen why it does nothing when it is set.
 INERT_FIELDS = {
+    "max_tool_calling_iterations": "tools are not supported yet, so a completion has one turn",
+    "pad_to_multiple_of": "masks keep padding out of all sums, and no kernel here is faster by it",
+    "log_multimodal": "prompts and completions are text here",
+    "transformers_continuous_batching_config": "rollouts have their own engine",
+    "use_transformers_paged": "rollouts have their own engine",
+    **dict.fromkeys(
+        (
+            "dataloader_persistent_workers",
+            "dataloader_prefetch_factor",
+            "dataloader_multiprocessing_context",
+            "dataloader_in_order",
+            "dataloader_pin_memory",
+        ),
+        _LOADER,
+    ),
+    **dict.fromkeys(
+        (
+            "ddp_find_unused_parameters",
+            "ddp_bucket_cap_mb",
+            "ddp_broadcast_buffers",
+            "ddp_static_graph",
+            "ddp_timeout",
+            "average_tokens_across_devices",
+            "log_on_each_node",
+            "save_on_each_node",
+            "log_level_replica",
+        ),
+        _ONE_PROCESS,
+    ),
+    **dict.fromkeys(
+        (
+            "prediction_loss_only",
+            "eval_accumulation_steps",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "batch_eval_metrics",
+            "include_for_metrics",
+            "label_names",
+        ),
+        _EVALUATION,
+    ),
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _COMPILED),
+    "length_column_name": "prompts come shuffled or in order (shuffle_dataset)",
+    "include_num_input_tokens_seen": "the tokens are always counted (num_tokens)",
+    "liger_kernel_config": "the loss head and the norms are already fused here (fused_loss, fused_ops)",
+    "use_cache": "rollouts have a cache, and no other pass has",
+    "do_predict": "it is for scripts to read, and GRPOTrainer does not",
+    "resume_from_checkpoint": "it is for scripts to pass to trainer.train(); `lowvram-grpo train` has --resume",
+    "accelerator_config": "one process trains, and it reads the prompts itself",
     "ds3_gather_for_generation": "DeepSpeed ZeRO-3 is not supported yet, so there are no sharded weights to gather",
     "cache_implementation": "rollouts choose their own KV cache",
     "dataloader_drop_last": "a smaller last batch is still whole groups",
-    "dataloader_num_workers": "a row is only a prompt, which the main process reads at no cost",
+    "dataloader_num_workers": _LOADER,
     "log_unique_prompts": "one sample is shown a step, and completions.jsonl holds all",
     "num_completions_to_print": "one sample is shown a step, and completions.jsonl holds all",
     "neftune_noise_alpha": "noise on the embeddings would make the log-probs those of another policy",
@@ -23,7 +78,6 @@ INERT_FIELDS = {
     "bf16_full_eval": "evaluation computes as training does",
     "fp16_full_eval": "evaluation computes as training does",
     "fsdp_config": "more than one process is not supported yet",
-    "torch_compile": "the sampler and the scorer do not go through the compiled forward",
     "cast_lm_head_to_fp32": "logits are always computed in float32 here, tile by tile",
     "use_liger_kernel": "the loss head is already fused here (fused_loss)",
     "use_transformers_continuous_batching": "rollouts have their own engine",
@@ -41,19 +95,16 @@ _ONLY_COLOCATED = ("vllm_model_impl", "vllm_enable_sleep_mode", "vllm_gpu_memory
                    "vllm_max_model_length", "vllm_max_model_len")  # fmt: skip
 
 
-def why_inert(name: str) -> str | None:
-    """Why a field does nothing here; None where it does something."""
-    return INERT_FIELDS.get(name)
-
-
 # Not typed as a GRPOConfig: that module asks this one.
 def notices_of(args: Any) -> list[str]:
     """One sentence for each setting of a GRPOConfig that has no effect, or another effect than its digits say."""
     default = {f.name: f.default for f in fields(args)}
+    inert: dict[str, list[str]] = {}
+    for name, why in INERT_FIELDS.items():
+        if name in default and _is_set(args, name, default[name]):
+            inert.setdefault(why, []).append(name)
     said = [
-        f"{name} has no effect: {why}."
-        for name, why in INERT_FIELDS.items()
-        if name in default and getattr(args, name) != default[name]
+        f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect: {why}." for why, names in inert.items()
     ]
     idle = [
         name
@@ -65,11 +116,7 @@ def notices_of(args: Any) -> list[str]:
         where = f"with vllm_mode {args.vllm_mode}" if args.use_vllm else "without use_vllm"
         said.append(f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect {where}.")
     said += step_notices(args)
-    if args.importance_sampling_level == "sequence" and args.loss_type != "grpo":
-        said.append(
-            f"importance_sampling_level sequence with loss_type {args.loss_type} weighs each sequence by its "
-            "length; loss_type grpo weighs all alike, as in the paper (GSPO)."
-        )
+    said += combination_notices(args)
     if args.top_p < 1 or args.top_k or args.min_p:
         said.append(
             "top_p, top_k and min_p bias the sampler: log-probs are those of the full softmax at this temperature."
@@ -93,6 +140,16 @@ def notices_of(args: Any) -> list[str]:
     if args.world_size > 1:
         said.append("more than one process is not supported yet; results are only tested on one.")
     return said
+
+
+def _is_set(args: Any, name: str, default: Any) -> bool:
+    """Whether somebody has set a field; what its configuration settles by itself, and None, do not count."""
+    if name == "dataloader_pin_memory" and args.use_cpu:
+        return False
+    value = getattr(args, name)
+    if name == "accelerator_config":  # which is always made into one
+        default = type(value)()
+    return value != default and bool(value if default is MISSING else value is not None)
 
 
 def _vllm_reads(args: Any, name: str) -> bool:

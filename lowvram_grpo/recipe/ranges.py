@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lowvram_grpo.errors import UserError
@@ -113,6 +114,7 @@ TRAINING_RANGES: dict[str, Range] = {
     "entropy_target": Range(),
     "router_aux_loss_coef": _NOT_NEGATIVE,
     "max_tool_calling_iterations": _COUNT,
+    "pad_to_multiple_of": _COUNT,
     "reward_weights": Range(),
     "reward_timeout": _POSITIVE,
     "ref_model_mixup_alpha": _SHARE,
@@ -159,3 +161,31 @@ def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None
                 if isinstance(number, float) and not math.isfinite(number):
                     reason = ", and finite"
                 raise UserError(f"{name} is {value}; it must be {allowed}{reason}.")
+
+
+def check_numbers(args: Any) -> None:
+    """Whether each field of a dataclass that has to be a number is one: None would go where its default has been.
+
+    Raises:
+        UserError: one is None.
+    """
+    # Not of the fields: transformers' HfArgumentParser takes the None out of their types.
+    hints = {
+        name: hint for kind in reversed(type(args).__mro__) for name, hint in inspect.get_annotations(kind).items()
+    }
+    for each in fields(args):
+        if hints[each.name] in ("int", "float", int, float) and getattr(args, each.name, 0) is None:
+            raise UserError(f"{each.name} is None, but it has to be a number; leave it out for {each.default}.")
+
+
+def settled_padding(multiple: int | str | None) -> int | None:
+    """`pad_to_multiple_of` as TRL settles it on every device but one: "auto" is no multiple.
+
+    Raises:
+        UserError: it is neither a number, "auto" nor None.
+    """
+    if multiple is None or str(multiple).lower() in ("auto", "none", "null"):
+        return None
+    if isinstance(multiple, bool) or not str(multiple).isdigit():
+        raise UserError(f"pad_to_multiple_of is {multiple!r}; it must be a whole number, auto or None.")
+    return int(multiple)

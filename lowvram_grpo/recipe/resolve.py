@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.errors import UserError
 from lowvram_grpo.recipe import preset
 from lowvram_grpo.recipe.ranges import LORA_RANGES, REWARD_RANGES, check_ranges
 from lowvram_grpo.recipe.tables import read_table
+from lowvram_grpo.recipe.unknown_names import instead_of
 from lowvram_grpo.recipe.values import cast
 from lowvram_grpo.rewards.registry import as_open_r1, is_builtin, parse_spec
-from lowvram_grpo.rewards.settings import FOREIGN, RewardSettings
+from lowvram_grpo.rewards.settings import ARGUMENTS, FOREIGN, RewardSettings
 from lowvram_grpo.run.directory import RECIPE_HEADER
 
 # Keys of TRL's, open-r1's and ms-swift's recipes that have another name here.
@@ -34,12 +35,7 @@ ALIASES = {
     "reward_funcs": "reward",
     "torch_dtype": "dtype",
     "adapter_name_or_path": "adapter",
-    "cosine_min_len_value_wrong": "cosine_min_value_wrong",
-    "cosine_max_len_value_wrong": "cosine_max_value_wrong",
-    "cosine_min_len_value_correct": "cosine_max_value_correct",
-    "cosine_max_len_value_correct": "cosine_min_value_correct",
-    "soft_max_length": "max_completion_len",
-    "soft_cache_length": "soft_punish_cache",
+    **ARGUMENTS,
 }
 # Accepted from TRL recipes; LoRA is always on and 4-bit is always NF4.
 IGNORED = ("overwrite_output_dir", "use_peft", "bnb_4bit_quant_type", "use_bnb_nested_quant", "lora_task_type")
@@ -195,7 +191,8 @@ def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             if key == "use_peft" and value is not None and not cast(key, value, bool):
                 raise UserError(
                     f"use_peft is false {where}, but a recipe always trains a LoRA adapter; drop it, or call "
-                    "GRPOTrainer without peft_config to train all weights."
+                    "GRPOTrainer without peft_config to train all weights (`lowvram-grpo plan --use-peft false` says "
+                    "what that takes)."
                 )
             continue
         if key in LOADING and value is not None:
@@ -212,7 +209,7 @@ def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:
         hint = _JOB_TYPES.get(key) or training.get(key)
         if hint is None and key not in LOADING:
             known = [*_JOB_TYPES, *training, *ALIASES]
-            raise UserError(f"Unknown setting {raw!r} {where}{did_you_mean(key, known)}.")
+            raise UserError(f"Unknown setting {raw!r} {where}{instead_of(key, known)}.")
         if value is not None:
             found[key] = cast(key, value, hint)
             if raw == "reward_funcs":

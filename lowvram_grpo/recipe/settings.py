@@ -31,14 +31,16 @@ _CHOICES = {
 _MOST_SHOWN = 12
 # Of a run whose length is not known yet.
 _STEPS = 1000
-_UNSUPPORTED = {
+# Refused by name, with the reason.
+REFUSED_FIELDS = {
+    "auto_find_batch_size": "a smaller batch would not hold whole groups; lower per_device_train_batch_size instead",
     "deepspeed": "more than one process is not supported yet; drop it, memory is saved by --preset and the fields of "
     "docs/memory.md",
     "fsdp": "more than one process is not supported yet; drop it",
     "parallelism_config": "more than one process is not supported yet; drop it",
 }
 _DICTIONARIES = ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs", "lr_scheduler_kwargs",
-                 "gradient_checkpointing_kwargs")  # fmt: skip
+                 "gradient_checkpointing_kwargs", "transformers_continuous_batching_config")  # fmt: skip
 # Such optimizers step while the backward pass runs, and leave no gradient behind.
 STEP_IN_BACKWARD = ("layerwise", "lomo")
 _PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
@@ -62,7 +64,7 @@ def check_choices(args: TrainingArguments) -> None:
     Raises:
         UserError: one that is not.
     """
-    for name, why in _UNSUPPORTED.items():
+    for name, why in REFUSED_FIELDS.items():
         if getattr(args, name, None):
             raise UserError(f"{name} is set, but {why}.")
     levels = [*get_log_levels_dict(), "passive"]

@@ -14,6 +14,15 @@ FOREIGN = {
     "code_eval_test_batch_size": "it is of ioi_code and cf_code, which are not built in",
     "code_eval_scoring_mode": "it is of cf_code, which is not built in",
 }
+# What the functions' own arguments are called, where that is another name.
+ARGUMENTS = {
+    "cosine_min_len_value_wrong": "cosine_min_value_wrong",
+    "cosine_max_len_value_wrong": "cosine_max_value_wrong",
+    "cosine_min_len_value_correct": "cosine_max_value_correct",
+    "cosine_max_len_value_correct": "cosine_min_value_correct",
+    "soft_max_length": "max_completion_len",
+    "soft_cache_length": "soft_punish_cache",
+}
 
 
 def _setting(default: Any, text: str) -> Any:

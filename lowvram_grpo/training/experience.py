@@ -90,6 +90,8 @@ class MicroBatch(AsMapping):
         entropy_mask: (b, T) bool, the tokens of most entropy in the update, where that takes more than this one pass.
         prompt_lengths, completion_lengths: b numbers of tokens, on the host: what the masks say, without a wait.
         group_sizes: runs of adjacent rows that have the same prompt.
+        router_share: (b,) float32, each row's share of the update's tokens, prompts included: weighs the mean that a
+            router's loss takes over them.
     """
 
     prompt_ids: Tensor
@@ -107,6 +109,7 @@ class MicroBatch(AsMapping):
     prompt_lengths: list[int] | None = None
     completion_lengths: list[int] | None = None
     group_sizes: list[int] | None = None
+    router_share: Tensor | None = None
 
     def sequence(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The arguments of `scoring.score`."""
@@ -203,10 +206,17 @@ def updates_of(
                     prompt_lengths=[len(prompt) for prompt in batch.prompt_ids[rows]],
                     completion_lengths=[len(row) for row in ids[rows]],
                     group_sizes=[len(list(run)) for _, run in groupby(batch.prompt_ids[rows])],
+                    router_share=_share_of_tokens(batch, update)[rows.start - update.start : rows.stop - update.start],
                 )
             )
         cut.append(micro)
     return _moved(cut, device)
+
+
+def _share_of_tokens(batch: RolloutBatch, update: range) -> Tensor:
+    """(len(update),) of all tokens that an update's rows have, prompts included."""
+    lengths = [len(batch.prompt_ids[i]) + len(batch.completion_ids[i]) for i in update]
+    return torch.tensor(lengths, dtype=torch.float32) / sum(lengths)
 
 
 def _moved(cut: list[list[MicroBatch]], device: torch.device) -> list[list[MicroBatch]]:

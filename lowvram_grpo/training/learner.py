@@ -28,6 +28,7 @@ from lowvram_grpo.training.loss import KernelChoice, LossSums, micro_loss
 from lowvram_grpo.training.loss_settings import correction_of, objective_of, other_sampler
 from lowvram_grpo.training.metrics import read, sampler_metrics
 from lowvram_grpo.training.policy_factor import policy_factor, wanted_rows
+from lowvram_grpo.training.router_loss import router_of
 from lowvram_grpo.training.scoring import Scores, score, scored_states
 
 
@@ -58,6 +59,7 @@ class Learner:
         self.model, self.reference, self.objective, self.kernels, self.args = model, reference, objective, kernels, args
         self.steps_per_rollout, self.autocast, self.correction = steps_per_rollout, autocast, correction
         self.entropy = entropy
+        self.router = router_of(args, unwrap(model))
         head = head_of(unwrap(model))
         if not head.trainable:
             # Known from now on; the first backward pass would find it out at its fullest moment.
@@ -103,11 +105,24 @@ class Learner:
     def _sharing(self, micro: MicroBatch, model: nn.Module) -> dict[str, Any]:
         """Lengths, groups and attention of a micro-batch, as the functions of `scoring` take them."""
         lengths = micro.lengths()
-        groups = shared_groups(self.args.shared_prefix, model, **lengths, group_sizes=micro.group_sizes)
+        # A router's loss counts a prompt's tokens with each of its completions.
+        setting = self.args.shared_prefix if self.router is None else "off"
+        groups = shared_groups(setting, model, **lengths, group_sizes=micro.group_sizes)
         return {**lengths, "group_sizes": groups, "attention": self.args.attention}
 
     def loss(self, micro: MicroBatch) -> tuple[LossSums, Scores]:
         """This micro-batch's share of the update's loss, and the scores it was made from."""
+        if self.router is None:
+            return self._policy_loss(micro)
+        with self.router.watched() as passes:
+            sums, scores = self._policy_loss(micro)
+        # The policy's own pass is the last: a reference that rides along goes before it.
+        aux_loss = self.router.loss(passes[-1], torch.cat([micro.prompt_mask, micro.completion_mask], 1))
+        if micro.router_share is not None:
+            aux_loss = aux_loss * micro.router_share.sum()
+        return sums._replace(loss=sums.loss + self.router.coefficient * aux_loss), scores._replace(aux_loss=aux_loss)
+
+    def _policy_loss(self, micro: MicroBatch) -> tuple[LossSums, Scores]:
         ref_states = None
         if self.joint_reference and micro.ref_per_token_logps is None:
             states = lambda reference: scored_states(reference, *micro.sequence(), **self._sharing(micro, reference))
@@ -141,7 +156,7 @@ class Learner:
         needed = torch.stack([self._wanted(micro).any() for micro in update]).tolist()
         if not any(needed):
             needed[0] = True
-        return needed
+        return needed if self.router is None else [True] * len(needed)
 
     def cut(self, rollout: Rollout, plan: BatchPlan, pad_id: int, *, updates: int) -> list[list[MicroBatch]]:
         """As many `updates`, each a list of micro-batches of the size that `plan` has, on the device."""

@@ -144,6 +144,7 @@ class UpdateSums:
         self._sums: dict[str, Tensor] = {}
         self._extremes: list[dict[str, Tensor]] = []
         self._rows = self._diffuse = 0
+        self._aux_losses: list[Tensor] = []
 
     def __bool__(self) -> bool:
         return bool(self._sums)
@@ -173,6 +174,8 @@ class UpdateSums:
             if scores.bound is not None:
                 extremes["sweep/direction_bound_max"] = scores.bound
         self._extremes.append(extremes)
+        if scores.aux_loss is not None:
+            self._aux_losses.append(scores.aux_loss.detach())
         if gap is not None:
             self.gaps.append(gap)
 
@@ -210,6 +213,8 @@ class UpdateSums:
             found = {name: value for name, value in found.items() if not math.isinf(value)}
         if self._rows:
             found["sweep/diffuse_ratio"] = self._diffuse / self._rows
+        if self._aux_losses:
+            found["aux_loss"] = float(torch.stack(self._aux_losses).sum())
         return found
 
     def _divisor(self, name: str, tokens: Tensor, completions: Tensor) -> Tensor | float:

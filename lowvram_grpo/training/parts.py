@@ -35,6 +35,7 @@ from lowvram_grpo.training.collect import Collector, reward_columns
 from lowvram_grpo.training.early_checks import check_before_loading, check_evaluation
 from lowvram_grpo.training.learner import Learner, learner_of
 from lowvram_grpo.training.loss import choose_kernels
+from lowvram_grpo.training.router_loss import router_notice
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -147,7 +148,10 @@ def make_learner(
         decoder = getattr(causal_lm, causal_lm.base_model_prefix)
         if partly := check_attention(args.attention, "training", decoder, args.device):
             notice(partly)
-    return learner_of(args, model, reference, kernels, autocast)
+    learner = learner_of(args, model, reference, kernels, autocast)
+    if said := router_notice(args, learner.router):
+        notice(said)
+    return learner
 
 
 def one_each(processing_classes: Any, functions: int) -> list:

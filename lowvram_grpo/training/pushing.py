@@ -11,31 +11,42 @@ if TYPE_CHECKING:
     from lowvram_grpo.recipe.config import GRPOConfig
 
 
+# What needs the hub, and what is there to do without it.
+_ASKED = {
+    "push_to_hub": "or drop push_to_hub: a finished adapter can be uploaded later with `hf upload`",
+    "log_completions_hub_repo": "or drop log_completions_hub_repo: completions.jsonl has them all",
+}
+
+
 def check_hub(args: GRPOConfig) -> None:
-    """Whether what `push_to_hub` needs is there: the network, a token that is known, a name that is one.
+    """Whether what `push_to_hub` and `log_completions_hub_repo` need is there: the network, a token that is known, a
+    name that is one.
 
     Raises:
         UserError: it is not.
     """
-    if not args.push_to_hub:
+    setting = next((name for name in _ASKED if getattr(args, name)), None)
+    if setting is None:
         return
     import huggingface_hub
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    otherwise = "or drop push_to_hub: a finished adapter can be uploaded later with `hf upload`"
+    otherwise = _ASKED[setting]
     if huggingface_hub.constants.is_offline_mode():
-        raise UserError(f"push_to_hub needs the hub, and HF_HUB_OFFLINE is set; unset it, {otherwise}.")
+        raise UserError(f"{setting} needs the hub, and HF_HUB_OFFLINE is set; unset it, {otherwise}.")
     token = args.hub_token or huggingface_hub.get_token()
     if token is None:
-        raise UserError(f"push_to_hub needs a token of the hub; run `hf auth login`, or set HF_TOKEN, {otherwise}.")
+        raise UserError(f"{setting} needs a token of the hub; run `hf auth login`, or set HF_TOKEN, {otherwise}.")
+    for name in ("hub_model_id", "log_completions_hub_repo"):
+        try:
+            if getattr(args, name) is not None:
+                validate_repo_id(getattr(args, name))
+        except HFValidationError as error:
+            raise UserError(f"{name} is {getattr(args, name)!r}, which can't be one ({one_line(error)}).") from error
     try:
-        if args.hub_model_id is not None:
-            validate_repo_id(args.hub_model_id)
         huggingface_hub.HfApi().whoami(token=token)
-    except HFValidationError as error:
-        raise UserError(f"hub_model_id is {args.hub_model_id!r}, which can't be one ({one_line(error)}).") from error
     except Exception as error:  # whatever a network can do
-        raise UserError(f"push_to_hub can't reach the hub ({one_line(error)}); check network and token, {otherwise}.") \
+        raise UserError(f"{setting} can't reach the hub ({one_line(error)}); check network and token, {otherwise}.") \
             from error  # fmt: skip
 
 

@@ -30,6 +30,8 @@ class Scores(NamedTuple):
         rows: of the sweep, those that are scored.
         diffuse: how many of them took the dense product, None without a gradient.
         bound: the largest error that short lists can have left in a row of the gradient's direction, likewise.
+        aux_loss: differentiable scalar, the micro-batch's share of a router's load-balancing loss, without its
+            coefficient; the learner fills it in.
     """
 
     logps: Tensor
@@ -39,6 +41,7 @@ class Scores(NamedTuple):
     rows: int = 0
     diffuse: int | None = None
     bound: Tensor | None = None
+    aux_loss: Tensor | None = None
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

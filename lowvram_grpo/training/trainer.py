@@ -30,6 +30,7 @@ from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.training import parts
 from lowvram_grpo.training.checks import RolloutChecks
 from lowvram_grpo.training.collect import rollout_seed
+from lowvram_grpo.training.completions_hub import upload_of
 from lowvram_grpo.training.early_checks import check_best_metric
 from lowvram_grpo.training.experience import MicroBatch, Rollout, split
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
@@ -92,6 +93,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         notice = self.observer.notice
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         parts.check_arguments(args, reward_funcs, train_dataset, eval_dataset, peft_config)
+        self.completions_upload = upload_of(args, notice)
         set_seed(args.seed)
         model, tokenizer = parts.make_policy(
             model, args, processing_class, quantization_config, peft_config, self.observer
@@ -122,6 +124,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         self.metrics = {"train": MetricBook(), "eval": MetricBook()}
         log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl")) if args.log_completions else None
         self.completions_log: CompletionsLog | None = log
+        if self.completions_upload is not None:
+            self.add_callback(self.completions_upload)
         self.pending_rollout: Rollout | None = None
         self._logs = LastCompletions(self.plan.completions_per_rollout)
         self._extra_columns: dict[str, list] = defaultdict(list)
@@ -245,8 +249,9 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         """Count the rollout's tokens and hand its completions to whoever keeps them."""
         self.state.num_input_tokens_seen += rollout.tokens
         step = self.state.global_step + 1
-        if self.completions_log is not None:
-            self.completions_log.write(step, **rollout.columns(self.rewards.names))
+        for log in (self.completions_log, self.completions_upload):
+            if log is not None:
+                log.write(step, **rollout.columns(self.rewards.names))
         self.observer.sample(*rollout.best(), step)
 
     def cut(self, rollout: Rollout, updates: int) -> list[list[MicroBatch]]:

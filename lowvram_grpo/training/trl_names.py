@@ -20,7 +20,6 @@ from lowvram_grpo.objective import (
     off_policy_mask,
     vespo_weight,
 )
-from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.rewards.model import RewardModel
 from lowvram_grpo.rollout.fallback import generation_config
 
@@ -162,13 +161,11 @@ class TrlNames:
     @property
     def router_aux_loss_coef(self) -> float:
         """Weight of the load-balancing loss: the one that was set, else the model's own; 0 where it has none."""
-        own = getattr(unwrap(self.model).config.get_text_config(), "router_aux_loss_coef", 0.0)
-        return own if self.grpo_args.router_aux_loss_coef is None else self.grpo_args.router_aux_loss_coef
+        return self.learner.router.coefficient if self.learner.router is not None else 0.0
 
     @property
     def aux_loss_enabled(self) -> bool:
-        config = unwrap(self.model).config.get_text_config()
-        return hasattr(config, "output_router_logits") and self.router_aux_loss_coef != 0.0
+        return self.learner.router is not None
 
     # Sampling
 

@@ -9,13 +9,21 @@ from dataclasses import fields
 import pytest
 
 from lowvram_grpo.cli import app
-from lowvram_grpo.cli.fields import first_sentence, type_name
 from lowvram_grpo.cli.flags import parse_extra
+from lowvram_grpo.recipe.field_table import first_sentence, type_name
 from lowvram_grpo.recipe.resolve import training_types
 from lowvram_grpo.rewards.settings import RewardSettings
 
 REWARDS = [field.name for field in fields(RewardSettings)]
-EXAMPLES = {"INT": "3", "FLOAT": "0.5", "TEXT": "x", "LIST": "a,b", "JSON": '{"a": 1}', "TEXT|BOOL": "x"}
+EXAMPLES = {
+    "INT": "3",
+    "FLOAT": "0.5",
+    "TEXT": "x",
+    "LIST": "a,b",
+    "JSON": '{"a": 1}',
+    "TEXT|BOOL": "x",
+    "INT|TEXT": "3",
+}
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""A step of every loss type with everything that can be asked of it, against a float64 one with full logits, however the
-update is cut."""
+"""A step of every loss type with everything that can be asked of it, against a float64 one with full logits, however
+the update is cut."""
 
 from __future__ import annotations
 

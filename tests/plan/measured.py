@@ -20,9 +20,10 @@ def drawn(completions, **_):
 
 
 def measured(
-    folder: str, args: GRPOConfig, tokenizer, prompts: list[str], quantization: str, lora: dict
+    folder: str, args: GRPOConfig, tokenizer, prompts: list[str], quantization: str, lora: dict | None
 ) -> dict[str, Peak]:
-    """Peaks of a run on `prompts`, over and over, whose completions are all of full length."""
+    """Peaks of a run on `prompts`, over and over, whose completions are all of full length. Without `lora` all weights
+    are trained."""
     from datasets import Dataset
     from peft import LoraConfig
 
@@ -37,7 +38,7 @@ def measured(
             )  # fmt: skip
             trainer = GRPOTrainer(
                 model, drawn, args, data, processing_class=tokenizer, observer=Quiet(),
-                peft_config=LoraConfig(**lora, task_type="CAUSAL_LM"),
+                peft_config=None if lora is None else LoraConfig(**lora, task_type="CAUSAL_LM"),
             )  # fmt: skip
         trainer.guard.watch = ledger.phase
         trainer.train()

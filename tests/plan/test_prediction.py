@@ -11,6 +11,7 @@ from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.plan.counting import Blueprint, count
 from lowvram_grpo.plan.prediction import predict
 from lowvram_grpo.plan.stand_in import StandIn
+from lowvram_grpo.policy.stream import skeleton
 from tests.conftest import make_model, make_tokenizer
 from tests.plan.measured import measured, settings
 
@@ -27,6 +28,8 @@ RUNS = {
     "kept activations": ("none", {"gradient_checkpointing": False, "shared_prefix": "on", "head_dtype": "int8"}),
     "tiles, old log-probs": ("nf4", {"mlp_tile": 16, "num_iterations": 2, "head_dtype": "nf4", "max_steps": 3}),
     "entropy bonus": ("none", {"entropy_coef": 0.01, "kl_estimator": "exact", "gradient_checkpointing": False}),
+    "all weights": ("none", {"shared_prefix": "on"}),
+    "all weights, a streamed reference": ("none", {"shared_prefix": "on", "reference_offload": True}),
     "small waves": ("none", {"rollout_batch_size": 2, "beta": 0.0, "per_device_train_batch_size": 8}),
 }
 
@@ -45,11 +48,37 @@ def test_predicted_bytes_are_those_of_a_real_run(tmp_path, run):
         },
     )  # fmt: skip
     prompts = [" ".join("abcdefghij" * 4), " ".join("abcdefghijk" * 3 + ("" if run == "plain" else "lmnopqr"))]
-    real = measured(str(tmp_path / "model"), args, make_tokenizer(), prompts, quantization, LORA)
-    blueprint = Blueprint(make_model(**SIZES).config, quantization, torch.float32, LORA, "cpu", longest_prompt=40)
+    lora = None if run.startswith("all weights") else LORA
+    real = measured(str(tmp_path / "model"), args, make_tokenizer(), prompts, quantization, lora)
+    blueprint = Blueprint(make_model(**SIZES).config, quantization, torch.float32, lora, "cpu", longest_prompt=40)
     found = predict(blueprint, args, exact=True)
     for phase, size in found.phases.items():
         assert size == pytest.approx(real[phase].bytes, rel=0.02), phase
+
+
+def test_the_bytes_of_a_reference_on_the_card_and_of_a_streamed_one():
+    config = _config("qwen2", 8)
+    model = 4 * sum(p.numel() for p in skeleton(config, torch.float32).parameters())
+    layer = 4 * sum(p.numel() for p in skeleton(config, torch.float32).model.layers[0].parameters())
+    blueprint = Blueprint(config, "none", torch.bfloat16, None)
+    plain = {"head_dtype": "dense", "embedding_offload": False}
+    resident, streamed, none = (
+        predict(blueprint, _paper(**plain, **more)) for more in ({}, {"reference_offload": True}, {"beta": 0.0})
+    )
+    for phase in resident.phases:
+        assert resident.parts[phase]["reference"] == pytest.approx(model, rel=1e-3), phase
+        visiting = streamed.parts[phase].get("reference", 0)
+        if phase == "score":
+            assert 2 * layer <= visiting <= 2 * layer + 2**14
+        else:
+            assert visiting < 2**14
+            assert streamed.phases[phase] == pytest.approx(none.phases[phase], rel=5e-3), phase
+    assert predict(blueprint, _paper(**plain, reference_offload=True), exact=True).phases == pytest.approx(
+        streamed.phases, rel=2e-3
+    )
+    # Of an adapter it is none: the second one counts as adapter, as ever.
+    lora = predict(Blueprint(config, "none", torch.bfloat16, LORA, follows=True), _paper(reference_offload=True))
+    assert not any("reference" in parts for parts in lora.parts.values())
 
 
 def test_rollouts_elsewhere_take_none_of_this_card():

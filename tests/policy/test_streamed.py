@@ -121,6 +121,9 @@ def test_between_passes_all_layers_are_home_even_after_an_error():
     with pytest.raises(ZeroDivisionError), reference.active() as visiting:
         scored(visiting)
     assert {n: p.data_ptr() for n, p in reference.model.named_parameters()} == home
+    with pytest.raises(ZeroDivisionError):
+        reference.model(IDS)
+    assert {n: p.data_ptr() for n, p in reference.model.named_parameters()} == home
     broken.forward = forward
     with reference.active() as visiting:
         assert torch.equal(scored(visiting), expected)
