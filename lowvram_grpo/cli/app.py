@@ -3,9 +3,11 @@ loads neither torch nor transformers."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -25,6 +27,8 @@ from lowvram_grpo.cli.report import report
 from lowvram_grpo.cli.train import train
 from lowvram_grpo.errors import Stopped, Terminated, UserError, one_line
 from lowvram_grpo.faults import boundary, report_of, while_doing
+
+_GRACE_SECONDS = 5.0
 
 app = typer.Typer(
     name="lowvram-grpo",
@@ -82,7 +86,25 @@ def main() -> None:
         if debug:
             traceback.print_exception(type(error), error, error.__traceback__)
         _fail(error)
-    sys.exit(code if isinstance(code, int) else 0)
+    _leave(code if isinstance(code, int) else 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit. Where threads that a reward function has started still run (`rewards.guards`), Python would wait for them:
+    a few seconds are enough."""
+    left = [t for t in threading.enumerate() if getattr(t, "left_by_reward", False) and not t.daemon]
+
+    def end() -> None:
+        for thread in left:
+            thread.join(_GRACE_SECONDS / len(left))
+        if alive := [thread.name for thread in left if thread.is_alive()]:
+            print(f"[lowvram-grpo] threads of a reward function still run: {', '.join(alive)}; ending without them.",
+                  file=sys.stderr)  # fmt: skip
+            os._exit(code)
+
+    if left:
+        threading.Thread(target=end, daemon=True).start()
+    sys.exit(code)
 
 
 def _on_terminate(signum, frame) -> None:
@@ -100,7 +122,7 @@ def _fail(error: Exception) -> NoReturn:
         sentence, code = _bug(error), 1
     if sentence:  # a bare `lowvram-grpo` has none: typer has printed the help already
         print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(code)
+    _leave(code)
 
 
 def _bug(error: Exception) -> str:

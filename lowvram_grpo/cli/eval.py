@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,7 +124,9 @@ def start(flags: dict[str, Any], extra: list[str], *, as_json: bool, **options: 
     from lowvram_grpo.jobs.inference import load_policy
     from lowvram_grpo.jobs.passes import Passes
     from lowvram_grpo.policy.reward_model import load_reward_model
+    from lowvram_grpo.policy.visitor import Visitor
     from lowvram_grpo.rewards.runner import RewardRunner
+    from lowvram_grpo.run.capture import Capture
 
     wanted = Wanted.checked(**options)
     console, tell = stderr_console()
@@ -137,9 +140,16 @@ def start(flags: dict[str, Any], extra: list[str], *, as_json: bool, **options: 
             job.rewards.functions,
             weights=args.reward_weights,
             device=args.device,
+            model_place=args.reward_model_device,
             timeout=args.reward_timeout,
+            errors=args.reward_errors,
+            tell=tell,
             load_model=load_reward_model,
+            visitor=Visitor,
         )
+        # stdout holds nothing but the results
+        printed = (wanted.out or Path(tempfile.gettempdir())) / "lowvram-grpo-rewards.log"
+        rewards.capture = Capture(printed, tell)
     adapter = f" with {recipe.adapter}" if recipe.adapter else ""
     tell(f"{recipe.model}{adapter} on {args.device}; {counted(len(job.data), 'prompt')} of {job.place}.")
     passes = Passes(policy, rewards, wanted, tell)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from rich.console import Console
 from rich.markup import escape
+
+from lowvram_grpo.run.capture import Screen
 
 
 def prepare_cuda() -> str | None:
@@ -19,5 +22,5 @@ def prepare_cuda() -> str | None:
 
 def stderr_console() -> tuple[Console, Callable[[str], None]]:
     """A console on stderr, so that stdout holds nothing but answers, and what prints a sentence for a person on it."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(file=Screen(sys.stderr, "stderr"), highlight=False)
     return console, lambda text: console.print(escape(text), style="dim", soft_wrap=not console.is_terminal)

@@ -31,7 +31,11 @@ def train(
     model_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", "-d", help="save_to_disk folder, json/jsonl/csv/parquet file or folder, or hub id."),
+        typer.Option(
+            "--data",
+            "-d",
+            help="save_to_disk folder, json/jsonl/csv/parquet file or folder, hub id, or reasoning-gym:TASK.",
+        ),
     ] = None,
     data_config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to train on; default train.")] = None,
@@ -50,7 +54,8 @@ def train(
         typer.Option(
             "--reward",
             "-r",
-            help="Built-in name, file.py:function, module:function or reward model; append :weight. Repeatable.",
+            help="Built-in name, file.py:function, module:function, http://address or reward model; append :weight. "
+            "Repeatable.",
         ),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="auto, or one of `lowvram-grpo presets`.")] = None,

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowvram_grpo.data.gym_tasks import is_gym, load_gym
 from lowvram_grpo.data.tabular import csv_options, json_mistake, unfolded
 from lowvram_grpo.data.textfile import as_utf8
 from lowvram_grpo.errors import UserError, did_you_mean, one_line
@@ -35,7 +36,8 @@ def load(
     """Read a dataset.
 
     Args:
-        path: a `save_to_disk` folder, a json/jsonl/csv/tsv/parquet file, a folder of such files, or a hub id.
+        path: a `save_to_disk` folder, a json/jsonl/csv/tsv/parquet file, a folder of such files, a hub id, or tasks of
+            reasoning-gym (`gym_tasks`).
         config: the dataset's configuration, for hub ids and folders that have several.
         split: a split or a slice of one, as `datasets` writes it (`train[:1000]`).
         prefer: which split to take where none is named: the first of these that is there, or the only one.
@@ -45,7 +47,7 @@ def load(
     """
     from datasets import DatasetDict
 
-    found = _read(path, config)
+    found = load_gym(path) if is_gym(path) else _read(path, config)
     dataset = _pick_split(found if isinstance(found, DatasetDict) else DatasetDict(train=found), split, path, prefer)
     if not len(dataset):
         raise UserError(

@@ -10,10 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from lowvram_grpo.data.encoding import encode_prompts
+from lowvram_grpo.rewards.registry import is_model
 from lowvram_grpo.training.early_checks import prompt_lengths
 
 if TYPE_CHECKING:
     from lowvram_grpo.jobs.job import Job
+
+_PLACES = {
+    "auto": "the card; in host memory between rollouts if memory runs out",
+    "cuda": "the card",
+    "cpu": "the CPU",
+    "in_turn": "the card while they score, in host memory otherwise",
+}
 
 
 def show(job: Job, said: Iterable[str]) -> None:
@@ -32,6 +40,9 @@ def show(job: Job, said: Iterable[str]) -> None:
     out.print("[bold]What would run[/bold] (nothing was loaded or written)\n")
     out.print(escape(job.recipe.to_toml()), soft_wrap=True)
     out.print(f"rewards: {', '.join(job.rewards.specs)}")
+    if any(map(is_model, job.rewards.specs)):
+        place = "the CPU" if args.device.type == "cpu" else _PLACES[args.reward_model_device]
+        out.print(f"reward models: on {place}")
     out.print(f"data: {len(train_data)} prompts{f', {len(eval_data)} for evaluation' if eval_data else ''}")
     out.print(
         f"each step: {plan.prompts_per_rollout} prompts x {plan.num_generations} completions, at most "

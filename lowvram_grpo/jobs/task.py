@@ -55,9 +55,14 @@ def sandbox_notice(rewards: Rewards) -> str:
 
 
 def _specs(recipe: Recipe, columns: list[str]) -> list[str]:
+    from lowvram_grpo.data.gym_tasks import is_gym
     from lowvram_grpo.data.templates import guess
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
 
+    if is_gym(recipe.data) and not recipe.reward:
+        if not recipe.template and recipe.system_prompt is None:  # something must ask for the answer's tags
+            recipe.template, recipe.origin["template"] = "r1", "reasoning-gym"
+        return ["reasoning_gym"]
     if not recipe.template and not recipe.reward:
         recipe.template = guess(columns)
         recipe.origin["template"] = "guessed from the columns"
@@ -73,6 +78,8 @@ def guess_notice(recipe: Recipe) -> str:
     """A sentence for people where `rewards_of` has guessed a template, else an empty string."""
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
 
+    if recipe.origin.get("template") == "reasoning-gym":
+        return "the tasks of reasoning-gym are asked with template r1 and scored by its own scorers."
     if not recipe.origin.get("template", "").startswith("guessed"):
         return ""
     return (

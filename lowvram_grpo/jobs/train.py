@@ -21,11 +21,13 @@ from lowvram_grpo.jobs.resume import AfterFirstStep
 from lowvram_grpo.jobs.start import Start, begin, reopen
 from lowvram_grpo.jobs.task import guess_notice
 from lowvram_grpo.plan.paper import ladder_for
+from lowvram_grpo.run.capture import Capture
 from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.console import Console
 from lowvram_grpo.run.interrupt import StopAfterStep
 from lowvram_grpo.run.metrics import MetricsWriter
 from lowvram_grpo.run.model_card import model_card
+from lowvram_grpo.training.collect import SCORING
 from lowvram_grpo.training.continuation import planned_steps, step_of
 from lowvram_grpo.training.trainer import GRPOTrainer
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from lowvram_grpo.recipe.resolve import Recipe
+    from lowvram_grpo.run.directory import RunDirectory
 
 
 def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
@@ -151,6 +154,8 @@ def _loaded(job: Job, console: Console, callbacks: Sequence[TrainerCallback], lo
     trainer.add_callback(logs.metrics)
     trainer.add_callback(console)
     trainer.completions_log = logs.completions
+    if console.covers_output:
+        trainer.rewards.capture = Capture(job.args.output_dir / Path("rewards.log"), console.notice)
     return trainer
 
 
@@ -160,6 +165,10 @@ def _fit(trainer: GRPOTrainer, start: Start, settings: dict[str, Any]) -> None:
     directory = start.directory
     try:
         trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+    except KeyboardInterrupt:
+        if trainer.observer.doing == SCORING:  # a reward was waited for: nothing of this step is in the policy yet
+            _keep_steps(trainer, directory)
+        raise
     except BrokenPipeError:  # nobody reads the screen any more, or a helper has ended: the boundary tells
         raise
     except Exception as fault:
@@ -168,9 +177,8 @@ def _fit(trainer: GRPOTrainer, start: Start, settings: dict[str, Any]) -> None:
         if error is None:
             raise
         whole = error is fault and not isinstance(error, CantWrite)
-        if whole and trainer.state.global_step > step_of(directory.latest_checkpoint()):
-            with suppress(CantWrite):  # the first error is the one to mend
-                trainer._save_checkpoint(trainer.model, trial=None)
+        if whole:
+            _keep_steps(trainer, directory)
         kept = step_of(directory.latest_checkpoint())
         if kept:
             steps = f"{counted(kept, 'step')} {'is' if kept == 1 else 'are'}"
@@ -182,6 +190,13 @@ def _fit(trainer: GRPOTrainer, start: Start, settings: dict[str, Any]) -> None:
         if error is fault:
             raise
         raise error from fault
+
+
+def _keep_steps(trainer: GRPOTrainer, directory: RunDirectory) -> None:
+    """A checkpoint of the steps that were done since the last one."""
+    if trainer.state.global_step > step_of(directory.latest_checkpoint()):
+        with suppress(CantWrite):  # what ended the run is what is to be mended
+            trainer._save_checkpoint(trainer.model, trial=None)
 
 
 def _leave_adapter(recipe: Recipe, trainer: GRPOTrainer, start: Start) -> None:

@@ -16,11 +16,15 @@ from lowvram_grpo.errors import UserError
 PHASES = ("load", "rollout", "score", "forward", "backward", "optimizer")
 _TRAINING = ("score", "forward", "backward")
 
+# Where reward models score, a phase of its own where there are any.
+REWARD = "reward"
+
 # Setting -> phases that it relieves.
 RELIEVES: dict[str, tuple[str, ...]] = {
-    "quantization": PHASES,
-    "head_dtype": PHASES,
-    "embedding_offload": PHASES,
+    "reward_model_device": (*PHASES, REWARD),
+    "quantization": (*PHASES, REWARD),
+    "head_dtype": (*PHASES, REWARD),
+    "embedding_offload": (*PHASES, REWARD),
     "kv_cache_dtype": ("rollout",),
     "rollout_batch_size": ("rollout",),
     "per_device_train_batch_size": _TRAINING,
@@ -28,11 +32,12 @@ RELIEVES: dict[str, tuple[str, ...]] = {
     "activation_offload": ("forward", "backward"),
     "mlp_tile": ("forward", "backward"),
     "workspace_mib": ("rollout", *_TRAINING),
-    "optimizer_offload": ("rollout", *_TRAINING, "optimizer"),
-    "reference_offload": PHASES,
+    "optimizer_offload": ("rollout", *_TRAINING, "optimizer", REWARD),
+    "reference_offload": (*PHASES, REWARD),
 }
 
 _WORDS = {
+    "reward_model_device": "reward models are kept elsewhere ({})",
     "rollout_batch_size": "sampling {} at once",
     "per_device_train_batch_size": "training on {} at once",
     "gradient_checkpointing": "the backward pass computes activations again",
@@ -52,6 +57,7 @@ _WORDS = {
 AT_LOAD = frozenset({"quantization", "head_dtype", "embedding_offload", "kv_cache_dtype"})
 # From the largest to the smallest: what counts as a saving, where it is not a smaller number or a switch.
 _ORDERS = {
+    "reward_model_device": ("cuda", "in_turn", "cpu"),
     "quantization": ("none", "int8", "nf4"),
     "head_dtype": ("dense", "int8", "nf4"),
     "kv_cache_dtype": ("auto", "int8"),
@@ -74,6 +80,15 @@ class Rung(NamedTuple):
         return _WORDS.get(self.key, str(self)).format(count if self.key.endswith("batch_size") else self.value)
 
 
+# What reward models cost least: scoring waits for their weights to come, and nothing else does; and what it costs most.
+IN_TURN, ON_CPU = Rung("reward_model_device", "in_turn"), Rung("reward_model_device", "cpu")
+
+
+def relieves(rung: Rung, phase: str) -> bool:
+    """Whether a rung may lower the peak of a phase. A model that is brought to the card to score is there then."""
+    return phase in RELIEVES[rung.key] and not (rung == IN_TURN and phase == REWARD)
+
+
 def saves(key: str, value: Any, current: Any) -> bool:
     """Whether `value` takes less memory than `current` (None: unset) for a setting of a ladder; either may be text.
 
@@ -89,7 +104,8 @@ def saves(key: str, value: Any, current: Any) -> bool:
     try:
         if key in _ORDERS:
             order = _ORDERS[key]
-            return order.index(word) > order.index(str(current or order[0]))
+            now = str(current or order[0])
+            return order.index(word) > order.index(order[0] if now == "auto" and now not in order else now)
         return current is None or int(value) < int(current)
     except ValueError as error:
         raise UserError(
@@ -118,6 +134,12 @@ def way_back(settings: Mapping[str, Any], begins: Mapping[str, Any], group: int)
         yield Rung("workspace_mib", begins["workspace_mib"])
 
 
+def _reward_models(settings: Mapping[str, Any]) -> Iterator[Rung]:
+    """Where there are reward models on the card, they are the first to go."""
+    if "reward_model_device" in settings:
+        yield IN_TURN
+
+
 def last_resorts(settings: Mapping[str, Any]) -> Iterator[Rung]:
     """Rungs below the last one of any preset: what is left to give up in the middle of a run.
 
@@ -137,8 +159,8 @@ def last_resorts(settings: Mapping[str, Any]) -> Iterator[Rung]:
 
 def next_rung(phase: str, settings: Mapping[str, Any], ladder: Sequence[Rung] = ()) -> Rung | None:
     """The first rung that relieves `phase` and is below `settings`; None where there is none left."""
-    for rung in (*ladder, *last_resorts(settings)):
-        if rung.key in AT_LOAD or phase not in RELIEVES[rung.key]:
+    for rung in (*_reward_models(settings), *ladder, *last_resorts(settings)):
+        if rung.key in AT_LOAD or not relieves(rung, phase):
             continue
         if saves(rung.key, rung.value, settings.get(rung.key)):
             return rung

@@ -40,8 +40,7 @@ def token_weights(
         return mask / rows
     if loss_type == "dr_grpo":
         return mask / (rows * max_completion_length)
-    if loss_type == "bnpo" or (loss_type in OF_ROLLOUT and share_of_rollout is None):
-        return mask / mask.sum().clamp(min=1)
-    if loss_type in OF_ROLLOUT:
-        return mask / share_of_rollout.float().clamp(min=1)
+    if loss_type in ("bnpo", *OF_ROLLOUT):
+        whole = share_of_rollout if loss_type in OF_ROLLOUT else None
+        return mask / (mask.sum() if whole is None else whole.float()).clamp(min=1)
     raise ValueError(f"unknown loss_type {loss_type!r}")

@@ -17,7 +17,6 @@ from lowvram_grpo.plan.guess import Guess
 from lowvram_grpo.plan.paper import by_a_person, paper_config, setting, trains_all_weights, with_its_batch, with_setting
 from lowvram_grpo.plan.speed import Choice, Shape, Speed, shape_of
 from lowvram_grpo.policy.trials import wanted
-from lowvram_grpo.rewards.registry import is_model
 from lowvram_grpo.training.rehearsal import workload
 
 if TYPE_CHECKING:
@@ -187,9 +186,8 @@ class Raised(NamedTuple):
 def _climbable(recipe: Recipe) -> GRPOConfig | None:
     """Its GRPOConfig; None where memory is not ours to fill."""
     args = paper_config(recipe)
-    # A vLLM in this process and reward models take memory that the prediction does not know.
-    vllm = args.use_vllm and args.vllm_mode == "colocate"
-    return None if vllm or any(map(is_model, recipe.reward)) else args
+    # A vLLM in this process takes memory that the prediction does not know.
+    return None if args.use_vllm and args.vllm_mode == "colocate" else args
 
 
 def _value(recipe: Recipe, args: GRPOConfig, key: str) -> Any:

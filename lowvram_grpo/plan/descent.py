@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.memory.ladder import RELIEVES, Rung, saves
-from lowvram_grpo.plan.paper import ladder_on_paper, setting, with_its_batch, with_setting
+from lowvram_grpo.memory.ladder import IN_TURN, ON_CPU, Rung, relieves, saves
+from lowvram_grpo.plan.paper import by_a_person, ladder_on_paper, setting, with_its_batch, with_setting
+from lowvram_grpo.rewards.registry import is_model
 
 if TYPE_CHECKING:
     from lowvram_grpo.plan.prediction import Prediction
@@ -48,7 +49,7 @@ class Descender:
     def descend(self, recipe: Recipe, budget: int) -> Lowered:
         """`recipe` itself where its peak is within `budget` bytes; with every rung that saves something where none of
         them fits."""
-        left = list(ladder_on_paper(recipe))
+        left = [rung for rung in _ladder(recipe) if not by_a_person(recipe, rung.key)]
         found = self.predict(recipe)
         if found.peak > budget:
             recipe = with_its_batch(recipe)
@@ -68,7 +69,8 @@ class Descender:
                 continue
             lower = with_setting(recipe, rung.key, rung.value)
             after = self.predict(lower)
-            if found.phases[found.peak_phase] - after.phases[found.peak_phase] > _WORTH * found.peak:
+            # Reward models on the CPU have no phase.
+            if found.peak - after.phases.get(found.peak_phase, 0) > _WORTH * found.peak:
                 recipe, found = lower, after
                 rungs = (*rungs, rung)
         return self._without_needless(first, Lowered(recipe, found, rungs), budget)
@@ -115,6 +117,13 @@ class Descender:
         return Lowered(recipe, self.predict(recipe), taken)
 
 
+def _ladder(recipe: Recipe) -> list[Rung]:
+    """The preset's rungs; where there are reward models, bringing them to the card in turn comes before, since it costs
+    next to nothing, and scoring on the CPU behind."""
+    models = any(map(is_model, recipe.reward))
+    return [*([IN_TURN] * models), *ladder_on_paper(recipe), *([ON_CPU] * models)]
+
+
 def _next(recipe: Recipe, found: Prediction, left: list[Rung]) -> Rung | None:
-    helpful = (r for r in left if found.peak_phase in RELIEVES[r.key])
+    helpful = (r for r in left if relieves(r, found.peak_phase))
     return next((r for r in helpful if saves(r.key, r.value, setting(recipe, r.key))), None)

@@ -53,6 +53,6 @@ class Guess:
                 moving[name] *= tokens(choice) / tokens(start)
                 if start.gradient_checkpointing and not choice.gradient_checkpointing and name != "score":
                     moving[name] = max(moving[name], _KEPT * read * tokens(choice))
-            if name not in ("load", "optimizer"):
+            if name not in ("load", "optimizer", "reward"):
                 moving[name] += max(0, choice.workspace_mib - start.workspace_mib) * 2**20
         return fixed, moving

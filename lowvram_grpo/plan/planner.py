@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from lowvram_grpo.memory.cards import Card
+    from lowvram_grpo.memory.overheads import Overheads
     from lowvram_grpo.plan.climb import Climb
     from lowvram_grpo.plan.prediction import Prediction
+    from lowvram_grpo.plan.reward_models import Judge
     from lowvram_grpo.plan.streaming import Streaming
+    from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.recipe.resolve import Recipe
 
 GIB = 2**30
@@ -111,6 +114,7 @@ class Planner:
         self.device, self.half, self.cold_start = device, half, cold_start
         self.longest_prompt, self.card = longest_prompt, card
         self._known: dict[str, Prediction] = {}
+        self._judges: dict[tuple[str, int], Judge] = {}
         self._descender = Descender(self.predict)
 
     def predict(self, recipe: Recipe, *, exact: bool = False) -> Prediction:
@@ -130,9 +134,8 @@ class Planner:
         if key not in self._known:
             plain = "float32" if self.device == "cpu" else self.half
             dtype = DTYPES[plain if recipe.dtype == "auto" else recipe.dtype]
-            lora = {"r": recipe.lora_r, "target_modules": recipe.lora_target_modules}
-            if trains_all_weights(recipe):
-                lora = None
+            adapter = {"r": recipe.lora_r, "target_modules": recipe.lora_target_modules}
+            lora = None if trains_all_weights(recipe) else adapter
             blueprint = Blueprint(
                 self.config, recipe.quantization, dtype, lora, self.device,
                 follows=bool(recipe.adapter) or self.cold_start or str(args.cold_start) not in ("off", "auto", "0"),
@@ -141,8 +144,25 @@ class Planner:
                 card=self.card,
             )  # fmt: skip
             with torch.random.fork_rng(devices=[]):
-                self._known[key] = predict(blueprint, args, exact=exact)
+                found = predict(blueprint, args, exact=exact)
+                self._known[key] = self._judged(recipe, args, found, blueprint.overheads)
         return self._known[key]
+
+    def _judged(self, recipe: Recipe, args: GRPOConfig, found: Prediction, overheads: Overheads) -> Prediction:
+        """`found` with the recipe's reward models, where they are on a card."""
+        if self.device != "cuda" or args.reward_model_device == "cpu":
+            return found
+        from lowvram_grpo.plan.reward_models import judge_of, models_of, with_reward_models
+        from lowvram_grpo.training.rehearsal import workload
+
+        work = workload(args, self.config, self.longest_prompt)
+        length = work.prompt + work.completion
+        names = models_of(recipe.reward)
+        for name in names:
+            if (name, length) not in self._judges:
+                self._judges[name, length] = judge_of(name, length, self.card)
+        judges = [self._judges[name, length] for name in names]
+        return with_reward_models(found, judges, args.reward_model_device, overheads)
 
     def plan(self, recipe: Recipe, budget: int, *, advise: bool = True) -> Plan:
         """The first configuration down the ladder of `recipe.preset` whose predicted peak is within `budget` bytes;
@@ -226,5 +246,5 @@ def _of_the_job(recipe: Recipe) -> tuple:
     modules = recipe.lora_target_modules
     return (
         recipe.quantization, recipe.dtype, recipe.lora_r, str(modules), bool(recipe.adapter),
-        recipe.attn_implementation, trains_all_weights(recipe),
+        recipe.attn_implementation, trains_all_weights(recipe), tuple(recipe.reward),
     )  # fmt: skip

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Phases that are counted in two parts.
 _PARTS = {"adapter": "load", "prefill": "rollout"}
-_WEIGHTS = ("base weights", "head", "adapter", "reference", "gradients", "optimizer")
+WEIGHTS = ("base weights", "head", "adapter", "reference", "gradients", "optimizer")
 
 
 class CannotPredict(Exception):
@@ -95,7 +95,7 @@ def _with_overheads(peaks: dict[str, Peak], extra: Overheads, widths: int, layer
     graphs = {"rollout": widths * layers * extra.graph_layer}
 
     def slack(peak: Peak) -> int:
-        moving = peak.bytes - sum(peak.categories.get(name, 0) for name in _WEIGHTS)
+        moving = peak.bytes - sum(peak.categories.get(name, 0) for name in WEIGHTS)
         return round(moving * extra.fragmentation)
 
     def parts(name: str, peak: Peak) -> dict[str, int]:

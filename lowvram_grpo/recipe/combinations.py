@@ -128,9 +128,16 @@ def _about_the_ratio(args: Any) -> list[str]:
 
 
 def _about_entropy(args: Any, changed: Any) -> list[str]:
+    said, plan = [], args.batch_plan()
+    several = plan.completions_per_rollout // plan.updates_per_rollout > plan.micro_batch_size
+    if args.top_entropy_quantile < 1 and several:
+        said.append(
+            "top_entropy_quantile takes the threshold of a whole step, which is therefore scored once more; with "
+            "per_device_train_batch_size as large as the step it is read from the pass itself."
+        )
     if not args.use_adaptive_entropy:
-        return _no_effect(changed(_ADAPTIVE), "without use_adaptive_entropy")
-    said, low, high = [], args.entropy_coef_min, args.entropy_coef_max
+        return said + _no_effect(changed(_ADAPTIVE), "without use_adaptive_entropy")
+    low, high = args.entropy_coef_min, args.entropy_coef_max
     if not low <= args.entropy_coef <= high:
         said.append(
             f"entropy_coef {args.entropy_coef} is where an adaptive one starts, and lies outside of entropy_coef_min "

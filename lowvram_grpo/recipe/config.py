@@ -42,6 +42,8 @@ _CHOICES = {
     "rollout_adapters": ("auto", "fused", "merged", "off"),
     "fused_ops": _SWITCH,
     "memory_probe": _SWITCH,
+    "reward_errors": ("stop", "none"),
+    "reward_model_device": ("auto", "cuda", "cpu", "in_turn"),
     "vllm_mode": ("server", "colocate"),
     "vllm_importance_sampling_mode": CORRECTION_MODES,
 }
@@ -244,6 +246,16 @@ class GRPOConfig(TrainingArguments):
     cold_start_learning_rate: float = _help("(ours) Learning rate of the cold start.", 2e-4)
     cold_start_max_steps: int = _help("(ours) Upper bound of an automatic cold start.", 60)
     reward_timeout: float | None = _help("(ours) Seconds a reward function may take on one batch; unset: forever.")
+    reward_errors: str = _help(
+        "(ours) What a reward function that fails does: stop ends the run, which can be resumed; none: the function is "
+        "asked again, for one completion at a time, and what fails is None.",
+        "stop",
+    )
+    reward_model_device: str = _help(
+        "(ours) Where reward models are kept and run: cuda; cpu; in_turn (kept in host memory, brought to the card one "
+        "after another after each rollout); or auto, which is cuda where the memory plan finds room, else in_turn.",
+        "auto",
+    )
 
     # Logging
     logging_steps: float = _help("Log every N optimizer steps.", 1)

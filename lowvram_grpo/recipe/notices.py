@@ -125,7 +125,7 @@ def notices_of(args: Any) -> list[str]:
         said.append(
             f"prompts_per_step {args.prompts_per_step} sets the step; gradient_accumulation_steps has no effect."
         )
-    if args.kl_estimator == "k1" and args.beta:
+    if args.kl_estimator == "k1" and args.beta and not args.use_bias_correction_kl:
         said.append(
             "kl_estimator k1 measures the KL but does not restrain it: its expected gradient is zero; use k2 or k3."
         )

@@ -16,6 +16,7 @@ from lowvram_grpo.rewards.forms import (
     tag_count_reward,
     think_format_reward,
 )
+from lowvram_grpo.rewards.gym_scores import reasoning_gym
 from lowvram_grpo.rewards.language import language_consistency
 from lowvram_grpo.rewards.lengths import (
     UNSIZED_PUNISHMENT,
@@ -43,6 +44,7 @@ _FIXED: dict[str, Callable] = {
     "tag_count": tag_count_reward,
     "reasoning_steps": reasoning_steps_reward,
     "len": len_reward,
+    "reasoning_gym": reasoning_gym,
 }
 
 # What the best completion gets; from any other function it is taken to be 1.

@@ -43,6 +43,8 @@ class RewardSpec(NamedTuple):
 
 def parse_spec(spec: str) -> RewardSpec:
     r"""Take `spec` apart at its colons, that of a Windows drive (`C:\`) left alone. The weight is 1 when not given."""
+    if is_address(spec):
+        return _address_spec(spec.strip())
     head, weight = spec.strip(), 1.0
     before, colon, last = head.rpartition(":")
     if colon and _NUMBER.fullmatch(last):
@@ -53,19 +55,40 @@ def parse_spec(spec: str) -> RewardSpec:
     return RewardSpec(target, function, weight)
 
 
+def is_address(spec: str) -> bool:
+    """Whether a reward is computed by a server, by its beginning."""
+    return re.match(r"https?://", spec.strip(), re.IGNORECASE) is not None
+
+
+def _address_spec(spec: str) -> RewardSpec:
+    """A port is no weight: the number of `http://host:8000` is one, that of `http://host:8000:2` or
+    `http://host/score:2` is not."""
+    begin = spec.index("://") + 3
+    host = re.match(r"(\[[^\]]*\]|[^/?#:]*)(:\d+)?", spec[begin:])
+    end = begin + (host.end() if host else 0)
+    before, colon, last = spec[end:].rpartition(":")
+    if colon and _NUMBER.fullmatch(last):
+        return RewardSpec(spec[:end] + before, None, float(last))
+    return RewardSpec(spec, None, 1.0)
+
+
 def resolve_reward(spec: str, settings: RewardSettings | None = None) -> tuple[Callable | str, float]:
     """A reward function, or the folder or hub id of a reward model (as str), and its weight.
 
     Args:
         spec: a built-in's name, `path/file.py:function`, `package.module:function` (or with a dot, as TRL's scripts
-            take it), or a sequence-classification model (a folder, or a hub id with a slash); each may end in
-            `:weight`.
+            take it), `http://host:port/path`, or a sequence-classification model (a folder, or a hub id with a slash);
+            each may end in `:weight`.
         settings: parameters of built-in rewards; None is their defaults.
 
     Raises:
         UserError: nothing stands behind `spec`; the sentence names what was looked for and what was found.
     """
     target, function, weight = parse_spec(spec)
+    if is_address(target):
+        from lowvram_grpo.rewards.remote import HTTPReward  # here: with it comes torch
+
+        return HTTPReward(target), weight
     if function is None:
         return _named(target, settings), weight
     if is_builtin(target):
@@ -88,7 +111,7 @@ def as_open_r1(spec: str) -> str:
 def is_model(spec: str) -> bool:
     """Whether a reward is a model of its own, by its name."""
     target, function, _ = parse_spec(spec)
-    named = is_builtin(target) or target.endswith(".py")
+    named = is_builtin(target) or is_address(target) or target.endswith(".py")
     return function is None and not named and (bool(re.search(r"[/\\]", target)) or Path(target).is_dir())
 
 

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
+import copy
 import inspect
 import math
-import threading
 import time
-import traceback
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowvram_grpo.errors import Terminated, UserError
-from lowvram_grpo.rewards.model import RewardModel
-from lowvram_grpo.rewards.registry import BUILTIN
-from lowvram_grpo.rewards.signatures import arguments_of, distinct, name_of
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.rewards.calls import Caller
+from lowvram_grpo.rewards.guards import World, seed_all
+from lowvram_grpo.rewards.model import RewardModel, Visitor
+from lowvram_grpo.rewards.outputs import (
+    Logs,
+    RewardFailure,
+    Unanswered,
+    extras_of,
+    listed,
+    mean_metrics,
+    number,
+    rows_of,
+)  # fmt: skip
+from lowvram_grpo.rewards.signatures import arguments_of, distinct, known, name_of
 
 LoadModel = Callable[[str, dict[str, Any]], torch.nn.Module]
 
-# How often a person's Ctrl-C is looked for while the batch waits for a thread.
-_POLL_SECONDS = 0.2
+# Batches in a row on which a function may fail for every completion, where its errors are no reason to stop.
+HOPELESS = 5
 
 
 class RewardResult(NamedTuple):
@@ -36,7 +44,7 @@ class RewardResult(NamedTuple):
         per_func: (n, F) float32, NaN where a function returned None.
         total: (n,) float32 weighted sum over the functions that apply, NaN where none does.
         extras: column -> n values, what the functions gave to `log_extra`.
-        metrics: name -> mean of what they gave to `log_metric`.
+        metrics: name -> mean of what they gave to `log_metric`; with `errors` none, `rewards/NAME/failed` too.
     """
 
     per_func: Tensor
@@ -45,23 +53,37 @@ class RewardResult(NamedTuple):
     metrics: dict[str, float]
 
 
+class Scored(NamedTuple):
+    """What one function made of a batch: n rewards (NaN for None), its logs, and how many rows it failed on."""
+
+    rewards: list[float]
+    logs: Logs
+    failed: int = 0
+
+
 class RewardRunner:
     """Runs reward functions of TRL's kinds: sync, async, and sequence-classification models.
 
     Args:
         reward_funcs: functions `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, async ones,
-            models, and strings: a built-in's name, else the folder or hub id of a model. A function without `**kwargs`
-            receives the arguments it names.
+            models, and strings: a built-in's name, an address, else the folder or hub id of a model. A function
+            without `**kwargs` receives the arguments it names.
         weights: one a function; all 1 when None.
         processing_classes: tokenizers of the models, one a function; None entries are loaded with the model.
-        device: where models run; results lie on the host.
+        device: of the policy; results lie on the host.
+        model_place: where models are kept and run: `auto`, `cuda`, `cpu` or `in_turn` (see `model.RewardModel`).
         timeout: seconds a function may take on one batch; None waits forever.
+        errors: `stop` raises what went wrong. `none` asks a function that failed again, for one completion at a time,
+            and takes what fails for None; one that took too long is not asked again.
+        tell: hears what is waited for, and what failed.
         load_model: makes a model of a name and `model_init_kwargs` (`policy.reward_model.load_reward_model`).
+        visitor: keeps models in host memory (see `model.RewardModel`).
         model_init_kwargs: for `from_pretrained` of models given as strings.
 
     Attributes:
         names: one a function, distinct.
         weights: (F,) float32.
+        capture: entered around a batch, and told whose turn it is (`run.capture.Capture`).
 
     Raises:
         UserError: no function, lists of different lengths, or a model that can't be loaded.
@@ -74,8 +96,12 @@ class RewardRunner:
         weights: Sequence[float] | None = None,
         processing_classes: Sequence | None = None,
         device: torch.device | str = "cpu",
+        model_place: str = "auto",
         timeout: float | None = None,
+        errors: str = "stop",
+        tell: Callable[[str], None] = lambda sentence: None,
         load_model: LoadModel | None = None,
+        visitor: Visitor | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
     ):
         if not reward_funcs:
@@ -88,11 +114,15 @@ class RewardRunner:
                 )
         classes = processing_classes if processing_classes is not None else [None] * len(reward_funcs)
         load = partial(_loaded, load_model, model_init_kwargs or {})
-        self.funcs = [_as_function(f, c, device, load) for f, c in zip(reward_funcs, classes)]
+        self.funcs = [_as_function(f, load, c, device, model_place, visitor) for f, c in zip(reward_funcs, classes)]
         self.names = distinct([name_of(f) for f in self.funcs])
         self.weights = torch.tensor([1.0] * len(self.funcs) if weights is None else weights, dtype=torch.float32)
-        self.timeout = timeout
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.errors, self.tell = errors, tell
+        self.capture: Any = None
+        self._caller = Caller(timeout, tell)
+        self._world = World()
+        self._hopeless = [0] * len(self.funcs)
+        self._told: set[str] = set()
 
     def __call__(
         self,
@@ -101,145 +131,164 @@ class RewardRunner:
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, Sequence],
         trainer_state: Any = None,
+        *,
+        seed: int | None = None,
     ) -> RewardResult:
-        """Score n completions; async functions run at the same time as each other and as the sync ones.
+        """Score n completions; async functions run at the same time as each other and as the sync ones. Each function
+        gets copies of its own, and what it changes of the process is put back (`guards`).
 
         Args:
             prompts, completions: n strings or n lists of messages.
             completion_ids: n lists of sampled token ids.
             columns: the data's other columns, n values each.
             trainer_state: handed on, as are `log_extra(column, values)` and `log_metric(name, value)`.
+            seed: of the global random numbers that functions see.
 
         Raises:
             UserError: a function raised, took too long, lacks a column, or returned the wrong number of rewards or
                 something that is not a finite number; the sentence names the function.
         """
         given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
-        given["trainer_state"] = trainer_state
-        logs = [_Logs() for _ in self.funcs]
-        calls = [
-            partial(
-                func, **arguments_of(func, name, {**given, "log_extra": log.extra, "log_metric": log.metric}, columns)
-            )
-            for func, name, log in zip(self.funcs, self.names, logs)
-        ]
-        outputs = self._run(calls)
-        n = len(completions)
-        rows = [_floats(output, n, name) for output, name in zip(outputs, self.names)]
-        per_func = torch.tensor(rows, dtype=torch.float32).T.contiguous()
+        batch = _Batch(self, given, columns, trainer_state, len(completions), seed)
+        capture: AbstractContextManager = self.capture or nullcontext()
+        with self._world.entered(seed), torch.autocast("cuda", enabled=False), capture:
+            scored = self._run(batch)
+        per_func = torch.tensor([one.rewards for one in scored], dtype=torch.float32).T.contiguous()
         total = (per_func * self.weights).nansum(dim=1)
         total[per_func.isnan().all(dim=1)] = torch.nan
-        return RewardResult(per_func, total, self._extras(logs, n), _mean_metrics(logs))
+        metrics = mean_metrics([one.logs for one in scored])
+        if self.errors == "none":
+            metrics |= {f"rewards/{name}/failed": float(one.failed) for name, one in zip(self.names, scored)}
+        return RewardResult(per_func, total, extras_of(zip(self.names, (one.logs for one in scored))), metrics)
 
-    def _run(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        start = time.monotonic()
-        pending = {i: self._submit(i, call) for i, call in enumerate(calls) if _is_async(self.funcs[i])}
-        outputs: list[Any] = [None] * len(calls)
+    @property
+    def models(self) -> list[RewardModel]:
+        """Those of the functions that are models and may be kept elsewhere."""
+        return [func for func in self.funcs if isinstance(func, RewardModel) and func.movable]
+
+    def _run(self, batch: _Batch) -> list[Scored]:
+        start, every = time.monotonic(), range(batch.n)
+        pending = {i: self._begun(i, batch, every) for i, func in enumerate(self.funcs) if _is_async(func)}
+        scored: list[Any] = [None] * len(self.funcs)
         try:
-            for i, call in enumerate(calls):
-                if i not in pending:
-                    outputs[i] = self._guarded(i, call if self.timeout is None else partial(self._in_thread, i, call))
-            for i, future in pending.items():
-                outputs[i] = self._wait(i, future, start)
+            for i in sorted(range(len(self.funcs)), key=lambda i: i in pending):
+                if self.capture is not None:
+                    self.capture.of(self.names[i])
+                try:
+                    if i in pending:
+                        logs, future = pending[i]
+                        scored[i] = self._scored(i, self._caller.wait(self.names[i], future, start), logs)
+                    else:
+                        scored[i] = self._asked(i, batch, every)
+                except RewardFailure as error:
+                    scored[i] = self._despite(i, batch, error)
+                self._count(i, scored[i], batch.n)
         finally:
-            for future in pending.values():
-                future.cancel()
-        return outputs
+            self._caller.abandon([future for _, future in pending.values()])
+        return scored
 
-    def _guarded(self, i: int, call: Callable[[], Any]) -> Any:
+    def _begun(self, i: int, batch: _Batch, rows: Sequence[int]) -> tuple[Logs, Future]:
+        logs = Logs()
+        call = batch.call(i, rows, logs)
+        return logs, self._caller.submit(self.names[i], call, partial(listed, n=len(rows), name=self.names[i]))
+
+    def _asked(self, i: int, batch: _Batch, rows: Sequence[int]) -> Scored:
+        """What a function that is not async gives for some rows."""
+        logs, name = Logs(), self.names[i]
+        if batch.seed is not None:  # what one function draws must not depend on what another has drawn
+            seed_all(batch.seed + i)
+        call = batch.call(i, rows, logs)
+        return self._scored(i, self._caller.call(name, call, partial(listed, n=len(rows), name=name)), logs)
+
+    def _scored(self, i: int, values: list[Any], logs: Logs) -> Scored:
+        name, rewards, failed = self.names[i], [], 0
+        logs.check(len(values), name)
+        for row, value in enumerate(values):
+            try:
+                rewards.append(number(value, row, name))
+            except RewardFailure as error:
+                self._pass_over(i, error)
+                rewards.append(math.nan)
+                failed += 1
+        return Scored(rewards, logs, failed)
+
+    def _pass_over(self, i: int, error: RewardFailure) -> None:
+        """Go on in spite of `error`, or don't."""
+        if self.errors == "stop":
+            raise error
+        self._last = error
+        if self.names[i] not in self._told:
+            self._told.add(self.names[i])
+            self.tell(f"{error} Its reward is None there (reward_errors none; said once, rewards/.../failed counts).")
+
+    def _despite(self, i: int, batch: _Batch, error: RewardFailure) -> Scored:
+        """The rewards of a function that failed on a batch, asked for one completion at a time."""
+        self._pass_over(i, error)
+        if isinstance(error, Unanswered):
+            return Scored([math.nan] * batch.n, Logs(), batch.n)
+        begun = [self._begun(i, batch, [row]) for row in range(batch.n)] if _is_async(self.funcs[i]) else None
         try:
-            return call()
-        except (UserError, Terminated):
-            raise
-        except (Exception, SystemExit) as error:  # a script's main() may call sys.exit
-            raise self._failure(i, error) from error
+            parts = [self._alone(i, batch, row, begun and begun[row]) for row in range(batch.n)]
+        finally:
+            self._caller.abandon([future for _, future in begun or ()])
+        rewards = [math.nan if part is None else part.rewards[0] for part in parts]
+        failed = sum(1 if part is None else part.failed for part in parts)
+        return Scored(rewards, rows_of([None if part is None else part.logs for part in parts]), failed)
 
-    def _failure(self, i: int, error: BaseException) -> UserError:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(frame.filename).name}, line {frame.lineno}"
-        return UserError(f"the reward function {self.names[i]!r} raised {type(error).__name__}: {error} ({place}).")
+    def _alone(self, i: int, batch: _Batch, row: int, begun: tuple[Logs, Future] | None) -> Scored | None:
+        try:
+            if begun is None:
+                return self._asked(i, batch, [row])
+            logs, future = begun
+            return self._scored(i, self._caller.wait(self.names[i], future, time.monotonic()), logs)
+        except RewardFailure as error:
+            self._pass_over(i, error)
+            return None
 
-    def _in_thread(self, i: int, call: Callable[[], Any]) -> Any:
-        future: Future = Future()
-
-        def work() -> None:
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-
-        start = time.monotonic()
-        # A daemon: a function that hangs must not keep the process alive after the error.
-        threading.Thread(target=work, name=f"reward-{self.names[i]}", daemon=True).start()
-        return self._wait(i, future, start)
-
-    def _wait(self, i: int, future: Future, start: float) -> Any:
-        while True:
-            if wait([future], _POLL_SECONDS).done:
-                return future.result()
-            if self.timeout is not None and time.monotonic() - start > self.timeout:
-                raise UserError(
-                    f"the reward function {self.names[i]!r} did not finish within {self.timeout:g} s; "
-                    "make it faster or raise --reward-timeout."
-                )
-
-    def _submit(self, i: int, call: Callable[[], Any]) -> Future:
-        # One loop for the whole run, in its own thread: clients that a function keeps stay bound to their loop, and
-        # a notebook has a loop running in this thread already.
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="async-rewards", daemon=True).start()
-
-        async def work() -> Any:
-            try:
-                return await call()
-            except (UserError, Terminated):
-                raise
-            except (Exception, SystemExit) as error:  # named here: asyncio hands some on without their traceback
-                raise self._failure(i, error) from error
-
-        return asyncio.run_coroutine_threadsafe(work(), self._loop)
-
-    def _extras(self, logs: Sequence[_Logs], n: int) -> dict[str, list]:
-        extras: dict[str, list] = {}
-        for name, log in zip(self.names, logs):
-            for column, values in log.extras.items():
-                if len(values) != n:
-                    raise UserError(
-                        f"the reward function {name!r} gave log_extra {len(values)} values of {column!r} for {n} "
-                        "completions; give one for each."
-                    )
-                extras[column if column not in extras else f"{name}/{column}"] = values
-        return extras
+    def _count(self, i: int, scored: Scored, n: int) -> None:
+        """Raises:
+        UserError: the function has failed on every completion, again and again: nothing is learned from it."""
+        self._hopeless[i] = self._hopeless[i] + 1 if scored.failed == n else 0
+        if self._hopeless[i] >= HOPELESS:
+            raise UserError(f"{self._last} It failed on every completion of {HOPELESS} batches in a row.")
 
 
-class _Logs:
-    """What one function logs during one call."""
+class _Batch:
+    """What functions are given: each its own copies, of all rows or of some."""
 
-    def __init__(self) -> None:
-        self.extras: dict[str, list] = defaultdict(list)
-        self.metrics: dict[str, list[float]] = defaultdict(list)
+    def __init__(
+        self, runner: RewardRunner, given: dict[str, Any], columns: dict[str, Any], state: Any, n: int, seed: int | None
+    ):
+        self._runner, self._given, self._columns, self._state = runner, given, columns, state
+        self.n, self.seed = n, seed
 
-    def extra(self, column: str, values: Sequence) -> None:
-        self.extras[column].extend(values)
+    def call(self, i: int, rows: Sequence[int], logs: Logs) -> Callable[[], Any]:
+        """The function's call.
 
-    def metric(self, name: str, value: float) -> None:
-        self.metrics[name].append(float(value))
+        Raises:
+            UserError: it asks for a column that the data lack.
+        """
+        given = self._given
+        if len(rows) < self.n:
+            given = {key: [values[row] for row in rows] for key, values in given.items()}
+        hooks = {"trainer_state": _own_state(self._state), "log_extra": logs.extra, "log_metric": logs.metric}
+        func, name = self._runner.funcs[i], self._runner.names[i]
+        return partial(func, **arguments_of(func, name, {**given, **hooks}, self._columns))
 
 
-def _mean_metrics(logs: Sequence[_Logs]) -> dict[str, float]:
-    values: dict[str, list[float]] = defaultdict(list)
-    for log in logs:
-        for name, logged in log.metrics.items():
-            values[name] += logged
-    return {name: sum(logged) / len(logged) for name, logged in values.items()}
+def _own_state(state: Any) -> Any:
+    """A copy of transformers' TrainerState whose numbers and history are the function's own."""
+    own = copy.copy(state)
+    if isinstance(history := getattr(own, "log_history", None), list):
+        own.log_history = list(history)
+    return own
 
 
-def _as_function(func: Any, processing_class: Any, device: torch.device | str, load: Callable) -> Callable:
-    if isinstance(func, str) and func in BUILTIN:
-        return BUILTIN[func]
+def _as_function(func: Any, load: Callable, processing_class: Any, *where: Any) -> Callable:
+    """`where`: device, place and visitor of `RewardModel`."""
+    func = known(func)
     if isinstance(func, (str, torch.nn.Module)):
-        return RewardModel(load(func) if isinstance(func, str) else func, processing_class, device)
+        return RewardModel(load(func) if isinstance(func, str) else func, processing_class, *where)
     if not callable(func):
         raise UserError(
             f"a reward function is {func!r}, which can't be called; give a function, a model or a model's name."
@@ -257,30 +306,3 @@ def _loaded(load_model: LoadModel | None, init_kwargs: dict[str, Any], name: str
 
 def _is_async(func: Callable) -> bool:
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
-
-
-def _floats(output: Any, n: int, name: str) -> list[float]:
-    """The n rewards as floats, NaN for None."""
-    if hasattr(output, "tolist"):
-        output = output.tolist()
-    if isinstance(output, (str, bytes, dict)) or not hasattr(output, "__iter__"):
-        raise UserError(f"the reward function {name!r} returned {type(output).__name__}, not a list of {n} rewards.")
-    output = list(output)
-    if len(output) != n:
-        raise UserError(
-            f"the reward function {name!r} returned {len(output)} rewards for {n} completions; return one for each."
-        )
-    return [math.nan if reward is None else _float(reward, i, name) for i, reward in enumerate(output)]
-
-
-def _float(reward: Any, row: int, name: str) -> float:
-    try:
-        value = math.nan if isinstance(reward, (str, bytes)) else float(reward)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        value = math.nan
-    if not abs(value) <= torch.finfo(torch.float32).max:
-        raise UserError(
-            f"the reward function {name!r} gave {reward!r} for row {row}; give a finite number, or None where the "
-            "reward does not apply."
-        )
-    return value

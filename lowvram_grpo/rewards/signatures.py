@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.rewards.model import model_name
-from lowvram_grpo.rewards.registry import BUILTIN
+from lowvram_grpo.rewards.registry import BUILTIN, is_address
+from lowvram_grpo.rewards.remote import HTTPReward
+
+_ATOMS = (str, int, float, bool, type(None))
+
+
+def known(func: Any) -> Any:
+    """The function that a name or an address stands for; other names are models', and stay."""
+    if isinstance(func, str) and is_address(func):
+        return HTTPReward(func)
+    return BUILTIN.get(func, func) if isinstance(func, str) else func
 
 
 def name_of(func: Callable) -> str:
@@ -26,7 +38,7 @@ def names_before_loading(funcs: Sequence[Any]) -> tuple[list[str], bool]:
     metrics of its own: it takes `log_metric`, or everything."""
     names, logs = [], False
     for func in funcs:
-        func = BUILTIN.get(func, func) if isinstance(func, str) else func
+        func = known(func)
         if isinstance(func, (str, torch.nn.Module)):
             names.append(model_name(func))
             continue
@@ -57,7 +69,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def arguments_of(func: Callable, name: str, given: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
-    """Those of `given` that `func` accepts; lists are copied, so that no function can reorder another's.
+    """Those of `given` that `func` accepts, copied: no function can change what another one, or the run, sees.
 
     Args:
         name: of the function, for people.
@@ -76,7 +88,20 @@ def arguments_of(func: Callable, name: str, given: dict[str, Any], columns: dict
         )
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     accepted = given if takes_all else {key: value for key, value in given.items() if key in named}
-    return {key: list(value) if isinstance(value, list) else value for key, value in accepted.items()}
+    return {key: own(value) for key, value in accepted.items()}
+
+
+def own(value: Any) -> Any:
+    """A copy of lists, dictionaries, tensors and arrays down to what is in them."""
+    if isinstance(value, (list, tuple)) and all(type(item) in _ATOMS for item in value):
+        return type(value)(value) if type(value) in (list, tuple) else copy.copy(value)
+    if type(value) in (list, tuple):
+        return type(value)(own(item) for item in value)
+    if type(value) is dict:
+        return {key: own(item) for key, item in value.items()}
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def check_columns(funcs: Sequence[Any], columns: Sequence[str]) -> None:
@@ -89,7 +114,7 @@ def check_columns(funcs: Sequence[Any], columns: Sequence[str]) -> None:
     given = {name: [] for name in ("prompts", "completions", "completion_ids")} | lists
     given |= dict.fromkeys(("trainer_state", "log_extra", "log_metric"))
     for func in funcs:
-        func = BUILTIN.get(func, func) if isinstance(func, str) else func
+        func = known(func)
         if isinstance(func, (str, torch.nn.Module)) or not callable(func):
             continue
         try:

@@ -20,6 +20,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from lowvram_grpo.faults import note_phase
+from lowvram_grpo.run.capture import Screen, screen
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.run.view import Glyphs, View, clean, decimal, duration, percent, small
 
@@ -92,7 +93,7 @@ class Console(Observer, TrainerCallback):
             self._print(f"{self._view.title}  {self._view.subtitle}".rstrip())
             return self
         stderr = sys.stderr
-        rich = RichConsole(highlight=False)
+        rich = RichConsole(highlight=False, file=Screen(sys.stdout))
         self._live = ResizableLive(
             console=rich, get_renderable=lambda: self._render(rich), refresh_per_second=REFRESHES_PER_SECOND
         )
@@ -110,6 +111,12 @@ class Console(Observer, TrainerCallback):
                 self._view.phase = "" if kind is None else "stopped"
             live, self._live = self._live, None
             live.stop()
+
+    @property
+    def covers_output(self) -> bool:
+        """Whether what other code prints would tear the live view, or drown a log. On a terminal that shows plain
+        lines it may be a debugger's."""
+        return not (self.plain and bool(getattr(sys.stdout, "isatty", lambda: False)()))
 
     def notice(self, text: str) -> None:
         """One line for the person at the screen: a warning, the result of a self-test. It stays in the scrollback."""
@@ -208,7 +215,7 @@ class Console(Observer, TrainerCallback):
         if self._live is not None:
             self._live.console.print(Text(text) if isinstance(text, str) else text)
         else:
-            print(text, flush=True)
+            print(text, file=screen(), flush=True)
 
 
 def _is_number(value: Any) -> bool:

@@ -3,6 +3,7 @@
 recipe.toml         the resolved recipe
 metrics.jsonl       one row a logged step
 completions.jsonl   one row a completion
+rewards.log         what reward functions printed
 checkpoint-N/       written by transformers.Trainer
 cold_start/         the adapter after the cold start: GRPO's reference
 adapter/            the trained adapter, its tokenizer and model card
@@ -28,7 +29,7 @@ from lowvram_grpo.run.checkpoints import CUT_OFF, damage, replace_text
 # The first line of a recipe that a run wrote.
 RECIPE_HEADER = "# The resolved recipe of a lowvram-grpo run."
 # What an attempt that died before its first step may have left beside its recipe.
-_ATTEMPTS = ("recipe.toml.tmp", "vllm_adapter", "runs")  # the last is TensorBoard's
+_ATTEMPTS = ("recipe.toml.tmp", "rewards.log", "rewards.log.1", "vllm_adapter", "runs")  # the last is TensorBoard's
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 

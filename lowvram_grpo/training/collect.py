@@ -25,6 +25,9 @@ _NOT_COLUMNS = {
     "reference_completion",
 }  # fmt: skip
 
+# What is being done while rewards are waited for: the policy is as the last step left it.
+SCORING = "scoring"
+
 
 def reward_columns(columns: Iterable[str], *, only_prompts: bool) -> list[str]:
     """The columns of the data that rewards receive beside prompts and completions."""
@@ -101,9 +104,14 @@ class Collector:
         batch = self.guard.run("rollout", lambda: self.engine.generate(ids, num_generations, seed=seed, **other))
         prompts = [p for p in prompts for _ in range(num_generations)]
         completions = self._decode(batch, prompts)
-        self.tell("scoring")
+        self.tell(SCORING)
         scored = self.rewards(
-            prompts, completions, batch.completion_ids, self._columns(rows, num_generations), trainer_state
+            prompts,
+            completions,
+            batch.completion_ids,
+            self._columns(rows, num_generations),
+            trainer_state,
+            seed=seed,
         )
         advantages = self._advantages(scored.total, scored.per_func, num_generations)
         rollout = Rollout(

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # What an evaluation measures of itself, without eval_ in front; rewards, and what they log, come to it.
 EVAL_METRICS = (
-    "loss", "reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "runtime", "samples_per_second",
-    "steps_per_second", "step_time", "ratio/min", "ratio/max",
+    "loss", "reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "num_tokens", "runtime",
+    "samples_per_second", "steps_per_second", "step_time", "ratio/min", "ratio/max",
     *(f"completions/{part}_length" for part in ("mean", "min", "max")),
     *(f"completions/{part}_terminated_length" for part in ("mean", "min", "max")), "completions/clipped_ratio",
 )  # fmt: skip
@@ -96,6 +96,7 @@ def check_evaluation(args: GRPOConfig, evaluated: Any) -> None:
 def _of_the_loss(args: GRPOConfig) -> list[str]:
     """What an evaluation measures with this loss alone."""
     found = ["policy_loss"] if args.entropy_bonus else []
+    found += ["aux_loss"] if args.router_aux_loss_coef else []
     if args.loss_type in CLIPPED:
         found += [f"clip_ratio/{part}" for part in ("low_mean", "high_mean", "region_mean", "low_min", "high_max")]
     return found + {"cispo": ["cispo_clip_ratio"], "vespo": ["vespo/phi_seq_mean"]}.get(args.loss_type, [])

@@ -24,6 +24,7 @@ from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.reward_model import load_reward_model
 from lowvram_grpo.policy.variants import check_adapter
+from lowvram_grpo.policy.visitor import Visitor
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.recipe.config import GRPOConfig
 from lowvram_grpo.rewards.runner import RewardRunner
@@ -161,15 +162,21 @@ def one_each(processing_classes: Any, functions: int) -> list:
     return processing_classes if isinstance(processing_classes, list) else [processing_classes]
 
 
-def make_rewards(reward_funcs: list, args: GRPOConfig, processing_classes: list) -> RewardRunner:
+def make_rewards(
+    reward_funcs: list, args: GRPOConfig, processing_classes: list, notice: Callable[[str], None]
+) -> RewardRunner:
     """`processing_classes`: a tokenizer or None a function."""
     return RewardRunner(
         reward_funcs,
         weights=args.reward_weights,
         processing_classes=processing_classes,
         device=args.device,
+        model_place=args.reward_model_device,
         timeout=args.reward_timeout,
+        errors=args.reward_errors,
+        tell=notice,
         load_model=load_reward_model,
+        visitor=Visitor,
     )
 
 

@@ -18,6 +18,7 @@ from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 if TYPE_CHECKING:
     from lowvram_grpo.policy.reference import Reference
     from lowvram_grpo.recipe.config import GRPOConfig
+    from lowvram_grpo.rewards.runner import RewardRunner
     from lowvram_grpo.rollout.engine import RolloutEngine
     from lowvram_grpo.rollout.vllm import VLLMEngine
 
@@ -32,6 +33,7 @@ class TrainerGuard(Guard):
         notice: hears of each rung in one sentence.
         log: gets a row of metrics at each rung.
         reference: may be streamed from host memory, where it is a copy of all weights.
+        rewards: whose models leave the card.
 
     Attributes:
         plan: how a rollout becomes optimizer steps, with the micro-batches of now.
@@ -47,14 +49,18 @@ class TrainerGuard(Guard):
         notice: Callable[[str], None],
         log: Callable[[dict[str, Any]], None],
         reference: Reference | None = None,
+        rewards: RewardRunner | None = None,
     ):
         self.reference = reference
+        self._reward_models = [] if rewards is None else rewards.models
         self.model, self.engine, self.args, self.plan = model, engine, args, args.batch_plan()
         self._notice, self._log = notice, log
         self._step: GuardedStep | None = None
+        on_card = {"reward_model_device": args.reward_model_device} if self._reward_models else {}
         copied = reference is not None and reference.model is not None
         super().__init__(
             {
+                **on_card,
                 **({"reference_offload": reference.offloaded} if copied else {}),
                 "rollout_batch_size": args.rollout_batch_size or self.plan.completions_per_rollout,
                 "per_device_train_batch_size": self.plan.micro_batch_size,
@@ -100,7 +106,10 @@ class TrainerGuard(Guard):
         Raises:
             UserError: the model does not have what it changes.
         """
-        if key == "rollout_batch_size":
+        if key == "reward_model_device":
+            for judge in self._reward_models:
+                judge.place(value)
+        elif key == "rollout_batch_size":
             self.engine.rows = value
         elif key == "per_device_train_batch_size":
             self.plan = replace(self.plan, micro_batch_size=value)

@@ -114,11 +114,13 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         self.reference = self.learner.reference
         self.add_callback(ReferenceSync(self.learner))
         classes = parts.one_each(reward_processing_classes, len(reward_funcs))
-        self.rewards, self._given_processing_classes = parts.make_rewards(reward_funcs, args, classes), classes
+        self.rewards = parts.make_rewards(reward_funcs, args, classes, notice)
+        self._given_processing_classes = classes
         engine = parts.make_engine(model, args, tokenizer)
         self.guard = TrainerGuard(
-            model, engine, args, ladder, notice=notice, log=lambda row: self.log(row), reference=self.reference
-        )
+            model, engine, args, ladder, notice=notice, log=lambda row: self.log(row), reference=self.reference,
+            rewards=self.rewards,
+        )  # fmt: skip
         asked = AskedRewards(self) if self.replaces("_calculate_rewards") else self.rewards
         self.collector = parts.make_collector(engine, asked, tokenizer, self.guard, args, self.observer.phase)
         self.metrics = {"train": MetricBook(), "eval": MetricBook()}

@@ -19,6 +19,7 @@ from lowvram_grpo.training.correction import Correction
 from lowvram_grpo.training.experience import pad_right
 
 LOW, HIGH = 0.6, 1.5
+# The first tokens of a group have one distribution: a threshold in the middle of these would be decided by rounding.
 COEF = 0.3
 WITH = {"entropy_coef": COEF}
 SETTINGS = {
@@ -26,7 +27,7 @@ SETTINGS = {
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.05, "off_policy_mask_threshold": 0.005},
     "sapo": {"loss_type": "sapo", "top_entropy_quantile": 0.4, "beta": 0.0},
     "sapo, sequence": {"loss_type": "sapo", "importance_sampling_level": "sequence", "top_entropy_quantile": 0.4},
-    "vespo": {"loss_type": "vespo", "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.01},
+    "vespo": {"loss_type": "vespo", "top_entropy_quantile": 0.4, "off_policy_mask_threshold": 0.01},
     "cispo, no KL": {"loss_type": "cispo", "epsilon_high": 2.0, "top_entropy_quantile": 0.3, "beta": 0.0},
     "grpo, sequence, no KL": {"importance_sampling_level": "sequence", "top_entropy_quantile": 0.3, "beta": 0.0},
     "the bonus": {"loss_type": "dapo", **WITH},
@@ -134,7 +135,9 @@ def compare(config, dataset, tokenizer, model, settings, *, cuts, fused_loss="of
         for (name, mine), theirs in zip(trainer.model.named_parameters(), exact.parameters()):
             if mine.requires_grad:
                 scale = theirs.grad.abs().max()
-                assert (mine.grad.double() - theirs.grad).abs().max() <= 3e-4 * scale + 1e-7, name
+                # Short lists leave a little of the entropy's direction out.
+                bound = 1e-3 if fused_loss == "on" and args.entropy_bonus else 3e-4
+                assert (mine.grad.double() - theirs.grad).abs().max() <= bound * scale + 1e-7, name
                 compared += bool(scale > 0)
         assert compared > 10
         trainer.metrics["train"].add_update(trainer._sums)
@@ -153,9 +156,8 @@ def move(model, seed):
 def test_a_rollout_that_serves_two_steps_weighs_its_tokens_alike(config, dataset, tokenizer, model):
     """dapo's denominator is that of the rollout (TRL's num_items_in_batch, rescaled), so the longer half pulls more."""
     model.generation_config.eos_token_id = [1, *range(30, 41)]
-    args = config(
-        loss_type="dapo", steps_per_generation=4, gradient_accumulation_steps=2, per_device_train_batch_size=4
-    )
+    batches = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    args = config(loss_type="dapo", **batches)
     trainer = GRPOTrainer(
         model, digit_share, args, dataset, processing_class=tokenizer, peft_config=LORA, observer=Quiet()
     )

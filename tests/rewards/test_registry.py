@@ -48,6 +48,12 @@ def reward_file(tmp_path):
         ("pkg.mod:f:.5", ("pkg.mod", "f", 0.5)),
         ("org/model:0.1", ("org/model", None, 0.1)),
         ("mod:inf", ("mod", "inf", 1.0)),
+        ("http://localhost:8000", ("http://localhost:8000", None, 1.0)),
+        ("http://localhost:8000:2", ("http://localhost:8000", None, 2.0)),
+        ("http://localhost:8000/score:0.5", ("http://localhost:8000/score", None, 0.5)),
+        ("HTTPS://a.b/score?k=c:d#batch=4:-1", ("HTTPS://a.b/score?k=c:d#batch=4", None, -1.0)),
+        ("http://[::1]:8000/score", ("http://[::1]:8000/score", None, 1.0)),
+        ("http://[::1]", ("http://[::1]", None, 1.0)),
     ],
 )
 def test_parse_spec(spec, parts):

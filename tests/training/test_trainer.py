@@ -337,7 +337,11 @@ def test_transformers_argument_parser_reads_the_config(tmp_path):
 
 
 def test_settings_without_effect_are_all_said(config):
-    said = " ".join(config(num_completions_to_print=3, dataloader_num_workers=2, kl_estimator="k1").notices())
+    said = " ".join(
+        config(
+            num_completions_to_print=3, dataloader_num_workers=2, kl_estimator="k1", use_bias_correction_kl=False
+        ).notices()
+    )
     for name in ("num_completions_to_print", "dataloader_num_workers", "kl_estimator k1"):
         assert name in said
     with pytest.raises(UserError, match="auto_find_batch_size"):
