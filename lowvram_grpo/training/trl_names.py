@@ -161,7 +161,7 @@ class TrlNames:
     @property
     def router_aux_loss_coef(self) -> float:
         """Weight of the load-balancing loss: the one that was set, else the model's own; 0 where it has none."""
-        return self.learner.router.coefficient if self.learner.router is not None else 0.0
+        return 0.0 if self.learner.router is None else self.learner.router.coefficient
 
     @property
     def aux_loss_enabled(self) -> bool:

@@ -151,8 +151,11 @@ def test_advantages_that_a_loss_sets_are_used(config, dataset, tokenizer):
 def test_a_loss_of_ones_own_from_log_probs(config, dataset, tokenizer, rows):
     """Its micro-batches are scaled as in TRL, and it has a gradient where every reward is equal, too."""
 
+    with_gradient = []
+
     class Likelier(GRPOTrainer):
         def _compute_loss(self, model, inputs):
+            with_gradient.append(torch.is_grad_enabled())
             ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
             mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
             keep = inputs["completion_ids"].size(1)
@@ -168,7 +171,7 @@ def test_a_loss_of_ones_own_from_log_probs(config, dataset, tokenizer, rows):
             assert none is None and logps.requires_grad is entropies.requires_grad is torch.is_grad_enabled()
             return -logps.sum() / inputs["completion_mask"].sum() / self.current_gradient_accumulation_steps
 
-    args = config(max_steps=1, per_device_train_batch_size=rows, eval_strategy="steps", eval_steps=1)
+    args = config(max_steps=1, beta=0.0, per_device_train_batch_size=rows, eval_strategy="steps", eval_steps=1)
     trainer = Likelier(
         make_model(), zero, args, dataset, dataset.select([0]), processing_class=tokenizer, observer=Quiet()
     )
@@ -176,6 +179,7 @@ def test_a_loss_of_ones_own_from_log_probs(config, dataset, tokenizer, rows):
     row = trainer.state.log_history[0]
     assert moved(trainer) and 2 < row["loss"] < 5  # nats a token, whatever the number of micro-batches
     assert "reward" in row and "entropy" not in row
+    assert all(with_gradient[: -(-8 // rows)]) and not with_gradient[-1]
 
 
 def test_outputs_are_not_returned(config, dataset, tokenizer):
