@@ -228,7 +228,7 @@ class RewardRunner:
             return Scored([math.nan] * batch.n, Logs(), batch.n)
         begun = [self._begun(i, batch, [row]) for row in range(batch.n)] if _is_async(self.funcs[i]) else None
         try:
-            parts = [self._alone(i, batch, row, begun and begun[row]) for row in range(batch.n)]
+            parts = [self._alone(i, batch, row, begun[row] if begun else None) for row in range(batch.n)]
         finally:
             self._caller.abandon([future for _, future in begun or ()])
         rewards = [math.nan if part is None else part.rewards[0] for part in parts]

@@ -122,8 +122,12 @@ def test_full_marks():
     }  # fmt: skip
 
 
+# Rewards of data or settings of their own; tests of theirs.
+LEFT_OUT = ("code", "binary_code", "soft_overlong_punishment", "reasoning_gym")
+
+
 def test_all_of_them_score_one_batch():
-    names = [name for name in BUILTIN if name not in ("code", "binary_code", "soft_overlong_punishment")]
+    names = [name for name in BUILTIN if name not in LEFT_OUT]
     runner = RewardRunner([BUILTIN[name] for name in names])
     reply = "<think>\nwhy\n</think>\n<answer>\n\\boxed{5}\n</answer>"
     columns = {"answer": ["5"], "solution": ["$5$"]}
