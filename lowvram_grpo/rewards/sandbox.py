@@ -149,6 +149,7 @@ def _command(folder: str, limits: Limits, function: str | None) -> list[str]:
     code = f"import sys; sys.path[:1] = [{root!r}]; from lowvram_grpo.rewards.sandbox_child import main; main()"
     task = {
         "folder": folder,
+        "parent": os.getpid(),
         "landlock": _landlock(),
         "readable": _readable(),
         "seconds": limits.seconds,
@@ -230,7 +231,8 @@ def _too_much_written(folder: str, limits: Limits) -> bool:
     with contextlib.suppress(OSError), os.scandir(folder) as files:
         for file in files:
             with contextlib.suppress(OSError):
-                size += file.stat(follow_symlinks=False).st_size
+                found = file.stat(follow_symlinks=False)
+                size += max(found.st_size, 512 * found.st_blocks)
             count += 1
             if size > 4 * limits.file_bytes or count > limits.files:
                 return True
