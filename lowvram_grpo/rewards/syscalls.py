@@ -42,7 +42,7 @@ _MACHINE = {
     "sync": (162, 81), "syncfs": (306, 267), "inotify_init": (253, None), "inotify_init1": (294, 26),
     "fanotify_init": (300, 262),
 }  # fmt: skip
-# Shared and anonymous files are memory that RLIMIT_AS does not count, as fallocate takes disk that RLIMIT_FSIZE does not.
+# Shared and anonymous files are memory that RLIMIT_AS does not count; fallocate takes disk that RLIMIT_FSIZE does not.
 _MEMORY = {
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196),
     "shmctl": (31, 195), "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192),
