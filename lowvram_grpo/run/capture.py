@@ -145,7 +145,9 @@ class Capture:
             os.dup2(self._scratch.fileno(), self._own[name].fileno())
         except (KeyError, OSError, ValueError):
             fd = os.dup(self._scratch.fileno())
-            self._own[name] = open(fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+            self._own[name] = open(  # noqa: SIM115 (kept)
+                fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1
+            )
         return self._own[name]
 
     def _aside(self, name: str, fd: int) -> Any:
