@@ -160,6 +160,12 @@ def test_nothing_of_the_users_is_read(tmp_path):
         del os.environ["LOWVRAM_TEST_TOKEN"]
 
 
+def test_a_project_that_is_its_own_virtual_environment_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert str(tmp_path / "lib") in sandbox._readable.__wrapped__()
+    assert not {str(tmp_path), *map(str, tmp_path.parents)} & set(sandbox._readable.__wrapped__())
+
+
 def test_it_has_a_folder_of_its_own_which_is_gone_afterwards(tmp_path, monkeypatch):
     if not sandbox._landlock():
         pytest.skip("this kernel has no Landlock")
