@@ -153,10 +153,12 @@ class Learner:
     def need_gradients(self, update: list[MicroBatch]) -> list[bool]:
         """Which micro-batches need a gradient. One at least: the optimizer must see gradients of zero, not none, as
         its momentum moves the weights all the same."""
+        if self.router is not None:  # whose loss has one wherever there are tokens
+            return [True] * len(update)
         needed = torch.stack([self._wanted(micro).any() for micro in update]).tolist()
         if not any(needed):
             needed[0] = True
-        return needed if self.router is None else [True] * len(needed)
+        return needed
 
     def cut(self, rollout: Rollout, plan: BatchPlan, pad_id: int, *, updates: int) -> list[list[MicroBatch]]:
         """As many `updates`, each a list of micro-batches of the size that `plan` has, on the device."""

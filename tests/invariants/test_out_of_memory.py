@@ -136,6 +136,32 @@ def test_a_step_that_ran_out_of_memory_ends_the_same(config, dataset, tmp_path, 
     assert any(phase in text and rung in text for text in trainer.observer.said)
 
 
+# Means and thresholds over a whole update, and a coefficient that follows from one of them.
+OF_THE_UPDATE = {
+    "use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 2.77, "entropy_coef_delta": 0.04,
+    "top_entropy_quantile": 0.4, "loss_type": "vespo",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", ["score", "forward", "backward"])
+@pytest.mark.parametrize("rows", [3, 8])  # a single micro-batch becomes several in the middle of the run
+def test_what_is_of_the_whole_update_is_counted_once(config, dataset, phase, rows):
+    args = {"per_device_train_batch_size": rows, "num_iterations": 2, "max_steps": 3, "signal_check": False,
+            "self_test": False, "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant",
+            **OF_THE_UPDATE}  # fmt: skip
+    plain, expected = trained(config(**args), dataset)
+    survived, trainer = trained(config(**args), dataset, SPOILED[phase][0])
+    assert trainer.guard.events
+    for name, value in plain.items():
+        torch.testing.assert_close(survived[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert trainer.learner.entropy.coef == expected.learner.entropy.coef
+    assert trainer.learner.entropy.last_entropy == pytest.approx(expected.learner.entropy.last_entropy, rel=1e-4)
+    logged = lambda t: [(row["entropy_coef"], row["policy_loss"]) for row in t.state.log_history if "loss" in row]
+    assert len({coef for coef, _ in logged(expected)}) > 1
+    for found, wanted in zip(logged(trainer), logged(expected), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+
+
 def test_recomputation_comes_back_in_the_middle_of_a_run(config, dataset, tmp_path):
     """What a plan that climbed has switched off, the guard can switch on."""
 

@@ -24,6 +24,7 @@ from lowvram_grpo.recipe.combinations import _READ_BY, combination_notices
         {"use_adaptive_entropy": True, "entropy_target": 0.5, "entropy_coef": 0.1},
         {"multi_objective_aggregation": "normalize_then_sum"},
         {"off_policy_mask_threshold": 0.1, "num_iterations": 2},
+        {"off_policy_mask_threshold": 0.1, "kv_cache_dtype": "int8"},
         {"sync_ref_model": True, "ref_model_sync_steps": 3},
         {"pad_to_multiple_of": "auto"},
         {"pad_to_multiple_of": None},
