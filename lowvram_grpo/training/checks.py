@@ -110,6 +110,7 @@ class Signal:
         unjudged: every reward function gave None to every completion.
         reference: what the first prompt was to be judged by, if unjudged and there is such a thing.
         endless: what to do about completions that never end although they had the room; empty where they do.
+        left_out: mask_truncated_completions leaves every completion out of the loss.
     """
 
     dead: float
@@ -120,6 +121,7 @@ class Signal:
     unjudged: bool = False
     reference: str | None = None
     endless: str = ""
+    left_out: bool = False
 
     @property
     def alive(self) -> bool:
@@ -150,6 +152,9 @@ class Signal:
         )
         if self.silent:
             facts += f", {', '.join(self.silent)} never fired"
+        if self.left_out:
+            remedy = self.endless or "raise max_completion_length, or drop mask_truncated_completions"
+            return f"{facts}; mask_truncated_completions leaves all out, so there is nothing to learn from: {remedy}."
         if self.alive:
             return f"{facts}; {self.endless}." if self.endless else f"{facts}."
         if self.saturated:
@@ -172,8 +177,11 @@ class Signal:
         return f"{facts}; GRPO learns only from groups that differ: {remedy}."
 
 
-def signal_of(rollout: Rollout, names: list[str], *, reference: Any = None, endless: str = "") -> Signal:
-    """What a rollout says; `reference` is that of its first prompt, `endless` what `endless_remedy` found."""
+def signal_of(
+    rollout: Rollout, names: list[str], *, reference: Any = None, endless: str = "", masked: bool = False
+) -> Signal:
+    """What a rollout says; `reference` is that of its first prompt, `endless` what `endless_remedy` found, `masked`
+    whether truncated completions are left out."""
     per_func = rollout.rewards_per_func.nan_to_num(0.0)
     known = rollout.rewards[~rollout.rewards.isnan()]
     unjudged = not len(known)
@@ -186,6 +194,7 @@ def signal_of(rollout: Rollout, names: list[str], *, reference: Any = None, endl
         unjudged=unjudged,
         reference=shortened(reference) if unjudged and reference is not None else None,
         endless=endless,
+        left_out=masked and all(rollout.batch.truncated),
     )
 
 

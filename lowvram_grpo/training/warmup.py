@@ -137,6 +137,7 @@ class WarmUp:
             self.collector.rewards.names,
             reference=next((rows[0][name] for name in _ANSWERS if rows[0].get(name) is not None), None),
             endless=endless_remedy(rollout, self.collector.tokenizer, sampling.eos_ids, sampling.max_new_tokens),
+            masked=self.learner.args.mask_truncated_completions,
         )
 
     def _cold_steps(self, signal: Signal, references: list[int]) -> int:
