@@ -13,7 +13,7 @@ from lowvram_grpo.errors import UserError, flag_of
 from lowvram_grpo.jobs.evaluation import check_ks, default_threshold
 from lowvram_grpo.jobs.inference import check_filters, recipe_to_sample
 from lowvram_grpo.jobs.loading import check_device, read_model_of, training_config
-from lowvram_grpo.jobs.task import Rewards, check_reward_columns, guess_notice, prepared, rewards_of
+from lowvram_grpo.jobs.task import Rewards, check_reward_columns, guess_notice, prepared, rewards_of, sandbox_notice
 from lowvram_grpo.rewards.registry import full_marks
 from lowvram_grpo.training.early_checks import check_lengths, prompt_lengths
 
@@ -115,8 +115,8 @@ def read(flags: dict[str, Any], wanted: Wanted, tell: Callable[[str], None]) -> 
         raise UserError("--compare-base compares an adapter with its base; pass --adapter.")
     raw, place = _data(recipe, flags)
     rewards = rewards_of(recipe, raw.column_names)
-    if guessed := guess_notice(recipe):
-        tell(guessed)
+    for sentence in filter(None, (guess_notice(recipe), sandbox_notice(rewards))):
+        tell(sentence)
     model_config, tokenizer = read_model_of(recipe)
     args = training_config(recipe, weights=rewards.weights)
     if wanted.limit:

@@ -212,7 +212,7 @@ def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"Unknown setting {raw!r} {where}{instead_of(key, known)}.")
         if value is not None:
             found[key] = cast(key, value, hint)
-            if raw == "reward_funcs":
+            if str(raw).replace("-", "_") == "reward_funcs":
                 found[key] = [as_open_r1(spec) for spec in found[key]]
         elif type(None) in typing.get_args(hint):
             found[key] = None

@@ -188,7 +188,8 @@ class UpdateSums:
             per_completion = sums.tokens.clamp(min=1)
         if self.objective.loss_type == "cispo":
             return {"cispo_clip_ratio": high.sum()}, {}
-        totals = {"low_mean": low.sum(), "high_mean": high.sum(), "region_mean": low.sum() + high.sum()}
+        totals = {"low_mean": low.sum(), "high_mean": high.sum()}
+        totals["region_mean"] = totals["low_mean"] + totals["high_mean"]
         extremes = {
             "low_min": torch.where(counted, low / per_completion, torch.inf).amin(),
             "high_max": torch.where(counted, high / per_completion, -torch.inf).amax(),
@@ -234,20 +235,24 @@ def sampler_metrics(
     With a correction the ratios under TRL's name are those that were applied, as there, and the quotients themselves
     stand beside them. Perplexities and divergences have ms-swift's names."""
     mask = mask.bool()
-    _, mean, highest = _spread((scored - sampled).abs(), mask)
-    found = {"sampling/sampling_logp_difference/mean": mean, "sampling/sampling_logp_difference/max": highest}
-    found |= _divergences(scored, sampled, mask)
-    raw = quotients(scored, sampled, mask)
+    difference, raw = (scored - sampled).abs(), quotients(scored, sampled, mask)
+    of_difference, of_raw = _spread(torch.stack([difference, raw]), mask)
+    found = {
+        "sampling/sampling_logp_difference/mean": of_difference[1],
+        "sampling/sampling_logp_difference/max": of_difference[2],
+        **_divergences(scored, sampled, mask),
+    }
     if correction is None:
-        return found | _named("sampling/importance_sampling_ratio", raw, mask)
+        return found | _named("sampling/importance_sampling_ratio", of_raw)
     applied = correction.weights(scored, sampled, mask)
     if correction.per_sequence:
         # A completion without a token has no weight.
         raw = quotients(scored, sampled, mask, per_sequence=True)[:, 0]
         applied, mask = applied[:, 0], mask.any(1)
-    found |= _named("sampling/importance_sampling_ratio", applied, mask)
-    found |= _named("sampling/raw_importance_sampling_ratio", raw, mask)
-    return found | {"sampling/corrected_share": _spread((applied != raw).float(), mask)[1]}
+    of_applied, of_raw, changed = _spread(torch.stack([applied, raw, (applied != raw).float()]), mask)
+    found |= _named("sampling/importance_sampling_ratio", of_applied)
+    found |= _named("sampling/raw_importance_sampling_ratio", of_raw)
+    return found | {"sampling/corrected_share": changed[1]}
 
 
 def _divergences(scored: Tensor, sampled: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -261,35 +266,31 @@ def _divergences(scored: Tensor, sampled: Tensor, mask: Tensor) -> dict[str, Ten
     Logarithms beyond +-20 are cut.
     """
     zeroed = lambda x: torch.where(mask, x.detach().float(), 0.0)
+    within = lambda x: x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     p, q = zeroed(scored), zeroed(sampled)
-    gap = (p - q).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    tokens, rows = mask.sum(1), mask.any(1)
-    of_rows = lambda x: x.sum(1) / tokens.clamp(min=1)
-    mean = lambda x, where: _spread(x, where)[1]
-    row_gap = of_rows(p - q).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    found = {
-        "kl": mean(gap, mask),
-        "k3_kl": mean(torch.expm1(gap) - gap, mask),
-        "training_ppl": mean((-of_rows(p)).exp(), rows),
-        "rollout_ppl": mean((-of_rows(q)).exp(), rows),
-        "log_ppl_diff": mean(-row_gap, rows),
-        "ppl_ratio": mean((-row_gap).exp(), rows),
-        "chi2_token": mean((2 * gap).exp(), mask) - 1,
-        "chi2_seq": mean((2 * row_gap).exp(), rows) - 1,
-    }
-    return {f"rollout_correction/{name}": value for name, value in found.items()}
+    gap, rows = within(p - q), mask.any(1)
+    # Of masked tokens the gap is 0, and so are all three. Together, for each launch counts.
+    of_tokens = torch.stack([gap, torch.expm1(gap) - gap, torch.expm1(2 * gap)]).sum((1, 2)) / mask.sum()
+    of_p, of_q, of_gap = torch.stack([p, q, p - q]).sum(2) / mask.sum(1).clamp(min=1)
+    row_gap = within(of_gap)
+    of_completions = torch.stack([(-of_p).exp(), (-of_q).exp(), -row_gap, (-row_gap).exp(), torch.expm1(2 * row_gap)])
+    of_completions = torch.where(rows, of_completions, 0.0).sum(1) / rows.sum()
+    names = ("kl", "k3_kl", "chi2_token", "training_ppl", "rollout_ppl", "log_ppl_diff", "ppl_ratio", "chi2_seq")
+    return {f"rollout_correction/{name}": value for name, value in zip(names, torch.cat([of_tokens, of_completions]))}
 
 
-def _spread(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(min, mean, max) of what the mask marks, without asking how much that is."""
-    count, nothing = mask.sum(), torch.nan
-    lowest, highest = torch.where(mask, values, torch.inf).amin(), torch.where(mask, values, -torch.inf).amax()
-    mean = torch.where(mask, values, 0.0).sum() / count
-    return torch.where(count > 0, lowest, nothing), mean, torch.where(count > 0, highest, nothing)
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """(k, 3) min, mean and max of k tensors of the mask's shape where it is set, without asking how much that is; NaN
+    where it is nowhere."""
+    count, of_each = mask.sum(), tuple(range(1, values.ndim))
+    lowest, highest = (torch.where(mask, values, end) for end in (torch.inf, -torch.inf))
+    total = torch.where(mask, values, 0.0).sum(of_each)
+    found = torch.stack([lowest.amin(of_each), total / count, highest.amax(of_each)], 1)
+    return torch.where(count > 0, found, torch.nan)
 
 
-def _named(name: str, values: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    return {f"{name}/{kind}": value for kind, value in zip(("min", "mean", "max"), _spread(values, mask))}
+def _named(name: str, spread: Tensor) -> dict[str, Tensor]:
+    return {f"{name}/{kind}": value for kind, value in zip(("min", "mean", "max"), spread)}
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

@@ -393,7 +393,7 @@ def test_the_trainer_names_what_is_no_dataset_of_prompts():
         ([{"prompt": json.dumps([user("a")])}], "holds messages that are written out as text in its `prompt` column"),
         (data.to_iterable_dataset(), "has no length"),
     ]:
-        with pytest.raises(UserError, match=f"train_dataset {words}"):
+        with pytest.raises(UserError, match=f"train_dataset`?.* {words}"):
             check_dataset(bad, "train_dataset")
     with pytest.raises(UserError, match=r"eval_dataset\['b'\] has no length"):
         check_dataset({"a": data, "b": data.to_iterable_dataset()}, "eval_dataset", several=True)

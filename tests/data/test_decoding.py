@@ -32,7 +32,7 @@ def collected(tokenizer, completions, prompts, eos_ids=(1,)):
     """Completions as the rewards get them from a sampler that drew these ids."""
     seen = []
 
-    def rewards(prompts, completions, ids, columns, state):
+    def rewards(prompts, completions, ids, columns, state, seed):
         seen.extend(completions)
         return SimpleNamespace(total=torch.zeros(len(ids)), per_func=torch.zeros(len(ids), 1), extras={}, metrics={})
 

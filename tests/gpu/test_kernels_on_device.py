@@ -183,21 +183,25 @@ def test_autocast_gives_its_dtype_to_the_product_and_nothing_else(dtype):
     assert (d - d_plain).norm() <= 1e-2 * d_plain.norm()
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
+@pytest.mark.parametrize(
+    "loss_type,estimator", [*(("grpo", name) for name in ("k1", "k2", "k3", "exact")),
+                            *((name, "k3") for name in ("cispo", "sapo", "vespo"))],
+)  # fmt: skip
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_the_fused_loss(estimator, level):
+def test_the_fused_loss(loss_type, estimator, level):
     b, t = 5, 777
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g).to(DEVICE)
     mask = torch.rand(b, t, generator=g).to(DEVICE) < 0.8
     kl = draw(b, t).square() if estimator == "exact" else None
-    fixed = (draw(b, t), draw(b, t), draw(b), mask, token_weights(mask, "grpo", t))
+    fixed = (draw(b, t), draw(b, t), draw(b), mask, token_weights(mask, loss_type, t))
+    factor = None if loss_type == "grpo" else draw(b, t).square()
     at, found = -draw(b, t).abs(), []
     for fn, dtype in ((grpo_loss, torch.float64), (fused_grpo_loss, torch.float32), (grpo_loss, torch.float32)):
         cast = lambda x, to=dtype: x.to(to) if x is not None and x.is_floating_point() else x
         logps = cast(at).clone().requires_grad_()
-        objective = Objective(kl_estimator=estimator, importance_sampling_level=level)
-        loss = fn(logps, *map(cast, fixed), objective, kl=cast(kl)).loss
+        objective = Objective(kl_estimator=estimator, importance_sampling_level=level, loss_type=loss_type)
+        loss = fn(logps, *map(cast, fixed), objective, kl=cast(kl), factor=cast(factor)).loss
         loss.backward()
         found.append((loss.detach().double(), logps.grad.double()))
     exact, got, eager = found

@@ -39,9 +39,19 @@ def assert_moved(before, after):
     assert any(not torch.equal(before[n], after[n]) for n in after)
 
 
-def test_the_fused_loss_trains_as_the_eager_one(config, dataset, tokenizer):
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {},
+        {"loss_type": "cispo", "epsilon_high": 1.5, "entropy_coef": 0.02, "top_entropy_quantile": 0.5},
+        {"loss_type": "sapo", "importance_sampling_level": "sequence", "off_policy_mask_threshold": 0.001},
+        {"loss_type": "vespo", "use_adaptive_entropy": True, "entropy_target": 5.0, "kl_estimator": "exact"},
+    ],
+    ids=["grpo", "cispo", "sapo", "vespo"],
+)
+def test_the_fused_loss_trains_as_the_eager_one(config, dataset, tokenizer, loss):
     # SGD, for Adam's first step is the sign of the gradient, whatever its size.
-    settings = {"bf16": False, "optim": "sgd", "learning_rate": 1.0, "num_iterations": 2}
+    settings = {"bf16": False, "optim": "sgd", "learning_rate": 1.0, "num_iterations": 2, **loss}
     rows, weights = [], []
     for mode in ("on", "off"):
         log, _, after = train(config, dataset, tokenizer, steps=2, fused_loss=mode, **settings)

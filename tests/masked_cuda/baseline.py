@@ -113,6 +113,8 @@ def _run(layers: int, **settings: Any) -> dict[str, Phase]:
             (GRPOTrainer, "collect", "rollout, beside steps, looks and refills", latest),
         ):
             patch.setattr(owner, name, watched(phase, getattr(owner, name), counted))
+        # Or what is watched here would be taken for a subclass's.
+        patch.setattr(GRPOTrainer, "own_loss", False)
 
         def before(trainer):
             accelerator = trainer.accelerator

@@ -121,8 +121,8 @@ def test_no_more_at_a_time_than_asked(monkeypatch):
                 now[0] -= 1
 
     monkeypatch.setattr(sandbox, "run", counted)
-    assert code_reward([fenced("print(2)")] * 6, [info(DOUBLES[0])] * 6, num_parallel=2) == [1.0] * 6
-    assert most[0] == 2
+    assert code_reward([fenced("print(2)")] * 6, [info(DOUBLES[0])] * 6, num_parallel=3) == [1.0] * 6
+    assert most[0] == 3
 
 
 def test_the_expected_output_never_reaches_the_program(monkeypatch):

@@ -16,6 +16,7 @@ CASES = [
     (r"First \boxed{2}, then \boxed{7}", r"\boxed{7}", 0.0),
     (r"so $x = 4$ and the answer is $5$", "5", 1.0),
     ("the answer is 5", "5", 0.0),
+    ("so it costs $5$", "5", 0.0),  # nothing announces it
     (r"\boxed{1,2}", r"$\{1, 2\}$", 1.0),
     (r"\boxed{5\text{ cm}}", "$5$", 1.0),
     ("nothing at all", "$5$", 0.0),
