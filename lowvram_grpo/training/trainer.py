@@ -333,6 +333,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         tokens = self.state.num_input_tokens_seen
         complete_row(logs, self.metrics, eval_prefix=self._eval_prefix, tokens=tokens, device=self.args.device)
         super().log(logs, start_time)
+        for book in self.metrics.values():  # not before callbacks have read it, as `_metrics`
+            book.forget()
         if "train_runtime" in logs:
             # The history's last row, where TRL's scripts look, has the metrics of the last step even if that is logged.
             last = {**self.metrics["train"].last, "num_tokens": tokens}
