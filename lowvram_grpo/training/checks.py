@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +104,7 @@ class Signal:
     Attributes:
         dead: share of groups whose completions all got the same reward: they teach nothing.
         truncated: share of completions that hit the length limit.
-        silent: reward functions that gave 0 (or nothing) to every completion.
+        silent: reward functions that gave 0 (or nothing) to every completion; of a penalty 0 is no silence.
         mean: mean reward.
         equal: every completion of every group got the same reward.
         unjudged: every reward function gave None to every completion.
@@ -178,17 +178,26 @@ class Signal:
 
 
 def signal_of(
-    rollout: Rollout, names: list[str], *, reference: Any = None, endless: str = "", masked: bool = False
+    rollout: Rollout,
+    names: list[str],
+    *,
+    reference: Any = None,
+    endless: str = "",
+    masked: bool = False,
+    penalties: Collection[str] = (),
 ) -> Signal:
     """What a rollout says; `reference` is that of its first prompt, `endless` what `endless_remedy` found, `masked`
-    whether truncated completions are left out."""
-    per_func = rollout.rewards_per_func.nan_to_num(0.0)
+    whether truncated completions are left out, `penalties` are the functions whose best is 0."""
+    fired = {
+        name: bool(column.nan_to_num(0.0).any()) or (name in penalties and not bool(column.isnan().all()))
+        for name, column in zip(names, rollout.rewards_per_func.T)
+    }
     known = rollout.rewards[~rollout.rewards.isnan()]
     unjudged = not len(known)
     return Signal(
         dead=float(rollout.advantages.dead.float().mean()),
         truncated=sum(rollout.batch.truncated) / len(rollout.batch.truncated),
-        silent=tuple(name for name, column in zip(names, per_func.T) if not bool(column.any())),
+        silent=tuple(name for name in names if not fired[name]),
         mean=float(rollout.rewards.nanmean()),
         equal=bool((known == known[:1]).all()),
         unjudged=unjudged,

@@ -48,6 +48,14 @@ def test_the_row_that_nobody_judged_is_named_as_in_trl():
     assert unjudged_row(rollout_of([[1.0, None]] * 4), rows) is None
 
 
+def test_a_penalty_that_nothing_earned_is_no_silence():
+    rollout = rollout_of([[1.0, 0.0]] * 4)
+    signal = signal_of(rollout, ["r", "penalty"], penalties=["penalty"])
+    assert not signal.silent and signal.saturated
+    assert signal_of(rollout, ["r", "penalty"]).silent == ("penalty",)
+    assert signal_of(rollout_of([[1.0, None]] * 4), ["r", "penalty"], penalties=["penalty"]).silent == ("penalty",)
+
+
 def test_truncated_completions_that_are_all_left_out():
     cut, some = rollout_of([[1.0], [0.0]] * 2), rollout_of([[1.0], [0.0]] * 2, truncated=False)
     text = signal_of(cut, ["r"], masked=True).sentence(has_references=False)
