@@ -114,13 +114,13 @@ def _about_the_ratio(args: Any) -> list[str]:
             "loss_type luspo is the paper's with importance_sampling_level sequence; by tokens it sums each "
             "completion's clipped terms."
         )
-    threshold = args.off_policy_mask_threshold
+    threshold, other_sampler = args.off_policy_mask_threshold, args.use_vllm or args.kv_cache_dtype == "int8"
     if threshold is not None and threshold < 0:
         said.append(
             f"off_policy_mask_threshold {threshold} is below 0: what was sampled from the policy itself is left out, "
             "too, where its advantage is negative."
         )
-    elif threshold is not None and not args.use_vllm and args.batch_plan().steps_per_rollout == 1:
+    elif threshold is not None and not other_sampler and args.batch_plan().steps_per_rollout == 1:
         said.append(
             "off_policy_mask_threshold finds little to mask: each rollout serves one step, and the policy itself "
             "samples it; num_iterations, steps_per_generation and use_vllm make it differ."

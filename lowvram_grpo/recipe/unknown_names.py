@@ -126,6 +126,7 @@ _ANYWHERE = _by_name({
     "ref_model ref_model_name reference_model":
         "the reference is the model without its adapter, or a frozen copy (beta, sync_ref_model)",
     "tools environment_factory rollout_func": "tools and environments are not supported yet",
+    "reward_model_name_or_path": "write it among the reward_funcs: models' names may stand there",
     "do_sample": "completions are always sampled (temperature, top_p, top_k, min_p)",
     "overwrite_output_dir": "drop it: a run goes on only where it is asked to",
     "save_safetensors": "drop it: weights are always saved as safetensors",

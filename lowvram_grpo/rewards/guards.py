@@ -38,6 +38,8 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)]
 _ENDS_THE_PROCESS = ("_exit", "abort", "execv", "execve")
 _exit = os._exit
+# The tokens of a rollout are drawn with its seed as it is: noise in a reward must not be the same numbers.
+_APART = 0x5EED
 
 # Set on threads that a reward function has left behind, for who ends the process.
 LEFT_BEHIND = "left_by_reward"
@@ -81,6 +83,7 @@ class World:
 
 def seed_all(seed: int) -> None:
     """Seed `random`, NumPy and PyTorch on the CPU. PyTorch's own `manual_seed` would seed every card too."""
+    seed += _APART
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed % 2**63)

@@ -14,15 +14,14 @@ from collections.abc import Iterable
 
 _CREATE, _ADD_RULE, _RESTRICT = 444, 445, 446
 _ASK_VERSION, _BENEATH = 1, 1
-_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_FILE, _MAKE_REG, _TRUNCATE = (
-    1 << bit for bit in (0, 1, 2, 3, 5, 8, 14)
-)
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _MAKE_REG, _TRUNCATE = (1 << bit for bit in (0, 1, 2, 3, 8, 14))
 _FOR_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | 1 << 15
 # How many rights to files each version of the interface knows.
 _RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 _READ = _EXECUTE | _READ_FILE | _READ_DIR
-# Files alone: without folders of its own a program can't build a tree that nobody can delete.
-_OWN = _READ | _WRITE_FILE | _REMOVE_FILE | _MAKE_REG | _TRUNCATE
+# Files alone: without folders of its own a program can't build a tree that nobody can delete. None is removed: its name
+# would be gone from the folder, where what it takes is counted, and the file still there.
+_OWN = _READ | _WRITE_FILE | _MAKE_REG | _TRUNCATE
 _PR_SET_NO_NEW_PRIVS = 38
 
 

@@ -30,6 +30,8 @@ TEMPLATE_REWARDS: dict[str | None, list[str]] = {
     None: [],
 }
 
+# Packages whose reward functions are built in.
+_ORIGINALS = ("trl", "open_r1")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -93,6 +95,8 @@ def resolve_reward(spec: str, settings: RewardSettings | None = None) -> tuple[C
         return _named(target, settings), weight
     if is_builtin(target):
         raise UserError(f"the weight {function!r} of the reward {target!r} is not a number; write e.g. {target}:0.5.")
+    if _is_elsewhere(target, function):
+        return _named(function, settings), weight
     module = _load_file(target) if target.endswith(".py") else _load_module(target, spec)
     return _function_of(module, function, target), weight
 
@@ -135,12 +139,21 @@ def _named(target: str, settings: RewardSettings | None) -> Callable | str:
     if "/" in target or "\\" in target:
         raise UserError(f"the reward model folder {target!r} does not exist (looked from {os.getcwd()}).")
     module, dot, function = target.rpartition(".")
+    if _is_elsewhere(module, function):
+        return _named(function, settings)
     if dot and re.fullmatch(r"\w+(\.\w+)*", target):
         return _function_of(_load_module(module, target), function, module)
     raise UserError(
         f"unknown reward {target!r}{did_you_mean(target, [*BUILTIN, *SYNONYMS])}; built-in: {', '.join(BUILTIN)}; "
         "your own: path/to/file.py:function, package.module:function, or the folder or hub id of a reward model."
     )
+
+
+def _is_elsewhere(module: str, function: str) -> bool:
+    """Whether a name is that of a built-in's original, `trl.rewards.think_format_reward`, and that is not installed."""
+    root = module.partition(".")[0]
+    known = root in _ORIGINALS and module.startswith(f"{root}.rewards") and is_builtin(function)
+    return known and importlib.util.find_spec(root) is None
 
 
 def _load_file(path: str) -> ModuleType:

@@ -31,8 +31,10 @@ _LOOK_SECONDS = 0.05
 # A Python on a busy machine takes a while to begin.
 _START_SECONDS = 2.0
 _PROBE_SECONDS = 60.0
-# What a program takes from its system, beside the folders of this Python.
+# What a program may read of its system.
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/sys/devices/system/cpu")
+# And of each prefix of this Python.
+_OF_PYTHON = ("bin", "lib", "lib64", "include", "share/zoneinfo", "pyvenv.cfg")
 _MIB = 1 << 20
 
 
@@ -149,6 +151,7 @@ def _command(folder: str, limits: Limits, function: str | None) -> list[str]:
     code = f"import sys; sys.path[:1] = [{root!r}]; from lowvram_grpo.rewards.sandbox_child import main; main()"
     task = {
         "folder": folder,
+        "parent": os.getpid(),
         "landlock": _landlock(),
         "readable": _readable(),
         "seconds": limits.seconds,
@@ -180,8 +183,12 @@ def _readable() -> list[str]:
     """This Python and its packages, wherever they are installed."""
     import sysconfig
 
+    # No prefix as a whole: a project may be its own virtual environment, with data and secrets in it.
+    prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix}
+    within = {os.path.join(prefix, part) for prefix in prefixes for part in _OF_PYTHON}
+    paths = {path for name, path in sysconfig.get_paths().items() if name != "data"}
     installed = {path for path in sys.path if path.rstrip("/").endswith(("site-packages", "dist-packages"))}
-    return sorted({*_SYSTEM, sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values(), *installed})
+    return sorted({*_SYSTEM, *within, *paths, *installed})
 
 
 def _watch(process: subprocess.Popen, folder: str, limits: Limits) -> tuple[str, bytes]:
@@ -230,7 +237,8 @@ def _too_much_written(folder: str, limits: Limits) -> bool:
     with contextlib.suppress(OSError), os.scandir(folder) as files:
         for file in files:
             with contextlib.suppress(OSError):
-                size += file.stat(follow_symlinks=False).st_size
+                found = file.stat(follow_symlinks=False)
+                size += max(found.st_size, 512 * found.st_blocks)
             count += 1
             if size > 4 * limits.file_bytes or count > limits.files:
                 return True

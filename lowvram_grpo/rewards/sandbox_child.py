@@ -1,8 +1,9 @@
 """The child process of sandbox.py: gives up what a program has no use for, and becomes that program.
 
-Its one argument is JSON: `folder` (with program.py in it), `landlock` (whether the kernel has it), `readable`
-(folders), the limits `seconds`, `memory_bytes` and `file_bytes`, and `function`, a name to call or null. It is called
-with the arguments that standard input holds as JSON; what it returns follows `RESULT` on standard output, as JSON too.
+Its one argument is JSON: `folder` (with program.py in it), `parent` (the process that waits), `landlock` (whether the
+kernel has it), `readable` (folders), the limits `seconds`, `memory_bytes` and `file_bytes`, and `function`, a name to
+call or null. It is called with the arguments that standard input holds as JSON; what it returns follows `RESULT` on
+standard output, as JSON too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lowvram_grpo.rewards.sandbox_protocol import REFUSED, RESULT
 
 _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP = 1, 24
 _CAPABILITY_VERSION_3 = 0x20080522
+_CLONE_NEWUSER = 0x10000000
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
@@ -52,22 +54,30 @@ def _give_up(task: dict[str, Any]) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     # Whoever waits for this process may be killed first.
     libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != task["parent"]:
+        raise OSError("nobody waits for it any more")
     os.chdir(task["folder"])
     for limit, value in (
         (resource.RLIMIT_CPU, math.ceil(task["seconds"])),
         (resource.RLIMIT_AS, task["memory_bytes"]),
         (resource.RLIMIT_FSIZE, task["file_bytes"]),
         (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_CORE, 0),
+        # Not 0: that still starts the system's collector of crashes, where it has one.
+        (resource.RLIMIT_CORE, 1),
     ):
         _, hard = resource.getrlimit(limit)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
     # Writing beyond a limit is an error that a program can read, not its end without a word.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if not task["landlock"]:
+        # What Landlock forbids, too: to look into processes of the same user. They are in another namespace then.
+        libc.unshare(_CLONE_NEWUSER)
     _drop_capabilities(libc)
     if task["landlock"]:
         landlock.restrict(task["folder"], task["readable"], _DEVICES)
+    if _open_to_us(task["parent"]):
+        raise OSError("it could read the memory of the process that judges it: no Landlock, no user namespaces")
     syscalls.install(read_only=not task["landlock"])
 
 
@@ -80,6 +90,15 @@ def _drop_capabilities(libc: ctypes.CDLL) -> None:
     nothing = (ctypes.c_uint32 * 6)()
     if libc.capset(header, nothing) != 0:
         raise OSError(ctypes.get_errno(), "capset")
+
+
+def _open_to_us(pid: int) -> bool:
+    """Whether another process' memory and environment can be read."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb"):
+            return True
+    except OSError:
+        return False
 
 
 def _call(program: ModuleType, name: str, arguments: list) -> None:

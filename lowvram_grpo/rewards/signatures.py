@@ -16,7 +16,7 @@ from lowvram_grpo.rewards.model import model_name
 from lowvram_grpo.rewards.registry import BUILTIN, SYNONYMS, is_address
 from lowvram_grpo.rewards.remote import HTTPReward
 
-_ATOMS = (str, int, float, bool, type(None))
+_ATOMS = frozenset((str, int, float, bool, type(None)))
 
 
 def known(func: Any) -> Any:
@@ -93,11 +93,14 @@ def arguments_of(func: Callable, name: str, given: dict[str, Any], columns: dict
 
 def own(value: Any) -> Any:
     """A copy of lists, dictionaries, tensors and arrays down to what is in them."""
-    if isinstance(value, (list, tuple)) and all(type(item) in _ATOMS for item in value):
+    # In C: a batch has some hundred thousand token ids.
+    if isinstance(value, (list, tuple)) and _ATOMS.issuperset(map(type, value)):
         return type(value)(value) if type(value) in (list, tuple) else copy.copy(value)
     if type(value) in (list, tuple):
         return type(value)(own(item) for item in value)
     if type(value) is dict:
+        if _ATOMS.issuperset(map(type, value.values())):
+            return value.copy()
         return {key: own(item) for key, item in value.items()}
     if isinstance(value, torch.Tensor):
         return value.detach().clone()

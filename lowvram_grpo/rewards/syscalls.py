@@ -1,8 +1,8 @@
 """A seccomp filter for programs that nobody has read: what the kernel refuses to them, in BPF.
 
 Everything that a program which reads its input and prints an answer has no use for: sockets, processes, other
-processes' memory, signals and priorities, memory that no limit counts, metadata of files; and, where Landlock is
-missing, every way to change a file. Standard library only; it runs in the child process (sandbox_child.py).
+processes' memory, signals and priorities, memory and disk that no limit counts, metadata of files; and, where Landlock
+is missing, every way to change a file. Standard library only; it runs in the child process (sandbox_child.py).
 """
 
 from __future__ import annotations
@@ -38,12 +38,16 @@ _MACHINE = {
     "adjtimex": (159, 171), "clock_adjtime": (305, 266), "sethostname": (170, 161), "setdomainname": (171, 162),
     "quotactl": (179, 60), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "personality": (135, 92),
     "iopl": (172, None), "ioperm": (173, None), "modify_ldt": (154, None), "vhangup": (153, 58),
+    # Slow for everybody, or few for a user.
+    "sync": (162, 81), "syncfs": (306, 267), "inotify_init": (253, None), "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
 }  # fmt: skip
-# Shared and anonymous files are memory that RLIMIT_AS does not count.
+# Shared and anonymous files are memory that RLIMIT_AS does not count; fallocate takes disk that RLIMIT_FSIZE does not.
 _MEMORY = {
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196),
-    "shmctl": (31, 195), "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "msgget": (68, 186),
-    "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180),
+    "shmctl": (31, 195), "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192),
+    "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180),
+    "mq_unlink": (241, 181), "fallocate": (285, 47),
 }  # fmt: skip
 # Landlock knows none of these.
 _METADATA = {
@@ -68,11 +72,13 @@ _CLONE_THREAD = 0x00010000
 _O_TMPFILE = 0x400000
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | _O_TMPFILE
 _SET_OWNER = (8, 10, 15)  # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX send signals to anybody
+_PR_SET_PDEATHSIG = 1
 _IOCTLS = (0x5412, 0x5452, 0x8901, 0x8902)  # TIOCSTI types into terminals; FIOASYNC, FIOSETOWN, SIOCSPGRP send signals
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
+_SENDTO = (44, 206)
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
 
 
@@ -117,6 +123,14 @@ def _program(read_only: bool) -> bytes:
         for number in (numbers[column] for table in found for numbers in table.values()):
             if number is not None:
                 lines += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, answer)]
+    # A filter reads 32 bits at a time. An address has 64; every other argument that is judged below has 32.
+    lines += [
+        (_EQUAL, 0, 4, _SENDTO[column]),
+        (_LOAD, 0, 0, _ARGUMENTS + 8 * 4 + 4),
+        (_EQUAL, 1, 0, 0),
+        (_RETURN, 0, 0, refuse),
+        (_LOAD, 0, 0, _NUMBER),
+    ]
     for numbers, argument, test, values, allowed in _by_argument(read_only):
         if numbers[column] is None:
             continue
@@ -139,10 +153,11 @@ def _by_argument(read_only: bool) -> list[tuple]:
         ((234, 131), 0, _EQUAL, [own], True),  # tgkill: abort() and raise()
         ((302, 261), 0, _EQUAL, [0], True),  # prlimit64
         ((53, 199), 0, _EQUAL, [1], True),  # socketpair: AF_UNIX, which asyncio wakes itself by
-        ((44, 206), 4, _EQUAL, [0], True),  # sendto: no address
+        (_SENDTO, 4, _EQUAL, [0], True),  # no address
+        ((157, 167), 0, _EQUAL, [_PR_SET_PDEATHSIG], False),  # prctl: it dies with who waits for it
         ((72, 25), 1, _EQUAL, _SET_OWNER, False),  # fcntl
         ((16, 29), 1, _EQUAL, _IOCTLS, False),  # ioctl
     ]
-    if read_only:
-        judged += [((2, None), 1, _ANY_BIT, [_WRITES], False), ((257, 56), 2, _ANY_BIT, [_WRITES], False)]  # open(at)
-    return judged
+    # A file without a name is in no folder that could be looked at.
+    opened = [_WRITES if read_only else _O_TMPFILE]
+    return [*judged, ((2, None), 1, _ANY_BIT, opened, False), ((257, 56), 2, _ANY_BIT, opened, False)]  # open, openat

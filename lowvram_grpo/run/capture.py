@@ -22,6 +22,7 @@ KEPT_BYTES = 64 * 1024
 # A log that is larger than this becomes FILE.1, and a new one begins.
 LOG_BYTES = 4 * 2**20
 _LINE = 200
+_FDS = {"stdout": 1, "stderr": 2}
 
 _active: list[Capture] = []
 
@@ -100,9 +101,11 @@ class Capture:
         self._name = ""
         self._told: set[str] = set()
         self._scratch: Any = None
-        self._own: list[TextIO] = []
+        self._own: dict[str, TextIO] = {}
 
     def __enter__(self) -> Capture:
+        _flush(sys.stdout, sys.stderr)  # what was printed before is no function's
+        _flush_c()
         self._streams = Streams()
         if self._scratch is None:
             # Beside the log: /tmp may be memory. Where it can't be made, what is printed is lost, not the run.
@@ -110,14 +113,13 @@ class Capture:
                 self._scratch = tempfile.TemporaryFile(dir=self.path.parent)
             except OSError:
                 self._scratch = tempfile.TemporaryFile()
-        self.screens = {name: self._aside(name, fd) for name, fd in (("stdout", 1), ("stderr", 2))}
+        self._covered: list[Any] = []
+        self.screens = {name: self._aside(name, fd) for name, fd in _FDS.items()}
         _active.append(self)
         for fd in self._streams.known:
             os.dup2(self._scratch.fileno(), fd)
-        for name in ("stdout", "stderr"):
-            fd = os.dup(self._scratch.fileno())
-            self._own.append(open(fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1))
-            setattr(sys, name, self._own[-1])
+        for name in _FDS:
+            setattr(sys, name, self._into_scratch(name))
         return self
 
     def of(self, name: str) -> None:
@@ -127,15 +129,26 @@ class Capture:
 
     def __exit__(self, *exc: object) -> None:
         self._write_down()
-        for stream in self._own:
-            with contextlib.suppress(OSError, ValueError):
-                stream.close()
-        self._own = []
         self._streams.restore()
+        # A handler of logging that was made meanwhile keeps its stream, and may be anybody's.
+        for name, stream in self._own.items():
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(_FDS[name], stream.fileno())
         _active.remove(self)
         for stream in self.screens.values():
             if isinstance(stream, _Aside):
                 stream.close()
+
+    def _into_scratch(self, name: str) -> TextIO:
+        """The stream of that name that functions see: always the same, unless one of them has closed it."""
+        try:
+            os.dup2(self._scratch.fileno(), self._own[name].fileno())
+        except (KeyError, OSError, ValueError):
+            fd = os.dup(self._scratch.fileno())
+            self._own[name] = open(  # noqa: SIM115 (kept)
+                fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1
+            )
+        return self._own[name]
 
     def _aside(self, name: str, fd: int) -> Any:
         """The stream that sys.stdout or stderr was, past the descriptor that is redirected."""
@@ -147,14 +160,13 @@ class Capture:
             on_screen = False
         if not on_screen or (kept := self._streams.duplicate(fd)) is None:
             return stream
+        self._covered.append(stream)
         encoding = getattr(stream, "encoding", None)
         return _Aside(io.FileIO(kept, "w"), encoding=encoding, errors="replace", write_through=True)
 
     def _write_down(self) -> None:
         """Move what was written since the last call into the log."""
-        for stream in self._own:
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
+        _flush(*self._own.values(), *self._covered, sys.stdout, sys.stderr)
         _flush_c()
         size = os.fstat(self._scratch.fileno()).st_size
         if not size:
@@ -188,6 +200,12 @@ class Capture:
 
 class _Aside(io.TextIOWrapper):
     """Its class says that it is ours to close."""
+
+
+def _flush(*streams: Any) -> None:
+    for stream in streams:
+        with contextlib.suppress(Exception):  # None, closed, or a function's own kind of stream
+            stream.flush()
 
 
 def _flush_c() -> None:

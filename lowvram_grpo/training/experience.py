@@ -187,9 +187,10 @@ def updates_of(
         tokens = loss_mask.sum() * (len(update) / len(ids))
         weights = token_weights(counted, loss_type, max_completion_length, tokens)
         token_share = torch.ones(len(update)) / counted.sum().clamp(min=1)
-        micro = []
+        router_share, micro = _share_of_tokens(batch, update), []
         for first in range(update.start, update.stop, micro_batch_size):
             rows = slice(first, min(first + micro_batch_size, update.stop))
+            within = slice(rows.start - update.start, rows.stop - update.start)
             t = max(map(len, ids[rows]))
             prompt_ids, prompt_mask = pad_left(batch.prompt_ids[rows], pad_id, torch.device("cpu"))
             micro.append(
@@ -199,14 +200,14 @@ def updates_of(
                     completion_ids[rows, :t],
                     completion_mask[rows, :t],
                     loss_mask[rows, :t],
-                    weights[rows.start - update.start : rows.stop - update.start, :t],
+                    weights[within, :t],
                     rollout.advantages.values[rows],
                     logps[rows, :t],
-                    token_share[rows.start - update.start : rows.stop - update.start],
+                    token_share[within],
                     prompt_lengths=[len(prompt) for prompt in batch.prompt_ids[rows]],
                     completion_lengths=[len(row) for row in ids[rows]],
                     group_sizes=[len(list(run)) for _, run in groupby(batch.prompt_ids[rows])],
-                    router_share=_share_of_tokens(batch, update)[rows.start - update.start : rows.stop - update.start],
+                    router_share=router_share[within],
                 )
             )
         cut.append(micro)

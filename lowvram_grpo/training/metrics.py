@@ -159,7 +159,6 @@ class UpdateSums:
         self._sums: dict[str, Tensor] = {}
         self._extremes: list[dict[str, Tensor]] = []
         self._rows = self._diffuse = 0
-        self._aux_losses: list[Tensor] = []
 
     def __bool__(self) -> bool:
         return bool(self._sums)
@@ -170,6 +169,8 @@ class UpdateSums:
         values = {"tokens": sums.tokens.sum(), "completions": counted.sum().float(), "entropy": sums.entropy}
         if sums.kl is not None:
             values["kl"] = sums.kl
+        if scores.aux_loss is not None:
+            values["aux_loss"] = scores.aux_loss
         if sums.bonus is not None:
             values["policy_loss"] = sums.bonus.policy_loss
             values["acted entropy"], values["acted tokens"] = sums.bonus.entropy, sums.bonus.tokens
@@ -189,8 +190,6 @@ class UpdateSums:
             if scores.bound is not None:
                 extremes["sweep/direction_bound_max"] = scores.bound
         self._extremes.append(extremes)
-        if scores.aux_loss is not None:
-            self._aux_losses.append(scores.aux_loss.detach())
         if gap is not None:
             self.gaps.append(gap)
 
@@ -229,13 +228,11 @@ class UpdateSums:
             found = {name: value for name, value in found.items() if not math.isinf(value)}
         if self._rows:
             found["sweep/diffuse_ratio"] = self._diffuse / self._rows
-        if self._aux_losses:
-            found["aux_loss"] = float(torch.stack(self._aux_losses).sum())
         return found
 
     def _divisor(self, name: str, tokens: Tensor, completions: Tensor) -> Tensor | float:
         """What a sum is divided by."""
-        if name == "policy_loss":
+        if name in ("policy_loss", "aux_loss"):  # whose micro-batches' are shares of the update's
             return 1.0
         of_completions = name.startswith("vespo/") or (self.objective.per_sequence and "clip_ratio" in name)
         return completions if of_completions else tokens

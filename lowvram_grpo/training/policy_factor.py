@@ -50,7 +50,7 @@ def policy_factor(
 
     Args:
         correction: bounds p / q, where another sampler drew the tokens. p are the log-probs before the first update on
-            them: those kept, or where none are kept these very ones.
+            them: those kept, or where none are kept these very ones. For vespo it is one of tokens.
         other_sampler: the off-policy mask compares with the log-probs of what drew the tokens, not with the old ones.
     """
     before = logps if micro.old_per_token_logps is None else micro.old_per_token_logps
@@ -58,9 +58,7 @@ def policy_factor(
     ratio = None if correction is None else correction.weights(before, sampled, micro.completion_mask)
     factor, phi, entropy_mask = ratio, None, None
     if objective.loss_type == "vespo":
-        # A completion's quotient stands in all its tokens, and must be counted once.
-        once = ratio[:, :1] if correction is not None and correction.per_sequence else ratio
-        factor = phi = vespo_weight(advantages, logps - before, mask, objective, once)
+        factor = phi = vespo_weight(advantages, logps - before, mask, objective, ratio)
     if objective.off_policy_mask_threshold is not None:
         drawn_by = sampled if other_sampler else before
         kept = off_policy_mask(advantages, logps, drawn_by, mask, objective.off_policy_mask_threshold)

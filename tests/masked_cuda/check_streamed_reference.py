@@ -11,7 +11,7 @@ from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.training.scoring import score
 from tests.masked_cuda.device import live_bytes
 from tests.masked_cuda.record import RECORD
-from tests.masked_cuda.scenarios import full_once, trained
+from tests.masked_cuda.scenarios import full_in_training, trained
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 3, 4, 11]])
 
@@ -77,18 +77,7 @@ def test_a_card_that_is_full_once_streams_its_reference(phase, after):
     settings = {
         "lora": False, "memory_probe": "off", "self_test": False, "signal_check": False, "optim": "adamw_torch",
     }  # fmt: skip
-    plain, hits = trained(**settings), []
-
-    def before(trainer):
-        train = trainer.train
-
-        def once(*args, **kwargs):
-            with full_once(trainer, phase, after) as hit:
-                train(*args, **kwargs)
-            hits.extend(hit)
-
-        trainer.train = once
-
+    plain, (before, hits) = trained(**settings), full_in_training(phase, after)
     survived = trained(**settings, before=before)
     assert len(hits) == 1
     assert [str(event.rung) for event in survived.trainer.guard.events] == ["reference_offload=true"]

@@ -10,7 +10,7 @@ import torch
 
 from lowvram_grpo.recipe import preset
 from tests.masked_cuda.record import RECORD
-from tests.masked_cuda.scenarios import HALF, full_once, of_preset, trained
+from tests.masked_cuda.scenarios import HALF, full_in_training, of_preset, trained
 
 # In 4 bits and in 16; the others differ from these in the size of batches alone.
 OFTEN = ("8gb", "24gb")
@@ -99,18 +99,7 @@ def test_a_card_that_is_full_once_steps_down_and_goes_on(phase, after):
         "quantization": "nf4", "gradient_checkpointing": True, "num_iterations": 2, "memory_probe": "off",
         "self_test": False, "signal_check": False, "optim": "adamw_torch",
     }  # fmt: skip
-    plain, hits = undisturbed(tuple(settings.items())), []
-
-    def before(trainer):
-        train = trainer.train
-
-        def once(*args, **kwargs):
-            with full_once(trainer, phase, after) as hit:
-                train(*args, **kwargs)
-            hits.extend(hit)
-
-        trainer.train = once
-
+    plain, (before, hits) = undisturbed(tuple(settings.items())), full_in_training(phase, after)
     survived = trained(**settings, before=before)
     assert len(hits) == 1, f"no operator number {after} in the {phase} phase"
     events = survived.trainer.guard.events

@@ -96,3 +96,20 @@ def full_once(trainer: GRPOTrainer, phase: str, after: int = 1):
         yield hit
     finally:
         RECORD.fault = None
+
+
+def full_in_training(phase: str, after: int) -> tuple[Callable[[GRPOTrainer], None], list[str]]:
+    """(`before` of `trained`, which makes the card full once while it trains; the operators that met it)."""
+    hits: list[str] = []
+
+    def before(trainer: GRPOTrainer) -> None:
+        train = trainer.train
+
+        def once(*args, **kwargs):
+            with full_once(trainer, phase, after) as hit:
+                train(*args, **kwargs)
+            hits.extend(hit)
+
+        trainer.train = once
+
+    return before, hits

@@ -37,6 +37,7 @@ def said(**given):
         ({"model": "x"}, "first argument of GRPOTrainer"),
         ({"max_new_tokens": 3}, "write max_completion_length"),
         ({"kl_coef": 0.1}, "write beta"),
+        ({"reward_model_name_or_path": "x"}, "among the reward_funcs"),
         ({"num_samples": 3}, "write num_generations"),
         ({"max_length": 3}, "max_prompt_length and max_completion_length"),
         ({"generation_config": {}}, "write generation_kwargs"),

@@ -162,3 +162,13 @@ def test_without_a_sandbox_there_is_one_sentence(monkeypatch):
     monkeypatch.setattr(sandbox, "why_not", lambda: "programs can't be confined here.")
     with pytest.raises(UserError, match=r"^programs can't be confined here"):
         code_reward([], [])
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["return 10**400", "return [10**400]", "import sys; sys.stdout.write('\\x1e@returned ' + '[' * 10**6); sys.exit()"],
+    ids=["beyond floats", "in a list", "too deep"],
+)
+def test_no_answer_stops_the_judge(body):
+    case = returned("f", [1], [1.5])
+    assert code_reward([fenced(f"def f(x):\n    {body}")], [info(case)]) == [0.0]

@@ -91,6 +91,35 @@ def test_module(reward_file, monkeypatch):
     assert (judged.__name__, weight) == ("judged", 3.0)
 
 
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("trl.rewards.think_format_reward", "think_format"),
+        ("trl.rewards:accuracy_reward:2", "accuracy_reward"),
+        ("trl.rewards.accuracy_rewards.reasoning_accuracy_reward", "reasoning_accuracy"),
+        ("open_r1.rewards.tag_count_reward:0.5", "tag_count"),
+    ],
+)
+def test_originals_that_are_not_installed_are_built_in(monkeypatch, spec, name):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert resolve_reward(spec)[0] is BUILTIN[name]
+    with pytest.raises(UserError, match="does not import"):
+        resolve_reward("open_r1.rewards.none_of_ours")
+
+
+def test_an_original_that_is_installed_is_taken(tmp_path, monkeypatch):
+    folder = tmp_path / "open_r1"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "rewards.py").write_text("def tag_count_reward(completions): return []", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert resolve_reward("open_r1.rewards.tag_count_reward")[0].__module__ == "open_r1.rewards"
+    finally:
+        for name in ("open_r1", "open_r1.rewards"):
+            sys.modules.pop(name, None)
+
+
 def test_models(tmp_path):
     assert resolve_reward("some-org/some-model:2") == ("some-org/some-model", 2.0)
     assert resolve_reward(str(tmp_path)) == (str(tmp_path), 1.0)

@@ -160,6 +160,12 @@ def test_nothing_of_the_users_is_read(tmp_path):
         del os.environ["LOWVRAM_TEST_TOKEN"]
 
 
+def test_a_project_that_is_its_own_virtual_environment_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert str(tmp_path / "lib") in sandbox._readable.__wrapped__()
+    assert not {str(tmp_path), *map(str, tmp_path.parents)} & set(sandbox._readable.__wrapped__())
+
+
 def test_it_has_a_folder_of_its_own_which_is_gone_afterwards(tmp_path, monkeypatch):
     if not sandbox._landlock():
         pytest.skip("this kernel has no Landlock")
@@ -167,7 +173,6 @@ def test_it_has_a_folder_of_its_own_which_is_gone_afterwards(tmp_path, monkeypat
     source = """
 import os
 open("notes", "w").write("kept"); print(open("notes").read(), os.environ["HOME"] == os.getcwd())
-os.remove("program.py")
 """
     assert sandbox.run(source, "").output == "kept True\n" and os.listdir(tmp_path) == []
 
@@ -191,6 +196,32 @@ def test_the_disk_is_not_filled(tmp_path, monkeypatch, source):
     assert not outcome.fine and time.monotonic() - start < 6 and os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "os.remove('a')",
+        "os.rename('b', 'a')",
+        "os.open('.', os.O_RDWR | os.O_TMPFILE)",
+        "os.posix_fallocate(file.fileno(), 0, 1 << 20)",
+        "beyond_its_end()",
+    ],
+    ids=["removed", "replaced", "without a name", "allocated", "allocated beyond its end"],
+)
+def test_no_disk_is_taken_where_nobody_looks(attempt):
+    if not sandbox._landlock():
+        pytest.skip("this kernel has no Landlock")
+    source = f"""
+import ctypes, os
+file = open("a", "wb"); open("b", "wb")
+def beyond_its_end():
+    if ctypes.CDLL(None).fallocate(file.fileno(), 1, ctypes.c_long(0), ctypes.c_long(1 << 20)) != 0: raise OSError
+try: {attempt}; print("done")
+except OSError: print("refused")
+print(os.fstat(file.fileno()).st_blocks, sorted(os.listdir()))
+"""
+    assert sandbox.run(source, "").output == "refused\n0 ['a', 'b', 'program.py']\n"
+
+
 def test_no_network(files):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -210,6 +241,27 @@ for attempt in (
         with pytest.raises(TimeoutError):
             server.accept()
     assert outcome.code == 0 and "connected" not in outcome.output and outcome.output.count("\n") == 6
+
+
+def test_no_datagram_to_an_address_that_half_a_filter_takes_for_none(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # an address has no room for long paths
+    source = f"""
+import ctypes, os, socket
+libc, own = ctypes.CDLL(None), socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0]
+libc.mmap.restype = ctypes.c_void_p
+where = ctypes.c_void_p(libc.mmap(ctypes.c_void_p(1 << 32), ctypes.c_size_t(4096), 3, 0x100022, -1, 0))
+assert where.value == 1 << 32
+os.chdir({str(tmp_path)!r})
+address = bytes([1, 0]) + b"log" + bytes(1)
+ctypes.memmove(where, address, len(address))
+print(libc.sendto(own.fileno(), b"x", ctypes.c_size_t(1), 0, where, len(address)))
+"""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        log.bind("log")
+        assert sandbox.run(source, "").output == "-1\n"
+        log.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            log.recv(1)
 
 
 @pytest.mark.parametrize(
@@ -256,10 +308,12 @@ for attempt in (
     lambda: os.kill(parent, 0), lambda: os.kill(-1, 0), lambda: os.kill(1, 0), lambda: os.killpg(os.getpgid(parent), 0),
     lambda: os.pidfd_open(parent), lambda: fcntl.fcntl(0, fcntl.F_SETOWN, parent),
     lambda: os.sched_setaffinity(parent, {0}), lambda: os.setpriority(os.PRIO_PROCESS, parent, 19),
-    lambda: resource.prlimit(parent, resource.RLIMIT_NOFILE, (3, 3)),
+    lambda: resource.prlimit(parent, resource.RLIMIT_NOFILE, (3, 3)), lambda: open(f"/proc/{parent}/environ", "rb"),
+    lambda: open(f"/proc/{parent}/mem", "rb"),
 ):
     try: attempt(); print("done", flush=True)
     except (OSError, PermissionError): pass
+if ctypes.CDLL(None).prctl(1, 0) != -1: print("outlives who waits for it")
 for call in (101, 310, 311):  # ptrace, process_vm_readv, process_vm_writev
     if ctypes.CDLL(None).syscall(call, 16, parent, 0, 0, 0, 0) != -1: print(call, flush=True)
 os.kill(os.getpid(), signal.SIGTERM)
@@ -321,3 +375,18 @@ def test_a_child_that_can_not_confine_itself_runs_nothing(monkeypatch):
     outcome = sandbox._run("print('ran')", "", sandbox.Limits(), None)
     assert outcome.code == 97 and "ran" not in outcome.output
     assert "can't be confined here (OSError" in sandbox.why_not.__wrapped__()
+
+
+def test_one_that_could_read_the_judge_runs_nothing(monkeypatch):
+    command = sandbox._command
+
+    def in_the_open(*arguments):  # neither Landlock nor user namespaces
+        built = command(*arguments)
+        patched = "import lowvram_grpo.rewards.sandbox_child as c; c._open_to_us = lambda pid: True"
+        built[3] = built[3].replace("; main()", f"; {patched}; main()")
+        return built
+
+    monkeypatch.setattr(sandbox, "_command", in_the_open)
+    outcome = sandbox._run("print('ran')", "", sandbox.Limits(), None)
+    assert outcome.code == 97 and "ran" not in outcome.output
+    assert "could read the memory of the process that judges it" in sandbox.why_not.__wrapped__()
