@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 
 from lowvram_grpo.data.encoding import encode_prompts
+from lowvram_grpo.policy.reference import ADAPTER_SHARES
 from lowvram_grpo.rewards.registry import is_model
 from lowvram_grpo.training.early_checks import prompt_lengths
 
@@ -36,23 +36,25 @@ def show(job: Job, said: Iterable[str]) -> None:
         chat_template_kwargs=args.chat_template_kwargs,
     )
     lengths, plan = prompt_lengths(args, job.tokenizer, train_data), args.batch_plan()
-    out = Console(highlight=False)
-    out.print("[bold]What would run[/bold] (nothing was loaded or written)\n")
-    out.print(escape(job.recipe.to_toml()), soft_wrap=True)
-    out.print(f"rewards: {', '.join(job.rewards.specs)}")
+    Console(highlight=False).print("[bold]What would run[/bold] (nothing was loaded or written)\n")
+    # Not by rich, which would break lines at the width of the screen and take [words] for its own.
+    print(job.recipe.to_toml())
+    print(f"rewards: {', '.join(job.rewards.specs)}")
     if any(map(is_model, job.rewards.specs)):
         place = "the CPU" if args.device.type == "cpu" else _PLACES[args.reward_model_device]
-        out.print(f"reward models: on {place}")
-    out.print(f"data: {len(train_data)} prompts{f', {len(eval_data)} for evaluation' if eval_data else ''}")
-    out.print(
+        print(f"reward models: on {place}")
+    print(f"data: {len(train_data)} prompts{f', {len(eval_data)} for evaluation' if eval_data else ''}")
+    print(
         f"each step: {plan.prompts_per_rollout} prompts x {plan.num_generations} completions, at most "
         f"{plan.micro_batch_size} at once; device {args.device}"
     )
     if lengths.cut:
-        out.print(f"note: {lengths.sentence(args.max_prompt_length)}")
+        print(f"note: {lengths.sentence(args.max_prompt_length)}")
     for notice in args.notices():
-        out.print(f"note: {notice}")
-    out.print("\nfirst prompt, as the model sees it:")
-    out.print(escape(job.tokenizer.decode(ids[0])), soft_wrap=True)
+        print(f"note: {notice}")
+    if args.reference_offload and args.beta:
+        print(f"note: {ADAPTER_SHARES}")
+    print("\nfirst prompt, as the model sees it:")
+    print(job.tokenizer.decode(ids[0]))
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        out.print("note: only one process is supported yet.")
+        print("note: only one process is supported yet.")

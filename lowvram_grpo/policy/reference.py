@@ -23,6 +23,7 @@ from lowvram_grpo.policy.streamed import Streamed, copy_on_host
 from lowvram_grpo.policy.wrapper import is_peft
 
 REFERENCE = "reference"
+ADAPTER_SHARES = "reference_offload has no effect: the reference shares the policy's weights, but for an adapter."
 _WEIGHTS = "reference.safetensors"
 # Numbers that are mixed at a time: a reference in host memory needs so much of the device for it.
 _MIXED = 2**22
@@ -91,7 +92,7 @@ class Reference:
         else:
             self.kind = "frozen adapter"
         if offload and self._adapter is not None:
-            tell("reference_offload has no effect: the reference shares the policy's weights, but for an adapter.")
+            tell(ADAPTER_SHARES)
         self._take()
         self.moved = self.kind == "frozen adapter"
 

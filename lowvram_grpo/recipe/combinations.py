@@ -60,7 +60,8 @@ def combination_notices(args: Any) -> list[str]:
             "its group's spread and their sum by the batch's."
         )
     if not args.beta:
-        said += _no_effect(changed(("kl_estimator",)), "with beta 0: there is no KL term")
+        said += _no_effect(changed(("kl_estimator", "use_bias_correction_kl")), "with beta 0: there is no KL term")
+        said += _no_effect(changed(("reference_offload",)), "with beta 0: there is no reference")
     if args.sync_ref_model and not args.beta:
         said.append("sync_ref_model has no effect with beta 0: there is no reference.")
     if not args.sync_ref_model:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from lowvram_grpo.errors import UserError, one_line
+from lowvram_grpo.errors import UserError, did_you_mean, one_line
 from lowvram_grpo.objective import LOSS_TYPES
 from lowvram_grpo.recipe.batch_plan import BatchPlan
 from lowvram_grpo.recipe.combinations import check_combinations
@@ -46,6 +46,12 @@ _CHOICES = {
     "reward_model_device": ("auto", "cuda", "cpu", "in_turn"),
     "vllm_mode": ("server", "colocate"),
     "vllm_importance_sampling_mode": CORRECTION_MODES,
+}
+# What others take for a loss of its own.
+_CHOSEN_ELSEWHERE = {
+    "gspo": " (write importance_sampling_level sequence, with loss_type grpo)",
+    "gspo_token": " (write importance_sampling_level sequence, with loss_type grpo)",
+    "gdpo": " (write multi_objective_aggregation normalize_then_sum, with loss_type grpo)",
 }
 
 
@@ -315,7 +321,8 @@ class GRPOConfig(TrainingArguments):
         check_ranges(vars(self), TRAINING_RANGES)
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
-            need(value in allowed, f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+            near = _CHOSEN_ELSEWHERE.get(str(value)) or did_you_mean(str(value), allowed)
+            need(value in allowed, f"{name} is {value!r}{near}; it must be one of {', '.join(allowed)}.")
         need(not (self.generation_batch_size and self.steps_per_generation),
              "generation_batch_size and steps_per_generation say the same thing; set one of them.")  # fmt: skip
         cold = str(self.cold_start)

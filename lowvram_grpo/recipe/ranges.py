@@ -41,6 +41,7 @@ class Range:
         return (text or "a finite number") + (f", or {self.also[0]} ({self.also[1]})" if self.also else "")
 
 
+_ANY = Range()
 _COUNT = Range(at_least=1)
 _NOT_NEGATIVE = Range(at_least=0)
 _POSITIVE = Range(above=0)
@@ -54,10 +55,10 @@ LORA_RANGES: dict[str, Range] = {
 
 # Parameters of built-in rewards, `rewards.settings.RewardSettings`.
 REWARD_RANGES: dict[str, Range] = {
-    "cosine_min_value_wrong": Range(),
-    "cosine_max_value_wrong": Range(),
-    "cosine_min_value_correct": Range(),
-    "cosine_max_value_correct": Range(),
+    "cosine_min_value_wrong": _ANY,
+    "cosine_max_value_wrong": _ANY,
+    "cosine_min_value_correct": _ANY,
+    "cosine_max_value_correct": _ANY,
     "cosine_max_len": _COUNT,
     "repetition_n_grams": _COUNT,
     "repetition_max_penalty": Range(at_most=0, because="it is a penalty"),
@@ -105,17 +106,17 @@ TRAINING_RANGES: dict[str, Range] = {
     "vespo_lambda_pos": _NOT_NEGATIVE,
     "vespo_k_neg": _NOT_NEGATIVE,
     "vespo_lambda_neg": _NOT_NEGATIVE,
-    "off_policy_mask_threshold": Range(),
+    "off_policy_mask_threshold": _ANY,
     "top_entropy_quantile": Range(above=0, at_most=1),
     "entropy_coef": _NOT_NEGATIVE,
     "entropy_coef_min": _NOT_NEGATIVE,
     "entropy_coef_max": _NOT_NEGATIVE,
     "entropy_coef_delta": _NOT_NEGATIVE,
-    "entropy_target": Range(),
+    "entropy_target": _ANY,
     "router_aux_loss_coef": _NOT_NEGATIVE,
     "max_tool_calling_iterations": _COUNT,
     "pad_to_multiple_of": _COUNT,
-    "reward_weights": Range(),
+    "reward_weights": _ANY,
     "reward_timeout": _POSITIVE,
     "ref_model_mixup_alpha": _SHARE,
     "ref_model_sync_steps": _COUNT,
@@ -155,10 +156,11 @@ def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None
             try:
                 fits = number in allowed
             except TypeError as error:
-                raise UserError(f"{name} is {value!r}; it must be a number, {allowed}.") from error
+                wanted = str(allowed) if allowed == _ANY else f"a number, {allowed}"
+                raise UserError(f"{name} is {value!r}; it must be {wanted}.") from error
             if not fits:
                 reason = f": {allowed.because}" if allowed.because else ""
-                if isinstance(number, float) and not math.isfinite(number):
+                if isinstance(number, float) and not math.isfinite(number) and allowed != _ANY:
                     reason = ", and finite"
                 raise UserError(f"{name} is {value}; it must be {allowed}{reason}.")
 

@@ -100,6 +100,22 @@ _ELSEWHERE = _by_name({
         "it is a reward's: pass reward_funcs=get_reward_funcs(GRPOScriptArguments(...)) to GRPOTrainer, both of "
         "lowvram_grpo.rewards",
 })  # fmt: skip
+_FIELD = "it is a field: args=GRPOConfig({}=...)"
+# Of GRPOTrainer itself, in a script.
+_OF_TRAINER = _by_name({
+    "tokenizer processor": "write processing_class",
+    "config training_args grpo_config": "write args",
+    "dataset train_data": "write train_dataset",
+    "eval_data": "write eval_dataset",
+    "reward reward_func reward_functions reward_fn reward_model rewards": "write reward_funcs",
+    "lora_config": "write peft_config",
+    "bnb_config": "write quantization_config",
+    "compute_metrics preprocess_logits_for_metrics": "what is measured of completions is a reward's log_metric",
+    "data_collator": "rows reach the rewards as they are in the data",
+    "model_init": "pass the model itself",
+})  # fmt: skip
+# TRL's, which may be None.
+_LATER = ("tools", "environment_factory", "rollout_func")
 # In scripts, recipes and flags alike.
 _ANYWHERE = _by_name({
     "max_length max_seq_length max_seq_len max_model_len max_sequence_length":
@@ -141,6 +157,33 @@ def check_names(kind: type, given: Mapping[str, Any]) -> None:
     said = [f"{name!r}{_in_a_script(name, value, parameters)}" for name, value in unknown.items()]
     no_fields = f"no field {said[0]}" if len(said) == 1 else f"none of these fields: {'; '.join(said)}"
     raise UnknownSetting(f"{kind.__name__} has {no_fields}.")
+
+
+def check_trainer_arguments(given: Mapping[str, Any], known: Iterable[str], config_fields: Iterable[str]) -> None:
+    """Whether GRPOTrainer may be called with arguments beyond those it has.
+
+    Args:
+        given: those arguments.
+        known: the names of those it has.
+        config_fields: names of GRPOConfig's fields.
+
+    Raises:
+        UnknownSetting: it may not; all of their names, and what to write instead of each.
+    """
+    unknown = [name for name, value in given.items() if not (name in _LATER and value is None)]
+    if not unknown:
+        return
+    fields_there = set(config_fields)
+
+    def instead(name: str) -> str:
+        advice = _OF_TRAINER.get(name) or _ANYWHERE.get(name)
+        if not advice and name in fields_there:
+            advice = _FIELD.format(name)
+        return f" ({advice})" if advice else did_you_mean(name, known)
+
+    said = [f"{name!r}{instead(name)}" for name in unknown]
+    no_such = f"no argument {said[0]}" if len(said) == 1 else f"none of these arguments: {'; '.join(said)}"
+    raise UnknownSetting(f"GRPOTrainer has {no_such}.")
 
 
 class Arguments:

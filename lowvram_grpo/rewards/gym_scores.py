@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowvram_grpo.data.gym_tasks import entry_of, library
+from lowvram_grpo.errors import UserError
 
 
-def reasoning_gym(completions: Sequence, reasoning_gym_entry: Sequence[str], **columns: Any) -> list[float]:
+def reasoning_gym(
+    completions: Sequence, reasoning_gym_entry: Sequence[str] | None = None, **columns: Any
+) -> list[float]:
     """What the task's `score_answer` gives to the text of a reply's last `<answer>` pair, 0 to 1; most tasks give a
     part to an answer with something beside it.
 
@@ -16,8 +19,10 @@ def reasoning_gym(completions: Sequence, reasoning_gym_entry: Sequence[str], **c
         reasoning_gym_entry: a column of the data that `data.gym_tasks.load_gym` makes.
 
     Raises:
-        UserError: reasoning-gym is not installed.
+        UserError: reasoning-gym is not installed, or has not made the data.
     """
+    if reasoning_gym_entry is None:
+        raise UserError("the reward 'reasoning_gym' scores what `--data reasoning-gym:TASK` makes, and no other data.")
     if not completions:
         return []
     extract = library("utils").extract_answer

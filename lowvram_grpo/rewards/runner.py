@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.rewards.builtin import BUILTIN, refuse
 from lowvram_grpo.rewards.calls import Caller
 from lowvram_grpo.rewards.guards import World, seed_all
 from lowvram_grpo.rewards.model import RewardModel, Visitor
@@ -301,7 +303,14 @@ def _loaded(load_model: LoadModel | None, init_kwargs: dict[str, Any], name: str
         raise UserError(
             f"the reward {name!r} is no built-in one, and nothing was given here that loads models by name."
         )
-    return load_model(name, init_kwargs)
+    refuse(name)
+    near = did_you_mean(name, BUILTIN) if re.fullmatch(r"[\w-]+", name) else ""
+    try:
+        return load_model(name, init_kwargs)
+    except UserError as error:
+        if not near:
+            raise
+        raise UserError(f"{name!r} is no built-in reward{near}; as a reward model: {error}") from error
 
 
 def _is_async(func: Callable) -> bool:

@@ -41,8 +41,9 @@ def main() -> None:
     sys.argv[:] = ["program.py"]
     # The folder alone: this package was in front of it.
     sys.path[0] = task["folder"]
-    program = ModuleType("__main__")
-    sys.modules["__main__"] = program
+    # Whose function is called is imported: what it does as a script, such as to read its input, is not asked for.
+    program = ModuleType("program" if task["function"] else "__main__")
+    sys.modules[program.__name__] = program
     arguments = json.loads(sys.stdin.read()) if task["function"] else None
     exec(compile(source, "program.py", "exec"), program.__dict__)
     if task["function"]:

@@ -13,7 +13,7 @@ import torch
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.rewards.model import model_name
-from lowvram_grpo.rewards.registry import BUILTIN, is_address
+from lowvram_grpo.rewards.registry import BUILTIN, SYNONYMS, is_address
 from lowvram_grpo.rewards.remote import HTTPReward
 
 _ATOMS = frozenset((str, int, float, bool, type(None)))
@@ -23,7 +23,7 @@ def known(func: Any) -> Any:
     """The function that a name or an address stands for; other names are models', and stay."""
     if isinstance(func, str) and is_address(func):
         return HTTPReward(func)
-    return BUILTIN.get(func, func) if isinstance(func, str) else func
+    return BUILTIN.get(SYNONYMS.get(func, func), func) if isinstance(func, str) else func
 
 
 def name_of(func: Callable) -> str:

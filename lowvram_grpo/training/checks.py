@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,12 +104,13 @@ class Signal:
     Attributes:
         dead: share of groups whose completions all got the same reward: they teach nothing.
         truncated: share of completions that hit the length limit.
-        silent: reward functions that gave 0 (or nothing) to every completion.
+        silent: reward functions that gave 0 (or nothing) to every completion; of a penalty 0 is no silence.
         mean: mean reward.
         equal: every completion of every group got the same reward.
         unjudged: every reward function gave None to every completion.
         reference: what the first prompt was to be judged by, if unjudged and there is such a thing.
         endless: what to do about completions that never end although they had the room; empty where they do.
+        left_out: mask_truncated_completions leaves every completion out of the loss.
     """
 
     dead: float
@@ -120,6 +121,7 @@ class Signal:
     unjudged: bool = False
     reference: str | None = None
     endless: str = ""
+    left_out: bool = False
 
     @property
     def alive(self) -> bool:
@@ -150,6 +152,9 @@ class Signal:
         )
         if self.silent:
             facts += f", {', '.join(self.silent)} never fired"
+        if self.left_out:
+            remedy = self.endless or "raise max_completion_length, or drop mask_truncated_completions"
+            return f"{facts}; mask_truncated_completions leaves all out, so there is nothing to learn from: {remedy}."
         if self.alive:
             return f"{facts}; {self.endless}." if self.endless else f"{facts}."
         if self.saturated:
@@ -172,20 +177,33 @@ class Signal:
         return f"{facts}; GRPO learns only from groups that differ: {remedy}."
 
 
-def signal_of(rollout: Rollout, names: list[str], *, reference: Any = None, endless: str = "") -> Signal:
-    """What a rollout says; `reference` is that of its first prompt, `endless` what `endless_remedy` found."""
-    per_func = rollout.rewards_per_func.nan_to_num(0.0)
+def signal_of(
+    rollout: Rollout,
+    names: list[str],
+    *,
+    reference: Any = None,
+    endless: str = "",
+    masked: bool = False,
+    penalties: Collection[str] = (),
+) -> Signal:
+    """What a rollout says; `reference` is that of its first prompt, `endless` what `endless_remedy` found, `masked`
+    whether truncated completions are left out, `penalties` are the functions whose best is 0."""
+    fired = {
+        name: bool(column.nan_to_num(0.0).any()) or (name in penalties and not bool(column.isnan().all()))
+        for name, column in zip(names, rollout.rewards_per_func.T)
+    }
     known = rollout.rewards[~rollout.rewards.isnan()]
     unjudged = not len(known)
     return Signal(
         dead=float(rollout.advantages.dead.float().mean()),
         truncated=sum(rollout.batch.truncated) / len(rollout.batch.truncated),
-        silent=tuple(name for name, column in zip(names, per_func.T) if not bool(column.any())),
+        silent=tuple(name for name in names if not fired[name]),
         mean=float(rollout.rewards.nanmean()),
         equal=bool((known == known[:1]).all()),
         unjudged=unjudged,
         reference=shortened(reference) if unjudged and reference is not None else None,
         endless=endless,
+        left_out=masked and all(rollout.batch.truncated),
     )
 
 

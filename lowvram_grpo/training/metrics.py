@@ -27,13 +27,14 @@ class MetricBook:
     """Values by name. Minima and maxima (names ending in min or max) are folded as such; the rest are averaged.
 
     Attributes:
-        values: since they were last taken.
-        last: what was taken then.
+        values: since they were last forgotten.
+        last: what they were folded to last.
     """
 
     def __init__(self):
         self.values: dict[str, list[float]] = defaultdict(list)
         self.last: dict[str, float] = {}
+        self._folded: dict[str, int] = {}
 
     def __bool__(self) -> bool:
         return bool(self.values)
@@ -54,13 +55,27 @@ class MetricBook:
         return means
 
     def take(self) -> dict[str, float]:
-        """All metrics since the last call, and forget them. NaN (not applicable) counts in no mean."""
+        """`fold`, and `forget`."""
+        folded = self.fold()
+        self.forget()
+        return folded
+
+    def forget(self) -> None:
+        """What was folded; what has been added since then stays."""
+        for name, count in self._folded.items():
+            del self.values[name][:count]
+            if not self.values[name]:
+                del self.values[name]
+        self._folded = {}
+
+    def fold(self) -> dict[str, float]:
+        """All metrics since the last `forget`. NaN (not applicable) counts in no mean."""
         folded = {}
         for name, values in self.values.items():
             present = [v for v in values if v == v] or [float("nan")]
             kind = name.rsplit("/", 1)[-1].rsplit("_", 1)[-1]
             folded[name] = {"min": min, "max": max}.get(kind, lambda v: sum(v) / len(v))(present)
-        self.values.clear()
+        self._folded = {name: len(values) for name, values in self.values.items()}
         self.last = folded or self.last
         return folded
 
@@ -68,7 +83,7 @@ class MetricBook:
 def complete_row(
     row: dict[str, float], books: Mapping[str, MetricBook], *, eval_prefix: str, tokens: int, device: torch.device
 ) -> None:
-    """Add to a row of transformers' log what was measured since the last of its kind.
+    """Add to a row of transformers' log what was measured since the last of its kind; it is the caller's to forget it.
 
     Args:
         books: `train` and `eval`.
@@ -76,11 +91,11 @@ def complete_row(
         tokens: seen by the model since the run began.
     """
     if any(key.startswith("eval_") for key in row):
-        row.update({f"{eval_prefix}_{name}": value for name, value in books["eval"].take().items()})
+        row.update({f"{eval_prefix}_{name}": value for name, value in books["eval"].fold().items()})
         row[f"{eval_prefix}_num_tokens"] = tokens
     elif "loss" in row or ("train_runtime" in row and books["train"]):
         # As in TRL, the last row has what was measured since the last logged step.
-        row.update(books["train"].take())
+        row.update(books["train"].fold())
         row["num_tokens"] = tokens
         memory = peak_memory_gib(device)
         if memory is not None:

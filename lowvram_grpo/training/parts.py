@@ -6,6 +6,7 @@ In the order in which GRPOTrainer calls them: what can be known before a model i
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from lowvram_grpo.policy.variants import check_adapter
 from lowvram_grpo.policy.visitor import Visitor
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.recipe.config import GRPOConfig
+from lowvram_grpo.recipe.unknown_names import check_trainer_arguments
 from lowvram_grpo.rewards.runner import RewardRunner
 from lowvram_grpo.rewards.signatures import check_columns
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
@@ -44,6 +46,13 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
     from lowvram_grpo.run.observer import Observer
+
+
+def check_unknown(unknown: dict[str, Any], constructor: Callable) -> None:
+    """Raises:
+    UnknownSetting: `constructor`, GRPOTrainer's, has no such arguments."""
+    known = [p.name for p in inspect.signature(constructor).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    check_trainer_arguments(unknown, known[1:], GRPOConfig.__dataclass_fields__)
 
 
 def check_arguments(

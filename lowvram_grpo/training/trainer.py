@@ -66,8 +66,10 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         quantization_config: bitsandbytes configuration for loading `model` from a name.
         observer: receives notices, phases and sample completions; prints notices when left out.
         ladder: memory savers to take, in this order, before the usual ones when memory runs out.
+        unknown: TRL's tools, environment_factory and rollout_func may be None.
 
     Raises:
+        UnknownSetting: an argument that there is not; a TypeError too, and it says what to write instead.
         UserError: anything a person can mend, in one sentence.
     """
 
@@ -87,7 +89,9 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         *,
         observer: Observer | None = None,
         ladder: tuple[Rung, ...] = (),
+        **unknown: Any,
     ):
+        parts.check_unknown(unknown, GRPOTrainer.__init__)
         args = args or GRPOConfig(output_dir="grpo")
         self.grpo_args, self.observer = args, observer or Observer(log_completions=args.log_completions)
         notice = self.observer.notice
@@ -329,6 +333,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         tokens = self.state.num_input_tokens_seen
         complete_row(logs, self.metrics, eval_prefix=self._eval_prefix, tokens=tokens, device=self.args.device)
         super().log(logs, start_time)
+        for book in self.metrics.values():  # not before callbacks have read it, as `_metrics`
+            book.forget()
         if "train_runtime" in logs:
             # The history's last row, where TRL's scripts look, has the metrics of the last step even if that is logged.
             last = {**self.metrics["train"].last, "num_tokens": tokens}

@@ -17,6 +17,7 @@ from lowvram_grpo.errors import UserError, counted
 from lowvram_grpo.memory.optimizer import GuardedStep
 from lowvram_grpo.policy.dropout import adapter_dropout
 from lowvram_grpo.policy.wrapper import unwrap
+from lowvram_grpo.rewards.registry import full_marks
 from lowvram_grpo.training.checks import OtherSampler, Signal, endless_remedy, self_test, signal_of
 from lowvram_grpo.training.cold_start import (
     FEWEST_REFERENCES,
@@ -132,11 +133,14 @@ class WarmUp:
     def _probed(self, rows: Rows) -> tuple[Rollout, Signal]:
         """The rollout of step 1 as the model stands, and what it says."""
         rollout, sampling = self.roll_out(rows), self.collector.engine.sampling
+        names, funcs = self.collector.rewards.names, self.collector.rewards.funcs
         return rollout, signal_of(
             rollout,
-            self.collector.rewards.names,
+            names,
             reference=next((rows[0][name] for name in _ANSWERS if rows[0].get(name) is not None), None),
             endless=endless_remedy(rollout, self.collector.tokenizer, sampling.eos_ids, sampling.max_new_tokens),
+            masked=self.learner.args.mask_truncated_completions,
+            penalties=[name for name, func in zip(names, funcs) if full_marks(func) <= 0],
         )
 
     def _cold_steps(self, signal: Signal, references: list[int]) -> int:

@@ -45,6 +45,12 @@ def test_dry_run_writes_nothing(monkeypatch, capsys, job, tmp_path):
     assert code == 0 and "a b c" in out and "2 prompts x 4 completions" in out and not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_says_that_an_adapter_has_no_reference_to_offload(monkeypatch, capsys, job):
+    said = "note: reference_offload has no effect: the reference shares the policy's weights, but for an adapter.\n"
+    assert said in train(monkeypatch, capsys, job, "--dry-run", "--reference-offload")[1]
+    assert said not in train(monkeypatch, capsys, job, "--dry-run")[1]
+
+
 def test_dry_run_counts_the_prompts_that_would_be_cut(monkeypatch, capsys, job):
     _, out, _ = train(monkeypatch, capsys, job, "--dry-run", max_prompt_length="2")
     assert "4 of 8 prompts are longer than max_prompt_length 2 and lose the left end" in " ".join(out.split())

@@ -18,6 +18,7 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.jobs.task import guess_notice, prepared, rewards_of
 from lowvram_grpo.recipe.resolve import resolve
 from lowvram_grpo.rewards.registry import BUILTIN, resolve_reward
+from lowvram_grpo.rewards.signatures import check_columns
 
 INSTALLED = importlib.util.find_spec("reasoning_gym") is not None
 
@@ -189,3 +190,8 @@ def test_its_scorer_is_the_reward_unless_another_is_named():
     assert score(data, [f"<answer>{a}</answer>" for a in raw["answer"]]) == [1.0] * 4
     other = resolve({"model": "m", "data": recipe.data, "reward": ["accuracy"]})
     assert rewards_of(other, raw.column_names).specs == ["accuracy"]
+
+
+def test_the_scorer_of_other_data_is_refused_before_a_model_is_loaded():
+    with pytest.raises(UserError, match="scores what `--data reasoning-gym:TASK` makes, and no other data"):
+        check_columns(["reasoning_gym"], ["answer"])

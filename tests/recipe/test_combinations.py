@@ -57,6 +57,8 @@ def test_what_goes_together_says_nothing(config, settings):
         ({"off_policy_mask_threshold": -0.1, "num_iterations": 2}, "below 0"),
         ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "batch"}, "scale_rewards batch has no"),
         ({"beta": 0.0, "kl_estimator": "k2"}, "kl_estimator has no effect with beta 0"),
+        ({"beta": 0.0, "use_bias_correction_kl": False}, "use_bias_correction_kl has no effect with beta 0"),
+        ({"beta": 0.0, "reference_offload": True}, "reference_offload has no effect with beta 0"),
         ({"beta": 0.0, "sync_ref_model": True}, "sync_ref_model has no effect with beta 0"),
         ({"ref_model_sync_steps": 3}, "ref_model_sync_steps has no effect without sync_ref_model"),
         ({"pad_to_multiple_of": "8"}, "pad_to_multiple_of has no effect"),

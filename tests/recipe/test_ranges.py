@@ -35,6 +35,14 @@ from lowvram_grpo.recipe.resolve import Recipe, resolve
         ("reward_weights", [1.0, math.nan], "a finite number"),
         ("seed", -1, "at least 0"),
         ("learning_rate", "fast", "must be a number"),
+        ("entropy_target", "high", "'high'; it must be a finite number\\.$"),
+        ("entropy_target", math.nan, "nan; it must be a finite number\\.$"),
+        (
+            "loss_type",
+            "gspo",
+            "'gspo' \\(write importance_sampling_level sequence, with loss_type grpo\\); it must be",
+        ),
+        ("scale_rewards", "grop", "\\(did you mean 'group'\\?\\)"),
     ],
 )
 def test_out_of_range(tmp_path, name, value, words):

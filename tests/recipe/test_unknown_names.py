@@ -10,8 +10,9 @@ import pickle
 import pytest
 from transformers import HfArgumentParser
 
-from lowvram_grpo import GRPOConfig, UserError
+from lowvram_grpo import GRPOConfig, GRPOTrainer, UserError
 from lowvram_grpo.cli.flags import parse_extra
+from lowvram_grpo.errors import UnknownSetting
 from lowvram_grpo.recipe import unknown_names
 from lowvram_grpo.recipe.resolve import ALIASES, job_types, resolve
 
@@ -50,6 +51,28 @@ def said(**given):
 )
 def test_in_a_script(given, words):
     assert words in said(**given)
+
+
+@pytest.mark.parametrize(
+    "given,words",
+    [
+        ({"tools": [print]}, "no argument 'tools' (tools and environments are not supported yet)."),
+        ({"tokenizer": 1}, "no argument 'tokenizer' (write processing_class)."),
+        ({"ref_model": 1}, "'ref_model' (the reference is the model without its adapter"),
+        ({"beta": 0.1}, "'beta' (it is a field: args=GRPOConfig(beta=...))."),
+        ({"reward_func": 1, "zebra": 2}, "none of these arguments: 'reward_func' (write reward_funcs); 'zebra'."),
+        ({"pefft_config": 1}, "'pefft_config' (did you mean 'peft_config'?)."),
+    ],
+)
+def test_arguments_that_a_trainer_has_not(given, words):
+    with pytest.raises(UnknownSetting) as caught:
+        GRPOTrainer("no/model", [], **given)
+    assert words in str(caught.value) and isinstance(caught.value, (TypeError, UserError))
+
+
+def test_arguments_of_trl_that_are_none(dataset):
+    with pytest.raises(UserError, match=r"^Model 'no/model' is neither"):  # what is looked at later
+        GRPOTrainer("no/model", [], train_dataset=dataset, tools=None, rollout_func=None, environment_factory=None)
 
 
 def test_several_at_once():

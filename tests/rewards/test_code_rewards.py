@@ -79,6 +79,12 @@ def test_functions_return_what_is_expected(source, case, reward):
     assert code_reward([fenced(source)], [info(case)]) == [reward]
 
 
+def test_a_program_whose_function_is_called_is_no_script():
+    source = "def add(a, b):\n    return a + b\nif __name__ == '__main__':\n    print(2 * int(input()))"
+    cases = [info(returned("add", [1, 2], 3)), info(printed("2\n", "4\n"))]
+    assert code_reward([fenced(source)] * 2, cases) == [1.0, 1.0]
+
+
 def test_data_as_they_come():
     good = fenced("print(2 * int(input()))")
     said = [json.dumps(info(*DOUBLES)), {"test_cases": json.dumps(DOUBLES)}, info(), None, info(printed(["3"], ["6"]))]

@@ -246,3 +246,16 @@ def test_extras_of_the_wrong_length_are_named():
 def test_settings_that_cannot_work(funcs, settings, message):
     with pytest.raises(UserError, match=message):
         RewardRunner(funcs, **settings)
+
+
+def test_names_of_built_in_rewards_in_a_script():
+    def fails(name, init_kwargs):
+        raise UserError(f"{name} can't be loaded.")
+
+    assert RewardRunner(["tag_count_reward", "think_format"]).names == ["tag_count_reward", "think_format_reward"]
+    with pytest.raises(UserError, match=r"'acuracy' is no built-in reward \(did you mean 'accuracy'\?\); as a reward"):
+        RewardRunner(["acuracy"], load_model=fails)
+    with pytest.raises(UserError, match=r"^someone/acuracy can't be loaded\.$"):
+        RewardRunner(["someone/acuracy"], load_model=fails)
+    with pytest.raises(UserError, match="not built in: it runs programs on Piston"):
+        RewardRunner(["cf_code"], load_model=fails)

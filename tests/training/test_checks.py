@@ -48,6 +48,23 @@ def test_the_row_that_nobody_judged_is_named_as_in_trl():
     assert unjudged_row(rollout_of([[1.0, None]] * 4), rows) is None
 
 
+def test_a_penalty_that_nothing_earned_is_no_silence():
+    rollout = rollout_of([[1.0, 0.0]] * 4)
+    signal = signal_of(rollout, ["r", "penalty"], penalties=["penalty"])
+    assert not signal.silent and signal.saturated
+    assert signal_of(rollout, ["r", "penalty"]).silent == ("penalty",)
+    assert signal_of(rollout_of([[1.0, None]] * 4), ["r", "penalty"], penalties=["penalty"]).silent == ("penalty",)
+
+
+def test_truncated_completions_that_are_all_left_out():
+    cut, some = rollout_of([[1.0], [0.0]] * 2), rollout_of([[1.0], [0.0]] * 2, truncated=False)
+    text = signal_of(cut, ["r"], masked=True).sentence(has_references=False)
+    assert text.endswith("leaves all out, so there is nothing to learn from: raise max_completion_length, or drop "
+                         "mask_truncated_completions.")  # fmt: skip
+    for signal in (signal_of(cut, ["r"]), signal_of(some, ["r"], masked=True)):
+        assert "leaves all out" not in signal.sentence(has_references=False)
+
+
 def test_a_model_that_never_ends_is_named():
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})

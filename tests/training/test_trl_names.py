@@ -12,7 +12,7 @@ from conftest import Quiet, digit_share, make_model, make_tokenizer
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.training.trainer import GRPOTrainer
@@ -136,6 +136,23 @@ def test_metrics_that_are_appended_are_logged(config, dataset, tokenizer):
     trainer.train()
     row = trainer.state.log_history[0]
     assert (row["mine/mean"], row["mine/other"]) == (2.0, 5.0) and list(trainer._logs["extra"]["mine"]) == [*range(8)]
+
+
+def test_callbacks_read_the_metrics_of_the_row_that_is_logged(config, dataset, tokenizer):
+    seen = []
+
+    class Reads(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                values = trainer._metrics["train"]
+                seen.append((values["reward"][:], logs["reward"], values["mine/late"][:]))
+                values["mine/late"].append(float(state.global_step))
+
+    trainer = trainer_for(config(max_steps=4, logging_steps=2), dataset, tokenizer, callbacks=[Reads()])
+    trainer.train()
+    assert [len(rewards) for rewards, *_ in seen] == [2, 2]
+    assert all(sum(rewards) / 2 == pytest.approx(logged) for rewards, logged, _ in seen)
+    assert [late for *_, late in seen] == [[], [2.0]] and trainer.state.log_history[1]["mine/late"] == 2.0
 
 
 def test_a_column_of_another_length_is_named(config, dataset, tokenizer):
