@@ -163,31 +163,33 @@ class Console(Observer, TrainerCallback):
             self.log(state.global_step, logs or {})
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show one row of metrics. In plain mode rows without a reward, such as HF's summary, are passed over; a reward
-        that applied to no completion (NaN) is a reward, though none."""
+        """Show one row of metrics. In plain mode rows of no step, such as HF's summary, are passed over; a step without a
+        rollout of its own has no reward, and one that applied to no completion (NaN) is a reward, though none."""
         numbers = {name: float(value) for name, value in values.items() if _is_number(value)}
         with self._lock:
             self._view.step = max(step, self._view.step)
             for name, value in numbers.items():
                 self._view.history.setdefault(name, []).append(value)
-        if self._live is None and {"reward", "eval_reward"} & values.keys():
-            self._print(self._line(step, numbers, evaluation="reward" not in values))
+        evaluation = "eval_reward" in values and "reward" not in values
+        if self._live is None and (evaluation or {"reward", "loss"} & values.keys()):
+            self._print(self._line(step, numbers, evaluation=evaluation, sampled=evaluation or "reward" in values))
         elif self._live is None and "cold_start/reward" in numbers:
             forms = {"loss": decimal, "reward": decimal, "dead_groups": percent}
             cold = {name: numbers.get(f"cold_start/{name}") for name in forms}
             parts = [f"{name.split('_')[0]} {forms[name](value)}" for name, value in cold.items() if value is not None]
             self._print("  ".join([f"cold start {numbers.get('cold_start/step', 0):.0f}", *parts]))
 
-    def _line(self, step: int, numbers: dict[str, float], *, evaluation: bool) -> str:
+    def _line(self, step: int, numbers: dict[str, float], *, evaluation: bool, sampled: bool) -> str:
         total = self._view.total_steps
         parts = [f"step {step}/{total}" if total else f"step {step}"]
         prefix = "eval_" if evaluation else ""
-        if prefix + "reward" not in numbers:
+        if sampled and prefix + "reward" not in numbers:
             parts.append(f"{prefix.replace('_', ' ')}reward none")
         for name, form in (
             ("reward", lambda v: f"{'eval ' * evaluation}reward {decimal(v)} {self._view.arrow(prefix + 'reward')}"),
             ("kl", lambda v: f"kl {small(v)}"),
             ("entropy", lambda v: f"entropy {decimal(v)}"),
+            ("entropy_coef", lambda v: f"entropy coef {small(v)}"),
             ("completions/mean_length", lambda v: f"length {v:.0f}"),
             ("completions/clipped_ratio", lambda v: f"truncated {percent(v)}"),
             ("frac_reward_zero_std", lambda v: f"dead {percent(v)}"),

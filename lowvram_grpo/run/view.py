@@ -102,6 +102,8 @@ ROWS = [
     ("eval_reward", "eval reward", decimal, True),
     ("kl", "kl", small, True),
     ("entropy", "entropy", decimal, True),
+    ("entropy_coef", "entropy coef", small, True),
+    ("aux_loss", "router loss", decimal, True),
     ("completions/mean_length", "length", lambda v: f"{v:.0f}", True),
     ("completions/clipped_ratio", "truncated", percent, True),
     ("frac_reward_zero_std", "dead groups", percent, True),

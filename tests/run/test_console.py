@@ -170,3 +170,12 @@ def test_steps_without_a_reward_are_printed_too(capsys):
     lines = capsys.readouterr().out.splitlines()[1:]
     assert lines[0].startswith("step 1/4  reward none  kl 0.0000  length 8")
     assert lines[1].startswith("step 2/4  eval reward none  length 7") and len(lines) == 2
+
+
+def test_steps_without_a_rollout_of_their_own_have_a_line(capsys):
+    with Console("t", plain=True, total_steps=2) as console:
+        console.log(1, {"loss": 0.1, "reward": 2.0, "entropy_coef": 0.01})
+        console.log(2, {"loss": 0.1, "kl": 0.5, "entropy_coef": 0.015})
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[0].endswith("reward 2.00 →  entropy coef 0.0100")
+    assert lines[1:] == ["step 2/2  kl 0.5000  entropy coef 0.0150"]
