@@ -123,6 +123,7 @@ class Speed:
         self.steps = plan.steps_per_rollout
         self.per_update = -(-work.completions // plan.updates_per_rollout)
         self.reference, self.shared = args.beta > 0, args.shared_prefix != "off"
+        self.ranked = args.top_entropy_quantile < 1
         self.elsewhere = args.use_vllm
         self.kv_bytes = 1 if args.kv_cache_dtype == "int8" else 2
         self.length = work.completion / 2
@@ -188,13 +189,16 @@ class Speed:
         """Seconds of scoring `rows` completions and of their backward pass. What the host launches and what the device
         computes go on at the same time, but for a tenth."""
         shape, again = self.shape, bool(choice.gradient_checkpointing)
-        launches: float = shape.layers * (FORWARD * (1 + again) + REFERENCE * self.reference + BACKWARD) + BESIDE
-        passes = 2 + self.reference + again + self.trained  # which have gradients of their own
+        # Where an update has several micro-batches, the entropies of all of them come first.
+        ranked = self.ranked and rows < self.per_update
+        forward = FORWARD * (1 + again + ranked)
+        launches: float = shape.layers * (forward + REFERENCE * self.reference + BACKWARD) + BESIDE
+        passes = 2 + self.reference + again + ranked + self.trained  # which have gradients of their own
         moved = (4.0 if self.trained else 2.0) * shape.weights * passes
         if choice.quantization != "none":
             moved = four_bit.COPIED * shape.weights * passes
             launches += four_bit.COPY_LAUNCHES * passes * sum(shape.linears.values())
-        head = rows * self.length * shape.table * (2 + self.reference)
+        head = rows * self.length * shape.table * (2 + self.reference + ranked)
         multiplied = 2 * (self.tokens(rows, self.length) * shape.weights * passes + head) / self._flops
         host, device = launches * LAUNCH, multiplied + moved / self._reads
         if self.streamed:

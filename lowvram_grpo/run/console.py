@@ -163,8 +163,8 @@ class Console(Observer, TrainerCallback):
             self.log(state.global_step, logs or {})
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show one row of metrics. In plain mode rows of no step, such as HF's summary, are passed over; a step without a
-        rollout of its own has no reward, and one that applied to no completion (NaN) is a reward, though none."""
+        """Show one row of metrics. In plain mode rows of no step, such as HF's summary, are passed over; a step without
+        a rollout of its own has no reward, and one that applied to no completion (NaN) is a reward, though none."""
         numbers = {name: float(value) for name, value in values.items() if _is_number(value)}
         with self._lock:
             self._view.step = max(step, self._view.step)

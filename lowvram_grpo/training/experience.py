@@ -7,6 +7,7 @@ fixed for the whole update before it is cut, so that how it is cut cannot change
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import groupby, pairwise
 from typing import Any
@@ -237,14 +238,18 @@ def save_updates(updates: list[list[MicroBatch]], folder: str) -> None:
     torch.save(saved, os.path.join(folder, _FILE))
 
 
-def load_updates(folder: str, device: torch.device) -> list[list[MicroBatch]] | None:
+def load_updates(folder: str, device: torch.device, notice: Callable[[str], None]) -> list[list[MicroBatch]] | None:
     """What `save_updates` left. None if that is nothing, or of a version that kept something else: the steps that the
-    rollout has left to serve then sample anew."""
+    rollout has left to serve then sample anew, which is said."""
     path = os.path.join(folder, _FILE)
     if not os.path.isfile(path):
         return None
     saved = torch.load(path, map_location=device, weights_only=True)
     names = {f.name for f in fields(MicroBatch)}
     if any(micro.keys() != names for update in saved for micro in update):
+        notice(
+            f"{os.path.basename(folder)} is of another version, which kept something else of a rollout that has steps "
+            "left to serve: they sample anew."
+        )
         return None
     return [[MicroBatch(**micro) for micro in update] for update in saved]

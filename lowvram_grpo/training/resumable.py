@@ -176,7 +176,8 @@ class ResumableTrainer(Trainer):
             self.reference.restore(resume_from_checkpoint)
         if self.learner.entropy is not None:
             self.learner.entropy.restore(resume_from_checkpoint)
-        self._updates = load_updates(resume_from_checkpoint, self.args.device) or self._updates
+        found = load_updates(resume_from_checkpoint, self.args.device, self.observer.notice)
+        self._updates = found or self._updates
 
     def _restore_adapter(self, folder: str) -> None:
         if self.policy_adapter != "default":

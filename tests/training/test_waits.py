@@ -165,8 +165,18 @@ def test_a_checkpoint_holds_micro_batches_without_what_they_were_uploaded_with(t
         setattr(whole, name, moved)
     save_updates([[whole]], str(tmp_path))
     assert (tmp_path / "rollout.pt").stat().st_size < 20_000
-    ((again,),) = load_updates(str(tmp_path), torch.device("cpu"))
+    ((again,),) = load_updates(str(tmp_path), torch.device("cpu"), pytest.fail)
     assert all(torch.equal(getattr(again, name), getattr(micro(), name)) for name in names)
+
+
+def test_a_rollout_that_another_version_kept_is_sampled_anew_and_that_is_said(tmp_path):
+    save_updates([[micro()]], str(tmp_path))
+    ((kept,),) = torch.load(tmp_path / "rollout.pt")
+    del kept["token_share"]
+    torch.save([[kept]], tmp_path / "rollout.pt")
+    said = []
+    assert load_updates(str(tmp_path), torch.device("cpu"), said.append) is None
+    assert len(said) == 1 and tmp_path.name in said[0] and "sample anew" in said[0]
 
 
 def test_rewards_stay_on_the_host():
