@@ -48,6 +48,8 @@ class TrlHooks:
     _asked: tuple[int, str] | None = None  # step and mode of the rollout that is asked for
     _extra_columns: dict[str, list]
     _rollout: Rollout | None = None  # what `_generate_and_score_completions` has made
+    _given: dict[str, Tensor]  # and what it has given of that
+    _left_said = False
 
     def replaces(self, *names: str) -> bool:
         """Whether a subclass has methods of its own of one of these names."""
@@ -127,7 +129,8 @@ class TrlHooks:
             "advantages": rollout.advantages.values,
             "num_items_in_batch": torch.tensor(rollout.sampled_tokens),
         }
-        return {name: value.to(device) for name, value in outputs.items()}
+        self._given = outputs
+        return {name: value.to(device, copy=True) for name, value in outputs.items()}
 
     def _taken_up(self, rollout: Rollout, outputs: dict[str, Any]) -> Rollout:
         """`rollout` with the advantages that a subclass has given its completions."""
@@ -138,7 +141,18 @@ class TrlHooks:
                 f"{len(rollout.completions)} completions; give one for each."
             )
         rollout.advantages = rollout.advantages._replace(values=values)
+        self._say_what_is_left(outputs)
         return rollout
+
+    def _say_what_is_left(self, outputs: dict[str, Any]) -> None:
+        same = lambda name: isinstance(outputs[name], Tensor) and torch.equal(outputs[name].cpu(), self._given[name])
+        left = [name for name in outputs if name != "advantages" and not (name in self._given and same(name))]
+        if left and not self._left_said:
+            self._left_said = True
+            self.observer.warning(
+                f"_generate_and_score_completions of a subclass changes or adds {', '.join(left)}; of what it returns "
+                "advantages alone are taken up here."
+            )
 
     def _group(self, mode: str) -> int:
         return self.plan.num_generations if mode == "train" else self.generations_eval

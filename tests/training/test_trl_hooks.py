@@ -106,6 +106,25 @@ def test_advantages_of_the_subclass_are_learned_from(config, dataset, tokenizer)
     assert moved(trainer) and not moved(run(GRPOTrainer, config(max_steps=1, beta=0.0), dataset, tokenizer, zero))
 
 
+def test_what_is_not_taken_up_of_a_rollout_is_said_once(config, dataset, tokenizer, caplog):
+    class Mine(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            outputs = super()._generate_and_score_completions(inputs)
+            outputs["completion_mask"][:, 0] = 0
+            return {**outputs, "mine": 3}
+
+    class Advantages(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            outputs = super()._generate_and_score_completions(inputs)
+            outputs["advantages"] *= 2
+            return outputs
+
+    run(Mine, config(max_steps=2), dataset, tokenizer)
+    assert caplog.text.count("changes or adds completion_mask, mine;") == 1
+    run(Advantages, config(max_steps=1), dataset, tokenizer)
+    assert caplog.text.count("changes or adds") == 1
+
+
 @pytest.mark.parametrize("kind, words", [("shape", "advantages of shape"), ("alone", "does not call super")])
 def test_rollouts_that_cannot_be_taken_up_are_named(config, dataset, tokenizer, kind, words):
     class Mine(GRPOTrainer):
