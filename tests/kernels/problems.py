@@ -40,3 +40,14 @@ def in_dtype(head: Head, dtype) -> Head:
     """A dense head in another dtype, detached."""
     bias = None if head.bias is None else head.bias.detach().to(dtype)
     return Head(head.weight.detach().to(dtype), bias, head.logit_scale, head.softcap)
+
+
+def eager_and_compiled(step, hidden) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """[(step(hidden), its gradient to hidden)] as it is, and under torch.compile."""
+    results = []
+    for run in (step, torch.compile(step, backend="aot_eager")):
+        h = hidden.clone().requires_grad_()
+        loss = run(h)
+        loss.backward()
+        results.append((loss.detach(), h.grad))
+    return results

@@ -11,7 +11,7 @@ from lowvram_grpo.kernels.linear_logps import linear_logps, linear_logps_ref
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 from lowvram_grpo.kernels.sweep import vocabulary_pass
 from lowvram_grpo.kernels.sweep.plan import DirectionParams, TilePlan
-from problems import in_dtype, peaked, problem
+from problems import eager_and_compiled, in_dtype, peaked, problem
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowvram_grpo.memory.ledger import Ledger
@@ -342,23 +342,13 @@ def test_compiled_code_gives_the_same_values_and_gradients(kind, how):
         bound = 0 if out.entropy_bound is None else out.entropy_bound.sum()
         return sum((getattr(out, name) * c[name]).sum() for name in c) + bound
 
-    results = []
-    for run in (step, torch.compile(step, backend="aot_eager")):
-        h = hidden.clone().requires_grad_()
-        loss = run(h)
-        loss.backward()
-        results.append((loss.detach(), h.grad))
-    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(*eager_and_compiled(step, hidden))
 
 
 def test_compiled_code_with_nothing_but_the_entropy():
     hidden, head, targets = peaked(10, 300, 64)
     step = lambda h: linear_logps(h * 1.0, head, targets, direction="sparse", **ENTROPY).entropy.sum()
-    grads = []
-    for run in (step, torch.compile(step, backend="aot_eager")):
-        h = hidden.clone().requires_grad_()
-        run(h).backward()
-        grads.append(h.grad)
-    torch.testing.assert_close(*grads)
+    results = eager_and_compiled(step, hidden)
+    torch.testing.assert_close(*results)
     exact = exactly(hidden, head, targets, {"entropy": torch.ones(10)})
-    assert (grads[0] - exact).norm() < 1e-2 * exact.norm()
+    assert (results[0][1] - exact).norm() < 1e-2 * exact.norm()

@@ -9,7 +9,7 @@ from lowvram_grpo.kernels.linear_logps import linear_logps
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 from lowvram_grpo.kernels.sweep.autograd import sweep_op
 from lowvram_grpo.kernels.sweep.direction import Entries, RowGrads, sparse_direction
-from problems import peaked
+from problems import eager_and_compiled, peaked
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -24,13 +24,7 @@ def test_compiled_code_gives_the_same_values_and_gradients(kind):
         out = linear_logps(hidden * 1.0, head, targets, entropy=True, ref_hidden=ref, kl=True, direction="sparse")
         return (out.logps * out.entropy).sum() + out.kl.sum()
 
-    results = []
-    for run in (step, torch.compile(step, backend="aot_eager")):
-        h = hidden.clone().requires_grad_()
-        loss = run(h)
-        loss.backward()
-        results.append((loss.detach(), h.grad))
-    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(*eager_and_compiled(step, hidden))
 
 
 def test_fake_tensors_have_the_real_ones_shapes():
