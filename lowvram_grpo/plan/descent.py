@@ -49,7 +49,7 @@ class Descender:
     def descend(self, recipe: Recipe, budget: int) -> Lowered:
         """`recipe` itself where its peak is within `budget` bytes; with every rung that saves something where none of
         them fits."""
-        left = [rung for rung in _ladder(recipe) if not by_a_person(recipe, rung.key)]
+        left = _ladder(recipe)
         found = self.predict(recipe)
         if found.peak > budget:
             recipe = with_its_batch(recipe)
@@ -119,8 +119,8 @@ class Descender:
 
 def _ladder(recipe: Recipe) -> list[Rung]:
     """The preset's rungs; where there are reward models, bringing them to the card in turn comes before, since it costs
-    next to nothing, and scoring on the CPU behind."""
-    models = any(map(is_model, recipe.reward))
+    next to nothing, and scoring on the CPU behind. What a person has set is no rung."""
+    models = any(map(is_model, recipe.reward)) and not by_a_person(recipe, IN_TURN.key)
     return [*([IN_TURN] * models), *ladder_on_paper(recipe), *([ON_CPU] * models)]
 
 
