@@ -14,8 +14,11 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.training.experience import Rollout
 
 # Mean |difference| in nats. A missing mask costs about 1. LLM.int8 rounds activations, so that a decode step and a full
-# pass over the same tokens differ by 0.1 to 0.2 (measured on SmolLM2-135M; nf4 differs by 1e-5).
-_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05, torch.int8: 0.5}
+# pass over the same tokens differ by 0.1 to 0.2 (measured on SmolLM2-135M; nf4 differs by 1e-5). Models differ in how
+# much they make of bfloat16's rounding: 24 layers of random weights, 0.105 on an H200 where nothing was wrong.
+_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1, torch.int8: 0.5}
+# Of the tolerance: a share worth saying.
+_MUCH = 1 / 3
 _WAY_OUT = "report this model, or set self_test to false (--no-self-test) to train anyway."
 DEAD_SHARE = 0.5
 # Tokens within which an answer that ends at all should have ended.
@@ -84,11 +87,13 @@ def self_test(
             )
         raise UserError(f"{differ}, so the model does not score what it sampled; {_WAY_OUT}")
     text = f"self-test passed: sampled and scored log-probs differ by {gap:.1e} nats a token"
+    if _MUCH * allowed < gap:
+        text += ", which is much for rounding alone: watch sampling/sampling_logp_difference"
     if allowed == float("inf"):
         text += f" ({other.name}'s are those behind the filters, so this is not judged)"
     if reference is not None:
         drift = mean_gap(scored, reference, mask)
-        if not drift <= tolerance / 10:
+        if not drift <= min(tolerance, 0.1) / 10:
             raise UserError(
                 f"Self-test failed: policy and reference differ by {drift:.3g} nats a token before the first step, "
                 f"where they must be the same model; {_WAY_OUT}"

@@ -9,9 +9,10 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from lowvram_grpo import GRPOTrainer
+from lowvram_grpo.errors import UserError
 from lowvram_grpo.objective import group_advantages
 from lowvram_grpo.rollout.batch import RolloutBatch
-from lowvram_grpo.training.checks import endless_remedy, signal_of, unjudged_row
+from lowvram_grpo.training.checks import endless_remedy, self_test, signal_of, unjudged_row
 from lowvram_grpo.training.experience import Rollout
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -106,3 +107,15 @@ def test_the_last_row_has_what_no_row_had_or_the_last_one_again(config, dataset,
     assert all("completions/mean_length" in row and "num_tokens" in row for row in log)
     assert "train_runtime" in log[-1] and "train_runtime" not in log[-2]
     assert (log[-1]["reward"] == log[-2]["reward"]) is (logging_steps == 1)
+
+
+@pytest.mark.parametrize("gap, says", [(0.01, "nats a token."), (0.105, "much for rounding alone"), (0.29, "much")])
+def test_what_half_precision_may_differ_by_is_said(gap, says):
+    """0.105 is what 24 layers of random weights differed by on an H200, with nothing wrong."""
+    mask = torch.ones(2, 3)
+    assert says in self_test(torch.full((2, 3), gap), torch.zeros(2, 3), None, mask, torch.bfloat16)
+
+
+def test_no_rounding_explains_a_missing_mask():
+    with pytest.raises(UserError, match="does not score what it sampled"):
+        self_test(torch.full((2, 3), 0.35), torch.zeros(2, 3), None, torch.ones(2, 3), torch.bfloat16)
