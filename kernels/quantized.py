@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from lowvram_grpo.kernels.cuts import cuts
+from lowvram_grpo.kernels.int8_tile import BLOCK, covers, int8_tile
 from torch import Tensor
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
-BLOCK = 64
 STATISTICS_BLOCK = 256  # bitsandbytes' own choice
 _BLOCK_ELEMENTS = 2**22  # of a dense weight, while it is being quantized: 16 MiB in float32
 
@@ -91,6 +91,8 @@ class Int8Weight:
         h = codes.shape[1]
         # The product is made in float16 or better and rounded once; bfloat16 scales would all be off by up to 2^-9.
         scales = scales.float() if out.dtype == torch.float32 else scales
+        if covers(codes, scales, out):
+            return int8_tile(codes, scales, out)
         if h % BLOCK == 0:
             blocks = out.unflatten(1, (-1, BLOCK))
             torch.mul(codes.unflatten(1, (-1, BLOCK)), scales[..., None], out=blocks)

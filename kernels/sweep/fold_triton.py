@@ -1,4 +1,8 @@
-"""The fold in one Triton launch, a program a row. Each logit is read once, twice with probabilities."""
+"""The fold in one Triton launch, a program a row. Each logit is read once, twice with probabilities.
+
+A block of columns is as wide as registers allow: what a program waits for are the reductions over each of its blocks,
+not the logits. On an H200, 2,048 rows of 2,688 logits took 39 us in blocks of 512 with a prefix sum in each, where
+reading them takes 6."""
 
 from __future__ import annotations
 
@@ -19,6 +23,9 @@ from lowvram_grpo.kernels.sweep.state import (
 )
 from lowvram_grpo.kernels.transform import Transform, transform_logit
 from torch import Tensor
+
+# Columns of a block and the warps that share it: 8 a thread, 4 where there is a second logit; more would spill.
+_TILES = {False: (4096, 16), True: (1024, 8)}
 
 
 @jit
@@ -79,13 +86,15 @@ def _fold_kernel(
             e_sum = decay * e_sum + tl.sum(p * d * d, 0)
         if LISTS:
             keep = (logit - m) > (tl.maximum(tl.log(s), 0.0) + log_epsilon)
-            place = count + tl.cumsum(keep.to(tl.int32), 0) - 1
-            fits = keep & (place < capacity)
-            tl.store(ids_ptr + row * capacity + place, (v0 + c).to(tl.int32), mask=fits)
-            tl.store(logits_ptr + row * capacity + place, logit, mask=fits)
-            if ref_ptr is not None:
-                tl.store(ref_logits_ptr + row * capacity + place, ref, mask=fits)
-            count += tl.sum(keep.to(tl.int32), 0)
+            kept = tl.sum(keep.to(tl.int32), 0)
+            if kept > 0:  # most blocks of a trained model's rows hold none, and a prefix sum is dear
+                place = count + tl.cumsum(keep.to(tl.int32), 0) - 1
+                fits = keep & (place < capacity)
+                tl.store(ids_ptr + row * capacity + place, (v0 + c).to(tl.int32), mask=fits)
+                tl.store(logits_ptr + row * capacity + place, logit, mask=fits)
+                if ref_ptr is not None:
+                    tl.store(ref_logits_ptr + row * capacity + place, ref, mask=fits)
+                count += kept
         c0 += BLOCK
     tl.store(stats + _M * rows, m)
     tl.store(stats + _S * rows, s)
@@ -134,18 +143,18 @@ def fold_triton(
     log_epsilon: float,
     out: Probabilities | None = None,
     *,
-    block: int = 512,
-    warps: int = 4,
+    block: int | None = None,
 ) -> None:
-    """The fold in one launch; same outcome as `fold_torch`, `x` is left as it is."""
+    """The fold in one launch; same outcome as `fold_torch`, `x` is left as it is. `block`: columns at a time."""
     rows, columns = x.shape
     if x.is_meta or not rows:
         return
+    most, warps = _TILES[ref_x is not None]
     _fold_kernel[(rows,)](
         x, ref_x, bias, state.stats, state.targets, state.count, state.ids, state.logits, state.ref_logits,
         out and out.p, out and out.pd, out and out.decay, out and out.pl, out and out.l0, v0, columns, x.stride(0),
         rows, state.capacity, transform.scale, transform.softcap, 1.0 / transform.temperature, log_epsilon,
-        LISTS=state.capacity > 0, BLOCK=block, num_warps=warps,
+        LISTS=state.capacity > 0, BLOCK=block or most, num_warps=warps,
     )  # fmt: skip
 
 
@@ -154,7 +163,7 @@ def compile_cases(cc: int) -> list[CompileCase]:
     halves = ("fp16",) if cc < 80 else ("bf16", "fp16")
     kinds = [(False, False, halves[0]), (True, True, halves[0])]  # soft cap, bias, dtype of the product
     cases = []
-    for ref in (False, True):
+    for ref, (block, warps) in _TILES.items():
         for lists, probs, entropy in (
             (True, False, False), (False, True, False), (False, True, True), (False, False, False),
         ):  # fmt: skip
@@ -171,7 +180,7 @@ def compile_cases(cc: int) -> list[CompileCase]:
                     **dict.fromkeys(("scale", "inv_temperature", "log_epsilon"), "fp32"),
                     "softcap": "fp32" if softcap else None,
                 }  # fmt: skip
-                constants = {"LISTS": lists, "BLOCK": 512}
+                constants = {"LISTS": lists, "BLOCK": block}
                 name = f"fold {half} ref={ref} lists={lists} probs={probs} entropy={entropy} softcap={softcap}"
-                cases.append(compile_case(name, _fold_kernel, types, constants, num_warps=4, num_stages=2))
+                cases.append(compile_case(name, _fold_kernel, types, constants, num_warps=warps, num_stages=2))
     return cases

@@ -17,6 +17,9 @@ from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 PATHS = ("fused", "cublas", "torch")
 # Widest hidden state for which the fused path is chosen: an estimate, see above.
 FUSED_MAX_WIDTH = 2048
+# Compute capabilities whose cuBLAS has instructions that tiles for consumer cards do not use: on an H200 it multiplies
+# a head of 896 columns four times as fast (docs/LOG.md, 2026-11-28).
+_CUBLAS_AHEAD = (90, 100)
 
 
 class FusedConfig(NamedTuple):
@@ -101,6 +104,8 @@ def launch_config(
             path, reason = "cublas", f"compute capability {major}.{minor} has no tensor cores in Triton"
         elif dtype == torch.float32:
             path, reason = "cublas", "float32 products are cuBLAS' affair"
+        elif 10 * major + minor in _CUBLAS_AHEAD:
+            path, reason = "cublas", f"compute capability {major}.{minor} favours cuBLAS"
         elif width > FUSED_MAX_WIDTH:
             path, reason = "cublas", f"a hidden size of {width} favours cuBLAS"
         else:

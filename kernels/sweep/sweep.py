@@ -193,7 +193,7 @@ class _Blocks:
         if len(rows):
             log_ratio = None if block.ref_hidden is None else (stats[D0] + stats[D] / stats[S])[rows]
             logit = (stats[M] + stats[X] / stats[S])[rows] if self.want.entropy else None
-            self._dense(block, rows, len(rows), len(rows), Centres(log_ratio, logit))
+            self._dense(block, rows, len(rows), len(rows), Centres(log_ratio, logit), wide=True)
         self.entries.append(entries)
 
     def _dense_block(self, block: _Block) -> Tensor:
@@ -211,13 +211,14 @@ class _Blocks:
         return stats
 
     def _dense(
-        self, block: _Block, rows: Tensor | slice, count: int, reserve: int, centres: Centres = UNKNOWN
-    ) -> Tensor:
+        self, block: _Block, rows: Tensor | slice, count: int, reserve: int, centres: Centres = UNKNOWN, *,
+        wide: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Statistics of `count` rows of a block, whose directions are kept; `reserve`: how many may still come."""
         kept = zip((self.g, self.g_kl, self.g_entropy), self.want)
         into = Directions(*(kind.take(count, reserve) if wanted else None for kind, wanted in kept))
         self._diffuse.append(torch.arange(block.first, block.first + len(block), device=self.over.device)[rows])
-        return self.over.dense(*block.some(rows), into, centres).stats
+        return self.over.dense(*block.some(rows), into, centres, wide=wide).stats
 
 
 class _Rows:

@@ -130,9 +130,14 @@ class VocabularyPass:
         return state
 
     def dense(
-        self, h: Tensor, ref_h: Tensor | None, targets: Tensor, into: Directions, centres: Centres = UNKNOWN
-    ) -> RowState:
-        """The state after one pass, and the directions of its rows."""
+        self, h: Tensor, ref_h: Tensor | None, targets: Tensor, into: Directions, centres: Centres = UNKNOWN, *,
+        wide: bool = False,
+    ) -> RowState:  # fmt: skip
+        """The state after one pass, and the directions of its rows.
+
+        `wide`: tiles of as many columns as the buffers hold of so few rows, for fewer launches; statistics are then
+        summed in another order than a pass without gradient sums them.
+        """
         state = self.start(h, ref_h, targets, False)
         if centres.log_ratio is not None:
             state.stats[D0] = centres.log_ratio
@@ -142,7 +147,8 @@ class VocabularyPass:
         for total in into:
             if total is not None:
                 total.zero_()
-        for v0, v1 in cuts(self.vocab, self.plan.columns, self.device):
+        columns = self._widest(len(h)) if wide else self.plan.columns
+        for v0, v1 in cuts(self.vocab, columns, self.device):
             shape = len(h), v1 - v0
             p, pd, pl = (
                 None if x is None else self._tile(name, *shape, self.dtype) for name, x in zip(("p", "pd", "pl"), into)
@@ -154,6 +160,13 @@ class VocabularyPass:
                     add_matmul(total.mul_(out.decay[:, None]), tile, w)
         self._finish(state, targets, into, l0)
         return state
+
+    def _widest(self, rows: int) -> int:
+        """Columns of a tile of `rows`: weights that are not a view must fit into their own buffer too."""
+        if not self.view:
+            return self.plan.columns
+        columns = self.plan.rows * self.plan.columns // max(1, rows)
+        return min(self.vocab, max(self.plan.columns, columns - columns % 128))
 
     def _finish(self, state: RowState, targets: Tensor, into: Directions, l0: Tensor | None) -> None:
         """From sums over the vocabulary to directions."""
