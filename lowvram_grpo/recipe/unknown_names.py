@@ -132,6 +132,9 @@ _ANYWHERE = _by_name({
     "save_safetensors": "drop it: weights are always saved as safetensors",
     "logging_dir": "drop it, and set the environment variable TENSORBOARD_LOGGING_DIR",
     "wandb_project": "drop it, and set the environment variable WANDB_PROJECT",
+    "wandb_entity": "drop it, and set the environment variable WANDB_ENTITY",
+    "wandb_run_group": "drop it, and set the environment variable WANDB_RUN_GROUP",
+    "hub_model_revision": "write hub_revision",
     "num_gpus num_processes n_gpus_per_node tensor_parallel_size device_map":
         "drop it: one process trains on one card",
     "push_to_hub_model_id push_to_hub_organization": "write hub_model_id",
