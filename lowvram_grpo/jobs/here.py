@@ -28,8 +28,8 @@ _WANDB = ("wandb_entity", "wandb_project", "wandb_run_group")
 def settle(recipe: Recipe) -> None:
     """Leave out of `recipe` what its file asks for and this machine has not; `recipe.not_applied` gets the reasons."""
     found = (
-        _vllm(recipe), _attention(recipe), _half(recipe), _precision(recipe), _trackers(recipe), _hub(recipe), _provider(recipe),
-        _evaluation(recipe),
+        _vllm(recipe), _attention(recipe), _half(recipe), _precision(recipe), _trackers(recipe), _hub(recipe),
+        _provider(recipe), _evaluation(recipe),
     )  # fmt: skip
     recipe.not_applied += [row for row in found if row is not None]
 
@@ -121,7 +121,8 @@ def _precision(recipe: Recipe) -> NotApplied | None:
         return None
     asked, recipe.dtype, recipe.origin["dtype"] = recipe.dtype, "float32", OF_ALL_WEIGHTS
     return NotApplied(
-        ("dtype",), f"{asked}: weights that are trained stay float32, or small steps would be lost; products are autocast"
+        ("dtype",),
+        f"{asked}: weights that are trained stay float32, or small steps would be lost; products are autocast",
     )
 
 

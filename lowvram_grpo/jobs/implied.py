@@ -40,9 +40,9 @@ def imply_evaluation(recipe: Recipe) -> None:
         UserError: an evaluation is asked for that has no data.
     """
     training = recipe.training
-    if not (recipe.eval_data or recipe.eval_split) and recipe.origin.get("eval_strategy") == "file":
-        if training["eval_strategy"] != "no":
-            recipe.eval_split, recipe.origin["eval_split"] = "test", TRLS_SPLIT
+    by_file = recipe.origin.get("eval_strategy") == "file" and training["eval_strategy"] != "no"
+    if by_file and not (recipe.eval_data or recipe.eval_split):
+        recipe.eval_split, recipe.origin["eval_split"] = "test", TRLS_SPLIT
     if not (recipe.eval_data or recipe.eval_split):
         if training.get("eval_strategy", "no") != "no":
             raise UserError(

@@ -150,11 +150,11 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
         UserError: unknown key (with a suggestion and where it stands), a value of the wrong type or out of range, an
             unreadable file.
     """
-    file = {str(key).replace("-", "_"): value for key, value in (read_table(config_file) if config_file else {}).items()}
+    file = read_table(config_file) if config_file else {}
     env = _environment(file.pop("env", None), f"in {config_file}")
     given = {key: value for key, value in flags.items() if value is not None}
     from_file, from_flags = _named(file, f"in {config_file}"), _named(given, "on the command line")
-    not_applied = left_out({**file, **{key.replace("-", "_"): value for key, value in given.items()}})
+    not_applied = left_out({str(key).replace("-", "_"): value for key, value in [*file.items(), *given.items()]})
     name = from_flags.get("preset") or from_file.get("preset") or "auto"
     chosen = preset.pick() if name == "auto" else name
     layers = {

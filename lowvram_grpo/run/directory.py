@@ -30,7 +30,14 @@ from lowvram_grpo.run.checkpoints import CUT_OFF, damage, replace_text
 # The first line of a recipe that a run wrote.
 RECIPE_HEADER = "# The resolved recipe of a lowvram-grpo run."
 # What an attempt that died before its first step may have left beside its recipe.
-_ATTEMPTS = ("recipe.toml.tmp", "not_applied.md", "rewards.log", "rewards.log.1", "vllm_adapter", "runs")  # the last is TensorBoard's
+_ATTEMPTS = (
+    "recipe.toml.tmp",
+    "not_applied.md",
+    "rewards.log",
+    "rewards.log.1",
+    "vllm_adapter",
+    "runs",
+)  # the last is TensorBoard's
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -169,8 +176,8 @@ class RunDirectory:
         replace_text(self.not_applied_path, text)
 
     def write_adapter(self, write: Callable[[Path], None], *, whole: bool = False) -> Path:
-        """Have `write` fill a folder, and put it in the place of adapter/, or with `whole` of model/: the earlier one is
-        there until then.
+        """Have `write` fill a folder, and put it in the place of adapter/, or of model/ for a `whole` one: the earlier
+        is there until then.
 
         Returns:
             that place.
