@@ -1,8 +1,6 @@
 """A model that learns to use a calculator: it calls the function, reads what comes back, and answers.
 
     python examples/calculator_tool.py
-    lowvram-grpo train --model Qwen/Qwen3-0.6B --data sums.jsonl --tools examples/calculator_tool.py:calculate \
-        --reward examples/calculator_tool.py:right_number
 
 A tool is a function with types and a docstring: the model reads both, by its own chat template. What the tool answers
 stands in the conversation, but is no part of the loss. EXAMPLE_MODEL and EXAMPLE_STEPS set other things than the usual
