@@ -54,9 +54,9 @@ def test_few_diffuse_rows_take_few_wide_tiles(monkeypatch):
     hidden[:4] = torch.randn(4, width, generator=g) * 0.05
     folds, fold = [], VocabularyPass.fold
 
-    def counted(self, state, h, ref_h, v0, v1, out=None):
+    def counted(self, tiles, state, h, ref_h, v0, v1, out=None):
         folds.append((len(h), v1 - v0, out is not None))
-        return fold(self, state, h, ref_h, v0, v1, out)
+        return fold(self, tiles, state, h, ref_h, v0, v1, out)
 
     monkeypatch.setattr(VocabularyPass, "fold", counted)
     monkeypatch.setattr("lowvram_grpo.kernels.sweep.vocabulary_pass.plan_tiles", lambda *a, **k: _Plan(40, 128))
