@@ -11,6 +11,7 @@ import torch
 from lowvram_grpo.kernels.cuts import cuts
 from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.products import add_matmul, matmul
+from lowvram_grpo.kernels.sweep.buffers import Buffers, Tiles
 from lowvram_grpo.kernels.sweep.fold import fold_torch
 from lowvram_grpo.kernels.sweep.fold_triton import fold_triton
 from lowvram_grpo.kernels.sweep.fused_fold import fused_fold
@@ -44,6 +45,11 @@ class Centres(NamedTuple):
 UNKNOWN = Centres()
 
 
+def _cut(flat: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A contiguous tile of `shape`."""
+    return flat[: shape[0] * shape[1]].view(shape)
+
+
 class VocabularyPass:
     """The pass over the vocabulary for one head, transform and device; buffers are shared by all row blocks."""
 
@@ -70,17 +76,19 @@ class VocabularyPass:
         )  # fmt: skip
         # Rows of float32 weights that fit into the small change.
         self._step = max(1, workspace_mib * 2**20 // 16 // (4 * self.width))
-        self.weights = torch.empty(0 if self.view else self.plan.columns, self.width, dtype=dtype, device=device)
-        # Made when first used: the fused kernel needs no tile but for diffuse rows.
-        self._tiles: dict[str, Tensor] = {}
+        self.buffers = Buffers(
+            self.vocab, self.width, self.plan, dtype, device, has_ref=has_ref, kinds=refs + entropy_gradient,
+            view=self.view,
+        )  # fmt: skip
         self._decay = torch.empty(self.plan.rows, device=device)
         self.log_epsilon = math.log(params.epsilon)
 
-    def edges(self) -> list[int]:
-        """Where tiles begin; the fused kernel takes what lies on the device in two launches, the first a probe."""
-        if self.launch.path == "fused" and self.view:
-            return [0, min(4096, self.vocab), self.vocab] if self.vocab > 4096 else [0, self.vocab]
-        tiles = cuts(self.vocab, self.plan.columns, self.device)
+    def edges(self, columns: int) -> list[int]:
+        """Where tiles begin. The fused kernel's first is a probe, and what lies on the device it takes in one more."""
+        if self.launch.path == "fused":
+            first = min(4096, self.vocab, columns)
+            return [0, *range(first, self.vocab, self.vocab if self.view else columns), self.vocab]
+        tiles = cuts(self.vocab, columns, self.device)
         return [0, *(end for _, end in tiles)]
 
     def start(self, h: Tensor, ref_h: Tensor | None, targets: Tensor, lists: bool) -> RowState:
@@ -96,22 +104,18 @@ class VocabularyPass:
         slack = 2**-7 if self.dtype != torch.float32 else 2**-20
         return RowState.start(targets, hint, ref_hint, self.params.capacity if lists else 0, slack)
 
-    def _tile(self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A contiguous (rows, columns) piece of the buffer of that name."""
-        if name not in self._tiles:
-            self._tiles[name] = torch.empty(self.plan.rows * self.plan.columns, dtype=dtype, device=self.device)
-        return self._tiles[name][: rows * columns].view(rows, columns)
-
     def fold(
-        self, state: RowState, h: Tensor, ref_h: Tensor | None, v0: int, v1: int, out: Probabilities | None = None
-    ):
+        self, tiles: Tiles, state: RowState, h: Tensor, ref_h: Tensor | None, v0: int, v1: int,
+        out: Probabilities | None = None,
+    ) -> Tensor:  # fmt: skip
         """Multiply and fold vocabulary entries v0 to v1; returns their weights (v1 - v0, H)."""
-        w, bias = self.head.tile(v0, v1, self.weights)
+        w, bias = self.head.tile(v0, v1, tiles.weights)
         if self.launch.path == "fused" and out is None:
             fused_fold(state, h, ref_h, w, bias, v0, self.transform, self.log_epsilon, self.launch.fused)
             return w
-        x = matmul(h, w.T, self._tile("x", len(h), v1 - v0))
-        ref_x = None if ref_h is None else matmul(ref_h, w.T, self._tile("ref x", len(h), v1 - v0))
+        shape = len(h), v1 - v0
+        x = matmul(h, w.T, _cut(tiles.logits, shape))
+        ref_x = None if ref_h is None else matmul(ref_h, w.T, _cut(tiles.ref_logits, shape))
         fold = fold_torch if self.launch.path == "torch" else fold_triton
         fold(state, x, ref_x, bias, v0, self.transform, self.log_epsilon, out)
         return w
@@ -123,8 +127,11 @@ class VocabularyPass:
         """The state after one pass; None if `hopeless` says so after the first tile, asked with the rows whose lists
         have overflowed already."""
         state = self.start(h, ref_h, targets, lists)
-        for i, (v0, v1) in enumerate(pairwise(self.edges())):
-            self.fold(state, h, ref_h, v0, v1)
+        fused = self.launch.path == "fused"
+        columns = self.buffers.columns(0, 0) if fused else self.plan.columns
+        tiles = self.buffers.cut(0 if fused else len(h), columns)
+        for i, (v0, v1) in enumerate(pairwise(self.edges(columns))):
+            self.fold(tiles, state, h, ref_h, v0, v1)
             if i == 0 and hopeless is not None and v1 < self.vocab and hopeless(state.overflowed):
                 return None
         return state
@@ -147,26 +154,20 @@ class VocabularyPass:
         for total in into:
             if total is not None:
                 total.zero_()
-        columns = self._widest(len(h)) if wide else self.plan.columns
+        wanted = tuple(total is not None for total in into)
+        # PyTorch's fold makes copies of its own, which these bytes do not count.
+        wide = wide and self.launch.path != "torch"
+        columns = self.buffers.columns(len(h), sum(wanted)) if wide else self.plan.columns
+        tiles = self.buffers.cut(len(h), columns, wanted)
         for v0, v1 in cuts(self.vocab, columns, self.device):
-            shape = len(h), v1 - v0
-            p, pd, pl = (
-                None if x is None else self._tile(name, *shape, self.dtype) for name, x in zip(("p", "pd", "pl"), into)
-            )
+            p, pd, pl = (None if x is None else _cut(x, (len(h), v1 - v0)) for x in tiles.probabilities)
             out = Probabilities(p, pd, self._decay[: len(h)], pl, l0)
-            w = self.fold(state, h, ref_h, v0, v1, out)
+            w = self.fold(tiles, state, h, ref_h, v0, v1, out)
             for total, tile in zip(into, (p, pd, pl)):
                 if total is not None:
                     add_matmul(total.mul_(out.decay[:, None]), tile, w)
         self._finish(state, targets, into, l0)
         return state
-
-    def _widest(self, rows: int) -> int:
-        """Columns of a tile of `rows`: weights that are not a view must fit into their own buffer too."""
-        if not self.view:
-            return self.plan.columns
-        columns = self.plan.rows * self.plan.columns // max(1, rows)
-        return min(self.vocab, max(self.plan.columns, columns - columns % 128))
 
     def _finish(self, state: RowState, targets: Tensor, into: Directions, l0: Tensor | None) -> None:
         """From sums over the vocabulary to directions."""

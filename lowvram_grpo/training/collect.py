@@ -113,14 +113,15 @@ class Collector:
             trainer_state,
             seed=seed,
         )
-        advantages = self._advantages(scored.total, scored.per_func, num_generations)
+        advantages = self.advantages(scored.total, scored.per_func, num_generations)
         rollout = Rollout(
             batch, prompts, completions, scored.total, scored.per_func, advantages, scored.extras,
             time.perf_counter() - started,
         )  # fmt: skip
         return rollout, scored.metrics
 
-    def _advantages(self, total: Tensor, per_func: Tensor, num_generations: int) -> Advantages:
+    def advantages(self, total: Tensor, per_func: Tensor, num_generations: int) -> Advantages:
+        """Of rewards (B,), and (B, F) of each function, of groups of `num_generations`."""
         if self.aggregation == "normalize_then_sum":
             return decoupled_advantages(per_func, self.rewards.weights, num_generations)
         return group_advantages(total, num_generations, self.scale_rewards)

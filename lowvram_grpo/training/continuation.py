@@ -29,7 +29,8 @@ ROLLOUT_SETTINGS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs",
     "reward_weights", "scale_rewards", "multi_objective_aggregation", "loss_type", "mask_truncated_completions", "beta",
     "kl_estimator",
-    "importance_sampling_level", "num_iterations", "seed", "data_seed", "shuffle_dataset", "disable_dropout",
+    "importance_sampling_level", "num_iterations", "seed", "data_seed", "shuffle_dataset", "curriculum",
+    "resample_dead_groups", "disable_dropout",
     "kv_cache_dtype", "use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
     "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "bf16", "fp16",
 )  # fmt: skip

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.rewards.runner import RewardRunner
     from lowvram_grpo.run.observer import Observer
+    from lowvram_grpo.training.curriculum import Curriculum
     from lowvram_grpo.training.learner import Learner
     from lowvram_grpo.training.savers import TrainerGuard
 
@@ -50,6 +51,7 @@ class ResumableTrainer(Trainer):
     guard: TrainerGuard
     learner: Learner
     reference: Reference | None
+    curriculum: Curriculum | None
     policy_adapter: str | None
     shift = 0
     _updates: list[list[MicroBatch]] | None = None  # of the rollout that steps learn from now
@@ -176,6 +178,8 @@ class ResumableTrainer(Trainer):
             self.reference.restore(resume_from_checkpoint)
         if self.learner.entropy is not None:
             self.learner.entropy.restore(resume_from_checkpoint)
+        if self.curriculum is not None:
+            self.curriculum.restore(resume_from_checkpoint)
         found = load_updates(resume_from_checkpoint, self.args.device, self.observer.notice)
         self._updates = found or self._updates
 
@@ -249,5 +253,7 @@ class ResumableTrainer(Trainer):
             self.reference.save(folder)
         if self.learner.entropy is not None:
             self.learner.entropy.save(folder)
+        if self.curriculum is not None:
+            self.curriculum.save(folder)
         if (self.state.global_step - self.shift) % self.plan.steps_per_rollout and self._updates:
             save_updates(self._updates, folder)

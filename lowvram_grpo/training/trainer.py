@@ -31,12 +31,14 @@ from lowvram_grpo.training import parts
 from lowvram_grpo.training.checks import RolloutChecks
 from lowvram_grpo.training.collect import rollout_seed
 from lowvram_grpo.training.completions_hub import upload_of
+from lowvram_grpo.training.curriculum import curriculum_of
 from lowvram_grpo.training.early_checks import check_best_metric
 from lowvram_grpo.training.experience import MicroBatch, Rollout, split
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
 from lowvram_grpo.training.metrics import MetricBook, UpdateSums, complete_row, rollout_metrics
 from lowvram_grpo.training.pushing import HubPushes
 from lowvram_grpo.training.reference_sync import ReferenceSync
+from lowvram_grpo.training.resampling import resampling_of
 from lowvram_grpo.training.resumable import ResumableTrainer
 from lowvram_grpo.training.savers import TrainerGuard
 from lowvram_grpo.training.trl_hooks import AskedRewards, TrlHooks
@@ -128,6 +130,10 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         asked = AskedRewards(self) if self.replaces("_calculate_rewards") else self.rewards
         self.collector = parts.make_collector(engine, asked, tokenizer, self.guard, args, self.observer.phase)
         self.metrics = {"train": MetricBook(), "eval": MetricBook()}
+        self.curriculum = curriculum_of(args.curriculum, train_dataset)
+        if self.curriculum is not None:
+            notice(f"curriculum {args.curriculum}: prompts are ordered by {self.curriculum.source}.")
+        self.resampling = resampling_of(args.resample_dead_groups, train_dataset, self._sampled, self.collector, notice)
         log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl")) if args.log_completions else None
         self.completions_log: CompletionsLog | None = log
         if self.completions_upload is not None:
@@ -153,7 +159,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         data = self.train_dataset if train_dataset is None else train_dataset
         seed, shuffle = self.args.seed if self.args.data_seed is None else self.args.data_seed, self.shuffle_dataset
         prompts, repeats = self.plan.prompts_per_rollout, self.plan.steps_per_rollout
-        return PromptSampler(data, prompts=prompts, repeats=repeats, shuffle=shuffle, seed=seed)
+        arrange = None if self.curriculum is None else self.curriculum.arrange
+        return PromptSampler(data, prompts=prompts, repeats=repeats, shuffle=shuffle, seed=seed, arrange=arrange)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> PromptLoader:
         data = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -227,8 +234,11 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
 
     def _roll_out(self, rows: list[dict[str, Any]], step: int) -> int:
         """Sample, reward, cut and score what the next steps learn from; the number of sampled tokens."""
-        rollout = self.pending_rollout or self.collect(rows, step)
-        self.pending_rollout = None
+        rollout, self.pending_rollout = self.pending_rollout, None
+        if rollout is not None and self.resampling is not None:
+            self.metrics["train"].take()
+            rollout = self._kept(rollout, rows, self._logged, rollout_seed(self.args.seed, step), "train")
+        rollout = rollout or self.collect(rows, step)
         self._record(rollout)
         self._updates, self._teaches = self._learnable(rollout), could_teach(rollout)
         return rollout.sampled_tokens
@@ -238,12 +248,29 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         training, group, self._mode = mode == "train", self._group(mode), mode
         # Evaluation draws from seeds of its own, one a batch, the same at every evaluation.
         seed = rollout_seed(self.args.seed, step if training else -1 - self._eval_batches)
+        rollout, self._logged = self._sampled(rows, seed, group)
+        return self._kept(rollout, rows, self._logged, seed, mode)
+
+    def _sampled(self, rows: list[dict[str, Any]], seed: int, group: int | None = None) -> tuple[Rollout, dict]:
+        """A rollout of `group` completions of each row, as the collector makes it."""
         with self.compute_loss_context_manager():
-            rollout, logged = self.collector.collect(rows, group, seed=seed, trainer_state=self.state)
+            rollout, logged = self.collector.collect(
+                rows, group or self._group("train"), seed=seed, trainer_state=self.state
+            )
+        self._add_extras(rollout)
+        return rollout, logged
+
+    def _kept(self, rollout: Rollout, rows: list[dict[str, Any]], logged: dict, seed: int, mode: str) -> Rollout:
+        """The rollout that is used, and what is said and kept of it. Before step 1 nothing is resampled: how many
+        groups are dead is what is asked then."""
+        training = mode == "train"
+        if training and self.resampling is not None and self.is_in_train:
+            rollout, rows, logged, cost = self.resampling(rollout, rows, logged, seed)
+            self.metrics[mode].add(cost)
+            self.state.num_input_tokens_seen += int(cost["resample/tokens_dropped"])
         self._rollout_checks.look(rollout, rows, logged, training=training)
         self.metrics[mode].add(logged)
         self.metrics[mode].add(rollout_metrics(rollout, self.rewards.names))
-        self._add_extras(rollout)
         self._logs.keep(rollout, self.rewards.names)
         return rollout
 
@@ -255,6 +282,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         """Count the rollout's tokens and hand its completions to whoever keeps them."""
         self.state.num_input_tokens_seen += rollout.tokens
         step = self.state.global_step + 1
+        if self.curriculum is not None:
+            self.curriculum.seen(rollout)
         for log in (self.completions_log, self.completions_upload):
             if log is not None:
                 log.write(step, **rollout.columns(self.rewards.names))
