@@ -55,9 +55,10 @@ def converse_anew(
     ids, mask, logps = [[] for _ in range(total)], [[] for _ in range(total)], [[] for _ in range(total)]
     truncated, open_rows, number = [False] * total, list(range(total)), 0
     while open_rows:
-        turns = []
-        for room in sorted({limit - len(ids[row]) for row in open_rows}, reverse=True):
-            rows = [row for row in open_rows if limit - len(ids[row]) == room]
+        turns, rooms = [], {}
+        for row in open_rows:
+            rooms.setdefault(limit - len(ids[row]), []).append(row)
+        for room, rows in rooms.items():
             at, before = replace(sampling, max_new_tokens=room), [[*prompts[row], *ids[row]] for row in rows]
             if number:
                 found = engine.generate(before, 1, seed=seed + number, sampling=at)
