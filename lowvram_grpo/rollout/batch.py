@@ -17,12 +17,15 @@ class RolloutBatch:
         completion_ids: the sampled ids, the end token included where one was drawn. Training uses these very ids.
         sampling_per_token_logps: float32 (T_i,) log-probs at the sampling temperature, before any filter.
         truncated: True where the length limit, not an end token, stopped the completion.
+        tool_mask: of conversations: 1 for each sampled token and 0 for each inserted one, whose log-prob is 0 here.
+            None: all are sampled.
     """
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     sampling_per_token_logps: list[Tensor]
     truncated: list[bool]
+    tool_mask: list[list[int]] | None = None
 
     @property
     def stop_reasons(self) -> list[str]:
