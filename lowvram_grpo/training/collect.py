@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lowvram_grpo.data.decoding import silent_ids, spoken
-from lowvram_grpo.data.encoding import encode_prompts
+from lowvram_grpo.data.encoding import encode_prompts, row_kwargs
 from lowvram_grpo.data.messages import is_conversational
 from lowvram_grpo.memory.guard import Guard
 from lowvram_grpo.objective import Advantages, decoupled_advantages, group_advantages
@@ -69,13 +69,14 @@ class Collector:
     def pad_id(self) -> int:
         return self.engine.sampling.pad_id
 
-    def encode(self, prompts: list) -> list[list[int]]:
-        """Token ids of each prompt, cut to max_prompt_length."""
+    def encode(self, prompts: list, own: Sequence[dict[str, Any]] | None = None) -> list[list[int]]:
+        """Token ids of each prompt, cut to max_prompt_length; `own` are arguments of each for the chat template."""
         ids, _ = encode_prompts(
             self.tokenizer,
             prompts,
             max_prompt_length=self.max_prompt_length,
             chat_template_kwargs=self.chat_template_kwargs,
+            own=own,
         )
         return ids
 
@@ -100,7 +101,7 @@ class Collector:
         prompts = [row["prompt"] for row in rows]
         other = {} if sampling is None else {"sampling": sampling}
         self.tell(f"sampling {len(rows) * num_generations} completions")
-        ids = self.encode(prompts)
+        ids = self.encode(prompts, row_kwargs(rows))
         batch = self.guard.run("rollout", lambda: self.engine.generate(ids, num_generations, seed=seed, **other))
         prompts = [p for p in prompts for _ in range(num_generations)]
         completions = self._decode(batch, prompts)

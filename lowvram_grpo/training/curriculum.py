@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowvram_grpo.data.streams import is_stream
 from lowvram_grpo.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -123,5 +124,16 @@ class Curriculum:
 
 
 def curriculum_of(kind: str, data: Sequence[dict[str, Any]]) -> Curriculum | None:
-    """None where it is off."""
-    return None if kind == "off" else Curriculum(kind, data)
+    """None where it is off.
+
+    Raises:
+        UserError: the data is a stream, or its column does not order it.
+    """
+    if kind == "off":
+        return None
+    if is_stream(data):
+        raise UserError(
+            f"curriculum is {kind}, but the training data is a stream, whose prompts come in its own order; load it "
+            "whole, or drop curriculum."
+        )
+    return Curriculum(kind, data)

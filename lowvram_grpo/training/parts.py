@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lowvram_grpo.data.load import check_dataset
+from lowvram_grpo.data.streams import is_stream, looked_at
 from lowvram_grpo.errors import UserError, WrongType
 from lowvram_grpo.memory.guard import Guard, cap
 from lowvram_grpo.policy.attention_choice import check as check_attention
@@ -39,6 +40,7 @@ from lowvram_grpo.training.early_checks import check_before_loading, check_evalu
 from lowvram_grpo.training.learner import Learner, learner_of
 from lowvram_grpo.training.loss import choose_kernels
 from lowvram_grpo.training.router_loss import router_notice
+from lowvram_grpo.training.streaming import check_streams
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,15 +63,20 @@ def check_arguments(
     train_dataset: Dataset | None,
     eval_dataset: Dataset | dict[str, Dataset] | None,
     peft_config: PeftConfig | None,
-) -> None:
+) -> Sequence[dict[str, Any]]:
     """What costs nothing to know.
+
+    Returns:
+        the rows of the training data that stand for all of them: all, or the first of a stream.
 
     Raises:
         UserError: something that a person can mend.
     """
-    check_dataset(train_dataset, "train_dataset")
+    check_streams(args, train_dataset, eval_dataset)
+    rows = looked_at(train_dataset)
+    check_dataset(rows, "train_dataset")
     check_evaluation(args, eval_dataset)
-    check_columns(reward_funcs, reward_columns(train_dataset[0], only_prompts=bool(args.remove_unused_columns)))
+    check_columns(reward_funcs, reward_columns(rows[0], only_prompts=bool(args.remove_unused_columns)))
     check_before_loading(args, reward_funcs, eval_dataset)
     if peft_config is not None:
         from peft import PeftConfig
@@ -80,6 +87,7 @@ def check_arguments(
             )
         # build_policy does so too, once a tokenizer has been fetched
         check_adapter(peft_config, fresh=True, reference=args.beta > 0)
+    return rows
 
 
 def make_policy(
@@ -114,10 +122,16 @@ def make_policy(
     return model, tokenizer
 
 
-def for_transformers(args: GRPOConfig) -> GRPOConfig:
+def for_transformers(args: GRPOConfig, train_dataset: Any = None, eval_dataset: Any = None) -> GRPOConfig:
     """The copy that transformers.Trainer runs on: one loader batch is one optimizer step, and activation checkpointing
-    is already switched on."""
+    is already switched on. A stream is read by one process, in order."""
     inner = copy.copy(args)
+    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,)
+    if any(map(is_stream, (train_dataset, *evaluated))):
+        inner.accelerator_config = copy.copy(args.accelerator_config)
+        inner.accelerator_config.dispatch_batches = False
+    if is_stream(train_dataset):
+        inner.dataloader_num_workers = 0
     inner.gradient_accumulation_steps = 1
     inner.gradient_checkpointing = inner.activation_checkpointing = False
     inner.remove_unused_columns = False

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowvram_grpo.errors import counted
+from lowvram_grpo.data.streams import is_stream
+from lowvram_grpo.errors import UserError, counted
 from lowvram_grpo.objective import Advantages
 from lowvram_grpo.rollout.batch import RolloutBatch
 from lowvram_grpo.training.experience import Rollout
@@ -133,7 +134,16 @@ def resampling_of(
     collector: Collector,
     tell: Callable[[str], None],
 ) -> Resampling | None:
-    """None where no round is allowed."""
+    """None where no round is allowed.
+
+    Raises:
+        UserError: the data is a stream.
+    """
     if not rounds:
         return None
+    if is_stream(data):
+        raise UserError(
+            f"resample_dead_groups is {rounds}, but the training data is a stream, of which no other prompts can be "
+            "drawn; load it whole, or set it to 0."
+        )
     return Resampling(rounds, data, sample, collector.advantages, tell)

@@ -19,6 +19,8 @@ from transformers import TrainerCallback, set_seed
 
 from lowvram_grpo.data.batching import Batched, PromptLoader, PromptSampler
 from lowvram_grpo.data.load import check_dataset
+from lowvram_grpo.data.stream_loader import StreamLoader
+from lowvram_grpo.data.streams import is_stream
 from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.policy.dropout import training_mode
 from lowvram_grpo.policy.wrapper import is_peft
@@ -41,6 +43,8 @@ from lowvram_grpo.training.reference_sync import ReferenceSync
 from lowvram_grpo.training.resampling import resampling_of
 from lowvram_grpo.training.resumable import ResumableTrainer
 from lowvram_grpo.training.savers import TrainerGuard
+from lowvram_grpo.training.sources import note_sources
+from lowvram_grpo.training.streaming import StreamProgress
 from lowvram_grpo.training.trl_hooks import AskedRewards, TrlHooks
 from lowvram_grpo.training.trl_names import LastCompletions, TrlNames
 from lowvram_grpo.training.warmup import WarmUp
@@ -60,7 +64,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         reward_funcs: one or a list of functions `f(prompts, completions, completion_ids, **columns)`, async functions,
             sequence-classification models, or ids of such models.
         args: GRPOConfig.
-        train_dataset, eval_dataset: datasets with a `prompt` column (string or messages); the rewards get the others.
+        train_dataset, eval_dataset: datasets with a `prompt` column (string or messages), or streams of such rows
+            (IterableDataset; to train on one takes max_steps); the rewards get the others.
         processing_class: tokenizer; that of `model` when left out.
         reward_processing_classes: tokenizers of reward models.
         callbacks, optimizers: as in transformers.Trainer.
@@ -98,7 +103,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         self.grpo_args, self.observer = args, observer or Observer(log_completions=args.log_completions)
         notice = self.observer.notice
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        parts.check_arguments(args, reward_funcs, train_dataset, eval_dataset, peft_config)
+        self.looked_at = parts.check_arguments(args, reward_funcs, train_dataset, eval_dataset, peft_config)
         self.completions_upload = upload_of(args, notice)
         set_seed(args.seed)
         model, tokenizer = parts.make_policy(
@@ -106,7 +111,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         )
         super().__init__(
             model=model,
-            args=parts.for_transformers(args),
+            args=parts.for_transformers(args, train_dataset, eval_dataset),
             data_collator=list,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -119,6 +124,9 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         self.learner = parts.make_learner(model, args, self.compute_loss_context_manager, notice)
         self.reference = self.learner.reference
         self.add_callback(ReferenceSync(self.learner))
+        if is_stream(train_dataset):
+            self.stream = StreamProgress(notice)
+            self.add_callback(self.stream)
         classes = parts.one_each(reward_processing_classes, len(reward_funcs))
         self.rewards = parts.make_rewards(reward_funcs, args, classes, notice)
         self._given_processing_classes = classes
@@ -148,26 +156,50 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
 
     # Data
 
-    def get_train_dataloader(self) -> PromptLoader:
+    def get_train_dataloader(self) -> PromptLoader | StreamLoader:
+        if self.stream is not None:
+            self.stream.loader = self._stream_loader()
+            return self.stream.loader
         sampler = self._get_train_sampler()
         if not isinstance(sampler, PromptSampler):
             sampler = Batched(sampler, self.plan.prompts_per_rollout, self.plan.steps_per_rollout)
-        return PromptLoader(self.train_dataset, sampler)
+        return PromptLoader(self.train_dataset, sampler, self.args.dataloader_num_workers)
+
+    def _stream_loader(self) -> StreamLoader:
+        loader = StreamLoader(
+            self.train_dataset,
+            prompts=self.plan.prompts_per_rollout,
+            repeats=self.plan.steps_per_rollout,
+            shuffle=self.shuffle_dataset,
+            seed=self._data_seed,
+            tell=self.observer.notice,
+        )
+        if self.place is not None:
+            loader.go_on(self.place)
+        return loader
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         """Which prompts go into which step. A subclass may return a sampler of single indices, each once an epoch."""
         data = self.train_dataset if train_dataset is None else train_dataset
-        seed, shuffle = self.args.seed if self.args.data_seed is None else self.args.data_seed, self.shuffle_dataset
         prompts, repeats = self.plan.prompts_per_rollout, self.plan.steps_per_rollout
-        arrange = None if self.curriculum is None else self.curriculum.arrange
-        return PromptSampler(data, prompts=prompts, repeats=repeats, shuffle=shuffle, seed=seed, arrange=arrange)
+        return PromptSampler(
+            data, prompts=prompts, repeats=repeats, shuffle=self.shuffle_dataset, seed=self._data_seed,
+            arrange=None if self.curriculum is None else self.curriculum.arrange,
+        )  # fmt: skip
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> PromptLoader:
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> PromptLoader | StreamLoader:
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         data = self.eval_dataset[data] if isinstance(data, str) else data
         check_dataset(data, "eval_dataset")
         prompts = max(1, self.args.per_device_eval_batch_size // self.generations_eval)
-        return PromptLoader(data, PromptSampler(data, prompts=prompts, repeats=1, shuffle=False, seed=self.args.seed))
+        if is_stream(data):
+            return StreamLoader(data, prompts=prompts)
+        sampler = PromptSampler(data, prompts=prompts, repeats=1, shuffle=False, seed=self.args.seed)
+        return PromptLoader(data, sampler, self.args.dataloader_num_workers)
 
     @property
     def generations_eval(self) -> int:
@@ -181,7 +213,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
             self.collector,
             self.guard,
             self.observer,
-            self.train_dataset,
+            self.looked_at,
+            whole=self.stream is None,
             roll_out=self._roll_out_anew,
             log=self.log,
             save=lambda: self._save(os.path.join(self.args.output_dir, "cold_start")),
@@ -271,6 +304,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         self._rollout_checks.look(rollout, rows, logged, training=training)
         self.metrics[mode].add(logged)
         self.metrics[mode].add(rollout_metrics(rollout, self.rewards.names))
+        self.metrics[mode].add(note_sources(rollout, rows, self._group(mode)))
         self._logs.keep(rollout, self.rewards.names)
         return rollout
 
@@ -332,13 +366,15 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Remember under which name (`eval_NAME` for one of several datasets) the metrics go out."""
-        self._eval_prefix, self._eval_batches = metric_key_prefix, 0
-        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._eval_prefix, self._eval_batches, self._eval_rows = metric_key_prefix, 0, 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        return output._replace(num_samples=self._eval_rows)  # of a stream transformers knows no number
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Sample, reward and score a batch of evaluation prompts; metrics go out under eval_*."""
         rollout = self.collect(inputs, self.state.global_step, mode="eval")
         self._eval_batches += 1
+        self._eval_rows += len(inputs)
         was_training = self.model.training
         self.model.eval()
         loss = self.guard.run("score", lambda: self._evaluated(rollout))

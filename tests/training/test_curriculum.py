@@ -114,3 +114,9 @@ def test_what_cannot_be_ordered_by_is_refused(config, tokenizer, tmp_path):
         trained(config, tokenizer, dataset, curriculum="easy_first")
     with pytest.raises(UserError, match="easy_first"):
         GRPOConfig(output_dir=str(tmp_path), use_cpu=True, curriculum="easy")
+
+
+def test_a_stream_is_refused(config, tokenizer):
+    dataset = Dataset.from_dict({"prompt": ["a", "b", "c", "d"]})
+    with pytest.raises(UserError, match="is a stream"):
+        trained(config, tokenizer, dataset.to_iterable_dataset(), **{"curriculum": "easy_first"})

@@ -106,3 +106,9 @@ def test_other_prompts_are_each_once_in_an_order_of_their_own():
 def test_a_negative_number_of_rounds_is_refused(tmp_path):
     with pytest.raises(UserError, match="resample_dead_groups"):
         GRPOConfig(output_dir=str(tmp_path), use_cpu=True, resample_dead_groups=-1)
+
+
+def test_a_stream_is_refused(config, tokenizer):
+    dataset = Dataset.from_dict({"prompt": ["a", "b", "c", "d"]})
+    with pytest.raises(UserError, match="is a stream"):
+        trained(config, tokenizer, dataset.to_iterable_dataset(), **{"resample_dead_groups": 1})
