@@ -86,9 +86,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Message], k
     before = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     try:
         front = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=False, **kwargs)
-        whole = tokenizer.apply_chat_template(
-            [*before, *answers], tokenize=False, add_generation_prompt=True, **kwargs
-        )
+        whole = tokenizer.apply_chat_template([*before, *answers], tokenize=False, add_generation_prompt=True, **kwargs)
     except Exception as error:  # a template is a program of somebody else's
         raise UserError(f"The chat template refuses the answer of a tool ({one_line(error)}).") from error
     front, whole = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (front, whole))

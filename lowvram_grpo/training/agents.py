@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from lowvram_grpo.data.encoding import row_kwargs
 from lowvram_grpo.data.messages import is_conversational
 from lowvram_grpo.data.tool_calls import check_template, schemas_of
 from lowvram_grpo.errors import Terminated, UserError, WrongType, one_line
@@ -20,11 +21,24 @@ from lowvram_grpo.training.tool_loop import ToolLoop, named_tools
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from lowvram_grpo.rollout.engine import RolloutEngine
     from lowvram_grpo.rollout.sampler import Sampling
-    from lowvram_grpo.training.collect import Collector
+    from lowvram_grpo.rollout.vllm import VLLMEngine
 
 Rows = list[dict[str, Any]]
 _RETURNED = ("prompt_ids", "completion_ids", "logprobs")
+
+
+class Speaker(Protocol):
+    """What agents need of a `Collector`."""
+
+    engine: RolloutEngine | VLLMEngine
+    tokenizer: PreTrainedTokenizerBase
+    chat_template_kwargs: dict[str, Any] | None
+
+    def encode(self, prompts: list, own: Sequence[dict[str, Any]] | None = None) -> list[list[int]]: ...
+
+    def decode(self, batch: RolloutBatch, prompts: list) -> list: ...
 
 
 @dataclass
@@ -45,19 +59,21 @@ class Made:
 
 
 class ToolAgents:
-    """The policy with tools, in environments or without.
+    """The policy with tools, in environments or without; a rollout is made anew where memory ran out in it, and its tools
+    are called anew too.
 
     Args:
         iterations: how often a completion's calls are answered at most; None: as often as it has room.
     """
+
+    samples_itself = False
 
     def __init__(self, tools: Sequence[Callable], environments: Environments | None, iterations: int | None):
         self.tools, self.environments, self.iterations = list(tools), environments, iterations
         self.all_tools = self.tools if environments is None else environments.all_tools()
         if wrong := [tool for tool in self.all_tools if not callable(tool)]:
             raise WrongType(f"tools must be functions, and {wrong[0]!r} is a {type(wrong[0]).__name__}.")
-        named = [name for name in named_tools(self.tools)]
-        if len(named) < len(self.tools):
+        if len(named_tools(self.tools)) < len(self.tools):
             raise UserError("Two tools have the same name, so a call of it could mean either; rename one.")
         self._schemas = {
             name: schemas_of(self.tools if environments is None else environments.tools_of(name))
@@ -78,22 +94,30 @@ class ToolAgents:
             if schemas:
                 check_template(tokenizer, schemas, kwargs)
 
-    def told(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What the chat template gets for a row, beside the settings of the run."""
-        schemas = self._schemas[None if self.environments is None else self.environments.name_of(row)]
-        return {"tools": schemas} if schemas else {}
+    @property
+    def schemas(self) -> list[dict[str, Any]]:
+        """Of all tools: what a prompt tells of, or at most tells of where environments differ."""
+        return list({s["function"]["name"]: s for schemas in self._schemas.values() for s in schemas}.values())
+
+    def _told(self, rows: Rows) -> list[dict[str, Any]] | None:
+        """What the chat template gets for each row, over the settings of the run."""
+        own = row_kwargs(rows)
+        if self.environments is None or not self.environments.several:
+            return own
+        named = [{"tools": self._schemas[self.environments.name_of(row)] or None} for row in rows]
+        return [{**tools, **of_row} for tools, of_row in zip(named, own or [{}] * len(rows))]
 
     def generate(
-        self, collector: Collector, rows: Rows, num_generations: int, *, seed: int, sampling: Sampling | None
+        self, collector: Speaker, rows: Rows, num_generations: int, *, seed: int, sampling: Sampling | None
     ) -> Made:
         engine, sampled_by = collector.engine, sampling or collector.engine.sampling
         each, columns = [row for row in rows for _ in range(num_generations)], {}
         if self.environments is None:
-            ids, group = collector.encode([row["prompt"] for row in rows], rows), num_generations
+            ids, group = collector.encode([row["prompt"] for row in rows], self._told(rows)), num_generations
             prompts, tools = [row["prompt"] for row in each], [named_tools(self.tools)] * len(each)
         else:
             prompts, self.instances, tools = self.environments.begin(each)
-            ids, group = collector.encode(prompts, each), 1
+            ids, group = collector.encode(prompts, self._told(each)), 1
             columns["environments"] = Shared(self.instances)
         loop = ToolLoop(
             collector.tokenizer, tools, iterations=self.iterations, limit=sampled_by.max_new_tokens,
@@ -113,9 +137,16 @@ class RolloutFunction:
     have completions, and so do lists in what it returns. `env_mask` (1 sampled by the policy, 0 inserted) is left out of
     the loss; any other field goes to the rewards."""
 
-    environments = None
-    instances = None
-    all_tools: list[Callable] = []
+    environments = instances = None
+    samples_itself = True
+
+    @property
+    def all_tools(self) -> list[Callable]:
+        return []
+
+    @property
+    def schemas(self) -> list[dict[str, Any]]:
+        return []
 
     def __init__(self, function: Callable[[list], dict[str, list]]):
         self.function = function
@@ -123,11 +154,8 @@ class RolloutFunction:
     def check(self, tokenizer: PreTrainedTokenizerBase, prompt: Any, kwargs: dict[str, Any]) -> None:
         """It renders its prompts itself."""
 
-    def told(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {}
-
     def generate(
-        self, collector: Collector, rows: Rows, num_generations: int, *, seed: int, sampling: Sampling | None
+        self, collector: Speaker, rows: Rows, num_generations: int, *, seed: int, sampling: Sampling | None
     ) -> Made:
         prompts = [row["prompt"] for row in rows for _ in range(num_generations)]
         try:
