@@ -55,13 +55,22 @@ class VLLMEngine:
         self.rows: int | None = None
         self.workspace_mib = 0
 
-    def generate(self, prompt_ids: list[list[int]], num_generations: int, *, seed: int) -> RolloutBatch:
+    def generate(
+        self, prompt_ids: list[list[int]], num_generations: int, *, seed: int, sampling: Sampling | None = None
+    ) -> RolloutBatch:
         """G completions of each prompt; see `RolloutEngine.generate`. vLLM repeats them for the same seed as far as
         its own kernels repeat.
 
         Raises:
             UserError: vLLM does not do it; the sentence says why.
         """
+        usual, self.sampling = self.sampling, sampling or self.sampling
+        try:
+            return self._generated(prompt_ids, num_generations, seed)
+        finally:
+            self.sampling = usual
+
+    def _generated(self, prompt_ids: list[list[int]], num_generations: int, seed: int) -> RolloutBatch:
         self._check_length(max(map(len, prompt_ids)))
         seeds = [prompt_seed(seed, i) for i in range(len(prompt_ids))]
         try:

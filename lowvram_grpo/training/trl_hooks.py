@@ -112,7 +112,8 @@ class TrlHooks:
 
         Returns:
             prompt_ids, prompt_mask (n, P) left-padded; completion_ids, completion_mask, sampling_per_token_logps
-            (n, T) right-padded; advantages (n,); num_items_in_batch, the number of completion tokens.
+            (n, T) right-padded, and where tokens were inserted tool_mask, 0 at these; advantages (n,);
+            num_items_in_batch, the number of sampled tokens.
         """
         step, mode = self._asked or (self.state.global_step, self._mode)
         self._rollout = rollout = self._collect(inputs[:: self._group(mode)], step, mode)
@@ -129,6 +130,8 @@ class TrlHooks:
             "advantages": rollout.advantages.values,
             "num_items_in_batch": torch.tensor(rollout.sampled_tokens),
         }
+        if batch.tool_mask is not None:
+            outputs["tool_mask"] = pad_right([torch.tensor(row) for row in batch.tool_mask], width, 1)
         self._given = outputs
         return {name: value.to(device, copy=True) for name, value in outputs.items()}
 
@@ -235,6 +238,7 @@ class TrlHooks:
             cut("completion_ids"),
             [torch.zeros(k) if logps is None else logps[i, :k].cpu() for i, k in enumerate(lengths)],
             [False] * n,
+            cut("tool_mask") if inputs.get("tool_mask") is not None else None,
         )
         nothing, alone = torch.zeros(n), replace(self.plan, micro_batch_size=n)
         advantages = Advantages(inputs["advantages"].float().cpu(), nothing.bool(), nothing)
