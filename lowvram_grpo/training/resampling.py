@@ -113,6 +113,8 @@ class Resampling:
         a, b = rollout.batch, found.batch
         lists = ("prompt_ids", "completion_ids", "sampling_per_token_logps", "truncated")
         batch = RolloutBatch(*(mixed(getattr(a, name), getattr(b, name)) for name in lists))
+        if a.tool_mask is not None and b.tool_mask is not None:
+            batch.tool_mask = mixed(a.tool_mask, b.tool_mask)
         rewards = stacked(rollout.rewards, found.rewards)
         per_func = stacked(rollout.rewards_per_func, found.rewards_per_func)
         names = {**rollout.extras, **found.extras}

@@ -10,16 +10,13 @@ import copy
 import os
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import TrainerCallback, set_seed
 
-from lowvram_grpo.data.batching import Batched, PromptLoader, PromptSampler
-from lowvram_grpo.data.load import check_dataset
-from lowvram_grpo.data.stream_loader import StreamLoader
 from lowvram_grpo.data.streams import is_stream
 from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.policy.dropout import training_mode
@@ -30,6 +27,7 @@ from lowvram_grpo.rewards.signatures import log_by_name
 from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.training import parts
+from lowvram_grpo.training.agents import agents_of
 from lowvram_grpo.training.checks import RolloutChecks
 from lowvram_grpo.training.collect import rollout_seed
 from lowvram_grpo.training.completions_hub import upload_of
@@ -37,6 +35,7 @@ from lowvram_grpo.training.curriculum import curriculum_of
 from lowvram_grpo.training.early_checks import check_best_metric
 from lowvram_grpo.training.experience import MicroBatch, Rollout, split
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
+from lowvram_grpo.training.loaders import Loaders
 from lowvram_grpo.training.metrics import MetricBook, UpdateSums, complete_row, rollout_metrics
 from lowvram_grpo.training.pushing import HubPushes
 from lowvram_grpo.training.reference_sync import ReferenceSync
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
+class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
     """Trains a causal language model with GRPO. Arguments mean what they mean in TRL.
 
     Args:
@@ -73,7 +72,9 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         quantization_config: bitsandbytes configuration for loading `model` from a name.
         observer: receives notices, phases and sample completions; prints notices when left out.
         ladder: memory savers to take, in this order, before the usual ones when memory runs out.
-        unknown: TRL's tools, environment_factory and rollout_func may be None.
+        tools: functions that the model may call while it answers, with type hints and a docstring.
+        rollout_func: makes completions in place of the engine, as in TRL.
+        environment_factory: makes environments that the model acts in, as in TRL; or such by name.
 
     Raises:
         UnknownSetting: an argument that there is not; a TypeError too, and it says what to write instead.
@@ -83,7 +84,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        reward_funcs: Any,
+        reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -93,6 +94,9 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable[[list, GRPOTrainer], dict[str, list]] | None = None,
+        environment_factory: Callable[[], Any] | dict[str, Callable[[], Any]] | None = None,
         *,
         observer: Observer | None = None,
         ladder: tuple[Rung, ...] = (),
@@ -100,10 +104,14 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
     ):
         parts.check_unknown(unknown, GRPOTrainer.__init__)
         args = args or GRPOConfig(output_dir="grpo")
+        call = None if rollout_func is None else lambda prompts: rollout_func(prompts, self)
+        agents = agents_of(tools, environment_factory, call, args.max_tool_calling_iterations)
+        self.tools, self.rollout_func = [] if agents is None else agents.all_tools, rollout_func
+        acting = parts.with_agents(agents, args, reward_funcs, reward_processing_classes, train_dataset)
+        args, reward_funcs, reward_processing_classes, train_dataset = acting
         self.grpo_args, self.observer = args, observer or Observer(log_completions=args.log_completions)
         notice = self.observer.notice
-        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        self.looked_at = parts.check_arguments(args, reward_funcs, train_dataset, eval_dataset, peft_config)
+        self.looked_at = parts.check_arguments(args, reward_funcs, train_dataset, eval_dataset, peft_config, agents)
         self.completions_upload = upload_of(args, notice)
         set_seed(args.seed)
         model, tokenizer = parts.make_policy(
@@ -136,7 +144,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
             rewards=self.rewards,
         )  # fmt: skip
         asked = AskedRewards(self) if self.replaces("_calculate_rewards") else self.rewards
-        self.collector = parts.make_collector(engine, asked, tokenizer, self.guard, args, self.observer.phase)
+        parts.check_agents(agents, args, tokenizer, self.looked_at)
+        self.collector = parts.make_collector(engine, asked, tokenizer, self.guard, args, self.observer.phase, agents)
         self.metrics = {"train": MetricBook(), "eval": MetricBook()}
         self.curriculum = curriculum_of(args.curriculum, train_dataset)
         if self.curriculum is not None:
@@ -153,57 +162,6 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         self._gradient_check, self._teaches = GradientCheck(str(args.optim)), False
         self._checked, self._early_log = False, []
         self._eval_prefix, self._eval_batches = "eval", 0
-
-    # Data
-
-    def get_train_dataloader(self) -> PromptLoader | StreamLoader:
-        if self.stream is not None:
-            self.stream.loader = self._stream_loader()
-            return self.stream.loader
-        sampler = self._get_train_sampler()
-        if not isinstance(sampler, PromptSampler):
-            sampler = Batched(sampler, self.plan.prompts_per_rollout, self.plan.steps_per_rollout)
-        return PromptLoader(self.train_dataset, sampler, self.args.dataloader_num_workers)
-
-    def _stream_loader(self) -> StreamLoader:
-        loader = StreamLoader(
-            self.train_dataset,
-            prompts=self.plan.prompts_per_rollout,
-            repeats=self.plan.steps_per_rollout,
-            shuffle=self.shuffle_dataset,
-            seed=self._data_seed,
-            tell=self.observer.notice,
-        )
-        if self.place is not None:
-            loader.go_on(self.place)
-        return loader
-
-    @property
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        """Which prompts go into which step. A subclass may return a sampler of single indices, each once an epoch."""
-        data = self.train_dataset if train_dataset is None else train_dataset
-        prompts, repeats = self.plan.prompts_per_rollout, self.plan.steps_per_rollout
-        return PromptSampler(
-            data, prompts=prompts, repeats=repeats, shuffle=self.shuffle_dataset, seed=self._data_seed,
-            arrange=None if self.curriculum is None else self.curriculum.arrange,
-        )  # fmt: skip
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> PromptLoader | StreamLoader:
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        data = self.eval_dataset[data] if isinstance(data, str) else data
-        check_dataset(data, "eval_dataset")
-        prompts = max(1, self.args.per_device_eval_batch_size // self.generations_eval)
-        if is_stream(data):
-            return StreamLoader(data, prompts=prompts)
-        sampler = PromptSampler(data, prompts=prompts, repeats=1, shuffle=False, seed=self.args.seed)
-        return PromptLoader(data, sampler, self.args.dataloader_num_workers)
-
-    @property
-    def generations_eval(self) -> int:
-        return self.grpo_args.num_generations_eval or self.plan.num_generations
 
     # The run
 

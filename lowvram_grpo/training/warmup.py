@@ -226,7 +226,7 @@ class WarmUp:
             micro.sampling_per_token_logps,
             scored,
             reference,
-            micro.completion_mask,
+            micro.sampled_mask,
             _coarsest_dtype(unwrap(learner.model), learner.args),
             other=self._other_sampler(),
         )
@@ -234,7 +234,9 @@ class WarmUp:
         return int(micro.prompt_mask.sum() + micro.completion_mask.sum()), seconds
 
     def _other_sampler(self) -> OtherSampler | None:
-        """vLLM, where that samples; the policy's own engine needs no allowance."""
+        """vLLM, or a function of the user's, where that samples; the policy's own engine needs no allowance."""
+        if self.collector.agents is not None and self.collector.agents.samples_itself:
+            return OtherSampler("rollout_func", rounded=False, filtered=True)
         if not self.learner.args.use_vllm:
             return None
         by = self.collector.engine.sampling
