@@ -1,12 +1,12 @@
 """The forms in which models write calls of tools, each as its chat template shows it.
 
-    hermes      <tool_call>{"name": ..., "arguments": {...}}</tool_call>            Qwen2.5, Qwen3, Hermes, MiniMind, SmolLM3
-    piped       <|tool_call|>[{"name": ..., "arguments": {...}}]<|/tool_call|>      Phi-4-mini, Granite
-    qwen_xml    <tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>   Qwen3-Coder, Qwen3.5
-    glm_xml     <tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value></tool_call>       GLM-4.5
-    mistral     [TOOL_CALLS][{"name": ..., "arguments": {...}}], or [TOOL_CALLS]NAME[ARGS]{...}     Mistral
-    deepseek    <｜tool▁call▁begin｜>[function<｜tool▁sep｜>]NAME...{...}<｜tool▁call▁end｜>              DeepSeek V3, R1
-    json        {"name": ..., "parameters": {...}}, nothing else                                     Llama 3
+    hermes      <tool_call>{"name": ..., "arguments": {...}}</tool_call>    Qwen2.5, Qwen3, Hermes, MiniMind, SmolLM3
+    piped       <|tool_call|>[{"name": ..., "arguments": {...}}]<|/tool_call|>    Phi-4-mini, Granite
+    qwen_xml    <tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>    Qwen3-Coder, Qwen3.5
+    glm_xml     <tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value></tool_call>    GLM-4.5
+    mistral     [TOOL_CALLS][{"name": ..., "arguments": {...}}], or [TOOL_CALLS]NAME[ARGS]{...}    Mistral
+    deepseek    <｜tool▁call▁begin｜>[function<｜tool▁sep｜>]NAME...{...}<｜tool▁call▁end｜>    DeepSeek V3, R1
+    json        {"name": ..., "parameters": {...}}, nothing else    Llama 3
 
 Which one a model writes is found by rendering a call and reading it back. A message with a call that can't be read is
 text as a whole, as in TRL: half of what a model asked for is not done.
@@ -137,7 +137,7 @@ class _Json:
 
     def read(self, text: str) -> tuple[str, list[Call]]:
         """Where a text is one such object; of any other it says nothing."""
-        bare = text.replace("<|python_tag|>", "").strip()
+        bare = text.replace("<|python_tag|>", "").strip()  # before Llama's calls of code
         if not (bare.startswith("{") and bare.endswith("}")):
             return text, []
         found = [of_json(_loads(part)) for part in re.split(r"(?<=\})\s*;\s*(?=\{)", bare)]
@@ -187,20 +187,30 @@ def read_calls(text: str, form: str, properties: Mapping[str, Mapping[str, Any]]
 
     Args:
         form: of FORMATS, by name.
-        properties: tool -> parameter -> its JSON schema, by which texts become numbers. A bare JSON object is a call of
-            one of these tools alone.
+        properties: tool -> parameter -> its JSON schema, by which texts become numbers. A text that is nothing but a
+            JSON object is a call of one of these tools alone, in whatever form its model should write.
     """
-    try:
-        content, calls = _BY_NAME[form].read(text)
-    except Unreadable:
-        return text, []
-    if form == "json" and any(call.name not in properties for call in calls):
-        return text, []
+    content, calls = _read(form, text)
+    if not calls:
+        content, calls = _read("json", _FENCE.sub(r"\1", text.strip()))
+        if not calls or any(call.name not in properties for call in calls):
+            return text, []
     said = [
         {"type": "function", "function": {"name": call.name, "arguments": _typed(call, properties.get(call.name, {}))}}
         for call in calls
     ]
     return content, said
+
+
+# What a model writes around JSON by habit.
+_FENCE = re.compile(r"\A```(?:json)?\s*(.*?)\s*```\Z", re.DOTALL)
+
+
+def _read(form: str, text: str) -> tuple[str, list[Call]]:
+    try:
+        return _BY_NAME[form].read(text)
+    except Unreadable:
+        return text, []
 
 
 _NUMBERS: dict[str, tuple[type, ...]] = {"integer": (int,), "number": (int, float), "boolean": (bool,)}

@@ -2,7 +2,8 @@
 behind what it wrote without touching a token of that.
 
 A model calls tools in the form that its chat template shows (`call_formats.py`), or in that of the tokenizer's own
-`response_template` or `response_schema` (transformers >= 5), which go first. What is no call in that form is text.
+`response_template` or `response_schema` (transformers >= 5), which go first. A turn that is nothing but the JSON of a
+call of a tool that there is counts everywhere: small models leave the tags out. All else is text.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def schemas_of(tools: Sequence[Callable]) -> list[dict[str, Any]]:
             found.append(get_json_schema(tool))
         except Exception as error:  # DocstringParsingException, TypeHintParsingException, and others of signatures
             raise UserError(
-                f"The tool {name_of(tool)!r} can't be described to the model ({one_line(error)}); give it type hints and "
-                "a docstring with an `Args:` section that has a line for each argument."
+                f"The tool {name_of(tool)!r} can't be described to the model ({one_line(error)}); give it type hints "
+                "and a docstring with an `Args:` section that has a line for each argument."
             ) from error
     return found
 
@@ -50,7 +51,7 @@ def name_of(tool: Callable) -> str:
 
 
 def is_async(tool: Callable) -> bool:
-    return inspect.iscoroutinefunction(tool) or inspect.iscoroutinefunction(getattr(tool, "__call__", None))
+    return inspect.iscoroutinefunction(tool) or inspect.iscoroutinefunction(getattr(type(tool), "__call__", None))  # noqa: B004
 
 
 class ToolSpeech:

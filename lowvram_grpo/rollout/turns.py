@@ -89,6 +89,6 @@ def converse_anew(
 
 
 def turn_seed(seed: int, number: int) -> int:
-    """Of the `number`-th `generate` (from 1 on) of a rollout: far from the seeds of other rollouts, which are neighbours."""
+    """Of the `number`-th `generate` (from 1 on) of a rollout, far from the seeds of the next rollouts."""
     digest = hashlib.blake2b(f"turn {seed} {number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2

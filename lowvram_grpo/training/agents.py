@@ -1,5 +1,5 @@
-"""Where completions come from other than a plain turn of the policy: tools that it calls, environments that it acts in, or
-a function of the user's (`rollout_func`, as TRL 1.16 has it)."""
+"""Where completions come from other than a plain turn of the policy: tools that it calls, environments that it acts in,
+or a function of the user's (`rollout_func`, as TRL 1.16 has it)."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class Made:
 
 
 class ToolAgents:
-    """The policy with tools, in environments or without; a rollout is made anew where memory ran out in it, and its tools
-    are called anew too.
+    """The policy with tools, in environments or without. Where memory runs out in a rollout it is made anew, and its
+    tools are called anew too.
 
     Args:
         iterations: how often a completion's calls are answered at most; None: as often as it has room.
@@ -158,9 +158,9 @@ def _shared(ids: list[list[int]], group: int) -> tuple[list[list[int]], int]:
 
 
 class RolloutFunction:
-    """A user's function `f(prompts) -> {"prompt_ids", "completion_ids", "logprobs", ...}`; prompts stand as often as they
-    have completions, and so do lists in what it returns. `env_mask` (1 sampled by the policy, 0 inserted) is left out of
-    the loss; any other field goes to the rewards."""
+    """A user's function `f(prompts) -> {"prompt_ids", "completion_ids", "logprobs", ...}`; prompts stand as often as
+    they have completions, and so do lists in what it returns. `env_mask` (1 sampled, 0 inserted) says what the loss
+    leaves out; any other field goes to the rewards."""
 
     environments = instances = None
     samples_itself = True

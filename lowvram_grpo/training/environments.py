@@ -1,9 +1,9 @@
-"""Environments that a model acts in, as TRL 1.16 has them: an instance for each completion, whose public methods are tools.
+"""Environments that a model acts in, as TRL 1.16 has them: one for each completion, with methods that are tools.
 
 `reset(**row)` is called before each rollout; a text that it returns is put behind the last message of the prompt. An
-environment with `get_reward()` is a reward of its own, of weight 1, under the name of its class. Instances are made once
-and reset often. With a dict of factories the data's column `environment` says which a row uses, and only its tools are in
-that row's prompt.
+environment with `get_reward()` is a reward of its own, of weight 1, under the name of its class. Instances are made
+once and reset often. With a dict of factories the data's column `environment` says which a row uses, and only its tools
+are in that row's prompt.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Environments:
         return prompts, instances, tools
 
     def rewards(self) -> list[Callable]:
-        """A reward function for each class of environment that has `get_reward`; None where a completion had another."""
+        """A reward function for each class of environment that has `get_reward`; None for completions of another."""
         kinds = {type(pool[0]): None for pool in self._pool.values() if callable(getattr(pool[0], "get_reward", None))}
         return [_reward_of(kind) for kind in kinds]
 
@@ -126,13 +126,13 @@ def _reset(instance: Any, row: dict[str, Any]) -> str | None:
         raise
     except Exception as error:
         raise UserError(
-            f"reset of the environment {type(instance).__name__} failed ({type(error).__name__}: {one_line(error)}); it "
-            "gets the columns of the row as keyword arguments, so let it take **kwargs."
+            f"reset of the environment {type(instance).__name__} failed ({type(error).__name__}: {one_line(error)}); "
+            "it gets the columns of the row as keyword arguments, so let it take **kwargs."
         ) from error
     if said is not None and not isinstance(said, str):
         raise UserError(
-            f"reset of the environment {type(instance).__name__} returned a {type(said).__name__}; return None or a text, "
-            "which is put behind the last message of the prompt."
+            f"reset of the environment {type(instance).__name__} returned a {type(said).__name__}; return None or a "
+            "text, which is put behind the last message of the prompt."
         )
     return said
 

@@ -1,5 +1,5 @@
-"""Completions that a function of the user's makes, TRL's `rollout_func(prompts, trainer)`, and whether they can be learned
-from."""
+"""Completions that a function of the user's makes, TRL's `rollout_func(prompts, trainer)`, and whether they can be
+learned from."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A rollout in which the model calls tools: each of its turns is read, what it calls is run, and the answers go behind
 its turn as the chat template renders them.
 
-Metrics, as TRL's: `tools/call_frequency`, calls per completion; `tools/failure_frequency`, the share of calls that raised
-or named no tool. What a tool raises is its answer, `{"error": ...}`: the model reads it.
+Metrics, as TRL's: `tools/call_frequency`, calls per completion; `tools/failure_frequency`, the share of calls that
+raised or named no tool. What a tool raises is its answer, `{"error": ...}`: the model reads it.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def _called(name: str, tool: Callable, arguments: dict[str, Any]) -> tuple[Messa
 
 
 class _Loop:
-    """An event loop in a thread of its own, since a notebook has one running in this. One for the whole process: clients
-    that a tool keeps stay bound to it."""
+    """An event loop in a thread of its own, since a notebook has one running in this. One for the whole process:
+    clients that a tool keeps stay bound to it."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -146,15 +146,19 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         asked = AskedRewards(self) if self.replaces("_calculate_rewards") else self.rewards
         parts.check_agents(agents, args, tokenizer, self.looked_at)
         self.collector = parts.make_collector(engine, asked, tokenizer, self.guard, args, self.observer.phase, agents)
-        self.metrics = {"train": MetricBook(), "eval": MetricBook()}
         self.curriculum = curriculum_of(args.curriculum, train_dataset)
         if self.curriculum is not None:
             notice(f"curriculum {args.curriculum}: prompts are ordered by {self.curriculum.source}.")
         self.resampling = resampling_of(args.resample_dead_groups, train_dataset, self._sampled, self.collector, notice)
-        log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl")) if args.log_completions else None
-        self.completions_log: CompletionsLog | None = log
         if self.completions_upload is not None:
             self.add_callback(self.completions_upload)
+        self._nothing_yet(args)
+
+    def _nothing_yet(self, args: GRPOConfig) -> None:
+        """What steps and logs are counted and kept in, before the first."""
+        log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl")) if args.log_completions else None
+        self.completions_log: CompletionsLog | None = log
+        self.metrics = {"train": MetricBook(), "eval": MetricBook()}
         self.pending_rollout: Rollout | None = None
         self._logs = LastCompletions(self.plan.completions_per_rollout)
         self._extra_columns: dict[str, list] = defaultdict(list)
