@@ -2,7 +2,7 @@
 
     hermes      <tool_call>{"name": ..., "arguments": {...}}</tool_call>    Qwen2.5, Qwen3, Hermes, MiniMind, SmolLM3
     piped       <|tool_call|>[{"name": ..., "arguments": {...}}]<|/tool_call|>    Phi-4-mini, Granite
-    qwen_xml    <tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>    Qwen3-Coder, Qwen3.5
+    qwen_xml    <tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>    Qwen3-Coder
     glm_xml     <tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value></tool_call>    GLM-4.5
     mistral     [TOOL_CALLS][{"name": ..., "arguments": {...}}], or [TOOL_CALLS]NAME[ARGS]{...}    Mistral
     deepseek    <｜tool▁call▁begin｜>[function<｜tool▁sep｜>]NAME...{...}<｜tool▁call▁end｜>    DeepSeek V3, R1

@@ -41,7 +41,7 @@ class VLLMEngine:
 
     Attributes:
         sampling: as in `RolloutEngine`.
-        rows, workspace_mib: settable as there, without effect: vLLM sees to its own memory.
+        rows, workspace_mib, converses: settable as there, without effect: vLLM sees to its own memory.
     """
 
     def __init__(self, sampling: Sampling, versions: AdapterVersions):
@@ -53,7 +53,7 @@ class VLLMEngine:
             )
         self.sampling, self.versions = sampling, versions
         self.rows: int | None = None
-        self.workspace_mib = 0
+        self.workspace_mib, self.converses = 0, False
 
     def generate(
         self, prompt_ids: list[list[int]], num_generations: int, *, seed: int, sampling: Sampling | None = None
