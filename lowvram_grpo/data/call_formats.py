@@ -213,6 +213,8 @@ def _read(form: str, text: str) -> tuple[str, list[Call]]:
         return text, []
 
 
+# As templates in Jinja print them.
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
 _NUMBERS: dict[str, tuple[type, ...]] = {"integer": (int,), "number": (int, float), "boolean": (bool,)}
 
 
@@ -225,7 +227,7 @@ def _typed(call: Call, schema: Mapping[str, Any]) -> Arguments:
         if not isinstance(value, str) or "string" in kinds:
             return value
         try:
-            found = json.loads(value)
+            found = json.loads(_PYTHON.get(value, value))
         except (ValueError, RecursionError):
             return value
         if not kinds:

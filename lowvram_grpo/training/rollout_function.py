@@ -45,7 +45,13 @@ def call(function: Callable[[list], Any], prompts: Sequence[Any]) -> dict[str, A
 
 
 def batch_of(
-    found: dict[str, Any], count: int, ends: set[int], *, vocabulary: int | None = None, positions: int | None = None
+    found: dict[str, Any],
+    count: int,
+    ends: set[int],
+    *,
+    vocabulary: int | None = None,
+    positions: int | None = None,
+    source: str = "rollout_func",
 ) -> tuple[RolloutBatch, dict[str, list]]:
     """A rollout of what `call` found, and further columns for the rewards.
 
@@ -54,11 +60,13 @@ def batch_of(
         ends: ids that end a completion, padding as well: any other last one says that it was cut.
         vocabulary: ids that the model knows, from 0 on.
         positions: tokens that a prompt and its completion may have together.
+        source: who made it, for people.
 
     Raises:
         UserError: something in it can't be learned from.
     """
-    lists = {name: _plain(value) for name, value in found.items() if name != "logprob_token_ids"}
+    unused = {"logprob_token_ids"} | ({"env_mask"} if found.get("env_mask") is None else set())
+    lists = {name: _plain(value) for name, value in found.items() if name not in unused}
     if lists["logprobs"] is None:
         lists["logprobs"] = [[None] * len(row) for row in _plain(lists["completion_ids"])]
     # As in TRL: what is no list is the same for every completion.
@@ -66,29 +74,34 @@ def batch_of(
     for name, value in lists.items():
         if len(value) != count:
             raise UserError(
-                f"rollout_func was given {count} prompts (each as often as it has completions) and returned "
+                f"{source} was given {count} prompts (each as often as it has completions) and returned "
                 f"{len(value)} {name}; return one for each."
             )
-    prompts, ids = ([_ids(row, name, i, vocabulary) for i, row in enumerate(lists[name])] for name in _RETURNED[:2])
+
+    def of(name: str) -> list[list[int]]:
+        said = f"{source} returned {{}} {name} {{}}".format
+        return [_ids(row, lambda what, i=i: said(what, i), vocabulary) for i, row in enumerate(lists[name])]
+
+    prompts, ids = of("prompt_ids"), of("completion_ids")
     mask = lists.pop("env_mask", None)
     for name, rows in (("logprobs", lists["logprobs"]), ("env_mask", mask)):
         at = next((i for i, row in enumerate(rows or []) if len(_plain(row)) != len(ids[i])), None)
         if rows is not None and at is not None:
             raise UserError(
-                f"rollout_func returned {len(_plain(rows[at]))} {name} for the {len(ids[at])} tokens of completion "
+                f"{source} returned {len(_plain(rows[at]))} {name} for the {len(ids[at])} tokens of completion "
                 f"{at}; return one for each token."
             )
     longest = max((len(p) + len(c), i) for i, (p, c) in enumerate(zip(prompts, ids)))
     if positions is not None and longest[0] > positions:
         raise UserError(
-            f"rollout_func returned a prompt and completion of {longest[0]} tokens ({longest[1]}), and the model has "
+            f"{source} returned a prompt and completion of {longest[0]} tokens ({longest[1]}), and the model has "
             f"{positions} positions; stop earlier."
         )
-    logps = [_logps(row, i) for i, row in enumerate(lists["logprobs"])]
+    logps = [_logps(row, f"{source} returned logprobs of completion {i}") for i, row in enumerate(lists["logprobs"])]
     tool_mask = None if mask is None else [[int(bool(x)) for x in _plain(row)] for row in mask]
     if tool_mask is not None:  # what was not sampled has no log-prob
         logps = [torch.where(torch.tensor(by) > 0, row, 0.0) for by, row in zip(tool_mask, logps)]
-    others = {name: list(value) for name, value in lists.items() if name not in _RETURNED}
+    others = {name: value for name, value in lists.items() if name not in _RETURNED}
     return RolloutBatch(prompts, ids, logps, [row[-1] not in ends for row in ids], tool_mask), others
 
 
@@ -97,21 +110,22 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _ids(row: Any, name: str, i: int, vocabulary: int | None) -> list[int]:
+def _ids(row: Any, said: Callable[[str], str], vocabulary: int | None) -> list[int]:
+    """`said`: who returned it, around what is wrong with it."""
     try:
         ids = [int(token) for token in _plain(row)]
     except (TypeError, ValueError) as error:
-        raise UserError(f"rollout_func returned {name} {i} that are no token ids ({one_line(error)}).") from error
+        raise UserError(f"{said('something else than token ids in')} ({one_line(error)}).") from error
     if not ids:
-        raise UserError(f"rollout_func returned no token in {name} {i}; return at least one (an end token).")
-    if min(ids) < 0 or (vocabulary is not None and max(ids) >= vocabulary):
-        wrong = next(t for t in ids if t < 0 or (vocabulary is not None and t >= vocabulary))
+        raise UserError(f"{said('no token in')}; return at least one (an end token).")
+    wrong = next((t for t in ids if t < 0 or (vocabulary is not None and t >= vocabulary)), None)
+    if wrong is not None:
         known = "0 on" if vocabulary is None else f"0 to {vocabulary - 1}"
-        raise UserError(f"rollout_func returned the token {wrong} in {name} {i}, and the model knows {known}.")
+        raise UserError(f"{said(f'the token {wrong} in')}, and the model knows {known}.")
     return ids
 
 
-def _logps(row: Any, i: int) -> Tensor:
+def _logps(row: Any, said: str) -> Tensor:
     """float32 (T,), NaN where the sampler could give none.
 
     Raises:
@@ -120,8 +134,8 @@ def _logps(row: Any, i: int) -> Tensor:
     found = torch.tensor([_number(x) for x in _plain(row)], dtype=torch.float32)
     if bool((found > _ROUNDING).any()) or bool(found.isinf().any()):
         raise UserError(
-            f"rollout_func returned logprobs of completion {i} with {float(found.nan_to_num(-1.0).max()):.3g} among "
-            "them; they must be logarithms of probabilities, finite and not above 0."
+            f"{said} with {float(found.nan_to_num(-1.0).abs().max()):.3g} among them; they must be logarithms of "
+            "probabilities, finite and not above 0."
         )
     return found
 
