@@ -34,8 +34,8 @@ def looked_at(data: Any) -> Sequence[Any]:
 
 
 def opened_at(stream: Any, state: Any) -> Iterator[Any]:
-    """The rows of a stream from the place that it called `state`. Whoever iterates over it next begins at its beginning:
-    a stream of `datasets` would go on there each time, until another epoch."""
+    """The rows of a stream from the place that it called `state`. Whoever iterates over it next begins at its
+    beginning: a stream of `datasets` would go on there each time, until another epoch."""
     stream.load_state_dict(state)
     rows = iter(stream)
     first = list(islice(rows, 1))

@@ -36,7 +36,7 @@ def imply_evaluation(recipe: Recipe) -> None:
         UserError: an evaluation is asked for that has no data.
     """
     training = recipe.training
-    if not (recipe.eval_data or recipe.eval_split):
+    if not (recipe.eval_data or recipe.eval_split or (recipe.dataset_mixture or {}).get("test_split_size")):
         if training.get("eval_strategy", "no") != "no":
             raise UserError(
                 f"eval_strategy is {training['eval_strategy']}, but there is no data to evaluate on; pass --eval-data "
