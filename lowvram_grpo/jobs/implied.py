@@ -41,9 +41,10 @@ def imply_evaluation(recipe: Recipe) -> None:
     """
     training = recipe.training
     by_file = recipe.origin.get("eval_strategy") == "file" and training["eval_strategy"] != "no"
-    if by_file and not (recipe.eval_data or recipe.eval_split):
+    kept = (recipe.dataset_mixture or {}).get("test_split_size")
+    if by_file and not (recipe.eval_data or recipe.eval_split or kept):
         recipe.eval_split, recipe.origin["eval_split"] = "test", TRLS_SPLIT
-    if not (recipe.eval_data or recipe.eval_split):
+    if not (recipe.eval_data or recipe.eval_split or kept):
         if training.get("eval_strategy", "no") != "no":
             raise UserError(
                 f"eval_strategy is {training['eval_strategy']}, but there is no data to evaluate on; pass --eval-data "

@@ -75,7 +75,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
 def _check_named(recipe: Recipe) -> None:
     if not recipe.model:
         raise UserError("No model given; pass --model with a folder or a hub id.")
-    if not recipe.data:
+    if not (recipe.data or recipe.dataset_mixture):
         raise UserError("No data given; pass --data with a folder, a json/jsonl/csv/parquet file or a hub id.")
 
 
@@ -106,7 +106,7 @@ def _train(job: Job, start: Start, said: Sequence[str]) -> None:
     recipe, args, directory, checkpoint = job.recipe, job.args, start.directory, start.checkpoint
     args.output_dir = str(directory.path)
     logs = _Logs(recipe, start)
-    subtitle = f"{recipe.model} on {recipe.data}"
+    subtitle = f"{recipe.model} on {', '.join(recipe.places)}"
     with Console("lowvram-grpo", subtitle, plain=recipe.plain or None, log_completions=args.log_completions) as console:
         for sentence in _opening(job, start, said):
             console.notice(sentence)
@@ -115,7 +115,7 @@ def _train(job: Job, start: Start, said: Sequence[str]) -> None:
             console.table(as_text(recipe.not_applied))
         interrupt = StopAfterStep(console.notice)
         trainer = _loaded(job, console, [interrupt, AfterFirstStep(logs.take_over)], logs)
-        if checkpoint and step_of(checkpoint) >= planned_steps(args, job.train_data, checkpoint):
+        if checkpoint and step_of(checkpoint) >= planned_steps(args, job.train.first, checkpoint):
             # An earlier process ended between the last checkpoint and the adapter.
             trainer._load_from_checkpoint(str(checkpoint))
             logs.take_over()
@@ -134,9 +134,9 @@ def _opening(job: Job, start: Start, said: Sequence[str]) -> Iterator[str]:
     yield from said
     if guessed := guess_notice(job.recipe):
         yield guessed
-    if job.eval_data and job.recipe.origin.get("eval_strategy") == IMPLIED:
+    if job.evaluation is not None and job.recipe.origin.get("eval_strategy") == IMPLIED:
         yield (
-            f"evaluating on {len(job.eval_data)} prompts every {job.args.eval_steps:g} steps and at the end; "
+            f"evaluating on {job.evaluation.count} every {job.args.eval_steps:g} steps and at the end; "
             "set --eval-steps, or --eval-strategy no, to change that."
         )
     if start.resumed:
