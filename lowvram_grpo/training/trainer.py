@@ -146,6 +146,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         asked = AskedRewards(self) if self.replaces("_calculate_rewards") else self.rewards
         parts.check_agents(agents, args, tokenizer, self.looked_at)
         self.collector = parts.make_collector(engine, asked, tokenizer, self.guard, args, self.observer.phase, agents)
+        self.collector.made_by = self.made_by_generate if self.replaces("_generate") else None
         self.curriculum = curriculum_of(args.curriculum, train_dataset)
         if self.curriculum is not None:
             notice(f"curriculum {args.curriculum}: prompts are ordered by {self.curriculum.source}.")
