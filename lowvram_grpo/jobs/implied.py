@@ -47,6 +47,11 @@ def imply_evaluation(recipe: Recipe) -> None:
                 "eval_on_start is set, but there is no data to evaluate on; pass --eval-data or --eval-split, or drop "
                 "eval_on_start."
             )
+        if training.get("early_stopping"):
+            raise UserError(
+                "early_stopping is set, but there is no data to evaluate on; pass --eval-data or --eval-split, or drop "
+                "early_stopping."
+            )
         return
     if "eval_strategy" not in training:
         training["eval_strategy"] = "steps"
@@ -54,6 +59,25 @@ def imply_evaluation(recipe: Recipe) -> None:
     if training["eval_strategy"] == "steps" and not training.get("eval_steps"):
         training["eval_steps"] = training.get("save_steps") or _EVAL_STEPS
         recipe.origin["eval_steps"] = IMPLIED
+    _imply_best_model(recipe)
+
+
+def _imply_best_model(recipe: Recipe) -> None:
+    """A run that ends when it gets no better leaves the best weights; and where these are asked for, a checkpoint is
+    due with each evaluation, unless somebody has said when."""
+    training = recipe.training
+    unsaid = lambda key: recipe.origin.get(key) not in ("flag", "file")
+    if training.get("early_stopping") and unsaid("load_best_model_at_end") and training.get("save_strategy") != "no":
+        training["load_best_model_at_end"] = training.get("eval_strategy") != "no"
+        recipe.origin["load_best_model_at_end"] = IMPLIED
+    if not training.get("load_best_model_at_end"):
+        return
+    if unsaid("save_strategy"):
+        training["save_strategy"] = training["eval_strategy"]
+        recipe.origin["save_strategy"] = IMPLIED
+    if training["save_strategy"] == "steps" == training["eval_strategy"] and unsaid("save_steps"):
+        training["save_steps"] = training["eval_steps"]
+        recipe.origin["save_steps"] = IMPLIED
 
 
 def adopt_adapter(recipe: Recipe, tell: Callable[[str], None]) -> None:

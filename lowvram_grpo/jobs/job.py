@@ -83,7 +83,8 @@ def check(job: Job, start: Start | None, tell: Callable[[str], None]) -> None:
     """
     args, functions, train_data, eval_data = job.args, job.rewards.functions, job.train_data, job.eval_data
     if start is not None:
-        check_unfinished(start.directory, start.checkpoint, planned_steps(args, train_data, start.checkpoint))
+        planned = planned_steps(args, train_data, start.checkpoint)
+        check_unfinished(start.directory, start.checkpoint, planned, patience=args.early_stopping)
     check_prompts(job.tokenizer, train_data, chat_template_kwargs=args.chat_template_kwargs)
     if raw_text := raw_text_notice(job.tokenizer, train_data[:1]["prompt"]):
         tell(raw_text)

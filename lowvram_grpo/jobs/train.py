@@ -25,8 +25,9 @@ from lowvram_grpo.run.capture import Capture
 from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.console import Console
 from lowvram_grpo.run.interrupt import StopAfterStep
-from lowvram_grpo.run.metrics import MetricsWriter
+from lowvram_grpo.run.metrics import MetricsWriter, best_sentence
 from lowvram_grpo.run.model_card import model_card
+from lowvram_grpo.training.best_model import best_of, stopped_early
 from lowvram_grpo.training.collect import SCORING
 from lowvram_grpo.training.continuation import planned_steps, step_of
 from lowvram_grpo.training.trainer import GRPOTrainer
@@ -104,9 +105,9 @@ def _train(job: Job, start: Start, said: Sequence[str]) -> None:
             console.notice(sentence)
         interrupt = StopAfterStep(console.notice)
         trainer = _loaded(job, console, [interrupt, AfterFirstStep(logs.take_over)], logs)
-        if checkpoint and step_of(checkpoint) >= planned_steps(args, job.train_data, checkpoint):
+        if checkpoint and _is_over(job, checkpoint):
             # An earlier process ended between the last checkpoint and the adapter.
-            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.take_up(checkpoint)
             logs.take_over()
         else:
             with interrupt.armed():
@@ -114,8 +115,17 @@ def _train(job: Job, start: Start, said: Sequence[str]) -> None:
             if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
                 console.notice(f"stopped at step {trainer.state.global_step}; go on with --resume {directory.path}")
                 raise Stopped(interrupt.requested)
+        if best := best_of(args, trainer.state, trainer.callback_handler.callbacks):
+            logs.metrics.rows.append([best.row()])
         _leave_adapter(recipe, trainer, start)
         console.notice(f"adapter: {directory.adapter_dir}")
+        if best:
+            console.notice(f"it is the best of the run: {best_sentence(best.row())}")
+
+
+def _is_over(job: Job, checkpoint: Path) -> bool:
+    done = step_of(checkpoint) >= planned_steps(job.args, job.train_data, checkpoint)
+    return done or stopped_early(checkpoint, job.args.early_stopping)
 
 
 def _opening(job: Job, start: Start, said: Sequence[str]) -> Iterator[str]:

@@ -47,6 +47,7 @@ _OTHERS = {
     "vllm_server_base_url": "vllm_server_url vllm_base_url",
     "log_unique_prompts": "wandb_log_unique_prompts",
     "eval_strategy": "evaluation_strategy",
+    "early_stopping": "early_stopping_patience early_stop patience",
     "use_cpu": "no_cuda",
     "bf16": "use_bf16 mixed_precision",
     "fp16": "use_fp16 fp16_opt_level fp16_backend half_precision_backend",

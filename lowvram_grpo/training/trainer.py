@@ -28,6 +28,7 @@ from lowvram_grpo.rewards.signatures import log_by_name
 from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.training import parts
+from lowvram_grpo.training.best_model import EarlyStopping, check_early_stopping
 from lowvram_grpo.training.checks import RolloutChecks
 from lowvram_grpo.training.collect import rollout_seed
 from lowvram_grpo.training.completions_hub import upload_of
@@ -99,6 +100,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         notice = self.observer.notice
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         parts.check_arguments(args, reward_funcs, train_dataset, eval_dataset, peft_config)
+        check_early_stopping(args, callbacks or ())
         self.completions_upload = upload_of(args, notice)
         set_seed(args.seed)
         model, tokenizer = parts.make_policy(
@@ -119,6 +121,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         self.learner = parts.make_learner(model, args, self.compute_loss_context_manager, notice)
         self.reference = self.learner.reference
         self.add_callback(ReferenceSync(self.learner))
+        if args.early_stopping:
+            self.add_callback(EarlyStopping(args.early_stopping, args.early_stopping_threshold, notice))
         classes = parts.one_each(reward_processing_classes, len(reward_funcs))
         self.rewards = parts.make_rewards(reward_funcs, args, classes, notice)
         self._given_processing_classes = classes
@@ -287,7 +291,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         for log in (self.completions_log, self.completions_upload):
             if log is not None:
                 log.write(step, **rollout.columns(self.rewards.names))
-        self.observer.sample(*rollout.best(), step)
+        for shown in rollout.shown(self.grpo_args.num_completions_to_print or 1):
+            self.observer.sample(*shown, step)
 
     def cut(self, rollout: Rollout, updates: int) -> list[list[MicroBatch]]:
         return self.learner.cut(rollout, self.plan, self.collector.pad_id, updates=updates)
