@@ -65,19 +65,22 @@ def imply_evaluation(recipe: Recipe) -> None:
 def _imply_best_model(recipe: Recipe) -> None:
     """A run that ends when it gets no better leaves the best weights; and where these are asked for, a checkpoint is
     due with each evaluation, unless somebody has said when."""
-    training = recipe.training
-    unsaid = lambda key: recipe.origin.get(key) not in ("flag", "file")
-    if training.get("early_stopping") and unsaid("load_best_model_at_end") and training.get("save_strategy") != "no":
-        training["load_best_model_at_end"] = training.get("eval_strategy") != "no"
+    training, said = recipe.training, ("flag", "file")
+    evaluated = training["eval_strategy"]
+    keeps_none = training.get("save_strategy") == "no" or evaluated == "no"
+    if training.get("early_stopping") and "load_best_model_at_end" not in training and not keeps_none:
+        training["load_best_model_at_end"] = True
         recipe.origin["load_best_model_at_end"] = IMPLIED
+        if recipe.resume:  # whose file says everything
+            said = ("flag",)
     if not training.get("load_best_model_at_end"):
         return
-    if unsaid("save_strategy"):
-        training["save_strategy"] = training["eval_strategy"]
-        recipe.origin["save_strategy"] = IMPLIED
-    if training["save_strategy"] == "steps" == training["eval_strategy"] and unsaid("save_steps"):
-        training["save_steps"] = training["eval_steps"]
-        recipe.origin["save_steps"] = IMPLIED
+    due = {"save_strategy": evaluated}
+    if evaluated == "steps" and training.get("save_strategy", "steps") == "steps":
+        due["save_steps"] = training["eval_steps"]
+    for key, value in due.items():
+        if recipe.origin.get(key) not in said and training.get(key) != value:
+            training[key], recipe.origin[key] = value, IMPLIED
 
 
 def adopt_adapter(recipe: Recipe, tell: Callable[[str], None]) -> None:

@@ -98,6 +98,7 @@ def _train(job: Job, start: Start, said: Sequence[str]) -> None:
     """Load the model, train it and leave its adapter, in sight of a person."""
     recipe, args, directory, checkpoint = job.recipe, job.args, start.directory, start.checkpoint
     args.output_dir = str(directory.path)
+    args.run_name = args.run_name or directory.path.resolve().name  # what trackers call it, after a resume too
     logs = _Logs(recipe, start)
     subtitle = f"{recipe.model} on {recipe.data}"
     with Console("lowvram-grpo", subtitle, plain=recipe.plain or None, log_completions=args.log_completions) as console:

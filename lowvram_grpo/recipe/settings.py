@@ -103,7 +103,15 @@ def _check_evaluated(args: Any) -> None:
                 f"{name} is set, but nothing is evaluated; pass --eval-data or --eval-split (in a script eval_dataset "
                 "and eval_strategy), or drop it."
             )
-    if not args.load_best_model_at_end or saved in ("best", evaluated):
+    if not args.load_best_model_at_end or saved == "best":
+        return
+    if saved == evaluated:
+        every, each = args.save_steps, args.eval_steps or args.logging_steps
+        if saved == "steps" and min(every, each) >= 1 and every % each:
+            raise UserError(
+                f"load_best_model_at_end takes the weights of a checkpoint, and save_steps {every:g} is no multiple of "
+                f"eval_steps {each:g}; set save_steps to {each:g}."
+            )
         return
     raise UserError(
         f"load_best_model_at_end is set with save_strategy {saved} and eval_strategy {evaluated}, so the best model "

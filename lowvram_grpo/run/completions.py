@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,16 @@ def as_text(turns: str | Sequence[Mapping[str, Any]]) -> str:
     if isinstance(turns, str):
         return turns
     if len(turns) == 1 and turns[0]["role"] == "assistant":
-        return turns[0]["content"]
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        return _said(turns[0])
+    return "\n".join(f"{turn['role']}: {_said(turn)}" for turn in turns)
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    """A message's content, which may be in parts, and after it the tools that it calls, which may stand alone."""
+    content = turn.get("content")
+    parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or ()]
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in turn.get("tool_calls") or ()]
+    return "\n".join(part for part in (*parts, *calls) if part)
 
 
 class CompletionsLog:

@@ -113,7 +113,8 @@ class EarlyStopping(EarlyStoppingCallback):
             by = f" by more than {self.early_stopping_threshold:g}" if self.early_stopping_threshold else ""
             self._tell(
                 f"stopping at step {state.global_step} of {state.max_steps}: {metric_name(args)} has not got "
-                f"better{by} in {counted(self.early_stopping_patience_counter, 'evaluation')} (best: {state.best_metric:.4g})."
+                f"better{by} in {counted(self.early_stopping_patience_counter, 'evaluation')} (best: "
+                f"{state.best_metric:.4g})."
             )
 
 

@@ -22,7 +22,7 @@ from lowvram_grpo.policy.wrapper import is_peft
 from lowvram_grpo.run.checkpoints import STATE, seal
 from lowvram_grpo.run.directory import RunDirectory
 from lowvram_grpo.training import continuation
-from lowvram_grpo.training.best_model import restore_callbacks, stopped_early
+from lowvram_grpo.training.best_model import restore_callbacks
 from lowvram_grpo.training.continuation import Made
 from lowvram_grpo.training.experience import MicroBatch, load_updates, save_updates
 
@@ -85,26 +85,36 @@ class ResumableTrainer(Trainer):
 
     # Reading
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def checkpoint_of(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> Path | None:
+        """Where `train` goes on; True is the last whole checkpoint of output_dir.
+
+        Raises:
+            UserError: there is none.
+        """
         if resume_from_checkpoint is True:
             # transformers would take the highest number, whole or not.
             latest = RunDirectory(Path(self.args.output_dir)).latest_checkpoint(self._tell_damage)
             if latest is None:
                 raise UserError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
-            resume_from_checkpoint = str(latest)
+            return latest
+        return Path(resume_from_checkpoint) if resume_from_checkpoint else None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        checkpoint = self.checkpoint_of(resume_from_checkpoint)
         self.shift, self._made = 0, None
-        self.args.eval_on_start = self.grpo_args.eval_on_start and resume_from_checkpoint is None
-        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
-            checkpoint = Path(resume_from_checkpoint)
-            if stopped_early(checkpoint, self.grpo_args.early_stopping):
-                self.observer.notice(
-                    f"early_stopping {self.grpo_args.early_stopping} has ended the run at {checkpoint.name}: there is "
-                    "nothing left to do; raise it to go on."
-                )
-                self.take_up(checkpoint)
-                return TrainOutput(self.state.global_step, 0.0, {})
+        self.args.eval_on_start = self.grpo_args.eval_on_start and checkpoint is None
+        if checkpoint is not None:
             self._find_place(checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+
+    def _ended_at(self, checkpoint: Path) -> TrainOutput:
+        """What `train` returns for a run that early stopping has ended there."""
+        self.observer.notice(
+            f"early_stopping {self.grpo_args.early_stopping} has ended the run at {checkpoint.name}: there is nothing "
+            "left to do; raise it to go on."
+        )
+        self.take_up(checkpoint)
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def take_up(self, checkpoint: Path) -> None:
         """What a run that ended at `checkpoint` leaves: the weights of then, or the best ones where it wants these."""

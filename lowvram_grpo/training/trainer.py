@@ -28,10 +28,11 @@ from lowvram_grpo.rewards.signatures import log_by_name
 from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.training import parts
-from lowvram_grpo.training.best_model import EarlyStopping, check_early_stopping
+from lowvram_grpo.training.best_model import EarlyStopping, check_early_stopping, stopped_early
 from lowvram_grpo.training.checks import RolloutChecks
 from lowvram_grpo.training.collect import rollout_seed
 from lowvram_grpo.training.completions_hub import upload_of
+from lowvram_grpo.training.completions_tables import TAKERS, CompletionsTables
 from lowvram_grpo.training.curriculum import curriculum_of
 from lowvram_grpo.training.early_checks import check_best_metric
 from lowvram_grpo.training.experience import MicroBatch, Rollout, split
@@ -42,6 +43,7 @@ from lowvram_grpo.training.reference_sync import ReferenceSync
 from lowvram_grpo.training.resampling import resampling_of
 from lowvram_grpo.training.resumable import ResumableTrainer
 from lowvram_grpo.training.savers import TrainerGuard
+from lowvram_grpo.training.trackers import Trackers
 from lowvram_grpo.training.trl_hooks import AskedRewards, TrlHooks
 from lowvram_grpo.training.trl_names import LastCompletions, TrlNames
 from lowvram_grpo.training.warmup import WarmUp
@@ -142,6 +144,11 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         self.completions_log: CompletionsLog | None = log
         if self.completions_upload is not None:
             self.add_callback(self.completions_upload)
+        self.trackers = Trackers(self.args, self.callback_handler.callbacks, notice)
+        self.tables: CompletionsTables | None = None
+        if args.log_completions and {*TAKERS} & {*args.report_to}:
+            self.tables = CompletionsTables(args, self.callback_handler.callbacks, notice)
+            self.add_callback(self.tables)
         self.pending_rollout: Rollout | None = None
         self._logs = LastCompletions(self.plan.completions_per_rollout)
         self._extra_columns: dict[str, list] = defaultdict(list)
@@ -180,6 +187,10 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
     # The run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        checkpoint = self.checkpoint_of(resume_from_checkpoint)
+        if checkpoint is not None and stopped_early(checkpoint, self.grpo_args.early_stopping):
+            return self._ended_at(checkpoint)
+        self.trackers.begin(self, checkpoint)
         warm_up = WarmUp(
             self.learner,
             self.collector,
@@ -193,11 +204,11 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         longest = warm_up.check_settings()
         if not self._checked:
             warm_up.probe(longest, backward=self.accelerator.backward, moments=self.optimizer is not None)
-            if not resume_from_checkpoint:
+            if checkpoint is None:
                 self.pending_rollout = warm_up.first_rollout(self.get_train_dataloader()) or self.pending_rollout
                 self._early_log = list(self.state.log_history)
         self._checked = True
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _roll_out_anew(self, rows: list[dict[str, Any]]) -> Rollout:
         self.metrics["train"].take()
@@ -276,6 +287,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         self.metrics[mode].add(logged)
         self.metrics[mode].add(rollout_metrics(rollout, self.rewards.names))
         self._logs.keep(rollout, self.rewards.names)
+        if self.tables is not None:
+            self.tables.keep(mode, rollout.columns(self.rewards.names))
         return rollout
 
     def _check_best_metric(self, logged: dict[str, float]) -> None:
