@@ -118,8 +118,10 @@ def _train(job: Job, start: Start, said: Sequence[str]) -> None:
                 raise Stopped(interrupt.requested)
         if best := best_of(args, trainer.state, trainer.callback_handler.callbacks):
             logs.metrics.rows.append([best.row()])
-        _leave_adapter(recipe, trainer, start)
+        _leave_adapter(trainer, start)
         console.notice(f"adapter: {directory.adapter_dir}")
+        if args.push_to_hub:
+            trainer.push_folder(directory.adapter_dir, f"Trained for {counted(trainer.state.global_step, 'step')}")
         if best:
             console.notice(f"it is the best of the run: {best_sentence(best.row())}")
 
@@ -165,6 +167,7 @@ def _loaded(job: Job, console: Console, callbacks: Sequence[TrainerCallback], lo
     trainer.add_callback(logs.metrics)
     trainer.add_callback(console)
     trainer.completions_log = logs.completions
+    trainer.card = lambda: model_card(asdict(job.recipe), logs.metrics.read())
     if console.covers_output:
         trainer.rewards.capture = Capture(job.args.output_dir / Path("rewards.log"), console.notice)
     return trainer
@@ -210,11 +213,10 @@ def _keep_steps(trainer: GRPOTrainer, directory: RunDirectory) -> None:
             trainer._save_checkpoint(trainer.model, trial=None)
 
 
-def _leave_adapter(recipe: Recipe, trainer: GRPOTrainer, start: Start) -> None:
+def _leave_adapter(trainer: GRPOTrainer, start: Start) -> None:
     def write(folder: Path) -> None:
         trainer._save(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)
-        card = model_card(asdict(recipe), start.directory.metrics())
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(trainer.card(), encoding="utf-8")
 
     start.directory.write_adapter(write)

@@ -49,3 +49,7 @@ class MetricsWriter(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             self.rows.append([{"step": state.global_step, **(logs or {})}])
+
+    def read(self) -> list[dict[str, Any]]:
+        """What is in the file."""
+        return jsonl.read(self.path)

@@ -37,6 +37,7 @@ def model_card(recipe: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
     training = recipe.get("training") or {}
     settings = {key: value for key, value in recipe.items() if key not in ("training", "output_dir", "resume", "plain")}
     settings = {key: value for key, value in (settings | training).items() if value not in (None, "", [], {})}
+    settings = {key: value for key, value in settings.items() if not key.endswith("_token")}  # hub_token is a secret
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---",
         f"# LoRA adapter for {_shown(model)}, trained with GRPO",
