@@ -157,7 +157,7 @@ def test_what_fails_is_said_and_loses_nothing(trainer_with, hub, tmp_path):
     trainer.train()
     assert trainer.state.global_step == 3 and (tmp_path / "run" / "checkpoint-3").exists()
     (text,) = said(trainer)
-    assert "nothing was pushed to the hub (ConnectionError: no route to host)" in text or "no route to host" in text
+    assert "nothing was pushed to the hub" in text and "no route to host" in text
     assert [commit.message[-1] for commit in hub.commits] == ["2", "3"]
     hub.failures = 2
     assert trainer.push_to_hub() is None and len(said(trainer)) == 2
@@ -168,5 +168,5 @@ def test_what_fails_is_said_and_loses_nothing(trainer_with, hub, tmp_path):
 
 def test_a_repository_that_cannot_be_made_is_known_before_training(trainer_with, hub, monkeypatch):
     monkeypatch.setattr(hub, "create_repo", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(UserError, match="can't make the repository .*hub_model_id"):
+    with pytest.raises(UserError, match=r"can't make the repository .*hub_model_id"):
         trainer_with()
