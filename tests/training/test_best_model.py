@@ -66,7 +66,6 @@ def test_patience_goes_on_where_it_was(config, dataset, tokenizer, tmp_path, of_
     callbacks = lambda: [EarlyStoppingCallback(2)] if of_transformers else None
     whole = made(config, dataset, tokenizer, callbacks=callbacks(), output_dir=str(tmp_path / "a"), **settings)
     whole.train()
-    # Elsewhere, too: the state has the best checkpoint by its path.
     for step in (1, 2):
         shutil.copytree(tmp_path / "a" / f"checkpoint-{step}", tmp_path / "b" / f"checkpoint-{step}")
     shutil.rmtree(tmp_path / "a")
@@ -82,9 +81,10 @@ def test_a_run_that_was_over_takes_no_step(config, dataset, tokenizer, tmp_path)
     """Killed between its last checkpoint and its end."""
     whole = made(config, dataset, tokenizer, early_stopping=1)
     whole.train()
-    checkpoint = tmp_path / "run" / "checkpoint-2"
+    # Elsewhere by now: the state has the best checkpoint by its path.
+    checkpoint = (tmp_path / "run").rename(tmp_path / "moved") / "checkpoint-2"
     assert stopped_early(checkpoint, 1) and not stopped_early(checkpoint, 2) and not stopped_early(checkpoint, 0)
-    again = made(config, dataset, tokenizer, early_stopping=1)
+    again = made(config, dataset, tokenizer, early_stopping=1, output_dir=str(tmp_path / "moved"))
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 2 and "has ended the run at checkpoint-2" in " ".join(again.observer.said)
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
