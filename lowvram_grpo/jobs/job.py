@@ -82,7 +82,8 @@ def check(job: Job, start: Start | None, tell: Callable[[str], None]) -> None:
     """
     args, first = job.args, job.train.first
     if start is not None:
-        check_unfinished(start.directory, start.checkpoint, planned_steps(args, first, start.checkpoint))
+        planned = planned_steps(args, first, start.checkpoint)
+        check_unfinished(start.directory, start.checkpoint, planned, patience=args.early_stopping)
     check_prompts(job.tokenizer, first, chat_template_kwargs=args.chat_template_kwargs)
     if raw_text := raw_text_notice(job.tokenizer, first[:1]["prompt"]):
         tell(raw_text)

@@ -10,7 +10,7 @@ import yaml
 
 from lowvram_grpo import __version__
 from lowvram_grpo.errors import counted
-from lowvram_grpo.run.metrics import ends
+from lowvram_grpo.run.metrics import best_row, best_sentence, ends
 
 # hub ids are at most `owner/name`; anything else in `base_model` makes the hub refuse the card
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -41,6 +41,7 @@ def model_card(recipe: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
     training = recipe.get("training") or {}
     settings = {key: value for key, value in recipe.items() if key not in _APART}
     settings = {key: value for key, value in (settings | training).items() if value not in (None, "", [], {})}
+    settings = {key: value for key, value in settings.items() if not key.endswith("_token")}  # hub_token is a secret
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---",
         f"# {f'LoRA adapter for {_shown(model)}' if adapter else _shown(model)}, trained with GRPO",
@@ -80,6 +81,8 @@ def _results(metrics: list[dict[str, Any]]) -> list[str]:
     first, last = ends(rows)
     names = [name for name in names if _mean(last, name) != "-"]
     steps = f"{counted(rows[-1]['step'], 'optimizer step')}."
+    if best := best_row(metrics):
+        steps = f"These are the best weights by evaluation: {best_sentence(best)}\n\n{steps}"
     if not first:
         return ["## Results", steps, _table(("metric", "value"), [(name, _mean(last, name)) for name in names])]
     over = "logged row" if len(last) == 1 else f"{len(last)} logged rows"
