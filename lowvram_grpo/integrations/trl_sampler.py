@@ -72,10 +72,12 @@ class Turns:
                 warnings.warn(f"{self.what} is TRL's own, because {reason}.", stacklevel=2)
             return self.theirs(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
         prompts, group = _groups([list(ids) for ids in prompt_ids], num_generations)
-        # Drawn where transformers' generate draws, so that seeds and checkpoints hold for it as they do in TRL.
-        seed = int(torch.randint(2**31 - 1, ()))
+        sampling = self.sampling()
+        # From the generator that transformers' generate draws from, if it draws, so that seeds and checkpoints hold for
+        # it as they do in TRL, and TRL's own draws behind it are the same where nothing is drawn.
+        seed = int(torch.randint(2**31 - 1, ())) if sampling.temperature else 0
         with self.trainer.accelerator.autocast():
-            batch = self.engine.generate(prompts, group, seed=seed, sampling=self.sampling())
+            batch = self.engine.generate(prompts, group, seed=seed, sampling=sampling)
         return batch.completion_ids, None
 
     def sampling(self) -> Sampling:
