@@ -145,8 +145,8 @@ def _settings_of(model: Any) -> _Settings:
             return _Settings(*(known[name] for name in _Settings._fields))
         function = getattr(function, "__wrapped__", None)
     raise UserError(
-        f"The forward of this {type(model).__name__} is not the one that TRL 1.16 gives it; call switch_on right behind "
-        "GRPOTrainer(...), before anything else changes the model, or pass logps=False."
+        f"The forward of this {type(model).__name__} is not the one that TRL 1.16 gives it; call switch_on right "
+        "behind GRPOTrainer(...), before anything else changes the model, or pass logps=False."
     )
 
 
