@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from itertools import groupby
 
 import torch
@@ -14,11 +14,18 @@ class PromptSampler(Sampler[list[int]]):
 
     The order is a function of (seed, epoch) alone, so a resumed run finds its place by counting. The last batch of an
     epoch may be smaller; groups are always whole, because a group is made from one prompt.
+
+    Args:
+        arrange: changes the order of an epoch, given with its number from 0 on; called when the epoch begins, and again
+            where it is gone on with.
     """
 
-    def __init__(self, data: Sized, *, prompts: int, repeats: int, shuffle: bool, seed: int):
+    def __init__(
+        self, data: Sized, *, prompts: int, repeats: int, shuffle: bool, seed: int,
+        arrange: Callable[[list[int], int], list[int]] | None = None,
+    ):  # fmt: skip
         self.data, self.prompts, self.repeats, self.shuffle, self.seed = data, prompts, repeats, shuffle, seed
-        self.epoch = 0
+        self.arrange, self.epoch = arrange, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -30,6 +37,7 @@ class PromptSampler(Sampler[list[int]]):
         n = len(self.data)
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(n, generator=generator).tolist() if self.shuffle else list(range(n))
+        order = order if self.arrange is None else self.arrange(order, self.epoch)
         for first in range(0, n, self.prompts):
             for _ in range(self.repeats):
                 yield order[first : first + self.prompts]
@@ -66,10 +74,10 @@ class Batched(Sampler[list[int]]):
 
 
 class PromptLoader(DataLoader):
-    """Yields lists of dataset rows. No workers: a row is a prompt, and Windows spawns them badly."""
+    """Yields lists of dataset rows, read by `workers` processes; by this one unless they are asked for."""
 
-    def __init__(self, data, sampler: PromptSampler | Batched):
-        super().__init__(data, batch_sampler=sampler, collate_fn=list, generator=torch.Generator())
+    def __init__(self, data, sampler: PromptSampler | Batched, workers: int = 0):
+        super().__init__(data, batch_sampler=sampler, collate_fn=list, generator=torch.Generator(), num_workers=workers)
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)

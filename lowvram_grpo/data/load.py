@@ -9,6 +9,7 @@ from lowvram_grpo.data.answers import Answer
 from lowvram_grpo.data.messages import is_conversational, written_out
 from lowvram_grpo.data.prompts import PROMPT_COLUMNS, find_prompt_column, look_at, prompt_and_last
 from lowvram_grpo.data.reading import load
+from lowvram_grpo.data.streams import first_rows, is_stream
 from lowvram_grpo.data.templates import template as find_template
 from lowvram_grpo.errors import UserError, WrongType
 
@@ -163,14 +164,19 @@ def check_dataset(dataset: Any, name: str, *, several: bool = False) -> None:
         if not several:
             splits = ", ".join(map(str, dataset)) or "none"
             raise WrongType(
-                f"`{name}` must be a `Dataset`, and is a {type(dataset).__name__} of several datasets ({splits}); pass "
-                f"one of them, as in data[{next(iter(dataset), 'train')!r}]."
+                f"`{name}` must be a `Dataset` or `IterableDataset`, and is a {type(dataset).__name__} of several "
+                f"datasets ({splits}); pass one of them, as in data[{next(iter(dataset), 'train')!r}]."
             )
         for key, part in dataset.items():
             check_dataset(part, f"{name}[{key!r}]")
         return
+    if is_stream(dataset):
+        dataset = first_rows(dataset, 1)
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise UserError(f"{name} has no length (it is a {type(dataset).__name__}); pass a map-style dataset.")
+        raise WrongType(
+            f"`{name}` must be a `Dataset` or `IterableDataset`, and is a {type(dataset).__name__}; "
+            "datasets.IterableDataset.from_generator makes one of a function that yields rows."
+        )
     if len(dataset) == 0:
         raise UserError(f"{name} is empty; GRPO needs at least one prompt.")
     try:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lowvram_grpo.data.encoding import encode_prompts
 from lowvram_grpo.policy.reference import ADAPTER_SHARES
+from lowvram_grpo.recipe.not_applied import as_text
 from lowvram_grpo.rewards.registry import is_model
 from lowvram_grpo.training.early_checks import prompt_lengths
 
@@ -28,6 +29,8 @@ def show(job: Job, said: Iterable[str]) -> None:
     """Print the recipe, the sizes of a step and the first prompt, after what was said about the job."""
     for sentence in said:
         print(f"note: {sentence}")
+    if job.recipe.not_applied:
+        print(f"not applied here:\n{as_text(job.recipe.not_applied)}")
     args, train_data, eval_data = job.args, job.train_data, job.eval_data
     ids, _ = encode_prompts(
         job.tokenizer,

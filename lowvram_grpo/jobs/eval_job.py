@@ -112,7 +112,9 @@ def read(flags: dict[str, Any], wanted: Wanted, tell: Callable[[str], None]) -> 
     recipe = _recipe(flags, tell)
     check_device(recipe)
     if wanted.compare_base and not recipe.adapter:
-        raise UserError("--compare-base compares an adapter with its base; pass --adapter.")
+        given = flags.get("adapter")
+        instead = f"{given} is a whole model: evaluate its base with --model" if given else "pass --adapter"
+        raise UserError(f"--compare-base compares an adapter with its base; {instead}.")
     raw, place = _data(recipe, flags)
     rewards = rewards_of(recipe, raw.column_names)
     for sentence in filter(None, (guess_notice(recipe), sandbox_notice(rewards))):

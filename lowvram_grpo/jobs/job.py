@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lowvram_grpo.data.encoding import check_prompts, raw_text_notice
 from lowvram_grpo.data.load import load
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.jobs.implied import TRLS_SPLIT, without_evaluation
 from lowvram_grpo.jobs.loading import adopt_stored_quantization, read_model_of, training_config
 from lowvram_grpo.jobs.resume import check_unfinished
 from lowvram_grpo.jobs.task import Rewards, check_reward_columns, prepared, rewards_of, sandbox_notice
@@ -53,21 +54,37 @@ def read(recipe: Recipe, tell: Callable[[str], None]) -> Job:
     rewards = rewards_of(recipe, raw.column_names)
     if confined := sandbox_notice(rewards):
         tell(confined)
+    evaluated = _evaluated(recipe)
     args = training_config(recipe, weights=rewards.weights)
-    train_data, eval_data = _data(recipe, raw, tell)
+    train_data, eval_data = _data(recipe, raw, evaluated, tell)
     return Job(recipe, args, model_config, tokenizer, rewards, train_data, eval_data)
 
 
-def _data(recipe: Recipe, raw: Dataset, tell: Callable[[str], None]) -> tuple[Dataset, Dataset | None]:
+def _evaluated(recipe: Recipe) -> Dataset | None:
+    """The rows to evaluate on, as they are read. Where only TRL's default names the split, and the data has none, the
+    recipe loses its evaluation."""
+    if not (recipe.eval_data or recipe.eval_split):
+        return None
+    try:
+        return load(recipe.eval_data or recipe.data, config=recipe.data_config, split=recipe.eval_split)
+    except UserError as error:
+        if recipe.origin.get("eval_split") != TRLS_SPLIT:
+            raise
+        without_evaluation(recipe, str(error))
+        return None
+
+
+def _data(
+    recipe: Recipe, raw: Dataset, evaluated: Dataset | None, tell: Callable[[str], None]
+) -> tuple[Dataset, Dataset | None]:
     """Training data from `raw`, and evaluation data, of which what was said of the training data is not told again."""
     said: list[str] = []
     train_data = prepared(recipe, raw, said.append)
     for sentence in said:
         tell(sentence)
-    if not (recipe.eval_data or recipe.eval_split):
+    if evaluated is None:
         return train_data, None
-    raw = load(recipe.eval_data or recipe.data, config=recipe.data_config, split=recipe.eval_split)
-    return train_data, prepared(recipe, raw, lambda sentence: sentence in said or tell(f"evaluation: {sentence}"))
+    return train_data, prepared(recipe, evaluated, lambda said_: said_ in said or tell(f"evaluation: {said_}"))
 
 
 def check(job: Job, start: Start | None, tell: Callable[[str], None]) -> None:

@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 from lowvram_grpo.errors import CantWrite, Stopped, UserError, counted
 from lowvram_grpo.faults import explain, note_phase
 from lowvram_grpo.jobs.dry_run import show
+from lowvram_grpo.jobs.here import export, settle
 from lowvram_grpo.jobs.implied import IMPLIED, imply
 from lowvram_grpo.jobs.job import Job, check, planned, read
 from lowvram_grpo.jobs.loading import check_device, fresh_lora, load_model_of
@@ -21,6 +22,7 @@ from lowvram_grpo.jobs.resume import AfterFirstStep
 from lowvram_grpo.jobs.start import Start, begin, reopen
 from lowvram_grpo.jobs.task import guess_notice
 from lowvram_grpo.plan.paper import ladder_for
+from lowvram_grpo.recipe.not_applied import as_markdown, as_text
 from lowvram_grpo.run.capture import Capture
 from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.console import Console
@@ -51,6 +53,9 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     said: list[str] = []
     with ExitStack() as locks:
         start = reopen(recipe, None if dry_run else locks, said.append) if recipe.resume else None
+        if start is None:
+            settle(recipe)
+        export(recipe)
         imply(recipe, said.append)
         job = read(recipe, said.append)
         check(job, start, said.append)
@@ -59,7 +64,10 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
         if dry_run:
             show(job, said)
             return Path(recipe.output_dir or "runs")
-        start = start or begin(job.recipe, locks)
+        if start is None:
+            start = begin(job.recipe, locks)
+            if job.recipe.not_applied:
+                start.directory.write_not_applied(as_markdown(job.recipe.not_applied, job.args.notices()))
         _train(job, start, said)
         return start.directory.path
 
@@ -102,6 +110,9 @@ def _train(job: Job, start: Start, said: Sequence[str]) -> None:
     with Console("lowvram-grpo", subtitle, plain=recipe.plain or None, log_completions=args.log_completions) as console:
         for sentence in _opening(job, start, said):
             console.notice(sentence)
+        if recipe.not_applied:
+            console.notice(f"not applied here (also in {directory.not_applied_path}):")
+            console.table(as_text(recipe.not_applied))
         interrupt = StopAfterStep(console.notice)
         trainer = _loaded(job, console, [interrupt, AfterFirstStep(logs.take_over)], logs)
         if checkpoint and step_of(checkpoint) >= planned_steps(args, job.train_data, checkpoint):
@@ -114,8 +125,7 @@ def _train(job: Job, start: Start, said: Sequence[str]) -> None:
             if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
                 console.notice(f"stopped at step {trainer.state.global_step}; go on with --resume {directory.path}")
                 raise Stopped(interrupt.requested)
-        _leave_adapter(recipe, trainer, start)
-        console.notice(f"adapter: {directory.adapter_dir}")
+        console.notice(f"{'adapter' if recipe.use_peft else 'model'}: {_leave_result(recipe, trainer, start)}")
 
 
 def _opening(job: Job, start: Start, said: Sequence[str]) -> Iterator[str]:
@@ -146,7 +156,7 @@ def _loaded(job: Job, console: Console, callbacks: Sequence[TrainerCallback], lo
         job.eval_data,
         job.tokenizer,
         callbacks=list(callbacks),
-        peft_config=None if job.recipe.adapter else fresh_lora(job.recipe),
+        peft_config=None if job.recipe.adapter or not job.recipe.use_peft else fresh_lora(job.recipe),
         observer=console,
         ladder=ladder_for(job.recipe),
     )
@@ -199,11 +209,11 @@ def _keep_steps(trainer: GRPOTrainer, directory: RunDirectory) -> None:
             trainer._save_checkpoint(trainer.model, trial=None)
 
 
-def _leave_adapter(recipe: Recipe, trainer: GRPOTrainer, start: Start) -> None:
+def _leave_result(recipe: Recipe, trainer: GRPOTrainer, start: Start) -> Path:
     def write(folder: Path) -> None:
         trainer._save(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)
         card = model_card(asdict(recipe), start.directory.metrics())
         (folder / "README.md").write_text(card, encoding="utf-8")
 
-    start.directory.write_adapter(write)
+    return start.directory.write_adapter(write, whole=not recipe.use_peft)

@@ -37,6 +37,7 @@ _CHOICES = {
     "fused_loss": _SWITCH,
     "head_dtype": ("dense", "int8", "nf4"),
     "shared_prefix": _SWITCH,
+    "curriculum": ("off", "easy_first", "hard_first", "medium_first"),
     "attention": ("auto", "sdpa", "xformers"),
     "kv_cache_dtype": ("auto", "int8"),
     "rollout_adapters": ("auto", "fused", "merged", "off"),
@@ -248,6 +249,16 @@ class GRPOConfig(TrainingArguments):
         "(ours) Before step 1, compare sampled with scored log-probs and policy with reference.", True
     )
     signal_check: bool = _help("(ours) Say on the first rollouts whether there is anything to learn from.", True)
+    resample_dead_groups: int = _help(
+        "(ours) Sample groups whose rewards are all equal anew, from other prompts, at most so many times a rollout "
+        "(DAPO's dynamic sampling); 0: never.",
+        0,
+    )
+    curriculum: str = _help(
+        "(ours) Order of an epoch's prompts by pass rate: off, easy_first, hard_first, medium_first; from a column "
+        "pass_rate or difficulty of the data, else as the run measures it, from its second epoch on.",
+        "off",
+    )
     cold_start: str = _help("(ours) Supervised warm-up on the references: off, auto, or a number of steps.", "off")
     cold_start_learning_rate: float = _help("(ours) Learning rate of the cold start.", 2e-4)
     cold_start_max_steps: int = _help("(ours) Upper bound of an automatic cold start.", 60)

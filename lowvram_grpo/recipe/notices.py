@@ -10,7 +10,7 @@ from lowvram_grpo.recipe.batch_plan import step_notices
 from lowvram_grpo.recipe.combinations import combination_notices
 
 _ONE_PROCESS = "one process trains"
-_LOADER = "a row is only a prompt, which the main process reads at no cost"
+_LOADER = "a row is only a prompt, and workers (dataloader_num_workers) run as PyTorch has them by default"
 _EVALUATION = "an evaluation samples and rewards completions, and keeps no outputs of the model"
 _COMPILED = "the sampler and the scorer do not go through the compiled forward"
 
@@ -68,7 +68,6 @@ INERT_FIELDS = {
     "ds3_gather_for_generation": "DeepSpeed ZeRO-3 is not supported yet, so there are no sharded weights to gather",
     "cache_implementation": "rollouts choose their own KV cache",
     "dataloader_drop_last": "a smaller last batch is still whole groups",
-    "dataloader_num_workers": _LOADER,
     "log_unique_prompts": "one sample is shown a step, and completions.jsonl holds all",
     "num_completions_to_print": "one sample is shown a step, and completions.jsonl holds all",
     "neftune_noise_alpha": "noise on the embeddings would make the log-probs those of another policy",

@@ -74,6 +74,7 @@ TRAINING_RANGES: dict[str, Range] = {
     "num_generations": Range(at_least=2, because="GRPO compares the completions of one prompt with each other"),
     "num_generations_eval": _COUNT,
     "prompts_per_step": _COUNT,
+    "resample_dead_groups": _NOT_NEGATIVE,
     "per_device_train_batch_size": _COUNT,
     "per_device_eval_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,

@@ -28,6 +28,13 @@ class RolloutBatch:
     tool_mask: list[list[int]] | None = None
 
     @property
+    def sampled_lengths(self) -> list[int]:
+        """Sampled tokens of each completion; what was inserted is none."""
+        if self.tool_mask is None:
+            return [len(ids) for ids in self.completion_ids]
+        return [sum(mask) for mask in self.tool_mask]
+
+    @property
     def stop_reasons(self) -> list[str]:
         """`stop` (an end token) or `length`, one a completion."""
         return ["length" if cut else "stop" for cut in self.truncated]

@@ -14,8 +14,15 @@ def as_text(turns: str | Sequence[Mapping[str, Any]]) -> str:
     if isinstance(turns, str):
         return turns
     if len(turns) == 1 and turns[0]["role"] == "assistant":
-        return turns[0]["content"]
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        return _joined(turns[0]["content"])
+    return "\n".join(f"{turn['role']}: {_joined(turn['content'])}" for turn in turns)
+
+
+def _joined(content: Any) -> Any:
+    """The text of a content that comes in text parts; any other content as it is."""
+    if not isinstance(content, (list, tuple)):
+        return content
+    return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
 
 
 class CompletionsLog:

@@ -49,7 +49,7 @@ class Rollout:
 
     @property
     def sampled_tokens(self) -> int:
-        return sum(map(len, self.batch.completion_ids))
+        return sum(self.batch.sampled_lengths)
 
     @property
     def tokens(self) -> int:
@@ -80,7 +80,7 @@ class MicroBatch(AsMapping):
 
     Attributes:
         prompt_ids, prompt_mask: (b, P) left-padded.
-        completion_ids, completion_mask: (b, T) right-padded; the mask marks tokens that were sampled.
+        completion_ids, completion_mask: (b, T) right-padded; the mask marks what is no padding.
         loss_mask: (b, T) bool, tokens the loss counts (truncated completions may be left out).
         weights: (b, T) float32, see objective.token_weights.
         token_share: (b,) float32, 1 / the tokens that the update counts, in each row: of the entropy bonus's mean.
@@ -91,6 +91,7 @@ class MicroBatch(AsMapping):
         entropy_mask: (b, T) bool, the tokens of most entropy in the update, where that takes more than this one pass.
         prompt_lengths, completion_lengths: b numbers of tokens, on the host: what the masks say, without a wait.
         group_sizes: runs of adjacent rows that have the same prompt.
+        tool_mask: (b, T) bool, the tokens that were sampled, where others were inserted between them.
         router_share: (b,) float32, each row's share of the update's tokens, prompts included: weighs the mean that a
             router's loss takes over them.
     """
@@ -111,6 +112,12 @@ class MicroBatch(AsMapping):
     completion_lengths: list[int] | None = None
     group_sizes: list[int] | None = None
     router_share: Tensor | None = None
+    tool_mask: Tensor | None = None
+
+    @property
+    def sampled_mask(self) -> Tensor:
+        """(b, T), not 0 at the tokens that were sampled."""
+        return self.completion_mask if self.tool_mask is None else self.tool_mask
 
     def sequence(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The arguments of `scoring.score`."""
@@ -180,7 +187,10 @@ def updates_of(
     completion_mask = pad_right([torch.ones(len(row), dtype=torch.long) for row in ids], width, 0)
     logps = pad_right(batch.sampling_per_token_logps, width, 0.0)
     truncated = torch.tensor(batch.truncated)
-    loss_mask = completion_mask.bool() & ~(truncated[:, None] & mask_truncated)
+    loss_mask, tool_mask = completion_mask.bool() & ~(truncated[:, None] & mask_truncated), None
+    if batch.tool_mask is not None:
+        tool_mask = pad_right([torch.tensor(row) for row in batch.tool_mask], width, 0).bool()
+        loss_mask &= tool_mask
     cut = []
     for update in split_evenly(len(ids), updates):
         counted = loss_mask[update.start : update.stop]
@@ -209,6 +219,7 @@ def updates_of(
                     completion_lengths=[len(row) for row in ids[rows]],
                     group_sizes=[len(list(run)) for _, run in groupby(batch.prompt_ids[rows])],
                     router_share=router_share[within],
+                    tool_mask=None if tool_mask is None else tool_mask[rows, :t],
                 )
             )
         cut.append(micro)

@@ -188,7 +188,7 @@ class Learner:
 
     def sampler_gap(self, micro: MicroBatch, logps: Tensor) -> dict[str, Tensor]:
         """How far `logps` (b, T), the policy's before its first update on these tokens, are from the sampler's."""
-        return sampler_metrics(logps, micro.sampling_per_token_logps, micro.completion_mask, self.correction)
+        return sampler_metrics(logps, micro.sampling_per_token_logps, micro.sampled_mask, self.correction)
 
     def sync_reference(self, step: int) -> None:
         """Mix the policy into its reference where that is due after optimizer step `step`, counted from 1."""

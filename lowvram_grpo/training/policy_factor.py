@@ -55,7 +55,7 @@ def policy_factor(
     """
     before = logps if micro.old_per_token_logps is None else micro.old_per_token_logps
     sampled, advantages, mask = micro.sampling_per_token_logps, micro.advantages, micro.loss_mask
-    ratio = None if correction is None else correction.weights(before, sampled, micro.completion_mask)
+    ratio = None if correction is None else correction.weights(before, sampled, micro.sampled_mask)
     factor, phi, entropy_mask = ratio, None, None
     if objective.loss_type == "vespo":
         factor = phi = vespo_weight(advantages, logps - before, mask, objective, ratio)

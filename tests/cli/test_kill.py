@@ -44,16 +44,17 @@ def job(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": p}) for p in ["a b", "c d e", "f", "g h"] * 3), encoding="utf-8")
     reward = tmp_path / "rewards.py"
-    # The reward depends on nothing but the completion.
+    # The reward depends on prompt and completion alone; groups of "f" are dead, and other prompts take their place.
     reward.write_text(
-        "import time\ndef slow(completions, **kwargs):\n    time.sleep(0.15)\n"
-        "    return [sum(w.isdigit() for w in c.split()) / 8 for c in completions]\n",
+        "import time\ndef slow(prompts, completions, **kwargs):\n    time.sleep(0.15)\n"
+        "    return [p != 'f' and sum(w.isdigit() for w in c.split()) / 8 for p, c in zip(prompts, completions)]\n",
         encoding="utf-8",
     )
     return [
         "train", "--plain", "--use-cpu", "--model", tmp_path / "model", "--data", data, "--reward", f"{reward}:slow",
         "--max-steps", STEPS, "--save-steps", 3, "--num-generations", 4, "--max-completion-length", 6,
         "--learning-rate", "1e-2", "--lr-scheduler-type", "cosine", "--num-iterations", 2,
+        "--resample-dead-groups", 2, "--curriculum", "hard_first",
     ]  # fmt: skip
 
 
@@ -87,8 +88,10 @@ def test_resume_after_kill_9(monkeypatch, capsys, job, tmp_path):
     assert "resuming from step" in out.stdout
     expected, resumed = rows(whole), rows(killed)
     assert list(resumed) == list(range(1, STEPS + 1))
+    assert sum(row.get("resample/groups_drawn", 0) for row in expected.values()) > 3
+    names = "loss", "reward", "kl", "entropy", "grad_norm", "learning_rate", "num_tokens", "resample/tokens_dropped"
     for step, row in expected.items():
-        for name in ("loss", "reward", "kl", "entropy", "grad_norm", "learning_rate", "num_tokens"):
+        for name in names:
             assert resumed[step].get(name) == row.get(name), (step, name)
     weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, killed)]
     assert weights[0] == weights[1]

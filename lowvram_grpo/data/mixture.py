@@ -1,0 +1,1 @@
+SOURCE_COLUMN = "data_source"
