@@ -116,13 +116,9 @@ def entries_of(
     `kernels`: by those of `lists_triton.py`; this page is their reference, and a CPU's way.
     """
     if kernels:
-        code = judged(state, epsilon, max_tail, wanted)
-        told = _told_of(code.tolist())
-        *found, spread = filled(
-            state, transform, code, told.ends[-1], epsilon, keep_kl=keep_kl, keep_entropy=keep_entropy,
-            shuffled=shuffled,
-        )  # fmt: skip
-        return Entries(*found), (code < -1).nonzero_static(size=told.diffuse)[:, 0], spread, told
+        return _by_kernels(
+            state, transform, epsilon, max_tail, wanted, keep_kl=keep_kl, keep_entropy=keep_entropy, shuffled=shuffled
+        )
     stats = state.stats
     lse = stats[M] + stats[S].log()
     keep, lengths, diffuse = _judged(state, lse, epsilon, max_tail, wanted, scratch)
@@ -179,3 +175,12 @@ def entries_of(
         entropy_tail,
     )
     return entries, diffuse.nonzero_static(size=told.diffuse)[:, 0], spread, told
+
+
+def _by_kernels(
+    state: RowState, transform: Transform, epsilon: float, max_tail: float, wanted: Tensor | None, **kept: bool
+) -> tuple[Entries, Tensor, Tensor, Told]:
+    code = judged(state, epsilon, max_tail, wanted)
+    told = _told_of(code.tolist())
+    *found, spread = filled(state, transform, code, told.ends[-1], epsilon, **kept)
+    return Entries(*found), (code < -1).nonzero_static(size=told.diffuse)[:, 0], spread, told

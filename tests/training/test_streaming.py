@@ -11,7 +11,8 @@ from conftest import Quiet, digit_share, make_model, make_tokenizer
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig
 
-from lowvram_grpo import GRPOTrainer, UserError
+from lowvram_grpo.errors import UserError
+from lowvram_grpo.training.trainer import GRPOTrainer
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 WORDS = ["a b", "c d", "e f", "g h", "a c", "b d", "e g", "f h", "a d", "b c"]
