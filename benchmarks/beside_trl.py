@@ -4,13 +4,15 @@
 
 Each side runs in processes of its own, in turn, so that the machine's mood falls on both. Of each step it takes, for
 sampling and for all the rest (scoring, gradient, optimizer), the CPU seconds of the process and its largest resident
-memory above what it had before the step (Linux's VmHWM, set back in between). Completions have a fixed length and the
+memory, weights and libraries included (Linux's VmHWM, set back in between). Completions have a fixed length and the
 same prompts; LoRA on all linear layers, beta 0.04, float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import statistics
 import subprocess
@@ -25,18 +27,16 @@ FIGURES = ("sampling_s", "rest_s", "sampling_mib", "rest_mib")
 
 
 class Meter:
-    """CPU seconds and the peak of resident memory since `start`, in MiB above `floor`."""
-
-    def __init__(self) -> None:
-        self.floor = _status("VmRSS")
-        self.start()
+    """CPU seconds and the peak of resident memory since `start`, in MiB."""
 
     def start(self) -> None:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what an earlier part has freed and glibc has kept
         Path("/proc/self/clear_refs").write_text("5")
         self.cpu = time.process_time()
 
     def read(self) -> tuple[float, float]:
-        return time.process_time() - self.cpu, _status("VmHWM") - self.floor
+        return time.process_time() - self.cpu, _status("VmHWM")
 
 
 def _status(name: str) -> float:
@@ -95,7 +95,7 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
         torch.manual_seed(1)
         trainer.train()
     log = [row for row in trainer.state.log_history if "loss" in row]
-    return {**steps[-1], "floor_mib": meter.floor, "grad_norm": log[0]["grad_norm"], "loss": log[0]["loss"]}
+    return {**steps[-1], "grad_norm": log[0]["grad_norm"], "loss": log[0]["loss"]}
 
 
 def main() -> None:

@@ -41,11 +41,10 @@ class Turns:
         model = self.trainer.model
         if is_peft(model) and any(config.is_prompt_learning for config in model.peft_config.values()):
             return "the adapter learns a prompt, which the engine does not prefill"
-        if self.trainer.args.ds3_gather_for_generation and self.trainer.is_deepspeed_enabled:
-            return "DeepSpeed has cut the weights"
+        if reason := self._foreign():
+            return reason
         with eval_mode(model), torch.no_grad(), self.trainer.accelerator.autocast():
-            reason = why_not(unwrap(model))
-        return reason or self._foreign()
+            return why_not(unwrap(model))
 
     def put_in(self) -> None:
         self.engine = RolloutEngine(self.trainer.model, self.sampling(), self.rows, workspace_mib=self.workspace_mib)

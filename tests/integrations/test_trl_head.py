@@ -114,6 +114,41 @@ def other_model(kind: str):
     return model
 
 
+def test_a_model_that_sees(tmp_path):
+    """Its backbone, scaled images and all, is called as TRL calls it."""
+    import transformers
+    from trl.trainer.utils import add_fused_lm_head
+
+    settings = {"vocab_size": 41, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "final_logit_softcapping": 3.0}
+    eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    eyes |= {"image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config={**settings, **heads}, vision_config=eyes, mm_tokens_per_image=4, image_token_index=40,
+        boi_token_index=38, eoi_token_index=39,
+    )  # fmt: skip
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    for p in model.parameters():  # the projection of an image is 0 at first
+        torch.nn.init.normal_(p, std=0.3)
+    add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    trainer = trainer_of(tmp_path)
+    trainer.model = model
+    ids = torch.tensor([[5, 38, 40, 40, 40, 40, 39, 6, 7, 8, 9]])
+    given = {"pixel_values": torch.randn(1, 3, 28, 28), "token_type_ids": (ids == 40).long(), "num_images": [1]}
+    found = lambda: trainer._get_per_token_logps_and_entropies(
+        model, ids, torch.ones_like(ids), 4, compute_entropy=True, **given
+    )[:2]  # fmt: skip
+    theirs = found()
+    switch_on(trainer, engine=False)
+    counting, calls = chunked_calls()
+    with counting:
+        ours = found()
+    assert not calls
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    given["pixel_values"] = given["pixel_values"] + 1
+    assert not torch.allclose(found()[0], theirs[0])
+
+
 def test_a_router_is_balanced_as_in_trl(tmp_path):
     trainer = lambda name: trainer_of(tmp_path / name, other_model("mixture"), router_aux_loss_coef=0.5)
     theirs, ours = trainer("theirs"), trainer("ours")
