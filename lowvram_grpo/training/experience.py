@@ -67,11 +67,16 @@ class Rollout:
             "extras": self.extras,
         }
 
-    def best(self) -> tuple[str, str, float]:
-        """(prompt, completion, reward) of the completion with the greatest advantage, as text."""
-        advantages = self.advantages.values.tolist()
-        i = max(range(len(advantages)), key=advantages.__getitem__)
-        return as_text(self.prompts[i]), as_text(self.completions[i]), float(self.rewards[i])
+    def shown(self, count: int) -> list[tuple[str, str, float]]:
+        """(prompt, completion, reward) of so many completions, as text: from the least advantage to the greatest, in
+        even steps; the greatest alone where it is one."""
+        order = sorted(range(len(self.rewards)), key=self.advantages.values.tolist().__getitem__)
+        count = min(count, len(order))
+        places = {len(order) - 1 - i * (len(order) - 1) // max(count - 1, 1) for i in range(count)}
+        return [
+            (as_text(self.prompts[i]), as_text(self.completions[i]), float(self.rewards[i]))
+            for i in (order[place] for place in sorted(places))
+        ]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Calls are read as models write them, answers stand behind what was sampled; TRL's parser and templates are the oracle."""
+"""Calls are read as models write them, answers stand behind what was sampled; TRL's parser is the oracle."""
 
 from __future__ import annotations
 
