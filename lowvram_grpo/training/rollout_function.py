@@ -134,7 +134,7 @@ def _logps(row: Any, said: str) -> Tensor:
     found = torch.tensor([_number(x) for x in _plain(row)], dtype=torch.float32)
     if bool((found > _ROUNDING).any()) or bool(found.isinf().any()):
         raise UserError(
-            f"{said} with {float(found.nan_to_num(-1.0).abs().max()):.3g} among them; they must be logarithms of "
+            f"{said} with {float(found[~found.isnan()].abs().max()):.3g} among them; they must be logarithms of "
             "probabilities, finite and not above 0."
         )
     return found
