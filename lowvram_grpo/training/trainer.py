@@ -28,9 +28,11 @@ from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.training import parts
 from lowvram_grpo.training.agents import agents_of
+from lowvram_grpo.training.best_model import EarlyStopping, check_early_stopping, stopped_early
 from lowvram_grpo.training.checks import RolloutChecks
 from lowvram_grpo.training.collect import rollout_seed
 from lowvram_grpo.training.completions_hub import upload_of
+from lowvram_grpo.training.completions_tables import TAKERS, CompletionsTables
 from lowvram_grpo.training.curriculum import curriculum_of
 from lowvram_grpo.training.early_checks import check_best_metric
 from lowvram_grpo.training.experience import MicroBatch, Rollout, split
@@ -44,6 +46,7 @@ from lowvram_grpo.training.resumable import ResumableTrainer
 from lowvram_grpo.training.savers import TrainerGuard
 from lowvram_grpo.training.sources import note_sources
 from lowvram_grpo.training.streaming import StreamProgress
+from lowvram_grpo.training.trackers import Trackers
 from lowvram_grpo.training.trl_hooks import AskedRewards, TrlHooks
 from lowvram_grpo.training.trl_names import LastCompletions, TrlNames
 from lowvram_grpo.training.warmup import WarmUp
@@ -111,6 +114,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         args, reward_funcs, reward_processing_classes, train_dataset = acting
         self.grpo_args, self.observer = args, observer or Observer(log_completions=args.log_completions)
         notice = self.observer.notice
+        check_early_stopping(args, callbacks or ())
         self.looked_at = parts.check_arguments(args, reward_funcs, train_dataset, eval_dataset, peft_config, agents)
         self.completions_upload = upload_of(args, notice)
         set_seed(args.seed)
@@ -135,6 +139,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         if is_stream(train_dataset):
             self.stream = StreamProgress(notice)
             self.add_callback(self.stream)
+        if args.early_stopping:
+            self.add_callback(EarlyStopping(args.early_stopping, args.early_stopping_threshold, notice))
         classes = parts.one_each(reward_processing_classes, len(reward_funcs))
         self.rewards = parts.make_rewards(reward_funcs, args, classes, notice)
         self._given_processing_classes = classes
@@ -146,16 +152,22 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         asked = AskedRewards(self) if self.replaces("_calculate_rewards") else self.rewards
         parts.check_agents(agents, args, tokenizer, self.looked_at)
         self.collector = parts.make_collector(engine, asked, tokenizer, self.guard, args, self.observer.phase, agents)
+        self.collector.made_by = self.made_by_generate if self.replaces("_generate") else None
         self.curriculum = curriculum_of(args.curriculum, train_dataset)
         if self.curriculum is not None:
             notice(f"curriculum {args.curriculum}: prompts are ordered by {self.curriculum.source}.")
         self.resampling = resampling_of(args.resample_dead_groups, train_dataset, self._sampled, self.collector, notice)
         if self.completions_upload is not None:
             self.add_callback(self.completions_upload)
+        self.trackers = Trackers(self.args, self.callback_handler.callbacks, notice)
         self._nothing_yet(args)
 
     def _nothing_yet(self, args: GRPOConfig) -> None:
         """What steps and logs are counted and kept in, before the first."""
+        self.tables: CompletionsTables | None = None
+        if args.log_completions and {*TAKERS} & {*args.report_to}:
+            self.tables = CompletionsTables(args, self.callback_handler.callbacks, self.observer.notice)
+            self.add_callback(self.tables)
         log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl")) if args.log_completions else None
         self.completions_log: CompletionsLog | None = log
         self.metrics = {"train": MetricBook(), "eval": MetricBook()}
@@ -170,6 +182,10 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
     # The run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        checkpoint = self.checkpoint_of(resume_from_checkpoint)
+        if checkpoint is not None and stopped_early(checkpoint, self.grpo_args.early_stopping):
+            return self._ended_at(checkpoint)
+        self.trackers.begin(self, checkpoint)
         warm_up = WarmUp(
             self.learner,
             self.collector,
@@ -184,11 +200,11 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         longest = warm_up.check_settings()
         if not self._checked:
             warm_up.probe(longest, backward=self.accelerator.backward, moments=self.optimizer is not None)
-            if not resume_from_checkpoint:
+            if checkpoint is None:
                 self.pending_rollout = warm_up.first_rollout(self.get_train_dataloader()) or self.pending_rollout
                 self._early_log = list(self.state.log_history)
         self._checked = True
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _roll_out_anew(self, rows: list[dict[str, Any]]) -> Rollout:
         self.metrics["train"].take()
@@ -268,6 +284,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         self.metrics[mode].add(rollout_metrics(rollout, self.rewards.names))
         self.metrics[mode].add(note_sources(rollout, rows, self._group(mode)))
         self._logs.keep(rollout, self.rewards.names)
+        if self.tables is not None:
+            self.tables.keep(mode, rollout.columns(self.rewards.names))
         return rollout
 
     def _check_best_metric(self, logged: dict[str, float]) -> None:
@@ -283,7 +301,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         for log in (self.completions_log, self.completions_upload):
             if log is not None:
                 log.write(step, **rollout.columns(self.rewards.names))
-        self.observer.sample(*rollout.best(), step)
+        for shown in rollout.shown(self.grpo_args.num_completions_to_print or 1):
+            self.observer.sample(*shown, step)
 
     def cut(self, rollout: Rollout, updates: int) -> list[list[MicroBatch]]:
         return self.learner.cut(rollout, self.plan, self.collector.pad_id, updates=updates)
