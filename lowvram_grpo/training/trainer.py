@@ -35,6 +35,7 @@ from lowvram_grpo.training.completions_hub import upload_of
 from lowvram_grpo.training.completions_tables import TAKERS, CompletionsTables
 from lowvram_grpo.training.curriculum import curriculum_of
 from lowvram_grpo.training.early_checks import check_best_metric
+from lowvram_grpo.training.evaluating import Evaluates
 from lowvram_grpo.training.experience import MicroBatch, Rollout, split
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
 from lowvram_grpo.training.loaders import Loaders
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
+class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Evaluates, Loaders, ResumableTrainer):
     """Trains a causal language model with GRPO. Arguments mean what they mean in TRL.
 
     Args:
@@ -357,34 +358,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         self.guard.guard_step(optimizer)
         return optimizer
 
-    # Evaluation and logging
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Remember under which name (`eval_NAME` for one of several datasets) the metrics go out."""
-        self._eval_prefix, self._eval_batches, self._eval_rows = metric_key_prefix, 0, 0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        return output._replace(num_samples=self._eval_rows)  # of a stream transformers knows no number
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Sample, reward and score a batch of evaluation prompts; metrics go out under eval_*."""
-        rollout = self.collect(inputs, self.state.global_step, mode="eval")
-        self._eval_batches += 1
-        self._eval_rows += len(inputs)
-        was_training = self.model.training
-        self.model.eval()
-        loss = self.guard.run("score", lambda: self._evaluated(rollout))
-        self.model.train(was_training)
-        self.metrics["eval"].add_update(self._sums)
-        return loss, None, None
-
-    @torch.no_grad()
-    def _evaluated(self, rollout: Rollout) -> Tensor:
-        self._sums, loss = UpdateSums(self.learner.objective), torch.zeros((), device=self.args.device)
-        for micro in self.learner.with_entropy_masks(self.cut(rollout, 1)[0]):
-            with self.compute_loss_context_manager():
-                self.learner.add_reference(micro)
-                loss += self.compute_loss(self.model, micro)
-        return loss
+    # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.is_in_train and self._early_log:
