@@ -23,6 +23,13 @@ def _help_all(wanted: bool) -> None:
         raise typer.Exit
 
 
+Tools = Annotated[
+    list[str] | None,
+    typer.Option(help="Functions that the model may call: file.py, or file.py:name,name2. Repeatable."),
+]
+Environment = Annotated[str | None, typer.Option(help="Environment that the model acts in: file.py:Class.")]
+
+
 def train(
     context: typer.Context,
     model: Annotated[
@@ -65,6 +72,8 @@ def train(
             "Repeatable.",
         ),
     ] = None,
+    tools: Tools = None,
+    environment: Environment = None,
     preset: Annotated[str | None, typer.Option(help="auto, or one of `lowvram-grpo presets`.")] = None,
     memory_plan: Annotated[
         str | None,

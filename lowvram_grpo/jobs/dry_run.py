@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lowvram_grpo.data.encoding import encode_prompts, row_kwargs
+from lowvram_grpo.data.tool_calls import name_of
 from lowvram_grpo.policy.reference import ADAPTER_SHARES
 from lowvram_grpo.recipe.not_applied import as_text
 from lowvram_grpo.rewards.registry import is_model
@@ -31,7 +32,7 @@ def show(job: Job, said: Iterable[str]) -> None:
         print(f"note: {sentence}")
     if job.recipe.not_applied:
         print(f"not applied here:\n{as_text(job.recipe.not_applied)}")
-    args, first, evaluation = job.args, job.train.first, job.evaluation
+    args, first, evaluation = job.told, job.train.first, job.evaluation
     ids, _ = encode_prompts(
         job.tokenizer,
         [first[0]["prompt"]],
@@ -43,7 +44,9 @@ def show(job: Job, said: Iterable[str]) -> None:
     Console(highlight=False).print("[bold]What would run[/bold] (nothing was loaded or written)\n")
     # Not by rich, which would break lines at the width of the screen and take [words] for its own.
     print(job.recipe.to_toml())
-    print(f"rewards: {', '.join(job.rewards.specs)}")
+    print(f"rewards: {', '.join(job.rewards.specs) or 'those of the environment'}")
+    if job.acting.agents is not None:
+        print(f"tools: {', '.join(name_of(tool) for tool in job.acting.agents.all_tools) or 'none'}")
     if any(map(is_model, job.rewards.specs)):
         place = "the CPU" if args.device.type == "cpu" else _PLACES[args.reward_model_device]
         print(f"reward models: on {place}")

@@ -74,7 +74,7 @@ def training_config(recipe: Recipe, *, weights: list[float]) -> GRPOConfig:
     from lowvram_grpo.recipe.config import GRPOConfig
 
     check_attention(recipe.attn_implementation)
-    settings = {"reward_weights": weights, **recipe.training}
+    settings = {"reward_weights": weights or None, **recipe.training}
     if recipe.dtype == "float16" and torch.cuda.is_available() and not {"bf16", "fp16"} & settings.keys():
         settings["fp16"] = True  # a float16 base under bfloat16 autocast would have no GradScaler
     settings |= {"output_dir": recipe.output_dir or "runs", "disable_tqdm": True, "model_init_kwargs": None}

@@ -26,15 +26,17 @@ class Rewards:
     weights: list[float]
 
 
-def rewards_of(recipe: Recipe, columns: list[str]) -> Rewards:
-    """The rewards of the recipe; one with neither template nor rewards gets a template by the data's columns.
+def rewards_of(recipe: Recipe, columns: list[str], *, judged: bool = False) -> Rewards:
+    """The rewards of the recipe; one with neither template nor rewards gets a template by the data's columns, or none
+    where an environment judges.
 
     Raises:
         UserError: no reward is named and none follows from the columns, or there is no such reward.
     """
     from lowvram_grpo.rewards.registry import resolve_reward
 
-    specs = _specs(recipe, columns)
+    alone = judged and not recipe.reward and not recipe.template
+    specs = [] if alone else _specs(recipe, columns)
     found = [resolve_reward(spec, _settings(recipe)) for spec in specs]
     return Rewards(specs, [function for function, _ in found], [weight for _, weight in found])
 
@@ -140,4 +142,4 @@ def check_reward_columns(recipe: Recipe, rewards: list[Callable | str], data: Da
 
     only_prompts = bool(recipe.training.get("remove_unused_columns"))
     columns = reward_columns(data.column_names, only_prompts=only_prompts)
-    check_columns(rewards, columns)
+    check_columns(rewards, [*columns, *(["environments"] if recipe.environment else [])])

@@ -171,6 +171,8 @@ def _loaded(job: Job, console: Console, callbacks: Sequence[TrainerCallback], lo
         job.tokenizer,
         callbacks=list(callbacks),
         peft_config=None if job.recipe.adapter or not job.recipe.use_peft else fresh_lora(job.recipe),
+        tools=job.acting.tools,
+        environment_factory=job.acting.environment,
         observer=console,
         ladder=ladder_for(job.recipe),
     )

@@ -16,7 +16,6 @@ _COMPILED = "the sampler and the scorer do not go through the compiled forward"
 
 # Accepted so that a TRL script runs unchanged; each says on screen why it does nothing when it is set.
 INERT_FIELDS = {
-    "max_tool_calling_iterations": "tools are not supported yet, so a completion has one turn",
     "pad_to_multiple_of": "masks keep padding out of all sums, and no kernel here is faster by it",
     "log_multimodal": "prompts and completions are text here",
     "transformers_continuous_batching_config": "rollouts have their own engine",

@@ -78,6 +78,8 @@ class Recipe(RewardSettings):
     few_shot: str | None = None
     chat_template: str | None = None
     reward: list[str] = field(default_factory=list)
+    tools: list[str] = field(default_factory=list)
+    environment: str | None = None
     preset: str = "auto"
     memory_plan: str = "auto"
     quantization: str = "none"
@@ -199,6 +201,8 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
     if job.get("chat_template") != "plain":
         job["chat_template"] = _anchored(job.get("chat_template"))
     job["reward"] = [_anchored_reward(spec) for spec in job.get("reward", [])]
+    job["tools"] = [_anchored_code(spec) for spec in job.get("tools", [])]
+    job["environment"] = _anchored_code(job["environment"]) if job.get("environment") else None
     training = {k: v for k, v in values.items() if k not in _JOB_TYPES}
     return Recipe(**job, training=training, origin=origin, not_applied=not_applied, env=env)
 
@@ -229,6 +233,12 @@ def _anchored(place: Any) -> Any:
         return [_anchored(each) for each in place]
     path = os.path.expanduser(place)
     return os.path.abspath(path) if os.path.exists(path) else place
+
+
+def _anchored_code(spec: str) -> str:
+    """`file.py`, or `file.py:NAME`."""
+    file, end, names = spec.strip().rpartition(".py")
+    return f"{_anchored(file + end)}{names}" if end else spec
 
 
 def _anchored_reward(spec: str) -> str:

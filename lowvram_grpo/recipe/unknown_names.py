@@ -76,7 +76,8 @@ _ELSEWHERE = _by_name({
     "tokenizer processing_class processor": _TO_TRAINER.format("processing_class=..."),
     "reward_processing_classes callbacks optimizers peft_config quantization_config observer ladder":
         _TO_TRAINER.format("it"),
-    "train_dataset eval_dataset": _TO_TRAINER.format("it"),
+    "train_dataset eval_dataset tools environment_factory rollout_func": _TO_TRAINER.format("it"),
+    "environment": _TO_TRAINER.format("environment_factory=..."),
     "dataset": _TO_TRAINER.format("train_dataset=..."),
     "data dataset_name dataset_config data_config split dataset_train_split dataset_test_split eval_data eval_split":
         "load the dataset, and " + _TO_TRAINER.format("train_dataset=... (eval_dataset=...)"),
@@ -127,8 +128,6 @@ _OF_TRAINER = _by_name({
     "data_collator": "rows reach the rewards as they are in the data",
     "model_init": "pass the model itself",
 })  # fmt: skip
-# TRL's, which may be None.
-_LATER = ("tools", "environment_factory", "rollout_func")
 # In scripts, recipes and flags alike.
 _ANYWHERE = _by_name({
     "max_length max_seq_length max_seq_len max_model_len max_sequence_length":
@@ -138,7 +137,6 @@ _ANYWHERE = _by_name({
         "GRPO has no value model, so there is nothing to set",
     "ref_model ref_model_name reference_model":
         "the reference is the model without its adapter, or a frozen copy (beta, sync_ref_model)",
-    "tools environment_factory rollout_func": "tools and environments are not supported yet",
     "reward_model_name_or_path": "write it among the reward_funcs: models' names may stand there",
     "do_sample": "completions are always sampled (temperature, top_p, top_k, min_p)",
     "overwrite_output_dir": "drop it: a run goes on only where it is asked to",
@@ -182,7 +180,7 @@ def check_trainer_arguments(given: Mapping[str, Any], known: Iterable[str], conf
     Raises:
         UnknownSetting: it may not; all of their names, and what to write instead of each.
     """
-    unknown = [name for name, value in given.items() if not (name in _LATER and value is None)]
+    unknown = list(given)
     if not unknown:
         return
     fields_there = set(config_fields)

@@ -117,10 +117,16 @@ def with_agents(
         if args.reward_weights is not None:
             args.reward_weights = [*args.reward_weights, *[1.0] * len(own)]
         processing_classes = [*one_each(processing_classes, len(funcs)), *[None] * len(own)]
-    if agents is not None and agents.schemas:
-        args = copy.copy(args)
-        args.chat_template_kwargs = {**(args.chat_template_kwargs or {}), "tools": agents.schemas}
-    return args, [*funcs, *own], processing_classes, train_dataset
+    return with_schemas(agents, args), [*funcs, *own], processing_classes, train_dataset
+
+
+def with_schemas(agents: Agents | None, args: GRPOConfig) -> GRPOConfig:
+    """Settings whose prompts tell the model of its tools."""
+    if agents is None or not agents.schemas:
+        return args
+    args = copy.copy(args)
+    args.chat_template_kwargs = {**(args.chat_template_kwargs or {}), "tools": agents.schemas}
+    return args
 
 
 def _empty_prompts(args: GRPOConfig, several: bool) -> Any:

@@ -89,8 +89,12 @@ class WarmUp:
             )
         lengths = prompt_lengths(args, self.collector.tokenizer, self.data, whole=self.whole)
         longest = check_lengths(args, lengths, unwrap(model).config, notice)
-        # Behind the first rows of a stream any length may come.
-        return longest if self.whole else max(longest, args.max_prompt_length or 0)
+        agents = self.collector.agents
+        if args.max_tool_calling_iterations is not None and (agents is None or agents.samples_itself):
+            self.observer.warning("max_tool_calling_iterations has no effect: the model has no tools.")
+        # Behind the first rows of a stream any length may come, and behind a prompt what an environment says.
+        known = self.whole and (agents is None or agents.environments is None)
+        return longest if known else max(longest, args.max_prompt_length or 0)
 
     def probe(self, longest_prompt: int, *, backward: Callable[[Tensor], None], moments: bool) -> None:
         """Rehearse the longest step, where `memory_probe` wants that; see `probe.probe`."""

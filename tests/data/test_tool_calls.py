@@ -41,8 +41,8 @@ def read(text, form="hermes"):
 WRITTEN = {
     "hermes": 'So:\n<tool_call>\n{"name": "multiply", "arguments": {"a": 3, "note": "4"}}\n</tool_call>',
     "piped": 'So:<|tool_call|>[{"name": "multiply", "arguments": {"a": 3, "note": "4"}}]<|/tool_call|>',
-    "qwen_xml": "So:\n<tool_call>\n<function=multiply>\n<parameter=a>\n3\n</parameter>\n<parameter=note>\n4\n</parameter>\n"
-    "</function>\n</tool_call>",
+    "qwen_xml": "So:\n<tool_call>\n<function=multiply>\n<parameter=a>\n3\n</parameter>\n<parameter=note>\n4\n"
+    "</parameter>\n</function>\n</tool_call>",
     "glm_xml": "So:\n<tool_call>multiply\n<arg_key>a</arg_key>\n<arg_value>3</arg_value>\n<arg_key>note</arg_key>\n"
     "<arg_value>4</arg_value>\n</tool_call>",
     "mistral": 'So:[TOOL_CALLS][{"name": "multiply", "arguments": {"a": 3, "note": "4"}}]',
@@ -85,7 +85,8 @@ def test_types_by_the_schema():
 
 
 @pytest.mark.parametrize("text", [
-    '<tool_call>{"name": "multiply", "arg</tool_call>', "<tool_call>[1]</tool_call>", '<tool_call>{"nam": "x"}</tool_call>',
+    '<tool_call>{"name": "multiply", "arg</tool_call>', "<tool_call>[1]</tool_call>",
+    '<tool_call>{"nam": "x"}</tool_call>',
     '<tool_call>{"name": "multiply"}</tool_call><tool_call>broken</tool_call>', "<tool_call>",
     '<tool_call>{"name": "multiply", "arguments": [1]}</tool_call>', "[" * 5000,
 ])  # fmt: skip

@@ -12,10 +12,10 @@ from conftest import make_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
-from chat_tokenizer import END, QWEN, calling, chat_tokenizer, ids_of  # noqa: E402
+from chat_tokenizer import END, QWEN, calling, chat_tokenizer, ids_of
 
-from lowvram_grpo.rollout.batch import RolloutBatch  # noqa: E402
-from lowvram_grpo.rollout.turns import Turn  # noqa: E402
+from lowvram_grpo.rollout.batch import RolloutBatch
+from lowvram_grpo.rollout.turns import Turn
 
 __all__ = ["END", "QWEN", "Scripted", "asked", "calling", "chat_tokenizer", "ids_of", "small_model"]
 

@@ -9,7 +9,8 @@ import torch
 from chatting import END, Scripted, asked, calling, chat_tokenizer, ids_of, small_model
 from datasets import Dataset
 
-from lowvram_grpo import GRPOConfig, GRPOTrainer, UserError
+from lowvram_grpo import GRPOConfig, UserError
+from lowvram_grpo.training.trainer import GRPOTrainer
 
 CALL, DONE = calling("multiply", a=3, b=4), "It is 12.<|im_end|>"
 
@@ -172,6 +173,7 @@ def test_a_run_with_tools(trainer, tmp_path):
     n = lambda *texts: sum(len(ids_of(run.processing_class, text)) for text in texts)
     assert log["completions/max_length"] == n(CALL, CALL, DONE) and log["completions/min_length"] == n(DONE)
     completions, answers = seen[-1]
+    assert answers == ["0", "0", "1", "1"]
     assert [m["role"] for m in completions[2]] == ["assistant", "tool", "assistant", "tool", "assistant"]
     assert completions[2][0]["tool_calls"][0]["function"] == {"name": "multiply", "arguments": {"a": 3, "b": 4}}
     row = json.loads((tmp_path / "run" / "completions.jsonl").read_text().splitlines()[0])
@@ -315,8 +317,8 @@ WRONG = {
     "short": ({"logprobs": lambda ids: [[-1.0]] * 4}, "returned 1 logprobs for the 7 tokens of completion 0"),
     "mask": ({"env_mask": lambda ids: [[1]] * 4}, "returned 1 env_mask for the 7 tokens of completion 0"),
     "logits": ({"logprobs": lambda ids: [[5.0] * len(r) for r in ids]}, "logprobs of completion 0 with 5 among them"),
-    "infinite": ({"logprobs": lambda ids: [[float("-inf")] * len(r) for r in ids]}, "logprobs of completion 0 with inf among them"),
-    "empty": ({"completion_ids": lambda ids: [[]] * 4, "logprobs": lambda ids: [[]] * 4}, "no token in completion_ids 0"),
+    "infinite": ({"logprobs": lambda ids: [[float("-inf")] * len(r) for r in ids]}, "of completion 0 with inf among"),
+    "empty": ({"completion_ids": lambda ids: [[]] * 4, "logprobs": lambda ids: [[]] * 4}, "no token in completion_ids"),
     "unknown": ({"prompt_ids": lambda ids: [[9999]] * 4}, "the token 9999 in prompt_ids 0, and the model knows 0 to"),
     "texts": ({"prompt_ids": lambda ids: ["a"] * 4}, "something else than token ids in prompt_ids 0"),
     "long": ({"prompt_ids": lambda ids: [[5] * 2000] * 4}, "prompt and completion of 2007 tokens .*1024 positions"),

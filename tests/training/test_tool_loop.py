@@ -120,7 +120,7 @@ def test_as_many_iterations_as_allowed(tokenizer, loop):
 
 
 def test_an_answer_without_room_is_none(tokenizer, loop):
-    """The engine leaves it out and ends the conversation as truncated; so do the messages. The call counts, as in TRL."""
+    """The engine leaves it out, and so do the messages. The call counts, as in TRL."""
     call = calling("multiply", a=1, b=2)
     fits = loop(1)
     more = fits.reply([turn(tokenizer, 0, call)])[0]
