@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from lowvram_grpo.data.streams import in_order_of_shards
+from lowvram_grpo.data.streams import in_order_of_shards, opened_at
 
 # As many rows as the buffers of `datasets` hold by default.
 BLOCK = 1000
@@ -168,13 +168,10 @@ class StreamLoader(DataLoader):
     def _by_state(self, start: Place, size: int) -> tuple[list, Iterator] | None:
         """None where the stream does not find the block again: a shuffle buffer of its own is lost, for one."""
         with _quiet(), contextlib.suppress(Exception):  # any library's
-            self._stream.load_state_dict(start.state)
-            stream = iter(self._stream)
+            stream = opened_at(self._stream, start.state)
             rows = list(islice(stream, size))
-            self._forget()
             if _digest(rows) == start.digest:
                 return rows, stream
-        self._forget()
         return None
 
     def _by_count(self, start: Place, size: int) -> tuple[list, Iterator]:
@@ -184,12 +181,6 @@ class StreamLoader(DataLoader):
         for _ in islice(stream, start.row):
             pass
         return list(islice(stream, size)), stream
-
-    def _forget(self) -> None:
-        """Have the next one who iterates over a stream of `datasets` begin at its beginning."""
-        if not isinstance(self._stream, IterableDataset) or hasattr(self._stream, "_starting_state_dict"):
-            with contextlib.suppress(Exception):
-                self._stream.load_state_dict(None)
 
     def _state(self) -> Any:
         """What the stream calls the place where it stands; None where it has no word for it that json can hold."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,18 @@ def first_rows(data: Any, count: int = LOOKED_AT) -> list[Any]:
 def looked_at(data: Any) -> Sequence[Any]:
     """What is looked at in place of data: the first rows of a stream, all other data itself."""
     return first_rows(data) if is_stream(data) else data
+
+
+def opened_at(stream: Any, state: Any) -> Iterator[Any]:
+    """The rows of a stream from the place that it called `state`. Whoever iterates over it next begins at its
+    beginning: a stream of `datasets` would go on there each time, until another epoch."""
+    stream.load_state_dict(state)
+    rows = iter(stream)
+    first = list(islice(rows, 1))
+    if hasattr(stream, "_starting_state_dict"):
+        stream.load_state_dict(None)
+    yield from first
+    yield from rows
 
 
 def in_order_of_shards(data: Any, seed: int) -> Any:

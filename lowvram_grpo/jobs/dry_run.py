@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lowvram_grpo.data.encoding import encode_prompts
+from lowvram_grpo.data.encoding import encode_prompts, row_kwargs
 from lowvram_grpo.policy.reference import ADAPTER_SHARES
 from lowvram_grpo.recipe.not_applied import as_text
 from lowvram_grpo.rewards.registry import is_model
@@ -31,14 +31,15 @@ def show(job: Job, said: Iterable[str]) -> None:
         print(f"note: {sentence}")
     if job.recipe.not_applied:
         print(f"not applied here:\n{as_text(job.recipe.not_applied)}")
-    args, train_data, eval_data = job.args, job.train_data, job.eval_data
+    args, first, evaluation = job.args, job.train.first, job.evaluation
     ids, _ = encode_prompts(
         job.tokenizer,
-        [train_data[0]["prompt"]],
+        [first[0]["prompt"]],
         max_prompt_length=args.max_prompt_length,
         chat_template_kwargs=args.chat_template_kwargs,
+        own=row_kwargs([first[0]]),
     )
-    lengths, plan = prompt_lengths(args, job.tokenizer, train_data), args.batch_plan()
+    lengths, plan = prompt_lengths(args, job.tokenizer, first, whole=not job.train.streams), args.batch_plan()
     Console(highlight=False).print("[bold]What would run[/bold] (nothing was loaded or written)\n")
     # Not by rich, which would break lines at the width of the screen and take [words] for its own.
     print(job.recipe.to_toml())
@@ -46,7 +47,7 @@ def show(job: Job, said: Iterable[str]) -> None:
     if any(map(is_model, job.rewards.specs)):
         place = "the CPU" if args.device.type == "cpu" else _PLACES[args.reward_model_device]
         print(f"reward models: on {place}")
-    print(f"data: {len(train_data)} prompts{f', {len(eval_data)} for evaluation' if eval_data else ''}")
+    print(f"data: {job.train.count}{f', {evaluation.count} for evaluation' if evaluation else ''}")
     print(
         f"each step: {plan.prompts_per_rollout} prompts x {plan.num_generations} completions, at most "
         f"{plan.micro_batch_size} at once; device {args.device}"

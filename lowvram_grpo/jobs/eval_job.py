@@ -153,6 +153,8 @@ def _data(recipe: Recipe, flags: dict[str, Any]) -> tuple[Dataset, str]:
     else:
         place, split, config = recipe.eval_data or recipe.data, recipe.eval_split, recipe.data_config
         split = flags.get("split") or split
+    if isinstance(place, list) or (not place and recipe.dataset_mixture):
+        raise UserError(f"The run was trained on {', '.join(recipe.places)}; name the one to evaluate on with --data.")
     if not place:
         raise UserError("No data given; pass --data with a folder, a json/jsonl/csv/parquet file or a hub id.")
     data = load(place, config=config, split=split, prefer=_SPLITS)

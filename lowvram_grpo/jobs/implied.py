@@ -41,9 +41,10 @@ def imply_evaluation(recipe: Recipe) -> None:
     """
     training = recipe.training
     by_file = recipe.origin.get("eval_strategy") == "file" and training["eval_strategy"] != "no"
-    if by_file and not (recipe.eval_data or recipe.eval_split):
+    kept = (recipe.dataset_mixture or {}).get("test_split_size")
+    if by_file and not (recipe.eval_data or recipe.eval_split or kept):
         recipe.eval_split, recipe.origin["eval_split"] = "test", TRLS_SPLIT
-    if not (recipe.eval_data or recipe.eval_split):
+    if not (recipe.eval_data or recipe.eval_split or kept):
         if training.get("eval_strategy", "no") != "no":
             raise UserError(
                 f"eval_strategy is {training['eval_strategy']}, but there is no data to evaluate on; pass --eval-data "
@@ -54,6 +55,11 @@ def imply_evaluation(recipe: Recipe) -> None:
                 "eval_on_start is set, but there is no data to evaluate on; pass --eval-data or --eval-split, or drop "
                 "eval_on_start."
             )
+        if training.get("early_stopping"):
+            raise UserError(
+                "early_stopping is set, but there is no data to evaluate on; pass --eval-data or --eval-split, or drop "
+                "early_stopping."
+            )
         return
     if "eval_strategy" not in training:
         training["eval_strategy"] = "steps"
@@ -61,6 +67,28 @@ def imply_evaluation(recipe: Recipe) -> None:
     if training["eval_strategy"] == "steps" and not training.get("eval_steps"):
         training["eval_steps"] = training.get("save_steps") or _EVAL_STEPS
         recipe.origin["eval_steps"] = IMPLIED
+    _imply_best_model(recipe)
+
+
+def _imply_best_model(recipe: Recipe) -> None:
+    """A run that ends when it gets no better leaves the best weights; and where these are asked for, a checkpoint is
+    due with each evaluation, unless somebody has said when."""
+    training, said = recipe.training, ("flag", "file")
+    evaluated = training["eval_strategy"]
+    keeps_none = training.get("save_strategy") == "no" or evaluated == "no"
+    if training.get("early_stopping") and "load_best_model_at_end" not in training and not keeps_none:
+        training["load_best_model_at_end"] = True
+        recipe.origin["load_best_model_at_end"] = IMPLIED
+        if recipe.resume:  # whose file says everything
+            said = ("flag",)
+    if not training.get("load_best_model_at_end"):
+        return
+    due = {"save_strategy": evaluated}
+    if evaluated == "steps" and training.get("save_strategy", "steps") == "steps":
+        due["save_steps"] = training["eval_steps"]
+    for key, value in due.items():
+        if recipe.origin.get(key) not in said and training.get(key) != value:
+            training[key], recipe.origin[key] = value, IMPLIED
 
 
 def without_evaluation(recipe: Recipe, why: str) -> None:

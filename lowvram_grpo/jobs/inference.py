@@ -122,7 +122,7 @@ def recipe_to_sample(flags: Mapping[str, Any], tell: Callable[[str], None]) -> R
     if said:
         tell(said)
     recipe = resolve(flags, file)
-    offline_where_unreachable([recipe.adapter, recipe.model, recipe.data], tell)
+    offline_where_unreachable([recipe.adapter, recipe.model, *recipe.places], tell)
     base = adapter_config(recipe.adapter).base_model_name_or_path if place else None
     recipe.model = recipe.model or base
     if not recipe.model:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from lowvram_grpo.errors import UserError, flag_of
+from lowvram_grpo.training.best_model import stopped_early
 from lowvram_grpo.training.continuation import Made, step_of
 
 if TYPE_CHECKING:
@@ -187,8 +188,11 @@ def _moved_away(place: Any) -> bool:
     return isinstance(place, str) and os.path.isabs(place) and not os.path.exists(place)
 
 
-def check_unfinished(directory: RunDirectory, checkpoint: Path | None, planned: int) -> None:
+def check_unfinished(directory: RunDirectory, checkpoint: Path | None, planned: int, *, patience: int = 0) -> None:
     """Whether there are steps to do, or at least an adapter to leave.
+
+    Args:
+        patience: `early_stopping` of today.
 
     Raises:
         UserError: the run is finished, or would have to go back.
@@ -203,6 +207,11 @@ def check_unfinished(directory: RunDirectory, checkpoint: Path | None, planned: 
         raise UserError(
             f"{directory.path} is finished ({done} of {planned} steps); pass --max-steps M with M above "
             f"{done} to go on."
+        )
+    if result is not None and stopped_early(checkpoint, patience):
+        raise UserError(
+            f"{directory.path} is finished: early_stopping {patience} has ended it at step {done} of {planned}; pass "
+            f"--early-stopping M with M above {patience}, or 0, to go on."
         )
     if done > planned:
         raise UserError(

@@ -11,6 +11,7 @@ from lowvram_grpo.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from lowvram_grpo.data.load import Preparation
     from lowvram_grpo.recipe.resolve import Recipe
     from lowvram_grpo.rewards.settings import RewardSettings
 
@@ -59,7 +60,7 @@ def _specs(recipe: Recipe, columns: list[str]) -> list[str]:
     from lowvram_grpo.data.templates import guess
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
 
-    if is_gym(recipe.data) and not recipe.reward:
+    if recipe.places and all(map(is_gym, recipe.places)) and not recipe.reward:
         if not recipe.template and recipe.system_prompt is None:  # something must ask for the answer's tags
             recipe.template, recipe.origin["template"] = "r1", "reasoning-gym"
         return ["reasoning_gym"]
@@ -94,11 +95,16 @@ def prepared(recipe: Recipe, dataset: Dataset, tell: Callable[[str], None] = lam
     Raises:
         UserError: as `data.prepare`, or an unreadable few-shot file.
     """
+    return preparing(recipe, dataset, tell).of(dataset)
+
+
+def preparing(recipe: Recipe, dataset: Dataset, tell: Callable[[str], None]) -> Preparation:
+    """What `prepared` does to rows like those of `dataset`."""
     from lowvram_grpo.data.few_shot import few_shot
-    from lowvram_grpo.data.load import prepare
+    from lowvram_grpo.data.load import preparation
 
     answers, shots = _read_by_builtins(recipe, dataset), few_shot(recipe.few_shot)
-    return prepare(
+    return preparation(
         dataset,
         template=recipe.template,
         prompt_column=recipe.prompt_column,

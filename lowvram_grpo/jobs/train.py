@@ -27,8 +27,9 @@ from lowvram_grpo.run.capture import Capture
 from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.console import Console
 from lowvram_grpo.run.interrupt import StopAfterStep
-from lowvram_grpo.run.metrics import MetricsWriter
+from lowvram_grpo.run.metrics import MetricsWriter, best_sentence
 from lowvram_grpo.run.model_card import model_card
+from lowvram_grpo.training.best_model import best_of, stopped_early
 from lowvram_grpo.training.collect import SCORING
 from lowvram_grpo.training.continuation import planned_steps, step_of
 from lowvram_grpo.training.trainer import GRPOTrainer
@@ -75,7 +76,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
 def _check_named(recipe: Recipe) -> None:
     if not recipe.model:
         raise UserError("No model given; pass --model with a folder or a hub id.")
-    if not recipe.data:
+    if not (recipe.data or recipe.dataset_mixture):
         raise UserError("No data given; pass --data with a folder, a json/jsonl/csv/parquet file or a hub id.")
 
 
@@ -105,8 +106,9 @@ def _train(job: Job, start: Start, said: Sequence[str]) -> None:
     """Load the model, train it and leave its adapter, in sight of a person."""
     recipe, args, directory, checkpoint = job.recipe, job.args, start.directory, start.checkpoint
     args.output_dir = str(directory.path)
+    args.run_name = args.run_name or directory.path.resolve().name  # what trackers call it, after a resume too
     logs = _Logs(recipe, start)
-    subtitle = f"{recipe.model} on {recipe.data}"
+    subtitle = f"{recipe.model} on {', '.join(recipe.places)}"
     with Console("lowvram-grpo", subtitle, plain=recipe.plain or None, log_completions=args.log_completions) as console:
         for sentence in _opening(job, start, said):
             console.notice(sentence)
@@ -115,9 +117,9 @@ def _train(job: Job, start: Start, said: Sequence[str]) -> None:
             console.table(as_text(recipe.not_applied))
         interrupt = StopAfterStep(console.notice)
         trainer = _loaded(job, console, [interrupt, AfterFirstStep(logs.take_over)], logs)
-        if checkpoint and step_of(checkpoint) >= planned_steps(args, job.train_data, checkpoint):
+        if checkpoint and _is_over(job, checkpoint):
             # An earlier process ended between the last checkpoint and the adapter.
-            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.take_up(checkpoint)
             logs.take_over()
         else:
             with interrupt.armed():
@@ -125,7 +127,19 @@ def _train(job: Job, start: Start, said: Sequence[str]) -> None:
             if interrupt.requested and trainer.state.global_step < trainer.state.max_steps:
                 console.notice(f"stopped at step {trainer.state.global_step}; go on with --resume {directory.path}")
                 raise Stopped(interrupt.requested)
-        console.notice(f"{'adapter' if recipe.use_peft else 'model'}: {_leave_result(recipe, trainer, start)}")
+        if best := best_of(args, trainer.state, trainer.callback_handler.callbacks):
+            logs.metrics.rows.append([best.row()])
+        result = _leave_result(recipe, trainer, start)
+        console.notice(f"{'adapter' if recipe.use_peft else 'model'}: {result}")
+        if args.push_to_hub:
+            trainer.push_folder(result, f"Trained for {counted(trainer.state.global_step, 'step')}")
+        if best:
+            console.notice(f"it is the best of the run: {best_sentence(best.row())}")
+
+
+def _is_over(job: Job, checkpoint: Path) -> bool:
+    done = step_of(checkpoint) >= planned_steps(job.args, job.train.first, checkpoint)
+    return done or stopped_early(checkpoint, job.args.early_stopping)
 
 
 def _opening(job: Job, start: Start, said: Sequence[str]) -> Iterator[str]:
@@ -134,9 +148,9 @@ def _opening(job: Job, start: Start, said: Sequence[str]) -> Iterator[str]:
     yield from said
     if guessed := guess_notice(job.recipe):
         yield guessed
-    if job.eval_data and job.recipe.origin.get("eval_strategy") == IMPLIED:
+    if job.evaluation is not None and job.recipe.origin.get("eval_strategy") == IMPLIED:
         yield (
-            f"evaluating on {len(job.eval_data)} prompts every {job.args.eval_steps:g} steps and at the end; "
+            f"evaluating on {job.evaluation.count} every {job.args.eval_steps:g} steps and at the end; "
             "set --eval-steps, or --eval-strategy no, to change that."
         )
     if start.resumed:
@@ -164,6 +178,7 @@ def _loaded(job: Job, console: Console, callbacks: Sequence[TrainerCallback], lo
     trainer.add_callback(logs.metrics)
     trainer.add_callback(console)
     trainer.completions_log = logs.completions
+    trainer.card = lambda: model_card(asdict(job.recipe), logs.metrics.read())
     if console.covers_output:
         trainer.rewards.capture = Capture(job.args.output_dir / Path("rewards.log"), console.notice)
     return trainer
@@ -213,7 +228,6 @@ def _leave_result(recipe: Recipe, trainer: GRPOTrainer, start: Start) -> Path:
     def write(folder: Path) -> None:
         trainer._save(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)
-        card = model_card(asdict(recipe), start.directory.metrics())
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(trainer.card(), encoding="utf-8")
 
     return start.directory.write_adapter(write, whole=not recipe.use_peft)

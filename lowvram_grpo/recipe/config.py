@@ -274,11 +274,16 @@ class GRPOConfig(TrainingArguments):
         "auto",
     )
 
+    early_stopping: int = _help(
+        "(ours) End the run once so many evaluations in a row were no better by metric_for_best_model; 0: never.", 0
+    )
+    early_stopping_threshold: float = _help("(ours) By how much an evaluation must be better to count as such.", 0.0)
+
     # Logging
     logging_steps: float = _help("Log every N optimizer steps.", 1)
-    log_completions: bool = _help("Show a sample completion at each log; completions.jsonl is always written.", False)
-    num_completions_to_print: int | None = _help("Completions shown at each log.")
-    log_unique_prompts: bool = _help("Show each prompt once.", False)
+    log_completions: bool = _help("Show a completion of each rollout, and give trackers tables of them.", False)
+    num_completions_to_print: int | None = _help("Completions of a rollout that are shown; the best one when unset.")
+    log_unique_prompts: bool = _help("Give trackers' tables each prompt once.", False)
     log_multimodal: bool = _help("(no effect)", True)
     log_completions_hub_repo: str | None = _help(
         "Dataset on the hub that gets the completions, a table a log, with log_completions; it is public unless "

@@ -68,8 +68,6 @@ INERT_FIELDS = {
     "ds3_gather_for_generation": "DeepSpeed ZeRO-3 is not supported yet, so there are no sharded weights to gather",
     "cache_implementation": "rollouts choose their own KV cache",
     "dataloader_drop_last": "a smaller last batch is still whole groups",
-    "log_unique_prompts": "one sample is shown a step, and completions.jsonl holds all",
-    "num_completions_to_print": "one sample is shown a step, and completions.jsonl holds all",
     "neftune_noise_alpha": "noise on the embeddings would make the log-probs those of another policy",
     "label_smoothing_factor": "the loss is GRPO's, which has no labels",
     "group_by_length": "prompts come shuffled or in order (shuffle_dataset)",
@@ -120,6 +118,19 @@ def notices_of(args: Any) -> list[str]:
         said.append(
             "top_p, top_k and min_p bias the sampler: log-probs are those of the full softmax at this temperature."
         )
+    if args.num_completions_to_print is not None and not args.log_completions:
+        said.append("num_completions_to_print has no effect without log_completions.")
+    if args.log_unique_prompts and not (
+        args.log_completions and {"wandb", "trackio", "tensorboard"} & {*args.report_to}
+    ):
+        said.append(
+            "log_unique_prompts has no effect: it is about the tables of completions that log_completions gives to "
+            "wandb, trackio and tensorboard (report_to)."
+        )
+    if args.early_stopping and not args.load_best_model_at_end:
+        said.append("early_stopping without load_best_model_at_end leaves the last weights, not the best ones.")
+    if args.early_stopping_threshold and not args.early_stopping:
+        said.append("early_stopping_threshold has no effect without early_stopping.")
     if args.prompts_per_step and args.gradient_accumulation_steps > 1:
         said.append(
             f"prompts_per_step {args.prompts_per_step} sets the step; gradient_accumulation_steps has no effect."

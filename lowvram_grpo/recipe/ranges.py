@@ -139,6 +139,9 @@ TRAINING_RANGES: dict[str, Range] = {
     "logging_steps": _NOT_NEGATIVE,
     "save_steps": _NOT_NEGATIVE,
     "eval_steps": _NOT_NEGATIVE,
+    "early_stopping": _NOT_NEGATIVE,
+    "early_stopping_threshold": _NOT_NEGATIVE,
+    "num_completions_to_print": _COUNT,
     "seed": Range(at_least=0, at_most=2**32 - 1, because="NumPy takes no other"),
 }
 

@@ -63,7 +63,10 @@ class Recipe(RewardSettings):
 
     model: str | None = None
     model_revision: str | None = None
-    data: str | None = None
+    data: str | list[str] | None = None
+    data_weights: list[float] | None = None
+    dataset_mixture: dict[str, Any] | None = None
+    stream: bool = False
     data_config: str | None = None
     split: str | None = None
     eval_data: str | None = None
@@ -100,6 +103,14 @@ class Recipe(RewardSettings):
     # Neither is written down: what was left out is in nothing that goes on, and a variable may be a token.
     not_applied: list[NotApplied] = field(default_factory=list, compare=False)
     env: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def places(self) -> list[str]:
+        """Of all its training data."""
+        if self.dataset_mixture:
+            listed = self.dataset_mixture.get("datasets") or []
+            return [str(entry.get("id")) for entry in listed if isinstance(entry, Mapping)]
+        return [self.data] if isinstance(self.data, str) else list(self.data or [])
 
     @property
     def hub_arguments(self) -> dict[str, Any]:
@@ -209,11 +220,13 @@ def _environment(table: Any, where: str) -> dict[str, str]:
     return {str(key): str(value) for key, value in (table or {}).items()}
 
 
-def _anchored(place: str | None) -> str | None:
+def _anchored(place: Any) -> Any:
     """A local path that exists as an absolute one, so that the written recipe works from any folder; else (a hub id,
-    a mistake) `place` itself."""
+    a mistake) `place` itself. Of several places each."""
     if not place:
         return place
+    if isinstance(place, list):
+        return [_anchored(each) for each in place]
     path = os.path.expanduser(place)
     return os.path.abspath(path) if os.path.exists(path) else place
 
@@ -249,7 +262,7 @@ def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             known = [*_JOB_TYPES, *training, *ALIASES]
             raise UserError(f"Unknown setting {raw!r} {where}{instead_of(key, known)}.")
         if value is not None:
-            found[key] = cast(key, value, hint)
+            found[key] = _data(value) if key == "data" else cast(key, value, hint)
             if str(raw).replace("-", "_") == "reward_funcs":
                 found[key] = [as_open_r1(spec) for spec in found[key]]
         elif type(None) in typing.get_args(hint):
@@ -257,6 +270,14 @@ def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     if model:
         found["reward"] = [*model, *found.get("reward", [])]
     return found
+
+
+def _data(value: Any) -> str | list[str]:
+    """One place, which may have commas in its name, or several."""
+    places = [str(place) for place in value] if isinstance(value, (list, tuple)) else [str(value)]
+    if isinstance(value, dict) or not places:
+        raise UserError(f"data is {value!r}; it must be one name, or a list of names.")
+    return places[0] if len(places) == 1 else places
 
 
 def job_types() -> dict[str, Any]:

@@ -57,7 +57,7 @@ _SCHEDULE_EXAMPLES = {
 _FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
-def check_choices(args: TrainingArguments) -> None:
+def check_choices(args: Any) -> None:
     """Names that have to be of a list, dictionaries that have to be JSON, and what is not supported. Before
     TrainingArguments looks at them.
 
@@ -76,11 +76,7 @@ def check_choices(args: TrainingArguments) -> None:
             raise UserError(f"{name} is {value!r}{did_you_mean(str(value), known)}; choose one of {shown}.")
     if args.bf16 and args.fp16:
         raise UserError("bf16 and fp16 are both set; leave one of them, or neither: the device decides then.")
-    if args.load_best_model_at_end and value_of(args.eval_strategy) == "no":
-        raise UserError(
-            "load_best_model_at_end is set, but nothing is evaluated; pass --eval-data or --eval-split (in a script "
-            "eval_dataset and eval_strategy), or drop it."
-        )
+    _check_evaluated(args)
     for name in _DICTIONARIES:
         value = getattr(args, name, None)
         if value is None or isinstance(value, dict):
@@ -93,12 +89,42 @@ def check_choices(args: TrainingArguments) -> None:
             raise UserError(f"{name} is {value!r}, which is no JSON object; write it as '{{\"name\": value}}'.")
 
 
-def settle_best_model(args: TrainingArguments) -> None:
+# Not typed as a GRPOConfig: that module asks this one.
+def _check_evaluated(args: Any) -> None:
+    """What goes by an evaluation, and what loads a checkpoint, must find one.
+
+    Raises:
+        UserError: it does not.
+    """
+    evaluated, saved = value_of(args.eval_strategy), value_of(args.save_strategy)
+    for name in ("load_best_model_at_end", "early_stopping"):
+        if getattr(args, name) and evaluated == "no":
+            raise UserError(
+                f"{name} is set, but nothing is evaluated; pass --eval-data or --eval-split (in a script eval_dataset "
+                "and eval_strategy), or drop it."
+            )
+    if not args.load_best_model_at_end or saved == "best":
+        return
+    if saved == evaluated:
+        every, each = args.save_steps, args.eval_steps or args.logging_steps
+        if saved == "steps" and min(every, each) >= 1 and every % each:
+            raise UserError(
+                f"load_best_model_at_end takes the weights of a checkpoint, and save_steps {every:g} is no multiple of "
+                f"eval_steps {each:g}; set save_steps to {each:g}."
+            )
+        return
+    raise UserError(
+        f"load_best_model_at_end is set with save_strategy {saved} and eval_strategy {evaluated}, so the best model "
+        f"would not be kept; set save_strategy to {evaluated} or best, or drop load_best_model_at_end."
+    )
+
+
+def settle_best_model(args: Any) -> None:
     """What is followed where no metric is named: the reward of the evaluation, which transformers would replace by the
     lowest loss, and a GRPO loss says nothing."""
     by_metric = value_of(args.lr_scheduler_type) in _FOLLOW_A_METRIC
     if args.metric_for_best_model is None and (
-        args.load_best_model_at_end or value_of(args.save_strategy) == "best" or by_metric
+        args.load_best_model_at_end or args.early_stopping or value_of(args.save_strategy) == "best" or by_metric
     ):
         args.metric_for_best_model = "eval_reward"
     if args.metric_for_best_model is not None and args.greater_is_better is None:

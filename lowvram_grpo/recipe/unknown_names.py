@@ -45,6 +45,8 @@ _OTHERS = {
     "workspace_mib": "unsloth_num_chunks unsloth_grpo_mini_batch unsloth_logit_chunk_multiplier logits_chunk_size",
     "vllm_gpu_memory_utilization": "gpu_memory_utilization",
     "vllm_server_base_url": "vllm_server_url vllm_base_url",
+    "log_unique_prompts": "wandb_log_unique_prompts",
+    "early_stopping": "early_stopping_patience early_stop patience",
     "use_cpu": "no_cuda",
     "bf16": "use_bf16 mixed_precision",
     "fp16": "use_fp16 fp16_opt_level fp16_backend half_precision_backend",
@@ -78,6 +80,10 @@ _ELSEWHERE = _by_name({
     "dataset": _TO_TRAINER.format("train_dataset=..."),
     "data dataset_name dataset_config data_config split dataset_train_split dataset_test_split eval_data eval_split":
         "load the dataset, and " + _TO_TRAINER.format("train_dataset=... (eval_dataset=...)"),
+    "data_weights dataset_mixture":
+        "mix the datasets (datasets.interleave_datasets, concatenate_datasets), and "
+        + _TO_TRAINER.format("train_dataset=..."),
+    "stream streaming": "load the dataset with streaming=True, and " + _TO_TRAINER.format("train_dataset=..."),
     "prompt_column answer_column dataset_prompt_column dataset_text_field":
         "rename the dataset's column to prompt; every other column reaches the rewards under its own name",
     "bnb_config load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant qlora": _TO_TRAINER.format(_NF4),

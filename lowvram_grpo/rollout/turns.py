@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ def converse_anew(
     sampling: Sampling | None = None,
 ) -> RolloutBatch:
     """Conversations by an engine that keeps nothing between turns: each turn is a `generate` of its own, whose prompt
-    is all that was said before."""
+    is all that was said before. Rows with as much room as each other go together, for a `generate` has one limit."""
     sampling = sampling or engine.sampling
     limit, total = sampling.max_new_tokens, len(prompt_ids) * num_generations
     prompts = [p for p in prompt_ids for _ in range(num_generations)]
@@ -61,7 +62,7 @@ def converse_anew(
         for room, rows in rooms.items():
             at, before = replace(sampling, max_new_tokens=room), [[*prompts[row], *ids[row]] for row in rows]
             if number:
-                found = engine.generate(before, 1, seed=seed + number, sampling=at)
+                found = engine.generate(before, 1, seed=turn_seed(seed, number), sampling=at)
             else:
                 found = engine.generate(prompt_ids, num_generations, seed=seed, sampling=at)
             number += 1
@@ -85,3 +86,9 @@ def converse_anew(
             logps[turn.row].append(torch.zeros(len(more)))
             open_rows.append(turn.row)
     return RolloutBatch(prompts, ids, [torch.cat(parts) for parts in logps], truncated, mask)
+
+
+def turn_seed(seed: int, number: int) -> int:
+    """Of the `number`-th `generate` (from 1 on) of a rollout, far from the seeds of the next rollouts."""
+    digest = hashlib.blake2b(f"turn {seed} {number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,20 @@ from lowvram_grpo.run import jsonl
 
 
 def as_text(turns: str | Sequence[Mapping[str, Any]]) -> str:
-    """A prompt or completion as text; messages become `role: content` lines, a lone reply its content."""
+    """A prompt or completion as text; messages become `role: content` lines, a lone reply its content. A call of a tool
+    is `-> name({arguments})` behind the content."""
     if isinstance(turns, str):
         return turns
     if len(turns) == 1 and turns[0]["role"] == "assistant":
-        return _joined(turns[0]["content"])
-    return "\n".join(f"{turn['role']}: {_joined(turn['content'])}" for turn in turns)
+        return _said(turns[0])
+    return "\n".join(f"{turn['role']}: {_said(turn)}" for turn in turns)
+
+
+def _said(turn: Mapping[str, Any]) -> Any:
+    content = _joined(turn.get("content") or "")
+    functions = [call.get("function", call) for call in turn.get("tool_calls") or ()]
+    calls = [f"-> {f.get('name')}({json.dumps(f.get('arguments'), default=str)})" for f in functions]
+    return " ".join([*([content] if content else []), *calls]) if calls else content
 
 
 def _joined(content: Any) -> Any:

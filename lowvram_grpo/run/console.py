@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from lowvram_grpo.faults import note_phase
 from lowvram_grpo.run.capture import Screen, screen
+from lowvram_grpo.run.metrics import is_evaluation
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.run.view import Glyphs, View, clean, decimal, duration, percent, small
 
@@ -174,23 +175,26 @@ class Console(Observer, TrainerCallback):
             self._view.step = max(step, self._view.step)
             for name, value in numbers.items():
                 self._view.history.setdefault(name, []).append(value)
-        evaluation = "eval_reward" in values and "reward" not in values
+        found = next(filter(is_evaluation, values), "") if "reward" not in values else ""
+        evaluation = found.removesuffix("reward")
         if self._live is None and (evaluation or {"reward", "loss"} & values.keys()):
-            self._print(self._line(step, numbers, evaluation=evaluation, sampled=evaluation or "reward" in values))
+            sampled = bool(evaluation) or "reward" in values
+            self._print(self._line(step, numbers, prefix=evaluation, sampled=sampled))
         elif self._live is None and "cold_start/reward" in numbers:
             forms = {"loss": decimal, "reward": decimal, "dead_groups": percent}
             cold = {name: numbers.get(f"cold_start/{name}") for name in forms}
             parts = [f"{name.split('_')[0]} {forms[name](value)}" for name, value in cold.items() if value is not None]
             self._print("  ".join([f"cold start {numbers.get('cold_start/step', 0):.0f}", *parts]))
 
-    def _line(self, step: int, numbers: dict[str, float], *, evaluation: bool, sampled: bool) -> str:
+    def _line(self, step: int, numbers: dict[str, float], *, prefix: str, sampled: bool) -> str:
+        """`prefix` is `eval_`, or `eval_NAME_` of one of several data sets; empty for a row of the training."""
         total = self._view.total_steps
         parts = [f"step {step}/{total}" if total else f"step {step}"]
-        prefix = "eval_" if evaluation else ""
+        which = prefix.replace("_", " ")
         if sampled and prefix + "reward" not in numbers:
-            parts.append(f"{prefix.replace('_', ' ')}reward none")
+            parts.append(f"{which}reward none")
         for name, form in (
-            ("reward", lambda v: f"{'eval ' * evaluation}reward {decimal(v)} {self._view.arrow(prefix + 'reward')}"),
+            ("reward", lambda v: f"{which}reward {decimal(v)} {self._view.arrow(prefix + 'reward')}"),
             ("kl", lambda v: f"kl {small(v)}"),
             ("entropy", lambda v: f"entropy {decimal(v)}"),
             ("entropy_coef", lambda v: f"entropy coef {small(v)}"),

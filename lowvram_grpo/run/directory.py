@@ -8,6 +8,7 @@ checkpoint-N/       written by transformers.Trainer
 cold_start/         the adapter after the cold start: GRPO's reference
 adapter/            the trained adapter, its tokenizer and model card; model/ where all weights were trained
 not_applied.md      settings of the recipe that had nothing to act on here, and why
+trackers.json       under what names report_to's trackers know the run
 run.lock            says which process the run belongs to now; empty otherwise
 """
 
@@ -30,14 +31,8 @@ from lowvram_grpo.run.checkpoints import CUT_OFF, damage, replace_text
 # The first line of a recipe that a run wrote.
 RECIPE_HEADER = "# The resolved recipe of a lowvram-grpo run."
 # What an attempt that died before its first step may have left beside its recipe.
-_ATTEMPTS = (
-    "recipe.toml.tmp",
-    "not_applied.md",
-    "rewards.log",
-    "rewards.log.1",
-    "vllm_adapter",
-    "runs",
-)  # the last is TensorBoard's
+_ATTEMPTS = ("recipe.toml.tmp", "not_applied.md", "rewards.log", "rewards.log.1", "vllm_adapter", "trackers.json",
+             "runs")  # the last is TensorBoard's  # fmt: skip
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from lowvram_grpo import __version__
 from lowvram_grpo.errors import counted
-from lowvram_grpo.run.metrics import ends
+from lowvram_grpo.run.metrics import best_row, best_sentence, ends
 
 # hub ids are at most `owner/name`; anything else in `base_model` makes the hub refuse the card
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -26,7 +26,8 @@ def model_card(recipe: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
         recipe: the resolved recipe as a flat dict; GRPOConfig's fields stand under `training`.
         metrics: the rows of metrics.jsonl.
     """
-    model, data = str(recipe.get("model") or "unknown"), str(recipe.get("data") or "unknown")
+    model, places = str(recipe.get("model") or "unknown"), _places(recipe)
+    data = " and ".join(f"`{_shown(place)}`" for place in places)
     adapter = bool(recipe.get("use_peft", True))
     front: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
@@ -35,15 +36,16 @@ def model_card(recipe: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
     }
     if _is_hub_id(model):
         front["base_model"] = model
-    if _is_hub_id(data):
-        front["datasets"] = [data]
+    if named := [place for place in places if _is_hub_id(place)]:
+        front["datasets"] = named
     training = recipe.get("training") or {}
     settings = {key: value for key, value in recipe.items() if key not in _APART}
     settings = {key: value for key, value in (settings | training).items() if value not in (None, "", [], {})}
+    settings = {key: value for key, value in settings.items() if not key.endswith("_token")}  # hub_token is a secret
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---",
         f"# {f'LoRA adapter for {_shown(model)}' if adapter else _shown(model)}, trained with GRPO",
-        f"Trained on `{_shown(data)}` with [lowvram-grpo](https://pypi.org/project/lowvram-grpo/) {__version__}: group "
+        f"Trained on {data} with [lowvram-grpo](https://pypi.org/project/lowvram-grpo/) {__version__}: group "
         f"relative policy optimization ([arXiv:2402.03300](https://arxiv.org/abs/2402.03300)) of "
         f"{'a LoRA adapter' if adapter else 'all weights'}.",
         *_results(metrics),
@@ -79,6 +81,8 @@ def _results(metrics: list[dict[str, Any]]) -> list[str]:
     first, last = ends(rows)
     names = [name for name in names if _mean(last, name) != "-"]
     steps = f"{counted(rows[-1]['step'], 'optimizer step')}."
+    if best := best_row(metrics):
+        steps = f"These are the best weights by evaluation: {best_sentence(best)}\n\n{steps}"
     if not first:
         return ["## Results", steps, _table(("metric", "value"), [(name, _mean(last, name)) for name in names])]
     over = "logged row" if len(last) == 1 else f"{len(last)} logged rows"
@@ -101,6 +105,14 @@ def _cell(key: str, value: Any) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     text = _shown(text) if key in ("model", "data", "adapter") else text
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def _places(recipe: dict[str, Any]) -> list[str]:
+    """Of all the data that was trained on."""
+    mixture, data = recipe.get("dataset_mixture"), recipe.get("data")
+    if mixture:
+        return [str(entry.get("id")) for entry in mixture.get("datasets", ())]
+    return [str(place) for place in data] if isinstance(data, list) else [str(data or "unknown")]
 
 
 def _is_hub_id(name: str) -> bool:

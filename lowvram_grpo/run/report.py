@@ -8,10 +8,11 @@ from typing import Any
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.run.directory import RunDirectory
+from lowvram_grpo.run.metrics import best_row, is_evaluation
 
 COLD_START_STEP = "cold_start/step"
 COLD_START_METRICS = {"reward": "cold_start/reward", "frac_reward_zero_std": "cold_start/dead_groups"}
-INK, FAINT, COLD = "#1f4e79", "#a9c4de", "#d9822b"
+INK, FAINT, COLD, EVALUATED = "#1f4e79", "#a9c4de", "#d9822b", "#2a7f3b"
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -85,9 +86,12 @@ def _reward(axis, rows: list[dict[str, Any]]) -> None:
         axis.plot(steps[:start], cold, color=COLD, linewidth=2, marker="o", label="cold start")
     axis.plot(steps[start:], grpo, color=FAINT, linewidth=1, marker="." if len(grpo) < 60 else None, label="GRPO")
     axis.plot(steps[start:], smooth(grpo, window), color=INK, linewidth=2, label=f"GRPO, mean of {window}")
-    steps, values = series(rows, "eval_reward")
-    if values:
-        axis.plot(steps, values, "o", color="#2a7f3b", label="evaluation")
+    for name in dict.fromkeys(key for row in rows for key in row if is_evaluation(key)):
+        steps, values = series(rows, name)
+        of_data = name.removeprefix("eval_").removesuffix("reward").rstrip("_")
+        axis.plot(steps, values, "o", color=EVALUATED if not of_data else None, label=f"evaluation {of_data}".rstrip())
+    if best := best_row(rows):
+        axis.axvline(best["best/step"], color=EVALUATED, linestyle=":", linewidth=1.5, label="weights that were kept")
     axis.set_ylabel("reward")
     axis.legend(fontsize=8)
 

@@ -3,19 +3,20 @@ or a function of the user's (`rollout_func`, as TRL 1.16 has it)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from lowvram_grpo.data.encoding import row_kwargs
 from lowvram_grpo.data.messages import is_conversational
-from lowvram_grpo.data.tool_calls import check_template, schemas_of
-from lowvram_grpo.errors import Terminated, UserError, WrongType, one_line
+from lowvram_grpo.data.tool_calls import ToolSpeech, schemas_of
+from lowvram_grpo.errors import UserError, WrongType
+from lowvram_grpo.rewards.guards import World
 from lowvram_grpo.rollout.batch import RolloutBatch
 from lowvram_grpo.rollout.turns import converse_anew
 from lowvram_grpo.training.environments import Environments, Shared
+from lowvram_grpo.training.rollout_function import batch_of, call
 from lowvram_grpo.training.tool_loop import ToolLoop, named_tools
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from lowvram_grpo.rollout.vllm import VLLMEngine
 
 Rows = list[dict[str, Any]]
-_RETURNED = ("prompt_ids", "completion_ids", "logprobs")
 
 
 class Speaker(Protocol):
@@ -35,6 +35,8 @@ class Speaker(Protocol):
     engine: RolloutEngine | VLLMEngine
     tokenizer: PreTrainedTokenizerBase
     chat_template_kwargs: dict[str, Any] | None
+    rewards: Any
+    tell: Callable[[str], None]
 
     def encode(self, prompts: list, own: Sequence[dict[str, Any]] | None = None) -> list[list[int]]: ...
 
@@ -81,6 +83,8 @@ class ToolAgents:
         }
         # Of the last rollout: what scripts read as `trainer.environments`.
         self.instances: list[Any] | None = None
+        self._world = World()
+        self._speech: ToolSpeech | None = None
 
     def check(self, tokenizer: PreTrainedTokenizerBase, prompt: Any, kwargs: dict[str, Any]) -> None:
         """Raises:
@@ -90,9 +94,8 @@ class ToolAgents:
                 "Tools and environments need prompts that are conversations (lists of messages), and these are plain "
                 "text; pass --system-prompt or --template, or write [{'role': 'user', 'content': ...}] into the data."
             )
-        for schemas in self._schemas.values():
-            if schemas:
-                check_template(tokenizer, schemas, kwargs)
+        if self.schemas:
+            self._speech = ToolSpeech(tokenizer, self.schemas, kwargs)
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
@@ -113,15 +116,20 @@ class ToolAgents:
         engine, sampled_by = collector.engine, sampling or collector.engine.sampling
         each, columns = [row for row in rows for _ in range(num_generations)], {}
         if self.environments is None:
-            ids, group = collector.encode([row["prompt"] for row in rows], self._told(rows)), num_generations
             prompts, tools = [row["prompt"] for row in each], [named_tools(self.tools)] * len(each)
+            ids, group = collector.encode(prompts[::num_generations], self._told(rows)), num_generations
         else:
-            prompts, self.instances, tools = self.environments.begin(each)
-            ids, group = collector.encode(prompts, self._told(each)), 1
+            with self._entered(collector, seed):
+                prompts, self.instances, tools = self.environments.begin(each)
+            ids, group = _shared(collector.encode(prompts, self._told(each)), num_generations)
             columns["environments"] = Shared(self.instances)
+        run = collector.chat_template_kwargs or {}
         loop = ToolLoop(
-            collector.tokenizer, tools, iterations=self.iterations, limit=sampled_by.max_new_tokens,
-            sampled=(*sampled_by.eos_ids, sampled_by.pad_id), kwargs=collector.chat_template_kwargs,
+            collector.tokenizer, self._speech, tools, [row for row in ids for _ in range(group)],
+            iterations=self.iterations, limit=sampled_by.max_new_tokens,
+            sampled=(*sampled_by.eos_ids, sampled_by.pad_id),
+            kwargs=[{**run, **own} for own in self._told(each) or [{}] * len(each)],
+            entered=lambda: self._entered(collector, seed), seed=seed,
         )  # fmt: skip
         settings = {} if sampling is None else {"sampling": sampling}
         converse = getattr(engine, "converse", None)
@@ -131,11 +139,28 @@ class ToolAgents:
             batch = converse(ids, group, seed=seed, reply=loop.reply, **settings)
         return Made(batch, prompts, loop.messages, columns, loop.metrics())
 
+    @contextmanager
+    def _entered(self, collector: Speaker, seed: int) -> Iterator[None]:
+        """The process as other people's code may have it: what it changes is put back, what it prints is kept off the
+        live view, as with rewards."""
+        capture: AbstractContextManager = getattr(collector.rewards, "capture", None) or nullcontext()
+        with self._world.entered(seed), capture:
+            if not isinstance(capture, nullcontext):
+                capture.of("tools")
+            yield
+
+
+def _shared(ids: list[list[int]], group: int) -> tuple[list[list[int]], int]:
+    """(prompts, completions of each): one a group where all of it was told the same, else one a completion."""
+    groups = [ids[i : i + group] for i in range(0, len(ids), group)]
+    same = all(row == rows[0] for rows in groups for row in rows)
+    return ([rows[0] for rows in groups], group) if same else (ids, 1)
+
 
 class RolloutFunction:
     """A user's function `f(prompts) -> {"prompt_ids", "completion_ids", "logprobs", ...}`; prompts stand as often as
-    they have completions, and so do lists in what it returns. `env_mask` (1 sampled, 0 inserted) says what
-    the loss leaves out; any other field goes to the rewards."""
+    they have completions, and so do lists in what it returns. `env_mask` (1 sampled, 0 inserted) says what the loss
+    leaves out; any other field goes to the rewards."""
 
     environments = instances = None
     samples_itself = True
@@ -158,55 +183,14 @@ class RolloutFunction:
         self, collector: Speaker, rows: Rows, num_generations: int, *, seed: int, sampling: Sampling | None
     ) -> Made:
         prompts = [row["prompt"] for row in rows for _ in range(num_generations)]
-        try:
-            found = self.function(list(prompts))
-        except (UserError, Terminated):
-            raise
-        except Exception as error:
-            raise UserError(f"rollout_func failed ({type(error).__name__}: {one_line(error)}).") from error
-        batch, others = self._batch(found, len(prompts), set((sampling or collector.engine.sampling).eos_ids))
-        return Made(batch, prompts, collector.decode(batch, prompts), others)
-
-    def _batch(self, found: Any, count: int, ends: set[int]) -> tuple[RolloutBatch, dict[str, list]]:
-        """Raises:
-        UserError: it is not what TRL's rollout_func returns."""
-        missing = [name for name in _RETURNED if not isinstance(found, dict) or found.get(name) is None]
-        if missing:
-            raise UserError(
-                f"rollout_func must return a dict with {', '.join(_RETURNED)}, and lacks {', '.join(missing)}; "
-                "logprobs are those of the sampled tokens, one list a completion."
-            )
-        lists = {name: list(value) for name, value in found.items() if name != "logprob_token_ids"}
-        for name, value in lists.items():
-            if len(value) != count:
-                raise UserError(
-                    f"rollout_func was given {count} prompts (each as often as it has completions) and returned "
-                    f"{len(value)} {name}; return one for each."
-                )
-        ids = [[int(token) for token in row] for row in lists["completion_ids"]]
-        logps = [torch.tensor([_number(x) for x in row]) for row in lists["logprobs"]]
-        mask = lists.pop("env_mask", None)
-        mask = None if mask is None else [[int(bool(x)) for x in row] for row in mask]
-        for name, rows in (("logprobs", logps), ("env_mask", mask)):
-            at = next((i for i, row in enumerate(rows or []) if len(row) != len(ids[i])), None)
-            if at is not None:
-                raise UserError(
-                    f"rollout_func returned {len(rows[at])} {name} for the {len(ids[at])} tokens of completion {at}; "
-                    "return one for each token."
-                )
-        if empty := next((i for i, row in enumerate(ids) if not row), None):
-            raise UserError(f"rollout_func returned no token for completion {empty}; return at least an end token.")
-        prompts = [[int(token) for token in row] for row in lists["prompt_ids"]]
-        truncated = [row[-1] not in ends for row in ids]
-        others = {name: value for name, value in lists.items() if name not in _RETURNED}
-        return RolloutBatch(prompts, ids, logps, truncated, mask), others
-
-
-def _number(logp: Any) -> float:
-    """Servers give a list a token, the sampled one first, or None for what they could not count."""
-    if isinstance(logp, (list, tuple)):
-        logp = logp[0] if logp else None
-    return float("nan") if logp is None else float(logp)
+        by, model = sampling or collector.engine.sampling, getattr(collector.engine, "model", None)
+        config = None if model is None else model.config.get_text_config()
+        batch, columns = batch_of(
+            call(self.function, prompts), len(prompts), {*by.eos_ids, by.pad_id},
+            vocabulary=getattr(config, "vocab_size", None),
+            positions=getattr(config, "max_position_embeddings", None),
+        )  # fmt: skip
+        return Made(batch, prompts, collector.decode(batch, prompts), columns)
 
 
 Agents = ToolAgents | RolloutFunction

@@ -68,6 +68,8 @@ class Collector:
         self.max_prompt_length, self.chat_template_kwargs = max_prompt_length, chat_template_kwargs
         self.scale_rewards, self.only_prompts, self.aggregation = scale_rewards, only_prompts, aggregation
         self.agents = agents
+        # In place of `made`, where a subclass of the trainer makes completions itself.
+        self.made_by: Callable[..., Made] | None = None
 
     @property
     def pad_id(self) -> int:
@@ -103,7 +105,8 @@ class Collector:
         """
         started = time.perf_counter()
         self.tell(f"sampling {len(rows) * num_generations} completions")
-        made = self.guard.run("rollout", lambda: self._made(rows, num_generations, seed=seed, sampling=sampling))
+        make = self.made_by or self.made
+        made = self.guard.run("rollout", lambda: make(rows, num_generations, seed=seed, sampling=sampling))
         batch, prompts, completions = made.batch, made.prompts, made.completions
         self.tell(SCORING)
         scored = self.rewards(
@@ -121,7 +124,8 @@ class Collector:
         )  # fmt: skip
         return rollout, {**scored.metrics, **made.metrics}
 
-    def _made(self, rows: list[dict[str, Any]], num_generations: int, *, seed: int, sampling: Sampling | None) -> Made:
+    def made(self, rows: list[dict[str, Any]], num_generations: int, *, seed: int, sampling: Sampling | None) -> Made:
+        """G completions of each row, not yet rewarded."""
         if self.agents is not None:
             return self.agents.generate(self, rows, num_generations, seed=seed, sampling=sampling)
         prompts, other = [row["prompt"] for row in rows], {} if sampling is None else {"sampling": sampling}

@@ -276,6 +276,7 @@ def make_collector(
     phase: Callable[[str], None],
     agents: Agents | None = None,
 ) -> Collector:
+    engine.converses = agents is not None and not agents.samples_itself
     return Collector(
         engine,
         rewards,

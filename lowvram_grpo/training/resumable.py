@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from lowvram_grpo.errors import CantWrite, UserError, counted, why_unwritten
 from lowvram_grpo.policy.adapter import restore_adapter
@@ -22,6 +23,7 @@ from lowvram_grpo.policy.wrapper import is_peft
 from lowvram_grpo.run.checkpoints import STATE, seal
 from lowvram_grpo.run.directory import RunDirectory
 from lowvram_grpo.training import continuation
+from lowvram_grpo.training.best_model import restore_callbacks
 from lowvram_grpo.training.continuation import Made
 from lowvram_grpo.training.experience import MicroBatch, load_updates, save_updates
 from lowvram_grpo.training.streaming import StreamProgress, found_place
@@ -94,17 +96,45 @@ class ResumableTrainer(Trainer):
 
     # Reading
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def checkpoint_of(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> Path | None:
+        """Where `train` goes on; True is the last whole checkpoint of output_dir.
+
+        Raises:
+            UserError: there is none.
+        """
         if resume_from_checkpoint is True:
             # transformers would take the highest number, whole or not.
             latest = RunDirectory(Path(self.args.output_dir)).latest_checkpoint(self._tell_damage)
             if latest is None:
                 raise UserError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
-            resume_from_checkpoint = str(latest)
+            return latest
+        return Path(resume_from_checkpoint) if resume_from_checkpoint else None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        checkpoint = self.checkpoint_of(resume_from_checkpoint)
         self.shift, self._made, self.place = 0, None, None
-        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
-            self._find_place(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.args.eval_on_start = self.grpo_args.eval_on_start and checkpoint is None
+        if checkpoint is not None:
+            self._find_place(checkpoint)
+        return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+
+    def _ended_at(self, checkpoint: Path) -> TrainOutput:
+        """What `train` returns for a run that early stopping has ended there."""
+        self.observer.notice(
+            f"early_stopping {self.grpo_args.early_stopping} has ended the run at {checkpoint.name}: there is nothing "
+            "left to do; raise it to go on."
+        )
+        self.take_up(checkpoint)
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    def take_up(self, checkpoint: Path) -> None:
+        """What a run that ended at `checkpoint` leaves: the weights of then, or the best ones where it wants these."""
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        self._load_callback_state()
+        self._find_best()
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
 
     def _tell_damage(self, checkpoint: Path, why: str) -> None:
         self.observer.notice(f"{checkpoint.name} is left out: {why}.")
@@ -160,10 +190,31 @@ class ResumableTrainer(Trainer):
         self.state.compute_steps(self.args, max_steps)
         if not self._same("metric_for_best_model", "greater_is_better"):
             self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
+        self._find_best()
         if self.stream is not None:
             return (self.place.epoch if self.place else 0), 0  # its loader begins at its place
         trained, within = divmod(self.state.global_step - self.shift, num_update_steps_per_epoch)
         return trained, 0 if self.args.ignore_data_skip else within
+
+    def _find_best(self) -> None:
+        """The best checkpoint under the run's path of today: the state has that of the process that wrote it."""
+        if self.state.best_global_step is not None:
+            here = Path(self._get_output_dir(None)) / f"checkpoint-{self.state.best_global_step}"
+            if here.is_dir():
+                self.state.best_model_checkpoint = str(here)
+
+    def _load_callback_state(self) -> None:
+        """What callbacks have counted goes on, whether or not they are made anew from the checkpoint."""
+        anew = bool(self.args.restore_callback_states_from_checkpoint)
+        restore_callbacks(self.state, self.callback_handler.callbacks, arguments=anew)
+        self.state.stateful_callbacks.setdefault("TrainerControl", self.control.state())
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """transformers', and a checkpoint of what is to be loaded at the end, even where none is due."""
+        better = super()._determine_best_metric(metrics, trial)
+        if better and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return better
 
     def _same(self, *names: str) -> bool:
         """Whether these settings are those that the checkpoint was made with, as far as it says."""

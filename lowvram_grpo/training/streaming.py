@@ -79,5 +79,6 @@ class StreamProgress(TrainerCallback):
         if self.loader is not None and not self.loader.given and state.global_step < state.max_steps:
             self.tell(
                 "the data gave no rows when it was begun anew: training ends after "
-                f"{counted(state.global_step, 'step')} of {state.max_steps} (a stream has to begin anew each time it is iterated over)."
+                f"{counted(state.global_step, 'step')} of {state.max_steps} (a stream has to begin anew each time it "
+                "is iterated over)."
             )

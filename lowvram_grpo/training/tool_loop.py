@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.data.decoding import silent_ids, spoken
-from lowvram_grpo.data.tool_calls import Message, answer_ids, is_async, name_of, parsed
+from lowvram_grpo.data.messages import joined
+from lowvram_grpo.data.tool_calls import Message, ToolSpeech, is_async, name_of
 from lowvram_grpo.errors import Terminated
+from lowvram_grpo.rewards.guards import seed_all
 from lowvram_grpo.rollout.turns import Turn
 
 if TYPE_CHECKING:
@@ -31,11 +34,15 @@ class ToolLoop:
     """The conversations of one rollout; `reply` is what `RolloutEngine.converse` asks.
 
     Args:
+        speech: how the model calls tools and hears their answers; None where it has none.
         tools: of each conversation, by name; B of them.
+        prompts: token ids of each conversation's prompt.
         iterations: how often a conversation's calls are answered at most; None: as often as it has room.
         limit: tokens of a completion, turns and answers together.
         sampled: ids that end a turn or fill it up, of the sampler.
-        kwargs: of the chat template.
+        kwargs: of the chat template, of each conversation.
+        entered: around other people's code.
+        seed: of the random numbers that it sees; a conversation's turn has its own.
 
     Attributes:
         messages: of each conversation, what follows its prompt: turns of the assistant, answers of tools.
@@ -45,16 +52,21 @@ class ToolLoop:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
+        speech: ToolSpeech | None,
         tools: Sequence[Tools],
+        prompts: Sequence[Sequence[int]],
         *,
         iterations: int | None,
         limit: int,
         sampled: Sequence[int],
-        kwargs: Mapping[str, Any] | None,
+        kwargs: Sequence[Mapping[str, Any]],
+        entered: Callable[[], AbstractContextManager] = nullcontext,
+        seed: int = 0,
     ):
-        self.tokenizer, self.tools, self.iterations, self.limit = tokenizer, tools, iterations, limit
-        self.kwargs = {name: value for name, value in (kwargs or {}).items() if name != "tools"}
-        self._silent = silent_ids(tokenizer, sampled)
+        self.tokenizer, self.speech, self.tools, self.prompts = tokenizer, speech, tools, prompts
+        self.iterations, self.limit, self._entered, self._seed = iterations, limit, entered, seed
+        self.kwargs = [{name: value for name, value in of.items() if name != "tools"} for of in kwargs]
+        self._silent, self._ends = silent_ids(tokenizer, sampled), tuple(sampled)
         self.messages: list[list[Message]] = [[] for _ in tools]
         self._answered = [0] * len(tools)
         self.calls = self.failures = 0
@@ -63,13 +75,20 @@ class ToolLoop:
         """See `rollout.turns.Reply`."""
         asked: list[tuple[Turn, list[dict[str, Any]]]] = []
         for turn in turns:
-            text = spoken(self.tokenizer, turn.sampled, self._silent)
-            message = parsed(self.tokenizer, turn.sampled, text, list(self.tools[turn.row]))
+            message = self._message(turn)
             self.messages[turn.row].append(message)
             over = not turn.ended or (self.iterations is not None and self._answered[turn.row] >= self.iterations)
             asked.append((turn, [] if over else message.get("tool_calls") or []))
-        answers = iter(_run([(self.tools[turn.row], call) for turn, calls in asked for call in calls]))
-        return [self._behind(turn, [next(answers) for _ in calls]) if calls else None for turn, calls in asked]
+        calls = [(turn, call) for turn, of_turn in asked for call in of_turn]
+        answers = iter(self._run(calls) if calls else ())
+        return [self._behind(turn, [next(answers) for _ in of_turn]) if of_turn else None for turn, of_turn in asked]
+
+    def _message(self, turn: Turn) -> Message:
+        text = spoken(self.tokenizer, turn.sampled, self._silent)
+        if self.speech is None:
+            return {"role": "assistant", "content": text}
+        before = turn.ids[: len(turn.ids) - len(turn.sampled)]
+        return self.speech.message(turn.sampled, text, [*self.prompts[turn.row], *before])
 
     def _behind(self, turn: Turn, answers: list[tuple[Message, bool]]) -> list[int]:
         """The tokens of the answers. Where they do not fit, the engine ends the conversation without them, and so do
@@ -78,10 +97,32 @@ class ToolLoop:
         self.failures += sum(failed for _, failed in answers)
         self._answered[turn.row] += 1
         messages = [message for message, _ in answers]
-        ids = answer_ids(self.tokenizer, messages, self.kwargs)
+        ids = self.speech.answer_ids(messages, self.kwargs[turn.row], self._ends)
         if len(turn.ids) + len(ids) < self.limit:
             self.messages[turn.row] += messages
         return ids
+
+    def _run(self, calls: Sequence[tuple[Turn, dict[str, Any]]]) -> list[tuple[Message, bool]]:
+        """(message of role tool, whether it failed) of each call; async tools run at the same time as each other."""
+        found: list[Any] = [None] * len(calls)
+        waiting = {}
+        with self._entered():
+            for i, (turn, call) in enumerate(calls):
+                function = call.get("function") or {}
+                name, arguments = str(function.get("name", "unknown")), function.get("arguments") or {}
+                tool = self.tools[turn.row].get(name)
+                if tool is None:
+                    found[i] = _answer(name, {"error": f"Tool {name} not found."}), True
+                elif is_async(tool):
+                    waiting[i] = name, tool, arguments
+                else:
+                    # What one conversation draws must not depend on which others have ended a turn with it.
+                    seed_all(self._seed + 1_000_003 * (turn.row + 1) + len(turn.ids))
+                    found[i] = _called(name, tool, arguments)
+            if waiting:
+                for i, answer in zip(waiting, _ASYNC.run(list(waiting.values()))):
+                    found[i] = answer
+        return found
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -90,57 +131,46 @@ class ToolLoop:
         }
 
 
-def _run(calls: Sequence[tuple[Tools, dict[str, Any]]]) -> list[tuple[Message, bool]]:
-    """(message of role tool, whether it failed) of each call; async tools run at the same time as each other."""
-    found: list[tuple[Message, bool] | None] = [None] * len(calls)
-    waiting = {}
-    for i, (tools, call) in enumerate(calls):
-        function = call.get("function") or {}
-        name, arguments = str(function.get("name", "unknown")), function.get("arguments") or {}
-        tool = tools.get(name)
-        if tool is None:
-            found[i] = _answer(name, {"error": f"Tool {name} not found."}), True
-        elif is_async(tool):
-            waiting[i] = name, tool, arguments
-        else:
-            found[i] = _called(name, tool, arguments)
-    if waiting:
-        for i, answer in zip(waiting, _in_a_loop(list(waiting.values()))):
-            found[i] = answer
-    return found
-
-
 def _called(name: str, tool: Callable, arguments: dict[str, Any]) -> tuple[Message, bool]:
     try:
         return _answer(name, tool(**arguments)), False
     except Terminated:
         raise
-    except Exception as error:  # a tool is the user's program, and its arguments are the model's
+    except (Exception, SystemExit) as error:  # a tool is the user's program, and its arguments are the model's
         return _answer(name, {"error": str(error)}), True
 
 
-def _in_a_loop(calls: list[tuple[str, Callable, dict[str, Any]]]) -> list[tuple[Message, bool]]:
-    """Coroutine functions, together, in a thread of their own: a notebook has a loop running in this one."""
-    outcomes: list[Any] = []
+class _Loop:
+    """An event loop in a thread of its own, since a notebook has one running in this. One for the whole process:
+    clients that a tool keeps stay bound to it."""
 
-    async def gathered() -> list[Any]:
-        return await asyncio.gather(*(tool(**arguments) for _, tool, arguments in calls), return_exceptions=True)
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    def work() -> None:
-        try:
-            outcomes.extend(asyncio.run(gathered()))
-        except BaseException as error:  # arguments that a tool does not take raise before there is anything to await
-            outcomes.extend([error] * len(calls))
+    def run(self, calls: Sequence[tuple[str, Callable, dict[str, Any]]]) -> list[tuple[Message, bool]]:
+        """Coroutine functions, at the same time as each other."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="async-tools", daemon=True).start()
 
-    thread = threading.Thread(target=work, name="async-tools", daemon=True)
-    thread.start()
-    thread.join()
-    failed = [isinstance(outcome, BaseException) for outcome in outcomes]
-    return [
-        (_answer(name, {"error": str(outcome)} if bad else outcome), bad)
-        for (name, *_), outcome, bad in zip(calls, outcomes, failed)
-    ]
+        async def called(name: str, tool: Callable, arguments: dict[str, Any]) -> tuple[Message, bool]:
+            try:
+                return _answer(name, await tool(**arguments)), False
+            except (Exception, SystemExit) as error:
+                return _answer(name, {"error": str(error)}), True
+
+        async def gathered() -> list[tuple[Message, bool]]:
+            return await asyncio.gather(*(called(*each) for each in calls))
+
+        return asyncio.run_coroutine_threadsafe(gathered(), self._loop).result()
+
+
+_ASYNC = _Loop()
 
 
 def _answer(name: str, result: Any) -> Message:
-    return {"role": "tool", "name": name, "content": str(result)}
+    """A list of text parts is the text; what else a tool returns is shown as Python shows it."""
+    parts = (
+        isinstance(result, list) and bool(result) and all(isinstance(part, dict) and "type" in part for part in result)
+    )
+    return {"role": "tool", "name": name, "content": joined(result) if parts else str(result)}

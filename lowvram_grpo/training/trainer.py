@@ -28,11 +28,14 @@ from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.training import parts
 from lowvram_grpo.training.agents import agents_of
+from lowvram_grpo.training.best_model import EarlyStopping, check_early_stopping, stopped_early
 from lowvram_grpo.training.checks import RolloutChecks
 from lowvram_grpo.training.collect import rollout_seed
 from lowvram_grpo.training.completions_hub import upload_of
+from lowvram_grpo.training.completions_tables import TAKERS, CompletionsTables
 from lowvram_grpo.training.curriculum import curriculum_of
 from lowvram_grpo.training.early_checks import check_best_metric
+from lowvram_grpo.training.evaluating import Evaluates
 from lowvram_grpo.training.experience import MicroBatch, Rollout, split
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
 from lowvram_grpo.training.loaders import Loaders
@@ -44,6 +47,7 @@ from lowvram_grpo.training.resumable import ResumableTrainer
 from lowvram_grpo.training.savers import TrainerGuard
 from lowvram_grpo.training.sources import note_sources
 from lowvram_grpo.training.streaming import StreamProgress
+from lowvram_grpo.training.trackers import Trackers
 from lowvram_grpo.training.trl_hooks import AskedRewards, TrlHooks
 from lowvram_grpo.training.trl_names import LastCompletions, TrlNames
 from lowvram_grpo.training.warmup import WarmUp
@@ -54,7 +58,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
+class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Evaluates, Loaders, ResumableTrainer):
     """Trains a causal language model with GRPO. Arguments mean what they mean in TRL.
 
     Args:
@@ -111,6 +115,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         args, reward_funcs, reward_processing_classes, train_dataset = acting
         self.grpo_args, self.observer = args, observer or Observer(log_completions=args.log_completions)
         notice = self.observer.notice
+        check_early_stopping(args, callbacks or ())
         self.looked_at = parts.check_arguments(args, reward_funcs, train_dataset, eval_dataset, peft_config, agents)
         self.completions_upload = upload_of(args, notice)
         set_seed(args.seed)
@@ -135,6 +140,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         if is_stream(train_dataset):
             self.stream = StreamProgress(notice)
             self.add_callback(self.stream)
+        if args.early_stopping:
+            self.add_callback(EarlyStopping(args.early_stopping, args.early_stopping_threshold, notice))
         classes = parts.one_each(reward_processing_classes, len(reward_funcs))
         self.rewards = parts.make_rewards(reward_funcs, args, classes, notice)
         self._given_processing_classes = classes
@@ -146,6 +153,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         asked = AskedRewards(self) if self.replaces("_calculate_rewards") else self.rewards
         parts.check_agents(agents, args, tokenizer, self.looked_at)
         self.collector = parts.make_collector(engine, asked, tokenizer, self.guard, args, self.observer.phase, agents)
+        self.collector.made_by = self.made_by_generate if self.replaces("_generate") else None
         self.curriculum = curriculum_of(args.curriculum, train_dataset)
         if self.curriculum is not None:
             notice(f"curriculum {args.curriculum}: prompts are ordered by {self.curriculum.source}.")
@@ -154,10 +162,15 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         )
         if self.completions_upload is not None:
             self.add_callback(self.completions_upload)
+        self.trackers = Trackers(self.args, self.callback_handler.callbacks, notice)
         self._nothing_yet(args)
 
     def _nothing_yet(self, args: GRPOConfig) -> None:
         """What steps and logs are counted and kept in, before the first."""
+        self.tables: CompletionsTables | None = None
+        if args.log_completions and {*TAKERS} & {*args.report_to}:
+            self.tables = CompletionsTables(args, self.callback_handler.callbacks, self.observer.notice)
+            self.add_callback(self.tables)
         log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl")) if args.log_completions else None
         self.completions_log: CompletionsLog | None = log
         self.metrics = {"train": MetricBook(), "eval": MetricBook()}
@@ -172,6 +185,10 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
     # The run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        checkpoint = self.checkpoint_of(resume_from_checkpoint)
+        if checkpoint is not None and stopped_early(checkpoint, self.grpo_args.early_stopping):
+            return self._ended_at(checkpoint)
+        self.trackers.begin(self, checkpoint)
         warm_up = WarmUp(
             self.learner,
             self.collector,
@@ -186,11 +203,11 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         longest = warm_up.check_settings()
         if not self._checked:
             warm_up.probe(longest, backward=self.accelerator.backward, moments=self.optimizer is not None)
-            if not resume_from_checkpoint:
+            if checkpoint is None:
                 self.pending_rollout = warm_up.first_rollout(self.get_train_dataloader()) or self.pending_rollout
                 self._early_log = list(self.state.log_history)
         self._checked = True
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _roll_out_anew(self, rows: list[dict[str, Any]]) -> Rollout:
         self.metrics["train"].take()
@@ -281,6 +298,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         self.metrics[mode].add(rollout_metrics(rollout, self.rewards.names))
         self.metrics[mode].add(note_sources(rollout, rows, self._group(mode)))
         self._logs.keep(rollout, self.rewards.names)
+        if self.tables is not None:
+            self.tables.keep(mode, rollout.columns(self.rewards.names))
         self._rows = rows
         return rollout
 
@@ -297,7 +316,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         for log in (self.completions_log, self.completions_upload):
             if log is not None:
                 log.write(step, **rollout.columns(self.rewards.names))
-        self.observer.sample(*rollout.best(), step)
+        for shown in rollout.shown(self.grpo_args.num_completions_to_print or 1):
+            self.observer.sample(*shown, step)
 
     def cut(self, rollout: Rollout, updates: int) -> list[list[MicroBatch]]:
         return self.learner.cut(rollout, self.plan, self.collector.pad_id, updates=updates)
@@ -338,34 +358,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         self.guard.guard_step(optimizer)
         return optimizer
 
-    # Evaluation and logging
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Remember under which name (`eval_NAME` for one of several datasets) the metrics go out."""
-        self._eval_prefix, self._eval_batches, self._eval_rows = metric_key_prefix, 0, 0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        return output._replace(num_samples=self._eval_rows)  # of a stream transformers knows no number
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Sample, reward and score a batch of evaluation prompts; metrics go out under eval_*."""
-        rollout = self.collect(inputs, self.state.global_step, mode="eval")
-        self._eval_batches += 1
-        self._eval_rows += len(inputs)
-        was_training = self.model.training
-        self.model.eval()
-        loss = self.guard.run("score", lambda: self._evaluated(rollout))
-        self.model.train(was_training)
-        self.metrics["eval"].add_update(self._sums)
-        return loss, None, None
-
-    @torch.no_grad()
-    def _evaluated(self, rollout: Rollout) -> Tensor:
-        self._sums, loss = UpdateSums(self.learner.objective), torch.zeros((), device=self.args.device)
-        for micro in self.learner.with_entropy_masks(self.cut(rollout, 1)[0]):
-            with self.compute_loss_context_manager():
-                self.learner.add_reference(micro)
-                loss += self.compute_loss(self.model, micro)
-        return loss
+    # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.is_in_train and self._early_log:

@@ -29,7 +29,38 @@ def test_evaluation_data_is_used(settings, strategy, steps):
     assert (recipe.origin.get("eval_strategy") == IMPLIED) == (strategy is not None and "eval_strategy" not in settings)
 
 
+EPOCHS = {"eval_strategy": "epoch"}
+
+
+@pytest.mark.parametrize(
+    "settings,best,strategy,steps",
+    [
+        ({"early_stopping": 3}, True, "steps", 50),
+        ({"early_stopping": 3, "eval_steps": 20}, True, "steps", 20),
+        ({"early_stopping": 3, "load_best_model_at_end": False, "eval_steps": 20}, False, None, 50),
+        ({"early_stopping": 3, "save_strategy": "no"}, None, "no", 50),
+        ({"load_best_model_at_end": True, "eval_steps": 20, "save_steps": 40}, True, "steps", 40),
+        ({"load_best_model_at_end": True, **EPOCHS}, True, "epoch", 50),
+        ({"load_best_model_at_end": True, "save_strategy": "best", "eval_steps": 20}, True, "best", 50),
+        ({"early_stopping": 0, "eval_steps": 20}, None, None, 50),
+        # Its file says 50, and nobody has: it was the default.
+        ({"early_stopping": 3, "eval_steps": 20, "resume": "r"}, True, "steps", 20),
+    ],
+    ids=str,
+)
+def test_the_best_weights_are_saved_when_they_are_evaluated(settings, best, strategy, steps):
+    recipe = resolve({"eval_data": "d", **settings})
+    if recipe.resume:
+        recipe.origin["save_steps"] = "file"
+    imply_evaluation(recipe)
+    training = recipe.training
+    assert training.get("load_best_model_at_end") is best
+    assert (training.get("save_strategy"), training["save_steps"]) == (strategy, steps)
+
+
 def test_an_evaluation_needs_data():
+    with pytest.raises(UserError, match=r"early_stopping is set.*--eval-data"):
+        imply_evaluation(resolve({"early_stopping": 2}))
     with pytest.raises(UserError, match=r"eval_strategy is steps.*--eval-data"):
         imply_evaluation(resolve({"eval_strategy": "steps"}))
 

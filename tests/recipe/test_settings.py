@@ -58,6 +58,10 @@ def said_by(call, *arguments, **kwargs):
         ({"accelerator_config": "none.json"}, ["none.json"]),
         ({"fp16": True, "bf16": True}, ["bf16 and fp16"]),
         ({"load_best_model_at_end": True, "save_strategy": "steps"}, ["load_best_model_at_end"]),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 30},
+            ["save_steps 500 is no multiple", "set save_steps to 30"],
+        ),
         ({"dataloader_prefetch_factor": 2}, ["dataloader_prefetch_factor"]),
         ({"torch_empty_cache_steps": 0}, ["torch_empty_cache_steps"]),
     ],

@@ -166,10 +166,12 @@ def test_steps_without_a_reward_are_printed_too(capsys):
     with Console("t", plain=True, total_steps=4) as console:
         console.log(1, {"reward": math.nan, "kl": 0.0, "completions/mean_length": 8.0})
         console.log(2, {"eval_reward": math.nan, "eval_completions/mean_length": 7.0})
+        console.log(2, {"eval_hard_reward": 0.5, "eval_hard_rewards/f/mean": 0.5, "eval_hard_kl": 0.005})
         console.log(3, {"train_runtime": 1.0})
     lines = capsys.readouterr().out.splitlines()[1:]
     assert lines[0].startswith("step 1/4  reward none  kl 0.0000  length 8")
-    assert lines[1].startswith("step 2/4  eval reward none  length 7") and len(lines) == 2
+    assert lines[1].startswith("step 2/4  eval reward none  length 7") and len(lines) == 3
+    assert lines[2].startswith("step 2/4  eval hard reward 0.50") and "kl 0.0050" in lines[2]
 
 
 def test_steps_without_a_rollout_of_their_own_have_a_line(capsys):

@@ -40,6 +40,13 @@ def test_first_and_last_of_a_short_run_are_not_the_same_rows(steps, row, sentenc
     assert row in card.splitlines() and sentence in card
 
 
+def test_weights_that_were_chosen_say_so():
+    best = {"step": 30, "best/step": 20, "best/metric": "eval_reward", "best/value": 0.75, "best/stopped_early": True}
+    card = model_card({"model": "a/b", "data": "c/d"}, [*METRICS, best])
+    assert "best weights by evaluation: the weights after step 20, whose eval_reward was 0.75, and the run" in card
+    assert "best weights" not in model_card({"model": "a/b", "data": "c/d"}, METRICS)
+
+
 def test_local_paths_stay_private():
     recipe = {"model": "/home/me/models/small", "data": r"C:\Users\me\tldr", "output_dir": "/home/me/run"}
     card = model_card(recipe, [])

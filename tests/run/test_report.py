@@ -37,7 +37,12 @@ def test_series_puts_the_cold_start_before_step_one():
     assert series(GRPO, "kl") == ([], [])
 
 
-@pytest.mark.parametrize("rows", [GRPO[:1], COLD + GRPO])
+BEST = [{"step": i, "eval_easy_reward": 1.0, "eval_hard_reward": 0.5} for i in (2, 4)] + [
+    {"step": 4, "best/step": 2, "best/metric": "eval_hard_reward", "best/value": 0.5, "best/stopped_early": False}
+]
+
+
+@pytest.mark.parametrize("rows", [GRPO[:1], COLD + GRPO + BEST])
 def test_plot_writes_a_png(run, rows):
     run.metrics_path.unlink()
     jsonl.append(run.metrics_path, rows)
