@@ -144,7 +144,7 @@ def test_what_cannot_be_ordered_by_is_refused(config, tokenizer, tmp_path):
     with pytest.raises(UserError, match="'difficulty', and it has 'hard'"):
         trained(config, tokenizer, dataset, curriculum="easy_first")
     dataset = Dataset.from_dict({"prompt": PROMPTS, "pass_rate": [0.0, 12.5, 50.0, 75.0, 100.0, 100.0]})
-    with pytest.raises(UserError, match="from 0 to 1, and it has 12[.]5; divide percents"):
+    with pytest.raises(UserError, match=r"from 0 to 1, and it has 12\.5; divide percents"):
         trained(config, tokenizer, dataset, curriculum="medium_first")
     with pytest.raises(UserError, match="easy_first"):
         GRPOConfig(output_dir=str(tmp_path), use_cpu=True, curriculum="easy")
