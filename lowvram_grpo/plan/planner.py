@@ -248,4 +248,5 @@ def _of_the_job(recipe: Recipe) -> tuple:
     return (
         recipe.quantization, recipe.dtype, recipe.lora_r, str(modules), bool(recipe.adapter),
         recipe.attn_implementation, trains_all_weights(recipe), tuple(recipe.reward),
+        bool(recipe.tools or recipe.environment),
     )  # fmt: skip
