@@ -375,9 +375,6 @@ def test_built_in_rewards_get_the_answer_and_own_ones_the_column(rewards, answer
     assert prepared_by(Recipe(reward=rewards), data)[0]["answer"] == answer
 
 
-# What a script passes to the trainer
-
-
 def test_the_trainer_names_what_is_no_dataset_of_prompts():
     import pandas
 

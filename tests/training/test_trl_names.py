@@ -181,11 +181,15 @@ def test_masks_and_weights_by_their_trl_names():
 
 def test_warnings_of_trl_reach_logging(config, dataset, tokenizer, caplog):
     never = lambda completions, **kwargs: [None] * len(completions)
-    given = {"model_init_kwargs": {"dtype": "float32"}, "dataloader_num_workers": 2, "max_steps": 1}
+    given = {"model_init_kwargs": {"dtype": "float32"}, "dataloader_persistent_workers": True, "max_steps": 1}
     with caplog.at_level(logging.WARNING, logger="lowvram_grpo"):
         trainer = trainer_for(config(**given), dataset, tokenizer, never)
         trainer.train()
-    for text in ("model_init_kwargs will be ignored", "dataloader_num_workers", "All reward functions returned None"):
+    for text in (
+        "model_init_kwargs will be ignored",
+        "dataloader_persistent_workers",
+        "All reward functions returned None",
+    ):
         assert text in caplog.text and any(text in said for said in trainer.observer.said)
     assert "self-test passed" not in caplog.text
 
