@@ -257,6 +257,12 @@ def check_dataset(dataset: Any, name: str, *, several: bool = False) -> None:
         raise UserError(
             f"{name} has no `prompt` column (columns found: {found}); rename the column that holds the prompts."
         )
+    for column in ("image", "images"):
+        if row.get(column):
+            raise UserError(
+                f"{name} has pictures in its `{column}` column, and only text is supported; drop the column "
+                f"(dataset.remove_columns({column!r})) where the prompts make sense without it."
+            )
     prompt = row["prompt"]
     if isinstance(prompt, str) and written_out(prompt):
         raise UserError(

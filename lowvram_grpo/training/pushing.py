@@ -32,9 +32,9 @@ STAGED = ".push"
 # Of a checkpoint: what a model is loaded from.
 _MODEL = ("adapter_config.json", "adapter_model.*", "config.json", "generation_config.json", "model.safetensors",
           "model-*.safetensors", "model.safetensors.index.json")  # fmt: skip
-# Of a checkpoint that is to be gone on from, what stays here: sampled tokens, settings with a token of the hub in them,
-# and the list of files that would miss these.
-_NOT_OF_A_CHECKPOINT = ("rollout.pt", "training_args.bin", "files.json")
+# Of a checkpoint that is to be gone on from, what stays here: sampled tokens, and settings with a token of the hub in
+# them. It goes out before it is sealed, so there is no manifest to miss them.
+_NOT_OF_A_CHECKPOINT = ("rollout.pt", "training_args.bin")
 
 
 def check_hub(args: GRPOConfig) -> None:

@@ -26,7 +26,7 @@ _EVENTS = ("on_train_begin", "on_log", "on_evaluate", "on_predict", "on_save", "
 _REMEDIES = {
     "wandb": "run `wandb login`, set WANDB_MODE=offline to send it later with `wandb sync`, or drop it from report_to",
     "comet_ml": "run `comet login`, set COMET_START_ONLINE=false, or drop it from report_to",
-    "swanlab": "run `swanlab login`, set SWANLAB_MODE=local, or drop it from report_to",
+    "swanlab": "run `swanlab login`, set SWANLAB_MODE=offline, or drop it from report_to",
 }
 
 

@@ -35,6 +35,7 @@ from lowvram_grpo.training.completions_hub import upload_of
 from lowvram_grpo.training.completions_tables import TAKERS, CompletionsTables
 from lowvram_grpo.training.curriculum import curriculum_of
 from lowvram_grpo.training.early_checks import check_best_metric
+from lowvram_grpo.training.evaluating import Evaluates
 from lowvram_grpo.training.experience import MicroBatch, Rollout, split
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
 from lowvram_grpo.training.loaders import Loaders
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
+class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Evaluates, Loaders, ResumableTrainer):
     """Trains a causal language model with GRPO. Arguments mean what they mean in TRL.
 
     Args:
@@ -156,7 +157,9 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         self.curriculum = curriculum_of(args.curriculum, train_dataset)
         if self.curriculum is not None:
             notice(f"curriculum {args.curriculum}: prompts are ordered by {self.curriculum.source}.")
-        self.resampling = resampling_of(args.resample_dead_groups, train_dataset, self._sampled, self.collector, notice)
+        self.resampling = resampling_of(
+            args.resample_dead_groups, train_dataset, self._sampled, self.collector, notice, self.curriculum
+        )
         if self.completions_upload is not None:
             self.add_callback(self.completions_upload)
         self.trackers = Trackers(self.args, self.callback_handler.callbacks, notice)
@@ -247,20 +250,31 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         """Sample, reward, cut and score what the next steps learn from; the number of sampled tokens."""
         rollout, self.pending_rollout = self.pending_rollout, None
         if rollout is not None and self.resampling is not None:
-            self.metrics["train"].take()
-            rollout = self._kept(rollout, rows, self._logged, rollout_seed(self.args.seed, step), "train")
+            rollout = self._begun(rollout, rows, step)
         rollout = rollout or self.collect(rows, step)
         self._record(rollout)
         self._updates, self._teaches = self._learnable(rollout), could_teach(rollout)
         return rollout.sampled_tokens
+
+    def _begun(self, rollout: Rollout, rows: list[dict[str, Any]], step: int) -> Rollout:
+        """The rollout that was made before step 1, now that its dead groups may be replaced."""
+        book, self._mode = self.metrics["train"], "train"
+        noted = book.take()
+        if self.replaces("_generate_and_score_completions"):
+            return self.collect(rows, step)  # by the same random numbers; its advantages are the subclass's to make
+        rollout = self._kept(rollout, rows, self._logged, rollout_seed(self.args.seed, step), "train")
+        book.add({name: value for name, value in noted.items() if name not in book.values})
+        return rollout
 
     def _collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
         """Sample and reward the rollout of `step`; its random numbers depend on (seed, step) alone."""
         training, group, self._mode = mode == "train", self._group(mode), mode
         # Evaluation draws from seeds of its own, one a batch, the same at every evaluation.
         seed = rollout_seed(self.args.seed, step if training else -1 - self._eval_batches)
-        rollout, self._logged = self._sampled(rows, seed, group)
-        return self._kept(rollout, rows, self._logged, seed, mode)
+        rollout, logged = self._sampled(rows, seed, group)
+        if training:
+            self._logged = logged
+        return self._kept(rollout, rows, logged, seed, mode)
 
     def _sampled(self, rows: list[dict[str, Any]], seed: int, group: int | None = None) -> tuple[Rollout, dict]:
         """A rollout of `group` completions of each row, as the collector makes it."""
@@ -286,6 +300,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         self._logs.keep(rollout, self.rewards.names)
         if self.tables is not None:
             self.tables.keep(mode, rollout.columns(self.rewards.names))
+        self._rows = rows
         return rollout
 
     def _check_best_metric(self, logged: dict[str, float]) -> None:
@@ -343,34 +358,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Loaders, ResumableTrainer):
         self.guard.guard_step(optimizer)
         return optimizer
 
-    # Evaluation and logging
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Remember under which name (`eval_NAME` for one of several datasets) the metrics go out."""
-        self._eval_prefix, self._eval_batches, self._eval_rows = metric_key_prefix, 0, 0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        return output._replace(num_samples=self._eval_rows)  # of a stream transformers knows no number
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Sample, reward and score a batch of evaluation prompts; metrics go out under eval_*."""
-        rollout = self.collect(inputs, self.state.global_step, mode="eval")
-        self._eval_batches += 1
-        self._eval_rows += len(inputs)
-        was_training = self.model.training
-        self.model.eval()
-        loss = self.guard.run("score", lambda: self._evaluated(rollout))
-        self.model.train(was_training)
-        self.metrics["eval"].add_update(self._sums)
-        return loss, None, None
-
-    @torch.no_grad()
-    def _evaluated(self, rollout: Rollout) -> Tensor:
-        self._sums, loss = UpdateSums(self.learner.objective), torch.zeros((), device=self.args.device)
-        for micro in self.learner.with_entropy_masks(self.cut(rollout, 1)[0]):
-            with self.compute_loss_context_manager():
-                self.learner.add_reference(micro)
-                loss += self.compute_loss(self.model, micro)
-        return loss
+    # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.is_in_train and self._early_log:

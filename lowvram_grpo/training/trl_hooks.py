@@ -50,6 +50,7 @@ class TrlHooks:
     _asked: tuple[int, str] | None = None  # step and mode of the rollout that is asked for
     _extra_columns: dict[str, list]
     _rollout: Rollout | None = None  # what `_generate_and_score_completions` has made
+    _rows: Rows  # of the data that the rollout is of, which `_collect` made last
     _given: dict[str, Tensor]  # and what it has given of that
     _left_said = False
     _of_generate: tuple | None = None  # what `_generate` is asked for
@@ -112,7 +113,8 @@ class TrlHooks:
 
     def _generate_and_score_completions(self, inputs: Rows) -> dict[str, Tensor]:
         """Sample and reward a completion of each row of `inputs`, in which each of the data stands as often as it has
-        completions. A subclass may change `advantages` (n,); the rest is there to be read.
+        completions. A subclass may change `advantages` (n,); the rest is there to be read. Where other prompts took the
+        place of dead groups, `inputs` has their rows afterwards.
 
         Returns:
             prompt_ids, prompt_mask (n, P) left-padded; completion_ids, completion_mask, sampling_per_token_logps
@@ -120,7 +122,12 @@ class TrlHooks:
             num_items_in_batch, the number of sampled tokens.
         """
         step, mode = self._asked or (self.state.global_step, self._mode)
-        self._rollout = rollout = self._collect(inputs[:: self._group(mode)], step, mode)
+        group = self._group(mode)
+        rows = inputs[::group]
+        self._rollout = rollout = self._collect(rows, step, mode)
+        for g, (row, before) in enumerate(zip(self._rows, rows)):
+            if row is not before:
+                inputs[g * group : (g + 1) * group] = [row] * group
         batch, pad_id, device = rollout.batch, self.collector.pad_id, self.args.device
         width = max(map(len, batch.completion_ids))
         ids = [torch.tensor(row) for row in batch.completion_ids]

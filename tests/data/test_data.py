@@ -392,6 +392,7 @@ def test_the_trainer_names_what_is_no_dataset_of_prompts():
         ([{"prompt": json.dumps([user("a")])}], "holds messages that are written out as text in its `prompt` column"),
         ((row for row in data), "must be a `Dataset` or `IterableDataset`, and is a generator; .*from_generator"),
         (data.to_iterable_dataset().take(0), "is empty"),
+        ([{"prompt": "a", "images": [b"png"]}], "has pictures in its `images` column"),
     ]:
         with pytest.raises(UserError, match=f"train_dataset`?.* {words}"):
             check_dataset(bad, "train_dataset")

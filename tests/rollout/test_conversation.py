@@ -190,7 +190,7 @@ def test_what_an_end_id_means_depends_on_who_said_it():
         assert all(turns) and len(ids) == len(mask) == len(logps)
         ended = [i for i, said in enumerate(mask) if said and ids[i] in ENDS]
         assert len(ended) >= len(turns) - 1
-    assert replies > len(batch.completion_ids) and torch.cat(scored_gaps(model, batch)).max() < 1e-4
+    assert replies > 8 and torch.cat(scored_gaps(model, batch)).max() < 1e-4
 
 
 def test_without_replies_it_is_generate():
