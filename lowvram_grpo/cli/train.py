@@ -27,6 +27,9 @@ Tools = Annotated[
     list[str] | None,
     typer.Option(help="Functions that the model may call: file.py, or file.py:name,name2. Repeatable."),
 ]
+Weights = Annotated[
+    str | None, typer.Option(help="How often a row is of each --data, as in 0.7,0.3; default: every row once.")
+]
 Environment = Annotated[str | None, typer.Option(help="Environment that the model acts in: file.py:Class.")]
 
 
@@ -45,9 +48,7 @@ def train(
             "Repeatable: rows of all are mixed.",
         ),
     ] = None,
-    data_weights: Annotated[
-        str | None, typer.Option(help="How often a row is of each --data, as in 0.7,0.3; default: every row once.")
-    ] = None,
+    data_weights: Weights = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read the data while training, without a copy; takes --max-steps.")
     ] = False,
