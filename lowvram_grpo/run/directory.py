@@ -29,8 +29,9 @@ from lowvram_grpo.run.checkpoints import CUT_OFF, damage, replace_text
 
 # The first line of a recipe that a run wrote.
 RECIPE_HEADER = "# The resolved recipe of a lowvram-grpo run."
-# What an attempt that died before its first step may have left beside its recipe; runs/ is TensorBoard's.
-_ATTEMPTS = ("recipe.toml.tmp", "rewards.log", "rewards.log.1", "vllm_adapter", "trackers.json", "runs")
+# What an attempt that died before its first step may have left beside its recipe.
+_ATTEMPTS = ("recipe.toml.tmp", "rewards.log", "rewards.log.1", "vllm_adapter", "trackers.json",
+             "runs")  # the last is TensorBoard's  # fmt: skip
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
