@@ -19,6 +19,7 @@ ROOMS = (
     "benchmarks",
     "cli",
     "bench",
+    "integrations",
     "jobs",
     "plan",
     "training",

@@ -20,12 +20,11 @@ from typing import NamedTuple
 
 import torch
 from lowvram_grpo.kernels.sweep.direction import Entries
+from lowvram_grpo.kernels.sweep.lists_triton import UNIT, filled, judged
 from lowvram_grpo.kernels.sweep.state import D0, TARGET, D, E, M, RowState, S, X
 from lowvram_grpo.kernels.transform import Transform
 from torch import Tensor
 
-# Of a probability. A row's sum stays below 2^31 and is off by 2^-21 at most.
-_UNIT = 2.0**30
 _PLACE_BYTES = 16
 
 
@@ -64,16 +63,20 @@ def _judged(
     for block in _blocks(len(lse), max(1, scratch // (_PLACE_BYTES * state.capacity))):
         torch.lt(places, counted[block, None], out=keep[block])
         keep[block] &= state.logits[block] > (lse[block, None] + math.log(epsilon))
-        share = (state.logits[block] - lse[block, None]).exp_().mul_(_UNIT)
+        share = (state.logits[block] - lse[block, None]).exp_().mul_(UNIT)
         # What lies beyond a list was never written.
         mass[block] = share.masked_fill_(~keep[block], 0.0).round_().long().sum(1)
-    diffuse = diffuse | (readable & (mass < math.ceil((1 - max_tail) * _UNIT)))
+    diffuse = diffuse | (readable & (mass < math.ceil((1 - max_tail) * UNIT)))
     return keep, keep.sum(1), diffuse
 
 
 def _told(lengths: Tensor, alive: Tensor, diffuse: Tensor, overflowed: Tensor) -> Told:
     """By one copy, which waits."""
-    codes = torch.where(alive, lengths, torch.where(diffuse, torch.where(overflowed, -3, -2), -1)).tolist()
+    return _told_of(torch.where(alive, lengths, torch.where(diffuse, torch.where(overflowed, -3, -2), -1)).tolist())
+
+
+def _told_of(codes: list[int]) -> Told:
+    """Of the codes that `lists_triton.judged` makes too."""
     # The target is an entry too.
     ends = list(accumulate((code + 1 if code >= 0 else 0 for code in codes), initial=0))
     return Told(ends, sum(code < -1 for code in codes), codes.count(-3), len(codes) - codes.count(-1))
@@ -104,12 +107,18 @@ def entries_of(
     shuffled: bool,
     vocab: int,
     scratch: int,
+    kernels: bool = False,
 ) -> tuple[Entries, Tensor, Tensor, Told]:
     """Entries of R rows; (Rd,) int64 rows that are diffuse; the bound of the KL's missing sum (R,), empty without; and
     what the host was told.
 
     Rows that are diffuse or not wanted have no entries and no tail. `shuffled`: lists are not in vocabulary order.
+    `kernels`: by those of `lists_triton.py`; this page is their reference, and a CPU's way.
     """
+    if kernels:
+        return _by_kernels(
+            state, transform, epsilon, max_tail, wanted, keep_kl=keep_kl, keep_entropy=keep_entropy, shuffled=shuffled
+        )
     stats = state.stats
     lse = stats[M] + stats[S].log()
     keep, lengths, diffuse = _judged(state, lse, epsilon, max_tail, wanted, scratch)
@@ -166,3 +175,12 @@ def entries_of(
         entropy_tail,
     )
     return entries, diffuse.nonzero_static(size=told.diffuse)[:, 0], spread, told
+
+
+def _by_kernels(
+    state: RowState, transform: Transform, epsilon: float, max_tail: float, wanted: Tensor | None, **kept: bool
+) -> tuple[Entries, Tensor, Tensor, Told]:
+    code = judged(state, epsilon, max_tail, wanted)
+    told = _told_of(code.tolist())
+    *found, spread = filled(state, transform, code, told.ends[-1], epsilon, **kept)
+    return Entries(*found), (code < -1).nonzero_static(size=told.diffuse)[:, 0], spread, told

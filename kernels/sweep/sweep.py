@@ -184,7 +184,7 @@ class _Blocks:
         entries, rows, block_spread, told = entries_of(
             state, over.transform, epsilon=over.params.epsilon, max_tail=over.params.max_tail, wanted=block.wanted,
             keep_kl=self.want.kl, keep_entropy=self.want.entropy, shuffled=over.launch.path == "fused",
-            vocab=over.vocab, scratch=self.scratch,
+            vocab=over.vocab, scratch=self.scratch, kernels=stats.is_cuda and over.launch.path != "torch",
         )  # fmt: skip
         self._all_dense = self._may_give_up and 2 * told.overflowed > told.wanted
         self.ends += [self.ends[-1] + end for end in told.ends[1:]]

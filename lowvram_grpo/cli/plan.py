@@ -47,21 +47,16 @@ def start(
     hush()
     from lowvram_grpo.plan.architectures import resolve_config
     from lowvram_grpo.plan.fitting import plan_on_paper
-    from lowvram_grpo.plan.paper import all_weights
     from lowvram_grpo.policy.known_models import named
     from lowvram_grpo.recipe import preset as presets
     from lowvram_grpo.recipe.resolve import resolve
-    from lowvram_grpo.recipe.values import cast
 
     if vram is not None and not vram > 2:
         raise UserError(f"--vram is {vram:g}; it must be a size of card above 2 GB, as in --vram 8.")
     flags = {"model": model, **parse_extra(extra)}
-    adapter = cast("use_peft", flags.pop("use_peft", "true"), bool)
     chosen = preset or (presets.pick_for_gib(vram) if vram is not None else None)
     names = [chosen] if chosen else [name for name in presets.names() if presets.load(name).vram_gib is not None]
     recipes = [resolve({**flags, "preset": name}, config) for name in names]
-    if not adapter:
-        recipes = [all_weights(recipe) for recipe in recipes]
     model = recipes[0].model
     if not model:
         raise UserError("No model given; pass --model with a well-known name, a folder or a config.json.")

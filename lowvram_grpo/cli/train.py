@@ -23,6 +23,13 @@ def _help_all(wanted: bool) -> None:
         raise typer.Exit
 
 
+Tools = Annotated[
+    list[str] | None,
+    typer.Option(help="Functions that the model may call: file.py, or file.py:name,name2. Repeatable."),
+]
+Environment = Annotated[str | None, typer.Option(help="Environment that the model acts in: file.py:Class.")]
+
+
 def train(
     context: typer.Context,
     model: Annotated[
@@ -30,13 +37,20 @@ def train(
     ] = None,
     model_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--data",
             "-d",
-            help="save_to_disk folder, json/jsonl/csv/parquet file or folder, hub id, or reasoning-gym:TASK.",
+            help="save_to_disk folder, json/jsonl/csv/parquet file or folder, hub id, or reasoning-gym:TASK. "
+            "Repeatable: rows of all are mixed.",
         ),
     ] = None,
+    data_weights: Annotated[
+        str | None, typer.Option(help="How often a row is of each --data, as in 0.7,0.3; default: every row once.")
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read the data while training, without a copy; takes --max-steps.")
+    ] = False,
     data_config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to train on; default train.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Data to evaluate on.")] = None,
@@ -58,6 +72,8 @@ def train(
             "Repeatable.",
         ),
     ] = None,
+    tools: Tools = None,
+    environment: Environment = None,
     preset: Annotated[str | None, typer.Option(help="auto, or one of `lowvram-grpo presets`.")] = None,
     memory_plan: Annotated[
         str | None,
@@ -131,7 +147,7 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
         recipe.resume = resume
         if recipe.model:
             recipe.model = named(recipe.model, say)
-        offline_where_unreachable([recipe.model, recipe.adapter, recipe.data, recipe.eval_data], say)
+        offline_where_unreachable([recipe.model, recipe.adapter, *recipe.places, recipe.eval_data], say)
         from lowvram_grpo.jobs.train import run  # after the flags: it takes seconds, and most mistakes are made there
 
         with boundary(recipe.given_settings()):

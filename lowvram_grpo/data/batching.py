@@ -74,10 +74,10 @@ class Batched(Sampler[list[int]]):
 
 
 class PromptLoader(DataLoader):
-    """Yields lists of dataset rows. No workers: a row is a prompt, and Windows spawns them badly."""
+    """Yields lists of dataset rows, read by `workers` processes; by this one unless they are asked for."""
 
-    def __init__(self, data, sampler: PromptSampler | Batched):
-        super().__init__(data, batch_sampler=sampler, collate_fn=list, generator=torch.Generator())
+    def __init__(self, data, sampler: PromptSampler | Batched, workers: int = 0):
+        super().__init__(data, batch_sampler=sampler, collate_fn=list, generator=torch.Generator(), num_workers=workers)
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)

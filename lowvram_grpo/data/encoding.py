@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowvram_grpo.data.messages import is_conversational
+from lowvram_grpo.data.messages import is_conversational, joined
 from lowvram_grpo.data.rendering import UserTurn, chat_ids, check_tokenizer, rendered
 from lowvram_grpo.errors import UserError, counted
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHECKED = 1000
+# As TRL calls it.
+KWARGS_COLUMN = "chat_template_kwargs"
 
 
 def check_prompts(
@@ -24,10 +28,12 @@ def check_prompts(
         UserError: as `encode_prompts`, or the chat template shows nothing of a conversation, or was applied before.
     """
     check_tokenizer(tokenizer)
-    prompts = dataset.select(range(min(len(dataset), _CHECKED)))["prompt"]
+    first = dataset.select(range(min(len(dataset), _CHECKED)))
+    prompts, own = first["prompt"][:], row_kwargs(first) or [{}] * len(first)
     chats = [prompt for prompt in prompts if is_conversational(prompt)]
-    texts = [rendered(tokenizer, chat, chat_template_kwargs or {}) for chat in chats]
-    _check_roles(tokenizer, chats, texts, chat_template_kwargs or {})
+    given = [{**(chat_template_kwargs or {}), **k} for prompt, k in zip(prompts, own) if is_conversational(prompt)]
+    texts = [rendered(tokenizer, chat, kwargs) for chat, kwargs in zip(chats, given)]
+    _check_roles(tokenizer, chats, texts, given)
     encode_prompts(tokenizer, prompts[:1], max_prompt_length=None, chat_template_kwargs=chat_template_kwargs)
     for chat, text in zip(chats, texts):
         begun = next((t for t in tokenizer.all_special_tokens if text.startswith(t)), None)
@@ -38,20 +44,20 @@ def check_prompts(
             )
 
 
-def _check_roles(tokenizer: PreTrainedTokenizerBase, chats: list, texts: list[str], kwargs: dict[str, Any]) -> None:
+def _check_roles(tokenizer: PreTrainedTokenizerBase, chats: list, texts: list[str], given: list[dict]) -> None:
     """Whether the chat template shows the messages of every role that there is: many leave out what they don't know.
 
     Raises:
         UserError: it does not.
     """
     asks = chats and any(message["role"] == "user" for message in chats[0])
-    if asks and rendered(tokenizer, [_more(message) for message in chats[0]], kwargs) == texts[0]:
+    if asks and rendered(tokenizer, [_more(message) for message in chats[0]], given[0]) == texts[0]:
         raise UserError(
             "The chat template renders every conversation as the same text, without its messages; pass "
             "--chat-template plain, or a .jinja file that prints messages."
         )
     seen: set[str] = set()
-    for chat, text in zip(chats, texts):
+    for chat, text, kwargs in zip(chats, texts, given):
         for role in {message["role"] for message in chat} - seen:
             seen.add(role)
             other = [_more(message) if message["role"] == role else message for message in chat]
@@ -64,7 +70,29 @@ def _check_roles(tokenizer: PreTrainedTokenizerBase, chats: list, texts: list[st
 
 
 def _more(message: dict[str, Any]) -> dict[str, Any]:
-    return {**message, "content": f"{message['content']} and more"}
+    return {**message, "content": f"{joined(message['content'])} and more"}
+
+
+def row_kwargs(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """The arguments for the chat template that each row brings in a column of its own, over the run's; None where
+    there is no such column. Arrow fills what only other rows have with None, which is none of theirs.
+
+    Raises:
+        UserError: a row has something else there than a table of them.
+    """
+    found = [row.get(KWARGS_COLUMN) for row in rows]
+    return [_as_kwargs(value) for value in found] if any(value is not None for value in found) else None
+
+
+def _as_kwargs(value: Any) -> dict[str, Any]:
+    try:
+        table = json.loads(value) if isinstance(value, str) and value.strip() else value or {}
+        return {name: each for name, each in dict(table).items() if each is not None}
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"Column {KWARGS_COLUMN!r} holds {value!r}, which is no table of arguments for the chat template; write "
+            '{"name": value} there, or rename the column.'
+        ) from error
 
 
 def raw_text_notice(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> str | None:
@@ -83,8 +111,11 @@ def encode_prompts(
     *,
     max_prompt_length: int | None,
     chat_template_kwargs: dict[str, Any] | None,
+    own: Sequence[dict[str, Any]] | None = None,
 ) -> tuple[list[list[int]], int]:
     """Token ids of each prompt, and how many prompts were cut to `max_prompt_length` (tokens).
+
+    `own` are arguments for the chat template of each prompt (`row_kwargs`), which go before `chat_template_kwargs`.
 
     A conversation is followed by the generation prompt, or, where its last turn is the assistant's, left open for that
     turn to go on. Plain text gets the special tokens that the tokenizer puts in front of a text, once (text that went
@@ -100,8 +131,9 @@ def encode_prompts(
     chats = [i for i, prompt in enumerate(prompts) if is_conversational(prompt)]
     plain = sorted({*range(len(prompts))} - {*chats})
     ids: list[list[int]] = [[] for _ in prompts]
+    given = [{**(chat_template_kwargs or {}), **k} for k in own] if own else [chat_template_kwargs] * len(prompts)
     if chats:
-        for i, row in zip(chats, chat_ids(tokenizer, [prompts[i] for i in chats], chat_template_kwargs)):
+        for i, row in zip(chats, chat_ids(tokenizer, [prompts[i] for i in chats], [given[i] for i in chats])):
             ids[i] = row
     if plain:
         behind = len(_special_tokens(tokenizer)[1])
@@ -115,7 +147,7 @@ def encode_prompts(
         return ids, 0
     cut = [i for i, row in enumerate(ids) if len(row) > max_prompt_length]
     for i in cut:
-        turn = UserTurn.last_of(tokenizer, prompts[i], chat_template_kwargs) if is_conversational(prompts[i]) else None
+        turn = UserTurn.last_of(tokenizer, prompts[i], given[i]) if is_conversational(prompts[i]) else None
         in_turn = turn.cut(len(ids[i]), max_prompt_length) if turn else None
         ids[i] = in_turn or ids[i][-max_prompt_length:]
     return ids, len(cut)
@@ -146,7 +178,7 @@ class LengthReport(NamedTuple):
         longest: the longest prompt.
         cut: prompts longer than max_prompt_length.
         counted: prompts looked at, the first ones of the dataset.
-        total: prompts in the dataset.
+        total: prompts in the dataset; None where nobody knows.
         in_turn: those of `cut` that lose the middle of their last user turn; the others lose their left end.
         chats: whether prompts are conversations.
     """
@@ -154,7 +186,7 @@ class LengthReport(NamedTuple):
     longest: int
     cut: int
     counted: int
-    total: int
+    total: int | None
     in_turn: int
     chats: bool
 
@@ -180,23 +212,32 @@ def prompt_length_report(
     max_prompt_length: int | None,
     chat_template_kwargs: dict[str, Any] | None,
     limit: int = 20_000,
+    whole: bool = True,
 ) -> LengthReport:
-    """Encode the first `limit` prompts of a dataset with a `prompt` column, and count.
+    """Encode the first `limit` prompts of a dataset with a `prompt` column, and count; without `whole` the dataset is
+    the beginning of a longer one.
 
     Raises:
         UserError: as `encode_prompts`.
     """
-    rows = dataset.select_columns("prompt") if hasattr(dataset, "select_columns") else dataset
+    rows = dataset
+    if hasattr(dataset, "select_columns"):
+        rows = dataset.select_columns([name for name in ("prompt", KWARGS_COLUMN) if name in dataset.column_names])
     looked_at, batch = min(len(rows), limit), 512
     longest = cut = in_turn = 0
     for first in range(0, looked_at, batch):
-        prompts = [rows[i]["prompt"] for i in range(first, min(first + batch, looked_at))]
-        ids, _ = encode_prompts(tokenizer, prompts, max_prompt_length=None, chat_template_kwargs=chat_template_kwargs)
+        part = [rows[i] for i in range(first, min(first + batch, looked_at))]
+        prompts, own = [row["prompt"] for row in part], row_kwargs(part)
+        ids, _ = encode_prompts(
+            tokenizer, prompts, max_prompt_length=None, chat_template_kwargs=chat_template_kwargs, own=own
+        )
         lengths = [len(row) for row in ids]
         longest = max(longest, *lengths)
-        for prompt, length in zip(prompts, lengths):
+        for prompt, length, more in zip(prompts, lengths, own or [{}] * len(prompts)):
             if max_prompt_length is not None and length > max_prompt_length:
                 cut += 1
-                turn = UserTurn.last_of(tokenizer, prompt, chat_template_kwargs) if is_conversational(prompt) else None
+                kwargs = {**(chat_template_kwargs or {}), **more}
+                turn = UserTurn.last_of(tokenizer, prompt, kwargs) if is_conversational(prompt) else None
                 in_turn += turn is not None and turn.leaves_room(max_prompt_length)
-    return LengthReport(longest, cut, looked_at, len(rows), in_turn, is_conversational(rows[0]["prompt"]))
+    total = len(rows) if whole else None
+    return LengthReport(longest, cut, looked_at, total, in_turn, is_conversational(rows[0]["prompt"]))

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.data.gym_tasks import is_gym, load_gym
+from lowvram_grpo.data.mixture import Part
+from lowvram_grpo.data.streams import is_stream
 from lowvram_grpo.data.tabular import csv_options, json_mistake, unfolded
-from lowvram_grpo.data.textfile import as_utf8
+from lowvram_grpo.data.textfile import as_utf8, encoding_of
 from lowvram_grpo.errors import UserError, did_you_mean, one_line
 
 if TYPE_CHECKING:
@@ -56,30 +58,91 @@ def load(
     return dataset
 
 
-def _read(path: str, config: str | None) -> Dataset | DatasetDict:
+def load_stream(path: str, *, config: str | None = None, split: str | None = None) -> Part:
+    """A dataset to be read while it is trained on: nothing is copied, and rows are looked at as they come. Arguments
+    are those of `load`; of a split only `train[100:2000]` can be taken, no share of its rows.
+
+    Raises:
+        UserError: as `load`.
+    """
+    found = load_gym(path) if is_gym(path) else _read(path, config, stream=True)
+    splits = found if isinstance(found, dict) else {"train": found}
+    chosen = _pick_stream(splits, split, path)
+    stream = chosen if is_stream(chosen) else chosen.to_iterable_dataset()
+    with _reasons(path, Path(path).expanduser()):
+        return Part.of(path, stream)
+
+
+def _pick_stream(splits: dict[str, Any], split: str | None, path: str) -> Any:
+    asked = re.fullmatch(r"\s*([^\s+\[(]+)\s*(?:\[\s*(\d*)\s*:\s*(\d*)\s*\])?\s*", split or "train")
+    if not asked:
+        raise UserError(
+            f"--split {split} can't be taken of a stream, whose number of rows nobody knows; write one split, or rows "
+            "of it as in train[100:2000], or drop --stream."
+        )
+    name, first, end = asked.groups()
+    if split is None and name not in splits and len(splits) == 1:
+        name = next(iter(splits))
+    if name not in splits:
+        raise UserError(
+            f"The dataset {path} has no split {name!r}{did_you_mean(name, splits)}; choose one of {', '.join(splits)} "
+            "with --split."
+        )
+    data = splits[name] if is_stream(splits[name]) else splits[name].to_iterable_dataset()
+    data = data.skip(int(first)) if first else data
+    return data.take(int(end) - int(first or 0)) if end else data
+
+
+def _read(path: str, config: str | None, *, stream: bool = False) -> Dataset | DatasetDict:
     from datasets import load_dataset, load_from_disk
 
     place = Path(path).expanduser()
     suffix = place.suffix.lower()
+    streaming = {"streaming": True} if stream else {}
     with _reasons(path, place):
         if place.is_dir():
             if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
                 return load_from_disk(str(place))
             for file in sorted(place.rglob("*")):
                 if not any(part.startswith((".", "__")) for part in file.relative_to(place).parts):
-                    _check_in_folder(file, path)
-            return load_dataset(str(place), config)
+                    _check_in_folder(file, path, whole=not stream)
+            return load_dataset(str(place), config, **streaming)
         if place.is_file():
             if suffix not in _READERS:
                 raise UserError(
                     f"The dataset {path} is a file of no known kind; give a {', '.join(k[1:] for k in _READERS)} file."
                 )
-            return _read_file(place, _READERS[suffix], path)
+            return (_stream_file if stream else _read_file)(place, _READERS[suffix], path)
         if suffix in _READERS or not _HUB_ID.fullmatch(path):
             raise UserError(
                 f"The dataset {path} does not exist: no such file or folder, and it is no hub id (owner/name)."
             )
-        return load_dataset(path, config)
+        return load_dataset(path, config, **streaming)
+
+
+def _stream_file(place: Path, reader: str, path: str) -> Any:
+    from datasets import load_dataset
+
+    what = f"The dataset {path}"
+    options = {}
+    if reader != "parquet":
+        _check_utf8(place, what)
+        options = csv_options(place, what, whole=False) if reader == "csv" else {}
+    return load_dataset(reader, data_files={"train": [str(place)]}, streaming=True, **options)
+
+
+def _check_utf8(file: Path, what: str) -> None:
+    """By its first bytes: the rest comes while it is trained on.
+
+    Raises:
+        UserError: it is in another encoding that says so, or is empty.
+    """
+    with open(file, "rb") as opened:
+        beginning = opened.read(4)
+    if not beginning:
+        raise UserError(f"{what} is empty; GRPO needs one prompt or more.")
+    if encoding_of(beginning) not in ("utf-8", "utf-8-sig"):
+        raise UserError(f"{what} is UTF-16 text, and only UTF-8 can be streamed; save it as UTF-8, or drop --stream.")
 
 
 def _read_file(place: Path, reader: str, path: str) -> Dataset | DatasetDict:
@@ -100,7 +163,7 @@ def _read_file(place: Path, reader: str, path: str) -> Dataset | DatasetDict:
         return unfolded(found) if place.suffix.lower() == ".json" else found
 
 
-def _check_in_folder(file: Path, path: str) -> None:
+def _check_in_folder(file: Path, path: str, *, whole: bool) -> None:
     """A text file of a folder, which `datasets` opens by itself.
 
     Raises:
@@ -110,10 +173,14 @@ def _check_in_folder(file: Path, path: str) -> None:
     if reader not in ("json", "csv") or not file.is_file():
         return
     what = f"The file {file.name} of the dataset {path}"
-    with as_utf8(file, what) as same:
+    if not whole:
+        _check_utf8(file, what)
+    with contextlib.nullcontext(file) if not whole else as_utf8(file, what) as same:
         if same != file:
             raise UserError(f"{what} is UTF-16 text, and in a folder only UTF-8 is read; save it as UTF-8.")
-        if reader == "csv" and csv_options(file, what)["sep"] != ("," if file.suffix.lower() == ".csv" else "\t"):
+        if reader == "csv" and csv_options(file, what, whole=whole)["sep"] != (
+            "," if file.suffix.lower() == ".csv" else "\t"
+        ):
             raise UserError(f"{what} is separated by other signs than its name says; pass the file itself as --data.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.data.messages import in_text
@@ -60,9 +61,11 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], kwargs: d
         ) from error
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, chats: list, kwargs: dict[str, Any] | None) -> list[list[int]]:
-    """Token ids of each conversation; `kwargs` and errors are those of `rendered`."""
-    texts = [rendered(tokenizer, chat, kwargs or {}) for chat in chats]
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, chats: list, kwargs: Sequence[dict[str, Any] | None]
+) -> list[list[int]]:
+    """Token ids of each conversation; `kwargs`, one for each, and errors are those of `rendered`."""
+    texts = [rendered(tokenizer, chat, own or {}) for chat, own in zip(chats, kwargs)]
     # The chat template has written the special tokens already.
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -112,7 +115,7 @@ class UserTurn:
         text = self.text[:head].rstrip() + _LEFT_OUT + self.text[len(self.text) - tail :].lstrip()
         changed = {**self.messages[self.index], "content": text}
         messages = [*self.messages[: self.index], changed, *self.messages[self.index + 1 :]]
-        return chat_ids(self.tokenizer, [messages], self.kwargs)[0]
+        return chat_ids(self.tokenizer, [messages], [self.kwargs])[0]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 
 
-def csv_options(file: Path, what: str) -> dict[str, Any]:
+def csv_options(file: Path, what: str, *, whole: bool = True) -> dict[str, Any]:
     """Arguments of the csv reader for a UTF-8 file.
 
     Args:
         what: the file as it begins a sentence.
+        whole: look at every row, not at the first hundred alone.
 
     Raises:
         UserError: two columns have one name, or a row has more fields than the header. The reader renames the first
@@ -35,7 +37,7 @@ def csv_options(file: Path, what: str) -> dict[str, Any]:
     for name in header:
         if name and header.count(name) > 1:
             raise UserError(f"{what} has {header.count(name)} columns called {name!r}; give each a name of its own.")
-    for line, row in rows:
+    for line, row in rows if whole else islice(rows, 100):
         if len(row) > len(header) and any(row[len(header) :]):
             sign = _SEPARATORS[separator]
             raise UserError(

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lowvram_grpo.data.encoding import encode_prompts
+from lowvram_grpo.data.encoding import encode_prompts, row_kwargs
+from lowvram_grpo.data.tool_calls import name_of
 from lowvram_grpo.policy.reference import ADAPTER_SHARES
+from lowvram_grpo.recipe.not_applied import as_text
 from lowvram_grpo.rewards.registry import is_model
 from lowvram_grpo.training.early_checks import prompt_lengths
 
@@ -28,22 +30,27 @@ def show(job: Job, said: Iterable[str]) -> None:
     """Print the recipe, the sizes of a step and the first prompt, after what was said about the job."""
     for sentence in said:
         print(f"note: {sentence}")
-    args, train_data, eval_data = job.args, job.train_data, job.eval_data
+    if job.recipe.not_applied:
+        print(f"not applied here:\n{as_text(job.recipe.not_applied)}")
+    args, first, evaluation = job.told, job.train.first, job.evaluation
     ids, _ = encode_prompts(
         job.tokenizer,
-        [train_data[0]["prompt"]],
+        [first[0]["prompt"]],
         max_prompt_length=args.max_prompt_length,
         chat_template_kwargs=args.chat_template_kwargs,
+        own=row_kwargs([first[0]]),
     )
-    lengths, plan = prompt_lengths(args, job.tokenizer, train_data), args.batch_plan()
+    lengths, plan = prompt_lengths(args, job.tokenizer, first, whole=not job.train.streams), args.batch_plan()
     Console(highlight=False).print("[bold]What would run[/bold] (nothing was loaded or written)\n")
     # Not by rich, which would break lines at the width of the screen and take [words] for its own.
     print(job.recipe.to_toml())
-    print(f"rewards: {', '.join(job.rewards.specs)}")
+    print(f"rewards: {', '.join(job.rewards.specs) or 'those of the environment'}")
+    if job.acting.agents is not None:
+        print(f"tools: {', '.join(name_of(tool) for tool in job.acting.agents.all_tools) or 'none'}")
     if any(map(is_model, job.rewards.specs)):
         place = "the CPU" if args.device.type == "cpu" else _PLACES[args.reward_model_device]
         print(f"reward models: on {place}")
-    print(f"data: {len(train_data)} prompts{f', {len(eval_data)} for evaluation' if eval_data else ''}")
+    print(f"data: {job.train.count}{f', {evaluation.count} for evaluation' if evaluation else ''}")
     print(
         f"each step: {plan.prompts_per_rollout} prompts x {plan.num_generations} completions, at most "
         f"{plan.micro_batch_size} at once; device {args.device}"

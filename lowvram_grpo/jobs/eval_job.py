@@ -112,7 +112,9 @@ def read(flags: dict[str, Any], wanted: Wanted, tell: Callable[[str], None]) -> 
     recipe = _recipe(flags, tell)
     check_device(recipe)
     if wanted.compare_base and not recipe.adapter:
-        raise UserError("--compare-base compares an adapter with its base; pass --adapter.")
+        given = flags.get("adapter")
+        instead = f"{given} is a whole model: evaluate its base with --model" if given else "pass --adapter"
+        raise UserError(f"--compare-base compares an adapter with its base; {instead}.")
     raw, place = _data(recipe, flags)
     rewards = rewards_of(recipe, raw.column_names)
     for sentence in filter(None, (guess_notice(recipe), sandbox_notice(rewards))):
@@ -151,6 +153,8 @@ def _data(recipe: Recipe, flags: dict[str, Any]) -> tuple[Dataset, str]:
     else:
         place, split, config = recipe.eval_data or recipe.data, recipe.eval_split, recipe.data_config
         split = flags.get("split") or split
+    if isinstance(place, list) or (not place and recipe.dataset_mixture):
+        raise UserError(f"The run was trained on {', '.join(recipe.places)}; name the one to evaluate on with --data.")
     if not place:
         raise UserError("No data given; pass --data with a folder, a json/jsonl/csv/parquet file or a hub id.")
     data = load(place, config=config, split=split, prefer=_SPLITS)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.plan.paper import OF_THE_ADAPTER
 from lowvram_grpo.policy.adapter import adapter_config
+from lowvram_grpo.recipe.not_applied import NotApplied
 from lowvram_grpo.run.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # Who set eval_strategy, in the written recipe.
 IMPLIED = "implied by the evaluation data"
+# Who set eval_split where only TRL's default did.
+TRLS_SPLIT = "TRL's default"
 _EVAL_STEPS = 50
 _BASE = ("quantization", "head_dtype")
 
@@ -30,13 +33,18 @@ def imply(recipe: Recipe, tell: Callable[[str], None]) -> None:
 
 def imply_evaluation(recipe: Recipe) -> None:
     """Whoever names evaluation data wants it used: every `eval_steps` steps, with each checkpoint when unset (every
-    logged step, transformers' default, would spend most of the run on it).
+    logged step, transformers' default, would spend most of the run on it). A file of TRL's or Open R1's that evaluates
+    means the split `test` unless it names another.
 
     Raises:
         UserError: an evaluation is asked for that has no data.
     """
     training = recipe.training
-    if not (recipe.eval_data or recipe.eval_split):
+    by_file = recipe.origin.get("eval_strategy") == "file" and training["eval_strategy"] != "no"
+    kept = (recipe.dataset_mixture or {}).get("test_split_size")
+    if by_file and not (recipe.eval_data or recipe.eval_split or kept):
+        recipe.eval_split, recipe.origin["eval_split"] = "test", TRLS_SPLIT
+    if not (recipe.eval_data or recipe.eval_split or kept):
         if training.get("eval_strategy", "no") != "no":
             raise UserError(
                 f"eval_strategy is {training['eval_strategy']}, but there is no data to evaluate on; pass --eval-data "
@@ -83,6 +91,17 @@ def _imply_best_model(recipe: Recipe) -> None:
             training[key], recipe.origin[key] = value, IMPLIED
 
 
+def without_evaluation(recipe: Recipe, why: str) -> None:
+    """Take out of the recipe an evaluation on a split that its data has not; `why` is what was found instead."""
+    keys = [key for key in ("eval_strategy", "eval_steps", "eval_on_start", "do_eval") if key in recipe.training]
+    for key in keys:
+        del recipe.training[key]
+        recipe.origin.pop(key, None)
+    recipe.eval_split = None
+    del recipe.origin["eval_split"]
+    recipe.not_applied.append(NotApplied(tuple(keys), f"nothing is evaluated: {why.rstrip('.')}"))
+
+
 def adopt_adapter(recipe: Recipe, tell: Callable[[str], None]) -> None:
     """Check the adapter to start from, and write its LoRA settings into the recipe: they are what is trained. An
     adapter that one of our runs left goes on on the base that it has learned on, which `tell` hears of where that is
@@ -98,6 +117,9 @@ def adopt_adapter(recipe: Recipe, tell: Callable[[str], None]) -> None:
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "lora_target_modules": modules if isinstance(modules, str) else sorted(modules or []),
+        "lora_modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
+        "use_rslora": bool(config.use_rslora),
+        "use_dora": bool(config.use_dora),
     }
     for key, value in theirs.items():
         asked = getattr(recipe, key)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from lowvram_grpo.recipe.config import GRPOConfig
 
-_ADAPTER_FILE = "adapter_config.json"
+_ADAPTER_FILE, _MODEL_FILE = "adapter_config.json", "config.json"
 # What of a run's training settings says how its policy is loaded, prompted and scored. The rest (optimizer, batches,
 # logging) may not even be valid on the machine that only samples; temperature and filters are the caller's.
 _KEPT = {
@@ -82,6 +82,24 @@ def find_adapter(place: str) -> tuple[str, Path | None, str]:
     )
 
 
+def find_whole_model(place: str) -> tuple[str, Path | None, str] | None:
+    """The model that `--adapter` means where it names a run that trains all weights, or such a run's model or a
+    checkpoint of it; None for all others. Otherwise as `find_adapter`."""
+    folder = Path(place)
+    if not folder.is_dir() or (folder / _ADAPTER_FILE).is_file():
+        return None
+    if (folder / _MODEL_FILE).is_file():
+        recipe = RunDirectory(folder.resolve().parent).recipe_path
+        return place, recipe if recipe.is_file() else None, ""
+    run = RunDirectory(folder)
+    if run.result_dir is not None:
+        return (str(run.model_dir), run.recipe_path, "") if run.result_dir == run.model_dir else None
+    checkpoint = run.latest_checkpoint()
+    if checkpoint is None or not (checkpoint / _MODEL_FILE).is_file():
+        return None
+    return str(checkpoint), run.recipe_path, f"{place} is not finished; taking {checkpoint.name}."
+
+
 def recipe_to_sample(flags: Mapping[str, Any], tell: Callable[[str], None]) -> Recipe:
     """The recipe of what `--adapter` names, or of a bare `--model`, with `flags` on top.
 
@@ -93,13 +111,18 @@ def recipe_to_sample(flags: Mapping[str, Any], tell: Callable[[str], None]) -> R
         UserError: no such run, adapter or model, or none given.
     """
     flags, file = dict(flags), None
-    place = flags.get("adapter")
-    if place:
+    place, said = flags.get("adapter"), ""
+    if place and (whole := find_whole_model(place)):
+        # Frozen from here on, so it may be quantized and kept in 16 bits.
+        flags["model"], file, said = whole
+        place = flags["adapter"] = None
+        flags["use_peft"] = True
+    elif place:
         flags["adapter"], file, said = find_adapter(place)
-        if said:
-            tell(said)
+    if said:
+        tell(said)
     recipe = resolve(flags, file)
-    offline_where_unreachable([recipe.adapter, recipe.model, recipe.data], tell)
+    offline_where_unreachable([recipe.adapter, recipe.model, *recipe.places], tell)
     base = adapter_config(recipe.adapter).base_model_name_or_path if place else None
     recipe.model = recipe.model or base
     if not recipe.model:

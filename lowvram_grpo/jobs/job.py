@@ -5,22 +5,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.data.encoding import check_prompts, raw_text_notice
-from lowvram_grpo.data.load import load
-from lowvram_grpo.errors import UserError
+from lowvram_grpo.data.mixture import Part
 from lowvram_grpo.jobs.loading import adopt_stored_quantization, read_model_of, training_config
 from lowvram_grpo.jobs.resume import check_unfinished
-from lowvram_grpo.jobs.task import Rewards, check_reward_columns, prepared, rewards_of, sandbox_notice
+from lowvram_grpo.jobs.task import Rewards, rewards_of, sandbox_notice
+from lowvram_grpo.jobs.tool_files import Acting, acting_of
+from lowvram_grpo.jobs.training_data import prepared_data, read_evaluated, read_raw
 from lowvram_grpo.memory.devices import detect
 from lowvram_grpo.plan.fitting import fit
 from lowvram_grpo.training.cold_start import REFERENCE_COLUMN
 from lowvram_grpo.training.continuation import planned_steps
 from lowvram_grpo.training.early_checks import check_before_loading, prompt_lengths
+from lowvram_grpo.training.parts import check_agents, with_schemas
+from lowvram_grpo.training.streaming import check_steps
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from lowvram_grpo.jobs.start import Start
@@ -31,15 +33,30 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Job:
     """What a recipe names. `args` are its settings of the training, with the weights of `rewards`; the data are
-    prepared (see `task.prepared`)."""
+    prepared (see `training_data`)."""
 
     recipe: Recipe
     args: GRPOConfig
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     rewards: Rewards
-    train_data: Dataset
-    eval_data: Dataset | None
+    train: Part
+    evaluation: Part | None
+    acting: Acting
+
+    @property
+    def told(self) -> GRPOConfig:
+        """`args` with what prompts tell the model of tools, by which prompts are rendered and counted."""
+        return with_schemas(self.acting.agents, self.args)
+
+    @property
+    def train_data(self) -> Any:
+        """A Dataset, or a stream."""
+        return self.train.data
+
+    @property
+    def eval_data(self) -> Any:
+        return None if self.evaluation is None else self.evaluation.data
 
 
 def read(recipe: Recipe, tell: Callable[[str], None]) -> Job:
@@ -49,25 +66,16 @@ def read(recipe: Recipe, tell: Callable[[str], None]) -> Job:
         UserError: there is no such model, data or reward, or settings that do not fit together.
     """
     model_config, tokenizer = read_model_of(recipe)
-    raw = load(recipe.data, config=recipe.data_config, split=recipe.split)
-    rewards = rewards_of(recipe, raw.column_names)
+    raw = read_raw(recipe, tell)
+    acting = acting_of(recipe)
+    rewards = rewards_of(recipe, raw.columns, judged=acting.judges)
     if confined := sandbox_notice(rewards):
         tell(confined)
+    evaluated = read_evaluated(recipe)
     args = training_config(recipe, weights=rewards.weights)
-    train_data, eval_data = _data(recipe, raw, tell)
-    return Job(recipe, args, model_config, tokenizer, rewards, train_data, eval_data)
-
-
-def _data(recipe: Recipe, raw: Dataset, tell: Callable[[str], None]) -> tuple[Dataset, Dataset | None]:
-    """Training data from `raw`, and evaluation data, of which what was said of the training data is not told again."""
-    said: list[str] = []
-    train_data = prepared(recipe, raw, said.append)
-    for sentence in said:
-        tell(sentence)
-    if not (recipe.eval_data or recipe.eval_split):
-        return train_data, None
-    raw = load(recipe.eval_data or recipe.data, config=recipe.data_config, split=recipe.eval_split)
-    return train_data, prepared(recipe, raw, lambda sentence: sentence in said or tell(f"evaluation: {sentence}"))
+    check_steps(args, raw.parts[0].data)
+    train, evaluation = prepared_data(recipe, raw, evaluated, rewards, tell)
+    return Job(recipe, args, model_config, tokenizer, rewards, train, evaluation, acting)
 
 
 def check(job: Job, start: Start | None, tell: Callable[[str], None]) -> None:
@@ -81,20 +89,15 @@ def check(job: Job, start: Start | None, tell: Callable[[str], None]) -> None:
         UserError: nothing is left to do, the chat template is missing or does not fit, the data lack a column that a
             reward asks for, or what `check_before_loading` says.
     """
-    args, functions, train_data, eval_data = job.args, job.rewards.functions, job.train_data, job.eval_data
+    args, first = job.args, job.train.first
     if start is not None:
-        planned = planned_steps(args, train_data, start.checkpoint)
+        planned = planned_steps(args, first, start.checkpoint)
         check_unfinished(start.directory, start.checkpoint, planned, patience=args.early_stopping)
-    check_prompts(job.tokenizer, train_data, chat_template_kwargs=args.chat_template_kwargs)
-    if raw_text := raw_text_notice(job.tokenizer, train_data[:1]["prompt"]):
+    check_prompts(job.tokenizer, first, chat_template_kwargs=args.chat_template_kwargs)
+    check_agents(job.acting.agents, args, job.tokenizer, first)
+    if raw_text := raw_text_notice(job.tokenizer, first[:1]["prompt"]):
         tell(raw_text)
-    check_reward_columns(job.recipe, functions, train_data)
-    if eval_data is not None:
-        try:
-            check_reward_columns(job.recipe, functions, eval_data)
-        except UserError as error:
-            raise UserError(f"In the evaluation data: {error}") from error
-    check_before_loading(args, functions, eval_data)
+    check_before_loading(args, job.rewards.functions, job.eval_data)
 
 
 def planned(job: Job, tell: Callable[[str], None]) -> Job:
@@ -106,13 +109,15 @@ def planned(job: Job, tell: Callable[[str], None]) -> Job:
     """
     recipe, args = job.recipe, job.args
     if adopt_stored_quantization(recipe, job.model_config, tell) and args.device.type == "cuda":
-        lengths = prompt_lengths(args, job.tokenizer, job.train_data)
+        lengths = prompt_lengths(job.told, job.tokenizer, job.train.first, whole=not job.train.streams)
+        # What an environment says goes behind a prompt: as far as it may, where there is a bound.
+        known = not recipe.eval_data and not (recipe.environment and args.max_prompt_length)
         recipe = fit(
             recipe,
             job.model_config,
             detect(args.device.index or 0),
             tell,
-            cold_start=str(args.cold_start) == "auto" and REFERENCE_COLUMN in job.train_data.column_names,
-            longest_prompt=lengths.longest if lengths.counted == lengths.total and not recipe.eval_data else None,
+            cold_start=str(args.cold_start) == "auto" and REFERENCE_COLUMN in job.train.first.column_names,
+            longest_prompt=lengths.longest if lengths.counted == lengths.total and known else None,
         )
     return replace(job, recipe=recipe, args=training_config(recipe, weights=job.rewards.weights))

@@ -74,7 +74,7 @@ def training_config(recipe: Recipe, *, weights: list[float]) -> GRPOConfig:
     from lowvram_grpo.recipe.config import GRPOConfig
 
     check_attention(recipe.attn_implementation)
-    settings = {"reward_weights": weights, **recipe.training}
+    settings = {"reward_weights": weights or None, **recipe.training}
     if recipe.dtype == "float16" and torch.cuda.is_available() and not {"bf16", "fp16"} & settings.keys():
         settings["fp16"] = True  # a float16 base under bfloat16 autocast would have no GradScaler
     settings |= {"output_dir": recipe.output_dir or "runs", "disable_tqdm": True, "model_init_kwargs": None}
@@ -123,14 +123,19 @@ def fresh_lora(recipe: Recipe) -> LoraConfig:
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
         target_modules=recipe.lora_target_modules,
+        modules_to_save=recipe.lora_modules_to_save,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
         task_type="CAUSAL_LM",
     )
 
 
 def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Of the base weights that are not quantized."""
+    """Of the weights that are not quantized. Those that are trained are float32, as the plan counts them."""
     from lowvram_grpo.policy.load import DTYPES, compute_dtype
 
+    if not recipe.use_peft:
+        return DTYPES["float32"]
     return compute_dtype(device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
 
 

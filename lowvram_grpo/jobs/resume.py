@@ -35,6 +35,10 @@ POLICY = (
     "lora_alpha",
     "lora_dropout",
     "lora_target_modules",
+    "lora_modules_to_save",
+    "use_rslora",
+    "use_dora",
+    "use_peft",
 )
 # Names of optimizers that keep the same moments; all others go on from their own only. bitsandbytes follows the bits of
 # the moments that it finds, so those of 8 bits are not those of 32.
@@ -74,7 +78,7 @@ BATCH = (
     "steps_per_generation",
     "num_iterations",
 )
-_APART = ("resume", "output_dir", "plain", "training", "origin")
+_APART = ("resume", "output_dir", "plain", "training", "origin", "not_applied", "env")
 
 
 def changes(begun: Recipe, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -193,18 +197,18 @@ def check_unfinished(directory: RunDirectory, checkpoint: Path | None, planned: 
     Raises:
         UserError: the run is finished, or would have to go back.
     """
-    done, finished = step_of(checkpoint), any(directory.adapter_dir.glob("adapter_model.*"))
-    if finished and checkpoint is None:
+    done, result = step_of(checkpoint), directory.result_dir
+    if result is not None and checkpoint is None:
+        flag = "--adapter" if result == directory.adapter_dir else "--model"
         raise UserError(
-            f"{directory.path} is finished and kept no checkpoint to go on from; start a new run with "
-            f"--adapter {directory.adapter_dir}."
+            f"{directory.path} is finished and kept no checkpoint to go on from; start a new run with {flag} {result}."
         )
-    if finished and done >= planned:
+    if result is not None and done >= planned:
         raise UserError(
             f"{directory.path} is finished ({done} of {planned} steps); pass --max-steps M with M above "
             f"{done} to go on."
         )
-    if finished and stopped_early(checkpoint, patience):
+    if result is not None and stopped_early(checkpoint, patience):
         raise UserError(
             f"{directory.path} is finished: early_stopping {patience} has ended it at step {done} of {planned}; pass "
             f"--early-stopping M with M above {patience}, or 0, to go on."

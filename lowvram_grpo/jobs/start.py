@@ -50,7 +50,7 @@ def begin(recipe: Recipe, locks: ExitStack) -> Start:
     Raises:
         UserError: --output-dir holds something else, or can't be written to.
     """
-    name = f"{Path(str(recipe.model)).name}-{Path(str(recipe.data)).stem}"
+    name = f"{Path(str(recipe.model)).name}-{'+'.join(Path(place).stem for place in recipe.places[:2])}"
     directory = RunDirectory.create(recipe.output_dir, name)
     locks.enter_context(directory.lock())
     directory.check_new()  # again, for another process may have been here until the lock was free

@@ -11,6 +11,7 @@ from lowvram_grpo.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from lowvram_grpo.data.load import Preparation
     from lowvram_grpo.recipe.resolve import Recipe
     from lowvram_grpo.rewards.settings import RewardSettings
 
@@ -25,15 +26,17 @@ class Rewards:
     weights: list[float]
 
 
-def rewards_of(recipe: Recipe, columns: list[str]) -> Rewards:
-    """The rewards of the recipe; one with neither template nor rewards gets a template by the data's columns.
+def rewards_of(recipe: Recipe, columns: list[str], *, judged: bool = False) -> Rewards:
+    """The rewards of the recipe; one with neither template nor rewards gets a template by the data's columns, or none
+    where an environment judges.
 
     Raises:
         UserError: no reward is named and none follows from the columns, or there is no such reward.
     """
     from lowvram_grpo.rewards.registry import resolve_reward
 
-    specs = _specs(recipe, columns)
+    alone = judged and not recipe.reward and not recipe.template
+    specs = [] if alone else _specs(recipe, columns)
     found = [resolve_reward(spec, _settings(recipe)) for spec in specs]
     return Rewards(specs, [function for function, _ in found], [weight for _, weight in found])
 
@@ -59,7 +62,7 @@ def _specs(recipe: Recipe, columns: list[str]) -> list[str]:
     from lowvram_grpo.data.templates import guess
     from lowvram_grpo.rewards.registry import TEMPLATE_REWARDS
 
-    if is_gym(recipe.data) and not recipe.reward:
+    if recipe.places and all(map(is_gym, recipe.places)) and not recipe.reward:
         if not recipe.template and recipe.system_prompt is None:  # something must ask for the answer's tags
             recipe.template, recipe.origin["template"] = "r1", "reasoning-gym"
         return ["reasoning_gym"]
@@ -94,11 +97,16 @@ def prepared(recipe: Recipe, dataset: Dataset, tell: Callable[[str], None] = lam
     Raises:
         UserError: as `data.prepare`, or an unreadable few-shot file.
     """
+    return preparing(recipe, dataset, tell).of(dataset)
+
+
+def preparing(recipe: Recipe, dataset: Dataset, tell: Callable[[str], None]) -> Preparation:
+    """What `prepared` does to rows like those of `dataset`."""
     from lowvram_grpo.data.few_shot import few_shot
-    from lowvram_grpo.data.load import prepare
+    from lowvram_grpo.data.load import preparation
 
     answers, shots = _read_by_builtins(recipe, dataset), few_shot(recipe.few_shot)
-    return prepare(
+    return preparation(
         dataset,
         template=recipe.template,
         prompt_column=recipe.prompt_column,
@@ -134,4 +142,4 @@ def check_reward_columns(recipe: Recipe, rewards: list[Callable | str], data: Da
 
     only_prompts = bool(recipe.training.get("remove_unused_columns"))
     columns = reward_columns(data.column_names, only_prompts=only_prompts)
-    check_columns(rewards, columns)
+    check_columns(rewards, [*columns, *(["environments"] if recipe.environment else [])])

@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 from lowvram_grpo.errors import CantWrite, Stopped, UserError, counted
 from lowvram_grpo.faults import explain, note_phase
 from lowvram_grpo.jobs.dry_run import show
+from lowvram_grpo.jobs.here import export, settle
 from lowvram_grpo.jobs.implied import IMPLIED, imply
 from lowvram_grpo.jobs.job import Job, check, planned, read
 from lowvram_grpo.jobs.loading import check_device, fresh_lora, load_model_of
@@ -21,6 +22,7 @@ from lowvram_grpo.jobs.resume import AfterFirstStep
 from lowvram_grpo.jobs.start import Start, begin, reopen
 from lowvram_grpo.jobs.task import guess_notice
 from lowvram_grpo.plan.paper import ladder_for
+from lowvram_grpo.recipe.not_applied import as_markdown, as_text
 from lowvram_grpo.run.capture import Capture
 from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.console import Console
@@ -52,6 +54,9 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
     said: list[str] = []
     with ExitStack() as locks:
         start = reopen(recipe, None if dry_run else locks, said.append) if recipe.resume else None
+        if start is None:
+            settle(recipe)
+        export(recipe)
         imply(recipe, said.append)
         job = read(recipe, said.append)
         check(job, start, said.append)
@@ -60,7 +65,10 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
         if dry_run:
             show(job, said)
             return Path(recipe.output_dir or "runs")
-        start = start or begin(job.recipe, locks)
+        if start is None:
+            start = begin(job.recipe, locks)
+            if job.recipe.not_applied:
+                start.directory.write_not_applied(as_markdown(job.recipe.not_applied, job.args.notices()))
         _train(job, start, said)
         return start.directory.path
 
@@ -68,7 +76,7 @@ def run(recipe: Recipe, *, dry_run: bool = False) -> Path:
 def _check_named(recipe: Recipe) -> None:
     if not recipe.model:
         raise UserError("No model given; pass --model with a folder or a hub id.")
-    if not recipe.data:
+    if not (recipe.data or recipe.dataset_mixture):
         raise UserError("No data given; pass --data with a folder, a json/jsonl/csv/parquet file or a hub id.")
 
 
@@ -100,10 +108,13 @@ def _train(job: Job, start: Start, said: Sequence[str]) -> None:
     args.output_dir = str(directory.path)
     args.run_name = args.run_name or directory.path.resolve().name  # what trackers call it, after a resume too
     logs = _Logs(recipe, start)
-    subtitle = f"{recipe.model} on {recipe.data}"
+    subtitle = f"{recipe.model} on {', '.join(recipe.places)}"
     with Console("lowvram-grpo", subtitle, plain=recipe.plain or None, log_completions=args.log_completions) as console:
         for sentence in _opening(job, start, said):
             console.notice(sentence)
+        if recipe.not_applied:
+            console.notice(f"not applied here (also in {directory.not_applied_path}):")
+            console.table(as_text(recipe.not_applied))
         interrupt = StopAfterStep(console.notice)
         trainer = _loaded(job, console, [interrupt, AfterFirstStep(logs.take_over)], logs)
         if checkpoint and _is_over(job, checkpoint):
@@ -118,16 +129,16 @@ def _train(job: Job, start: Start, said: Sequence[str]) -> None:
                 raise Stopped(interrupt.requested)
         if best := best_of(args, trainer.state, trainer.callback_handler.callbacks):
             logs.metrics.rows.append([best.row()])
-        _leave_adapter(trainer, start)
-        console.notice(f"adapter: {directory.adapter_dir}")
+        result = _leave_result(recipe, trainer, start)
+        console.notice(f"{'adapter' if recipe.use_peft else 'model'}: {result}")
         if args.push_to_hub:
-            trainer.push_folder(directory.adapter_dir, f"Trained for {counted(trainer.state.global_step, 'step')}")
+            trainer.push_folder(result, f"Trained for {counted(trainer.state.global_step, 'step')}")
         if best:
             console.notice(f"it is the best of the run: {best_sentence(best.row())}")
 
 
 def _is_over(job: Job, checkpoint: Path) -> bool:
-    done = step_of(checkpoint) >= planned_steps(job.args, job.train_data, checkpoint)
+    done = step_of(checkpoint) >= planned_steps(job.args, job.train.first, checkpoint)
     return done or stopped_early(checkpoint, job.args.early_stopping)
 
 
@@ -137,9 +148,9 @@ def _opening(job: Job, start: Start, said: Sequence[str]) -> Iterator[str]:
     yield from said
     if guessed := guess_notice(job.recipe):
         yield guessed
-    if job.eval_data and job.recipe.origin.get("eval_strategy") == IMPLIED:
+    if job.evaluation is not None and job.recipe.origin.get("eval_strategy") == IMPLIED:
         yield (
-            f"evaluating on {len(job.eval_data)} prompts every {job.args.eval_steps:g} steps and at the end; "
+            f"evaluating on {job.evaluation.count} every {job.args.eval_steps:g} steps and at the end; "
             "set --eval-steps, or --eval-strategy no, to change that."
         )
     if start.resumed:
@@ -159,7 +170,9 @@ def _loaded(job: Job, console: Console, callbacks: Sequence[TrainerCallback], lo
         job.eval_data,
         job.tokenizer,
         callbacks=list(callbacks),
-        peft_config=None if job.recipe.adapter else fresh_lora(job.recipe),
+        peft_config=None if job.recipe.adapter or not job.recipe.use_peft else fresh_lora(job.recipe),
+        tools=job.acting.tools,
+        environment_factory=job.acting.environment,
         observer=console,
         ladder=ladder_for(job.recipe),
     )
@@ -213,10 +226,10 @@ def _keep_steps(trainer: GRPOTrainer, directory: RunDirectory) -> None:
             trainer._save_checkpoint(trainer.model, trial=None)
 
 
-def _leave_adapter(trainer: GRPOTrainer, start: Start) -> None:
+def _leave_result(recipe: Recipe, trainer: GRPOTrainer, start: Start) -> Path:
     def write(folder: Path) -> None:
         trainer._save(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)
         (folder / "README.md").write_text(trainer.card(), encoding="utf-8")
 
-    start.directory.write_adapter(write)
+    return start.directory.write_adapter(write, whole=not recipe.use_peft)

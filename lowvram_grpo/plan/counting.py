@@ -46,6 +46,7 @@ class Blueprint:
         longest_prompt: in tokens, where the data is known.
         attention: attn_implementation; all but eager hold no scores.
         card: what the device can do, where it is known.
+        converses: completions have several turns (tools), whose replies are prefilled.
     """
 
     config: PretrainedConfig
@@ -57,6 +58,7 @@ class Blueprint:
     longest_prompt: int | None = None
     attention: str = "sdpa"
     card: Card | None = None
+    converses: bool = False
 
     @property
     def stored(self) -> torch.dtype:
@@ -186,6 +188,7 @@ def _around(
     sampling = filters_of(args, eos_ids=(0,), pad_id=0, known_ids=known)
     path = "torch" if blueprint.device == "cpu" else None
     engine = engine_of(args, model, sampling, attention_path=path, on_prefilled=lambda: ledger.cut("prefill"))
+    engine.converses = blueprint.converses
     kernels = KernelChoice("torch" if blueprint.device == "cpu" else None, False, "counting bytes")
     return engine, learner_of(args, model, reference, kernels, stand_in.autocast)
 

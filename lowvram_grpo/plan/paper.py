@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ladder import RELIEVES, Rung, way_back
 from lowvram_grpo.recipe import preset as presets
+from lowvram_grpo.recipe.all_weights import OF_ALL_WEIGHTS
 from lowvram_grpo.recipe.resolve import job_types, typed
 
 if TYPE_CHECKING:
@@ -17,10 +18,7 @@ if TYPE_CHECKING:
 # Who set a value, as the resolved recipe records it.
 PLANNED = "memory plan"
 OF_THE_ADAPTER = "the adapter's run"  # what its base was kept in; where that does not fit, a plan may lower it
-OF_ALL_WEIGHTS = "training of all weights"  # which leaves no frozen base that could be rounded or moved
 _BY_A_PERSON = ("flag", "file", "adapter", "checkpoint", OF_ALL_WEIGHTS)
-# What a frozen base may be, and a trained one must.
-_TRAINED = {"quantization": "none", "head_dtype": "dense", "embedding_offload": False}
 # The first and the last rung of a ladder where all weights are trained: a copy of them is the most there is to have,
 # and micro-batches that are halved read it twice as often; moments go over the bus at each step.
 _FIRST, _LAST = Rung("reference_offload", True), Rung("optimizer_offload", True)
@@ -51,27 +49,9 @@ def with_setting(recipe: Recipe, key: str, value: Any, origin: str = PLANNED) ->
     return changed
 
 
-def all_weights(recipe: Recipe) -> Recipe:
-    """`recipe` as GRPOTrainer trains it without a peft_config: no adapter, all weights in float32.
-
-    Raises:
-        UserError: it asks for something that only a frozen base can be.
-    """
-    if recipe.adapter:
-        raise UserError("--adapter and --use-peft false contradict each other; drop one of them.")
-    for key, value in _TRAINED.items():
-        if recipe.origin.get(key) in ("flag", "file") and setting(recipe, key) != value:
-            raise UserError(
-                f"{key} {setting(recipe, key)} needs a frozen base, and with --use-peft false all weights are trained; "
-                "drop one of them."
-            )
-        recipe = with_setting(recipe, key, value, OF_ALL_WEIGHTS)
-    return recipe
-
-
 def trains_all_weights(recipe: Recipe) -> bool:
-    """Whether it is one of `all_weights`."""
-    return recipe.origin.get("quantization") == OF_ALL_WEIGHTS
+    """Whether it has no adapter, and no frozen base (`recipe.all_weights`)."""
+    return not recipe.use_peft
 
 
 def with_its_batch(recipe: Recipe) -> Recipe:

@@ -142,6 +142,7 @@ class Planner:
                 longest_prompt=self.longest_prompt,
                 attention=recipe.attn_implementation or "sdpa",
                 card=self.card,
+                converses=bool(recipe.tools or recipe.environment),
             )  # fmt: skip
             with torch.random.fork_rng(devices=[]):
                 found = predict(blueprint, args, exact=exact)

@@ -34,6 +34,15 @@ def way_to_the_hub() -> str:
     return "set HF_ENDPOINT to a mirror"
 
 
+def out_of_reach() -> str:
+    """Why nothing can be sent to the hub, as a clause; empty where it answers."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE and not _cut_off:
+        return "HF_HUB_OFFLINE is set"
+    return "" if not _cut_off and _answers(constants.ENDPOINT) else "the hub can't be reached"
+
+
 def offline_where_unreachable(places: list[str | None], tell: Callable[[str], None]) -> None:
     """Use the cache alone where `places` (of models, adapters, data) has a hub id and the hub does not answer: else its
     client tries each file six times, which takes minutes for a model that is all there.

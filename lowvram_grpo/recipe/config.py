@@ -114,7 +114,9 @@ class GRPOConfig(TrainingArguments):
     use_transformers_continuous_batching: bool = _help("(no effect)", False)
     transformers_continuous_batching_config: dict[str, Any] | str | None = _help("(no effect)")
     use_transformers_paged: bool = _help("TRL's earlier name of the flag above. (no effect)", False)
-    max_tool_calling_iterations: int | None = _help("Turns with tools in one completion. (no effect yet)")
+    max_tool_calling_iterations: int | None = _help(
+        "Turns of one completion whose calls of tools are answered, at most."
+    )
     pad_to_multiple_of: int | str | None = _help("(no effect)", "auto")
     ds3_gather_for_generation: bool = _help("(no effect yet)", True)
 

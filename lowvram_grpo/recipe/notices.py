@@ -10,13 +10,12 @@ from lowvram_grpo.recipe.batch_plan import step_notices
 from lowvram_grpo.recipe.combinations import combination_notices
 
 _ONE_PROCESS = "one process trains"
-_LOADER = "a row is only a prompt, which the main process reads at no cost"
+_LOADER = "a row is only a prompt, and workers (dataloader_num_workers) run as PyTorch has them by default"
 _EVALUATION = "an evaluation samples and rewards completions, and keeps no outputs of the model"
 _COMPILED = "the sampler and the scorer do not go through the compiled forward"
 
 # Accepted so that a TRL script runs unchanged; each says on screen why it does nothing when it is set.
 INERT_FIELDS = {
-    "max_tool_calling_iterations": "tools are not supported yet, so a completion has one turn",
     "pad_to_multiple_of": "masks keep padding out of all sums, and no kernel here is faster by it",
     "log_multimodal": "prompts and completions are text here",
     "transformers_continuous_batching_config": "rollouts have their own engine",
@@ -68,7 +67,6 @@ INERT_FIELDS = {
     "ds3_gather_for_generation": "DeepSpeed ZeRO-3 is not supported yet, so there are no sharded weights to gather",
     "cache_implementation": "rollouts choose their own KV cache",
     "dataloader_drop_last": "a smaller last batch is still whole groups",
-    "dataloader_num_workers": _LOADER,
     "neftune_noise_alpha": "noise on the embeddings would make the log-probs those of another policy",
     "label_smoothing_factor": "the loss is GRPO's, which has no labels",
     "group_by_length": "prompts come shuffled or in order (shuffle_dataset)",

@@ -16,12 +16,14 @@ from typing import Any
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.recipe import preset
+from lowvram_grpo.recipe.all_weights import settle_all_weights
+from lowvram_grpo.recipe.not_applied import NEVER, NotApplied, left_out
 from lowvram_grpo.recipe.ranges import LORA_RANGES, REWARD_RANGES, check_ranges
 from lowvram_grpo.recipe.tables import read_table
 from lowvram_grpo.recipe.unknown_names import instead_of
 from lowvram_grpo.recipe.values import cast
 from lowvram_grpo.rewards.registry import as_open_r1, is_builtin, parse_spec
-from lowvram_grpo.rewards.settings import ARGUMENTS, FOREIGN, RewardSettings
+from lowvram_grpo.rewards.settings import ARGUMENTS, RewardSettings
 from lowvram_grpo.run.directory import RECIPE_HEADER
 
 # Keys of TRL's, open-r1's and ms-swift's recipes that have another name here.
@@ -35,10 +37,15 @@ ALIASES = {
     "reward_funcs": "reward",
     "torch_dtype": "dtype",
     "adapter_name_or_path": "adapter",
+    "evaluation_strategy": "eval_strategy",
+    "hub_model_revision": "hub_revision",
+    "wandb_log_unique_prompts": "log_unique_prompts",
     **ARGUMENTS,
 }
-# Accepted from TRL recipes; LoRA is always on and 4-bit is always NF4.
-IGNORED = ("overwrite_output_dir", "use_peft", "bnb_4bit_quant_type", "use_bnb_nested_quant", "lora_task_type")
+# Accepted from TRL recipes; 4-bit is always NF4, with nested constants.
+IGNORED = ("overwrite_output_dir", "bnb_4bit_quant_type", "use_bnb_nested_quant", "lora_task_type")
+# TRL's, for a reward model that comes before the functions.
+REWARD_MODEL = "reward_model_name_or_path"
 LOADING = ("load_in_4bit", "load_in_8bit")
 CHOICES = {
     "memory_plan": ("auto", "savers", "off"),
@@ -56,7 +63,10 @@ class Recipe(RewardSettings):
 
     model: str | None = None
     model_revision: str | None = None
-    data: str | None = None
+    data: str | list[str] | None = None
+    data_weights: list[float] | None = None
+    dataset_mixture: dict[str, Any] | None = None
+    stream: bool = False
     data_config: str | None = None
     split: str | None = None
     eval_data: str | None = None
@@ -68,6 +78,8 @@ class Recipe(RewardSettings):
     few_shot: str | None = None
     chat_template: str | None = None
     reward: list[str] = field(default_factory=list)
+    tools: list[str] = field(default_factory=list)
+    environment: str | None = None
     preset: str = "auto"
     memory_plan: str = "auto"
     quantization: str = "none"
@@ -78,11 +90,29 @@ class Recipe(RewardSettings):
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     lora_target_modules: str | list[str] = "all-linear"
+    lora_modules_to_save: list[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    use_peft: bool = True
+    wandb_entity: str | None = None
+    wandb_project: str | None = None
+    wandb_run_group: str | None = None
     output_dir: str | None = None
     resume: str | None = None
     plain: bool = False
     training: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict, compare=False)
+    # Neither is written down: what was left out is in nothing that goes on, and a variable may be a token.
+    not_applied: list[NotApplied] = field(default_factory=list, compare=False)
+    env: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def places(self) -> list[str]:
+        """Of all its training data."""
+        if self.dataset_mixture:
+            listed = self.dataset_mixture.get("datasets") or []
+            return [str(entry.get("id")) for entry in listed if isinstance(entry, Mapping)]
+        return [self.data] if isinstance(self.data, str) else list(self.data or [])
 
     @property
     def hub_arguments(self) -> dict[str, Any]:
@@ -117,11 +147,12 @@ class Recipe(RewardSettings):
 
 # Who sets one of these counts in completions, as TRL does; a preset's prompts_per_step must not outvote it.
 _TRL_BATCH = ("gradient_accumulation_steps", "generation_batch_size", "steps_per_generation")
-_NOT_WRITTEN = {"training", "origin", "resume", "output_dir"}
+_NOT_WRITTEN = {"training", "origin", "resume", "output_dir", "not_applied", "env"}
+_OF_RESOLVING = ("training", "origin", "not_applied", "env")
 _OF_REWARDS = {f.name for f in fields(RewardSettings)}
 # Settings that may be local paths; a reward may be one in part.
 _PLACES = {"model", "data", "eval_data", "adapter", "few_shot"}
-_JOB_TYPES = {name: hint for name, hint in typing.get_type_hints(Recipe).items() if name not in ("training", "origin")}
+_JOB_TYPES = {name: hint for name, hint in typing.get_type_hints(Recipe).items() if name not in _OF_RESOLVING}
 
 
 def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe:
@@ -132,8 +163,11 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
         UserError: unknown key (with a suggestion and where it stands), a value of the wrong type or out of range, an
             unreadable file.
     """
-    from_file = _named(read_table(config_file), f"in {config_file}") if config_file else {}
-    from_flags = _named({k: v for k, v in flags.items() if v is not None}, "on the command line")
+    file = read_table(config_file) if config_file else {}
+    env = _environment(file.pop("env", None), f"in {config_file}")
+    given = {key: value for key, value in flags.items() if value is not None}
+    from_file, from_flags = _named(file, f"in {config_file}"), _named(given, "on the command line")
+    not_applied = left_out({str(key).replace("-", "_"): value for key, value in [*file.items(), *given.items()]})
     name = from_flags.get("preset") or from_file.get("preset") or "auto"
     chosen = preset.pick() if name == "auto" else name
     layers = {
@@ -152,6 +186,11 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
     ):
         del values["prompts_per_step"]
     values["preset"] = chosen
+    settle_all_weights(values, origin)
+    if values.get("do_eval") is False and "eval_strategy" not in values:
+        values["eval_strategy"], origin["eval_strategy"] = "no", origin["do_eval"]
+    if "model_name_or_path" in file and "use_peft" not in origin:
+        not_applied.append(NotApplied(("use_peft",), _AN_ADAPTER))
     job = {k: v for k, v in values.items() if k in _JOB_TYPES}
     for key, allowed in CHOICES.items():
         if key in job and job[key] not in allowed:
@@ -162,16 +201,44 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Recipe
     if job.get("chat_template") != "plain":
         job["chat_template"] = _anchored(job.get("chat_template"))
     job["reward"] = [_anchored_reward(spec) for spec in job.get("reward", [])]
-    return Recipe(**job, training={k: v for k, v in values.items() if k not in _JOB_TYPES}, origin=origin)
+    job["tools"] = [_anchored_code(spec) for spec in job.get("tools", [])]
+    job["environment"] = _anchored_code(job["environment"]) if job.get("environment") else None
+    training = {k: v for k, v in values.items() if k not in _JOB_TYPES}
+    return Recipe(**job, training=training, origin=origin, not_applied=not_applied, env=env)
 
 
-def _anchored(place: str | None) -> str | None:
+_AN_ADAPTER = (
+    "not set, which is all weights in TRL and Open R1; here it is a LoRA adapter, for which learning rates are usually "
+    "ten times as high; use_peft: false trains all weights"
+)
+
+
+def _environment(table: Any, where: str) -> dict[str, str]:
+    """The variables that a recipe of TRL's command line sets.
+
+    Raises:
+        UserError: it is no table.
+    """
+    if table is not None and not isinstance(table, Mapping):
+        raise UserError(f"env is {table!r} {where}; it must be a table of environment variables.")
+    return {str(key): str(value) for key, value in (table or {}).items()}
+
+
+def _anchored(place: Any) -> Any:
     """A local path that exists as an absolute one, so that the written recipe works from any folder; else (a hub id,
-    a mistake) `place` itself."""
+    a mistake) `place` itself. Of several places each."""
     if not place:
         return place
+    if isinstance(place, list):
+        return [_anchored(each) for each in place]
     path = os.path.expanduser(place)
     return os.path.abspath(path) if os.path.exists(path) else place
+
+
+def _anchored_code(spec: str) -> str:
+    """`file.py`, or `file.py:NAME`."""
+    file, end, names = spec.strip().rpartition(".py")
+    return f"{_anchored(file + end)}{names}" if end else spec
 
 
 def _anchored_reward(spec: str) -> str:
@@ -184,16 +251,14 @@ def _anchored_reward(spec: str) -> str:
 def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Keys under their own names, values cast. `where` names the place in errors."""
     found: dict[str, Any] = {}
+    model: list[str] = []
     training = training_types()
     for raw, value in table.items():
         key = str(raw).replace("-", "_")
-        if key in IGNORED:
-            if key == "use_peft" and value is not None and not cast(key, value, bool):
-                raise UserError(
-                    f"use_peft is false {where}, but a recipe always trains a LoRA adapter; drop it, or call "
-                    "GRPOTrainer without peft_config to train all weights (`lowvram-grpo plan --use-peft false` says "
-                    "what that takes)."
-                )
+        if key in IGNORED or key in NEVER:
+            continue
+        if key == REWARD_MODEL:
+            model = [] if value is None else [str(value)]
             continue
         if key in LOADING and value is not None:
             if cast(key, value, bool):
@@ -201,22 +266,28 @@ def _named(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             else:
                 found.setdefault("quantization", "none")
             continue
-        if key in FOREIGN:
-            if value is not None:
-                raise UserError(f"{key} is set {where}, but {FOREIGN[key]}; drop it.")
-            continue
         key = ALIASES.get(key, key)
         hint = _JOB_TYPES.get(key) or training.get(key)
         if hint is None and key not in LOADING:
             known = [*_JOB_TYPES, *training, *ALIASES]
             raise UserError(f"Unknown setting {raw!r} {where}{instead_of(key, known)}.")
         if value is not None:
-            found[key] = cast(key, value, hint)
+            found[key] = _data(value) if key == "data" else cast(key, value, hint)
             if str(raw).replace("-", "_") == "reward_funcs":
                 found[key] = [as_open_r1(spec) for spec in found[key]]
         elif type(None) in typing.get_args(hint):
             found[key] = None
+    if model:
+        found["reward"] = [*model, *found.get("reward", [])]
     return found
+
+
+def _data(value: Any) -> str | list[str]:
+    """One place, which may have commas in its name, or several."""
+    places = [str(place) for place in value] if isinstance(value, (list, tuple)) else [str(value)]
+    if isinstance(value, dict) or not places:
+        raise UserError(f"data is {value!r}; it must be one name, or a list of names.")
+    return places[0] if len(places) == 1 else places
 
 
 def job_types() -> dict[str, Any]:

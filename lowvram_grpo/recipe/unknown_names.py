@@ -46,7 +46,6 @@ _OTHERS = {
     "vllm_gpu_memory_utilization": "gpu_memory_utilization",
     "vllm_server_base_url": "vllm_server_url vllm_base_url",
     "log_unique_prompts": "wandb_log_unique_prompts",
-    "eval_strategy": "evaluation_strategy",
     "early_stopping": "early_stopping_patience early_stop patience",
     "use_cpu": "no_cuda",
     "bf16": "use_bf16 mixed_precision",
@@ -77,10 +76,15 @@ _ELSEWHERE = _by_name({
     "tokenizer processing_class processor": _TO_TRAINER.format("processing_class=..."),
     "reward_processing_classes callbacks optimizers peft_config quantization_config observer ladder":
         _TO_TRAINER.format("it"),
-    "train_dataset eval_dataset": _TO_TRAINER.format("it"),
+    "train_dataset eval_dataset tools environment_factory rollout_func": _TO_TRAINER.format("it"),
+    "environment": _TO_TRAINER.format("environment_factory=..."),
     "dataset": _TO_TRAINER.format("train_dataset=..."),
     "data dataset_name dataset_config data_config split dataset_train_split dataset_test_split eval_data eval_split":
         "load the dataset, and " + _TO_TRAINER.format("train_dataset=... (eval_dataset=...)"),
+    "data_weights dataset_mixture":
+        "mix the datasets (datasets.interleave_datasets, concatenate_datasets), and "
+        + _TO_TRAINER.format("train_dataset=..."),
+    "stream streaming": "load the dataset with streaming=True, and " + _TO_TRAINER.format("train_dataset=..."),
     "prompt_column answer_column dataset_prompt_column dataset_text_field":
         "rename the dataset's column to prompt; every other column reaches the rewards under its own name",
     "bnb_config load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant qlora": _TO_TRAINER.format(_NF4),
@@ -91,6 +95,15 @@ _ELSEWHERE = _by_name({
     "lora_alpha": _TO_TRAINER.format("peft_config=LoraConfig(lora_alpha=...)"),
     "lora_dropout": _TO_TRAINER.format("peft_config=LoraConfig(lora_dropout=...)"),
     "lora_target_modules target_modules": _TO_TRAINER.format("peft_config=LoraConfig(target_modules=...)"),
+    "lora_modules_to_save": _TO_TRAINER.format("peft_config=LoraConfig(modules_to_save=...)"),
+    "use_rslora": _TO_TRAINER.format("peft_config=LoraConfig(use_rslora=...)"),
+    "use_dora": _TO_TRAINER.format("peft_config=LoraConfig(use_dora=...)"),
+    "evaluation_strategy": "write eval_strategy",
+    "hub_model_revision": "write hub_revision",
+    "wandb_log_unique_prompts": "write log_unique_prompts",
+    "wandb_project": "drop it, and set the environment variable WANDB_PROJECT",
+    "wandb_entity": "drop it, and set the environment variable WANDB_ENTITY",
+    "wandb_run_group": "drop it, and set the environment variable WANDB_RUN_GROUP",
     "system_prompt": "put it into the prompts as their first message",
     "few_shot template": "put it into the prompts",
     "chat_template": "set tokenizer.chat_template, and " + _TO_TRAINER.format("processing_class=tokenizer"),
@@ -115,8 +128,6 @@ _OF_TRAINER = _by_name({
     "data_collator": "rows reach the rewards as they are in the data",
     "model_init": "pass the model itself",
 })  # fmt: skip
-# TRL's, which may be None.
-_LATER = ("tools", "environment_factory", "rollout_func")
 # In scripts, recipes and flags alike.
 _ANYWHERE = _by_name({
     "max_length max_seq_length max_seq_len max_model_len max_sequence_length":
@@ -126,13 +137,11 @@ _ANYWHERE = _by_name({
         "GRPO has no value model, so there is nothing to set",
     "ref_model ref_model_name reference_model":
         "the reference is the model without its adapter, or a frozen copy (beta, sync_ref_model)",
-    "tools environment_factory rollout_func": "tools and environments are not supported yet",
     "reward_model_name_or_path": "write it among the reward_funcs: models' names may stand there",
     "do_sample": "completions are always sampled (temperature, top_p, top_k, min_p)",
     "overwrite_output_dir": "drop it: a run goes on only where it is asked to",
     "save_safetensors": "drop it: weights are always saved as safetensors",
     "logging_dir": "drop it, and set the environment variable TENSORBOARD_LOGGING_DIR",
-    "wandb_project": "drop it, and set the environment variable WANDB_PROJECT",
     "num_gpus num_processes n_gpus_per_node tensor_parallel_size device_map":
         "drop it: one process trains on one card",
     "push_to_hub_model_id push_to_hub_organization": "write hub_model_id",
@@ -171,7 +180,7 @@ def check_trainer_arguments(given: Mapping[str, Any], known: Iterable[str], conf
     Raises:
         UnknownSetting: it may not; all of their names, and what to write instead of each.
     """
-    unknown = [name for name, value in given.items() if not (name in _LATER and value is None)]
+    unknown = list(given)
     if not unknown:
         return
     fields_there = set(config_fields)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lowvram_grpo.data.encoding import text_ids
+from lowvram_grpo.data.messages import in_text
 from lowvram_grpo.errors import UserError, is_out_of_memory
 
 Visitor = Callable[[nn.Module, torch.device], AbstractContextManager]
@@ -136,7 +137,7 @@ class RewardModel:
                 f"the prompts are messages, but the tokenizer of reward model {self.__name__!r} has no chat template; "
                 "set its chat_template or use plain-text prompts."
             )
-        messages = [[*p, *c] for p, c in zip(prompts, completions)]
+        messages = [in_text([*p, *c]) for p, c in zip(prompts, completions)]
         return self.tokenizer.apply_chat_template(messages, tokenize=False), True
 
     def _check_length(self, length: int) -> None:

@@ -97,7 +97,7 @@ def resolve_reward(spec: str, settings: RewardSettings | None = None) -> tuple[C
         raise UserError(f"the weight {function!r} of the reward {target!r} is not a number; write e.g. {target}:0.5.")
     if _is_elsewhere(target, function):
         return _named(function, settings), weight
-    module = _load_file(target) if target.endswith(".py") else _load_module(target, spec)
+    module = load_file(target) if target.endswith(".py") else _load_module(target, spec)
     return _function_of(module, function, target), weight
 
 
@@ -132,7 +132,7 @@ def _named(target: str, settings: RewardSettings | None) -> Callable | str:
         return builtin(name, settings)
     refuse(target)
     if target.endswith(".py"):
-        names = ", ".join(_functions(_load_file(target))) or "none"
+        names = ", ".join(public_functions(load_file(target))) or "none"
         raise UserError(f"the reward file {target!r} needs a function: write {target}:NAME (functions found: {names}).")
     if Path(target).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", target):
         return target
@@ -156,11 +156,18 @@ def _is_elsewhere(module: str, function: str) -> bool:
     return known and importlib.util.find_spec(root) is None
 
 
-def _load_file(path: str) -> ModuleType:
-    """The module of a file, loaded once for all of its functions and anew when the file has changed."""
+def load_file(path: str, what: str = "reward") -> ModuleType:
+    """The module of a file, loaded once for all of its functions and anew when the file has changed.
+
+    Args:
+        what: it holds, for people.
+
+    Raises:
+        UserError: there is no such file, or it does not import.
+    """
     file = Path(path).expanduser().resolve()
     if not file.is_file():
-        raise UserError(f"the reward file {path!r} does not exist (looked for {file}).")
+        raise UserError(f"the {what} file {path!r} does not exist (looked for {file}).")
     version = hashlib.sha256(f"{file}:{file.stat().st_mtime_ns}".encode()).hexdigest()[:12]
     name = f"lowvram_grpo_reward_{file.stem}_{version}"
     if name in sys.modules:
@@ -178,7 +185,7 @@ def _load_file(path: str) -> ModuleType:
         raise
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UserError(f"the reward file {path!r} does not import: {type(error).__name__}: {error}.") from error
+        raise UserError(f"the {what} file {path!r} does not import: {type(error).__name__}: {error}.") from error
     return module
 
 
@@ -217,14 +224,14 @@ def _function_of(module: ModuleType, function: str, target: str) -> Callable:
     found = getattr(module, function, None)
     if callable(found) and not inspect.isclass(found):
         return found
-    names = _functions(module)
+    names = public_functions(module)
     raise UserError(
         f"the reward {target!r} has no function {function!r}{did_you_mean(function, names)}; "
         f"functions found: {', '.join(names) or 'none'}."
     )
 
 
-def _functions(module: ModuleType) -> list[str]:
-    """Public functions that the module itself defines."""
+def public_functions(module: ModuleType) -> list[str]:
+    """Names of those that the module itself defines."""
     own = inspect.getmembers(module, lambda m: inspect.isfunction(m) and m.__module__ == module.__name__)
     return [name for name, _ in own if not name.startswith("_")]

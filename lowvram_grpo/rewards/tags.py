@@ -17,13 +17,15 @@ _OPENED_ANSWER = re.compile(rf"{_INNER}</think>\s*<answer>{_INNER}</answer>", re
 
 
 def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
-    """A completion as text: itself, or what its messages say, one after another.
+    """A completion as text: itself, or what its messages say, one after another; not what tools answered, for which
+    the model earns nothing.
 
     A message's content is a string or a list of blocks, of which those with a `text` count.
     """
     if isinstance(completion, str):
         return completion
-    return "\n".join(_content_text(message.get("content")) for message in completion)
+    said = [message for message in completion if message.get("role") != "tool"]
+    return "\n".join(_content_text(message.get("content")) for message in said)
 
 
 def _content_text(content: str | Sequence[Mapping[str, Any]] | None) -> str:

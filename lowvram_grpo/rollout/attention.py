@@ -70,7 +70,7 @@ class PrefillLayout(Layout):
         length = q.shape[2]
         window = None if params.window is None or params.window >= length else params.window
         if params.softcap is not None:
-            return _capped(q, k, v, params, window)
+            return attend_capped(q, k, v, params, window, 0)
         bias = None
         if window is not None:
             if (length, window) not in self._biases:
@@ -79,16 +79,18 @@ class PrefillLayout(Layout):
         return attend_causally(q, k, v, bias, scale=params.scale)
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, window: int | None) -> Tensor:
+def attend_capped(q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, window: int | None, before: int) -> Tensor:
+    """(1, heads, L, Dv) of L queries behind `before` other tokens, whose keys come first."""
     length = q.shape[2]
     q = q.unflatten(1, (k.shape[1], -1))  # (1, KVH, heads / KVH, L, D)
     outs = []
     for first in range(0, length, _BLOCK):
         last = min(first + _BLOCK, length)
-        scores = (q[..., first:last, :] @ k[:, :, None, :last].transpose(3, 4) * params.scale).float()
+        seen = before + last
+        scores = (q[..., first:last, :] @ k[:, :, None, :seen].transpose(3, 4) * params.scale).float()
         scores = scores.div_(params.softcap).tanh_().mul_(params.softcap)
-        scores.masked_fill_(~causal_mask(first, last - first, window, q.device), -torch.inf)
-        outs.append(scores.softmax(-1).to(v.dtype) @ v[:, :, None, :last])
+        scores.masked_fill_(~causal_mask(before + first, last - first, window, q.device), -torch.inf)
+        outs.append(scores.softmax(-1).to(v.dtype) @ v[:, :, None, :seen])
     return torch.cat(outs, 3).flatten(1, 2)
 
 

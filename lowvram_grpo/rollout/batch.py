@@ -15,14 +15,32 @@ class RolloutBatch:
     Attributes:
         prompt_ids: one list a completion (a group shares the list).
         completion_ids: the sampled ids, the end token included where one was drawn. Training uses these very ids.
-        sampling_per_token_logps: float32 (T_i,) log-probs at the sampling temperature, before any filter.
+        sampling_per_token_logps: float32 (T_i,) log-probs at the sampling temperature, before any filter; NaN where
+            another sampler could give none.
         truncated: True where the length limit, not an end token, stopped the completion.
+        tool_mask: of conversations: 1 for each sampled token and 0 for each inserted one, whose log-prob is 0 here.
+            None: all are sampled.
     """
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     sampling_per_token_logps: list[Tensor]
     truncated: list[bool]
+    tool_mask: list[list[int]] | None = None
+
+    @property
+    def sampled_lengths(self) -> list[int]:
+        """Sampled tokens of each completion; what was inserted is none."""
+        if self.tool_mask is None:
+            return [len(ids) for ids in self.completion_ids]
+        return [sum(mask) for mask in self.tool_mask]
+
+    @property
+    def sampled_ids(self) -> list[list[int]]:
+        """Those tokens."""
+        if self.tool_mask is None:
+            return self.completion_ids
+        return [[i for i, by_model in zip(*row) if by_model] for row in zip(self.completion_ids, self.tool_mask)]
 
     @property
     def stop_reasons(self) -> list[str]:

@@ -31,6 +31,34 @@ class LayerCache(NamedTuple):
         length = min(key.shape[1], self.prompts.keys.shape[2])
         write(self.prompts, (slot, slice(None), slice(0, length)), key[:, :length], value[:, :length])
 
+    def keep_own(self, row: int, age: int, slot: int, key: Tensor, value: Tensor) -> None:
+        """Write keys (KVH, L, D) and values (KVH, L, Dv) behind the first `age` tokens of a row, whose prompt is in
+        `slot`."""
+        if self.spread is not None:
+            key = key / self.spread[slot, :, None]
+        write(self.own, (row, slice(None), slice(age, age + key.shape[1])), key, value)
+
+    def sequence(self, slot: int, before: int, row: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys (KVH, before + length, D) and values of a prompt's first tokens and a row's own behind them: a copy, of
+        `dtype`."""
+        parts = [(self.prompts, slot, before), (self.own, row, length)]
+        keys, values = (
+            torch.cat([_read(kv, part, index, n, dtype) for kv, index, n in parts], 1) for part in ("keys", "values")
+        )
+        if self.spread is not None:
+            keys = (keys * self.spread[slot, :, None]).to(dtype)
+        return keys, values
+
+
+def _read(cache: KV, part: str, index: int, length: int, dtype: torch.dtype) -> Tensor:
+    codes, scales = (cache.keys, cache.key_scales) if part == "keys" else (cache.values, cache.value_scales)
+    found = codes[index, :, :length]
+    if scales is None:
+        return found.to(dtype)
+    # Keys are of float32 until the spread has met them: in float16 it may not hold what is left of them without it.
+    found = found.float() * scales[index, :, :length, None]
+    return found if part == "keys" else found.to(dtype)
+
 
 class GroupCache:
     """Keys and values of S prompt slots and R rows.

@@ -7,7 +7,7 @@ any age go through one and the same code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from lowvram_grpo.policy.attention import forward_with_layout
 from lowvram_grpo.policy.embeddings import HostEmbedding
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.xformers_attention import Kernel
+from lowvram_grpo.rollout.appending import Appended, AppendLayout, packs_of
 from lowvram_grpo.rollout.attention import DecodeLayout, PrefillLayout
 from lowvram_grpo.rollout.cache import GroupCache
 from lowvram_grpo.rollout.graphs import StepGraphs
@@ -29,7 +30,8 @@ from lowvram_grpo.rollout.noise import stream_key
 from lowvram_grpo.rollout.sampler import Sampler, Sampling
 from lowvram_grpo.rollout.schedule import Scheduler
 
-# So many tokens of prompts go through the decoder together: they fill a GPU, and take little memory beside the cache.
+# So many tokens of prompts, or behind rows, go through the decoder together: they fill a GPU, and take little memory
+# beside the cache.
 PREFILL_TOKENS = 1024
 
 
@@ -83,6 +85,7 @@ class Decoder:
         ids, logps: (prompts * G + 1, T) int64 and float32; completion g of prompt p is row p * G + g, ragged behind its
             end. The last row takes what rows write that nobody waits for.
         tokens: (R,) int64, the last token of each row.
+        computed: tokens that went through the model, those of rows that nobody waits for left out.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class Decoder:
         self._prefix = torch.zeros(slots, dtype=torch.long, device=device)
         self._members = torch.full((slots, min(group, rows)), -1, dtype=torch.long, device=device)
         self._ages: list[int] = []
-        self._regular, self._most_members = False, 0
+        self._regular, self._most_members, self.computed = False, 0, 0
         embedding = causal_lm.get_input_embeddings()
         self._host_embedding = embedding if isinstance(embedding, HostEmbedding) else None
         self._inputs: Tensor | None = None
@@ -138,10 +141,41 @@ class Decoder:
         packs = self._packs(update.prefills)
         if self.device.type == "meta":
             packs = packs[:1]  # the first stands for all: none is larger
-        for row in update.admitted:
+        prompts = {row: self.prompts[self.scheduler.running[row].prompt] for row in update.admitted}
+        for row in prompts:
             self._ages[row] = 0
-        for pack, ids in zip(packs, self._upload(update.admitted, packs)):
-            self.prefill(pack, ids)
+        ids = [[i for _, prompt in pack for i in self._prefilled(prompt)] for pack in packs]
+        for pack, found in zip(packs, self._upload(prompts, ids)):
+            self.prefill(pack, found[None])
+
+    def insert(self, behind: Mapping[int, tuple[list[int], list[int]]]) -> None:
+        """Put tokens behind those of rows that go on: what the rows have cached is kept, and the rest goes through the
+        model once.
+
+        Args:
+            behind: of each row, what it has said up to now (what it has drawn since is dropped), one token at least,
+                and what follows. Both together are less than a whole completion.
+        """
+        pieces, places, seen = [], [], {}
+        for row, (said, more) in behind.items():
+            prompt = self.scheduler.running[row].prompt
+            self._ages[row] = len(said) + len(more)
+            seen[row] = [*self.prompts[prompt], *said, *more]
+            places += [(self.output(row), len(said) + i, token) for i, token in enumerate(more)]
+            if more:
+                # Its steps fed the prompt's last token and all it has said but for the last of it.
+                slot, before = self.scheduler.held.index(prompt), len(self.prompts[prompt]) - 1
+                pieces.append((Appended(row, slot, before, len(said), len(more)), [said[-1], *more[:-1]]))
+        packs = packs_of(pieces, PREFILL_TOKENS)
+        if self.device.type == "meta":
+            packs = packs[:1]
+        ids = [[i for _, part in pack for i in part] for pack in packs]
+        outputs, positions, inserted, *ids = self._upload(seen, [*(zip(*places) if places else ((), (), ())), *ids])
+        self.ids[outputs, positions], self.logps[outputs, positions] = inserted, self.logps.new_zeros(len(inserted))
+        for pack, found in zip(packs, ids):
+            layout = AppendLayout(self.cache, [piece for piece, _ in pack])
+            forward_with_layout(self.decoder, layout, layout.positions(self.device), input_ids=found[None])
+            self.computed += len(found)
 
     def _packs(self, prefills: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """(slot, prompt) pairs that go through the decoder together."""
@@ -169,37 +203,41 @@ class Decoder:
         slots, kernel = [slot for slot, _ in pack], self.settings.prefill_kernel
         layout = PrefillLayout(self.cache, [len(p) for p in prompts], slots, kernel)
         forward_with_layout(self.decoder, layout, layout.positions(self.device), input_ids=ids)
+        self.computed += ids.shape[1]
 
-    def _upload(self, admitted: Sequence[int] = (), packs: Sequence[list[tuple[int, int]]] = ()) -> list[Tensor]:
-        """Tell the device which request each row decodes, what the rows feed that were just admitted, and what is to be
-        prefilled: the ids (1, L) of each pack. One copy that nobody waits for."""
+    def output(self, row: int) -> int:
+        """The row of `ids` and `logps` that a live row writes to."""
+        prompt, g = self.scheduler.running[row]
+        return prompt * self.group + g
+
+    def _upload(self, began: Mapping[int, Sequence[int]], more: Sequence[Sequence[int]] = ()) -> list[Tensor]:
+        """Tell the device which request each row decodes, and what the rows feed that begin or go on in another way
+        than by what they drew: the last of all ids that such a row has seen, its prompt's first. `more` are further
+        numbers, which come back as int64 tensors. One copy that nobody waits for."""
         running, members = self.scheduler.running, self.scheduler.members()
         rows = self._table.shape[1]
         table = [[0, -1, 0, len(self.ids) - 1, 0]] * rows  # what nobody waits for, where no request is
         for slot, group in enumerate(members):
             for rank, row in enumerate(group):
-                prompt, g = running[row]
-                output = prompt * self.group + g
-                table[row] = [slot, rank, self._ages[row], output, stream_key(self.seed, prompt, g)]
+                key = stream_key(self.seed, *running[row])
+                table[row] = [slot, rank, self._ages[row], self.output(row), key]
         slots, width = self._members.shape
         idle = slots - len(members)
         before = [len(self.prompts[p]) - 1 for p in self.scheduler.held] + [0] * idle
         ranked = [m + [-1] * (width - len(m)) for m in members] + [[-1] * width] * idle
-        new = {row: self.prompts[running[row].prompt] for row in admitted}
-        fed = [new[row][-1] if row in new else -1 for row in range(rows)]
-        ids = [[i for _, prompt in pack for i in self._prefilled(prompt)] for pack in packs]
-        seen = [(row, i) for row, prompt in new.items() for i in prompt] if self.sampler.penalizes else []
-        parts = [list(zip(*table)), before, ranked, fed, [row for row, _ in seen], [i for _, i in seen], *ids]
+        fed = [began[row][-1] if row in began else -1 for row in range(rows)]
+        seen = [(row, i) for row, ids in began.items() for i in ids] if self.sampler.penalizes else []
+        parts = [list(zip(*table)), before, ranked, fed, [row for row, _ in seen], [i for _, i in seen], *more]
         parts = upload([torch.tensor(part, dtype=torch.long, device="cpu") for part in parts], self.device)
         for kept, part in zip((self._table, self._prefix, self._members), parts):
             kept.copy_(part)
         self.tokens.copy_(torch.where(parts[3] >= 0, parts[3], self.tokens))
-        self.sampler.admit(admitted, *parts[4:6])
+        self.sampler.admit(list(began), *parts[4:6])
         self.finished.zero_()
         self._most_members = max(map(len, members), default=0)
         in_order = [row for group in members for row in group]
         self._regular = in_order == list(range(len(members) * self._most_members))
-        return [part[None] for part in parts[6:]]
+        return parts[6:]
 
     # A step: the device alone
 
@@ -217,6 +255,7 @@ class Decoder:
                 self._inputs = embedded.new_empty(len(self.tokens), *embedded.shape[1:])
             self._inputs[:width] = embedded
         self._graphs(width)
+        self.computed += len(self._ages)
         self._ages = [age + 1 for age in self._ages]
 
     def _forward(self, width: int) -> None:
@@ -263,10 +302,28 @@ class Decoder:
         full = self.sampling.max_new_tokens
         return [row for row, (end, age) in enumerate(zip(self.finished.tolist(), self._ages)) if end or age == full]
 
+    def drawn(self, rows: Sequence[int]) -> list[list[int]]:
+        """What each of these rows has said, as far as steps went: maybe beyond an end. Waits for the device."""
+        found = torch.stack([self.ids[self.output(row)] for row in rows]).tolist()
+        return [ids[: self._ages[row]] for row, ids in zip(rows, found)]
+
     def skip(self, tokens: int) -> None:
         """Go on as if so many tokens had been drawn in each row. For rehearsals."""
         self._ages = [age + tokens for age in self._ages]
-        self._upload()
+        self._upload({})
+
+    def rehearse_insert(self) -> None:
+        """The memory of the largest `insert`: as many tokens as go through the model together, behind rows that are
+        full by then. Rows are as old as before."""
+        length = self.sampling.max_new_tokens
+        more = min(length - 2, PREFILL_TOKENS)
+        if more < 1:
+            return
+        rows, ages = min(len(self._ages), -(-PREFILL_TOKENS // more)), self._ages
+        self._ages = list(ages)
+        self.insert({row: ([0] * (length - 1 - more), [0] * more) for row in range(rows)})
+        self._ages = ages
+        self._upload({})
 
     def close(self) -> None:
         """Free the cache and the graphs that point to it."""
@@ -274,8 +331,13 @@ class Decoder:
         self.cache.close()
 
 
-def run(decoder: Decoder, look_every: int | None = None) -> None:
+def run(
+    decoder: Decoder, look_every: int | None = None, ended: Callable[[list[int]], list[int]] = lambda rows: rows
+) -> None:
     """Decode until every request has finished.
+
+    `ended` is given the rows that drew an end token or are full, and says which of them have finished; the others it
+    has given something to go on with (`Decoder.insert`).
 
     The host looks every `look_every` steps which rows have, or when one is full: asking a GPU makes the host wait and
     the GPU's queue run dry; a CPU has none.
@@ -285,6 +347,7 @@ def run(decoder: Decoder, look_every: int | None = None) -> None:
     while not decoder.scheduler.done:
         for _ in range(min(every, decoder.steps_left())):
             decoder.step()
-        finished = decoder.finished_rows()
+        rows = decoder.finished_rows()
+        finished = ended(rows) if rows else rows
         if finished:
             decoder.admit(finished)

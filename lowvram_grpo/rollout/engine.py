@@ -25,11 +25,13 @@ from lowvram_grpo.policy.trials import usable
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.rollout.adapters import fast_adapters
 from lowvram_grpo.rollout.batch import RolloutBatch
+from lowvram_grpo.rollout.conversation import Conversations
 from lowvram_grpo.rollout.decode import Decoder, DecodeSettings, run
 from lowvram_grpo.rollout.fallback import generate_in_waves, rehearse_waves
 from lowvram_grpo.rollout.sampler import Sampling
 from lowvram_grpo.rollout.schedule import Scheduler, rows_within
 from lowvram_grpo.rollout.support import why_not
+from lowvram_grpo.rollout.turns import Reply, Turn, converse_anew
 
 if TYPE_CHECKING:
     from lowvram_grpo.recipe.config import GRPOConfig
@@ -71,6 +73,11 @@ class RolloutEngine:
         graphs: decode steps in CUDA graphs, where there is CUDA and Triton.
         attention_path: of the decode attention, see `decode_attention`; what a ledger on meta tensors counts.
         on_prefilled: called when the first prompts are in the cache.
+
+    Attributes:
+        converses: rehearse `converse`, whose replies are prefilled beside a full cache.
+        computed: tokens that went through the model in `generate` and `converse` so far, where it decodes in the
+            engine: a prompt's once for its group, a completion's once.
     """
 
     def __init__(
@@ -93,6 +100,7 @@ class RolloutEngine:
         self.workspace_mib, self.kv_dtype, self.graphs = workspace_mib, kv_dtype, graphs
         self.adapters, self.fused_ops, self.attention = adapters, fused_ops, attention
         self.attention_path, self.on_prefilled = attention_path, on_prefilled
+        self.converses, self.computed = False, 0
         self._warned: set[str] = set()
 
     @property
@@ -114,6 +122,7 @@ class RolloutEngine:
                 rows = self._rows_for(prompt_ids, num_generations, sampling)
                 with self._decoding(prompt_ids, num_generations, sampling, seed, rows) as decoder:
                     run(decoder)
+                    self.computed += decoder.computed
                     found = zip(decoder.ids[:-1].tolist(), decoder.logps[:-1].cpu())
             else:
                 found = generate_in_waves(
@@ -122,6 +131,44 @@ class RolloutEngine:
             for i, (ids, logps) in enumerate(found):
                 batch.append(prompt_ids[i // num_generations], ids, logps, ends)
         return batch
+
+    def converse(
+        self,
+        prompt_ids: list[list[int]],
+        num_generations: int,
+        *,
+        seed: int,
+        reply: Reply,
+        sampling: Sampling | None = None,
+    ) -> RolloutBatch:
+        """G conversations of each prompt. Where the model's turn ends, `reply` says what comes behind it, and the model
+        goes on, until `reply` says None or the completion, all turns and replies together, has max_new_tokens. A
+        reply behind which no token has room is left out, and ends its conversation as truncated. `reply` is called
+        with the gradient mode of the caller, once for each turn, while other rows wait.
+
+        The same seed, weights, prompts and replies give the same completions, to rounding, however turns are grouped. A
+        rollout that the engine leaves to transformers computes each turn from its beginning.
+
+        Raises:
+            UserError: replies that are not one a turn, or with ids that the model does not have.
+        """
+        sampling, grad = sampling or self.sampling, torch.is_grad_enabled()
+        if not prompt_ids:
+            return RolloutBatch([], [], [], [], [])
+        if not self._can_decode(sampling):
+            return converse_anew(self, prompt_ids, num_generations, seed=seed, reply=reply, sampling=sampling)
+
+        def answered(turns: list[Turn]) -> list[list[int] | None]:
+            with torch.set_grad_enabled(grad):
+                return reply(turns)
+
+        rows = self._rows_for(prompt_ids, num_generations, sampling)
+        decoding = self._decoding(prompt_ids, num_generations, sampling, seed, rows)
+        with eval_mode(self.model), torch.no_grad(), decoding as decoder:
+            talks = Conversations(decoder, answered)
+            run(decoder, ended=talks.ended)
+            self.computed += decoder.computed
+            return talks.batch()
 
     def _rows_for(self, prompts: list[list[int]], group: int, sampling: Sampling) -> int | None:
         if self.rows is None or self.group is None or group >= self.group:
@@ -206,8 +253,9 @@ class RolloutEngine:
     def rehearse(
         self, prompt_length: int, completion_length: int, rows: int, num_generations: int, prompts: int | None = None
     ) -> None:
-        """The memory of a rollout without its time: the largest prefill, and a decode step of `rows` rows whose own
-        parts hold completion_length tokens by its end. Runs on meta tensors too.
+        """The memory of a rollout without its time: the largest prefill, of replies too where the engine `converses`,
+        and a decode step of `rows` rows whose own parts hold completion_length tokens by its end. Runs on meta tensors
+        too.
 
         Args:
             prompt_length: tokens of every prompt; at least 2 are taken.
@@ -222,6 +270,8 @@ class RolloutEngine:
                 return
             with self._decoding(ids, num_generations, sampling, 0, rows) as decoder:
                 decoder.admit()
+                if self.converses:
+                    decoder.rehearse_insert()
                 self.on_prefilled()
                 # With graphs the first step runs as it is, and the second is captured.
                 steps = min(2 if decoder.captures else 1, completion_length)

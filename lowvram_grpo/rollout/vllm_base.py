@@ -41,7 +41,7 @@ class VLLMEngine:
 
     Attributes:
         sampling: as in `RolloutEngine`.
-        rows, workspace_mib: settable as there, without effect: vLLM sees to its own memory.
+        rows, workspace_mib, converses: settable as there, without effect: vLLM sees to its own memory.
     """
 
     def __init__(self, sampling: Sampling, versions: AdapterVersions):
@@ -53,15 +53,24 @@ class VLLMEngine:
             )
         self.sampling, self.versions = sampling, versions
         self.rows: int | None = None
-        self.workspace_mib = 0
+        self.workspace_mib, self.converses = 0, False
 
-    def generate(self, prompt_ids: list[list[int]], num_generations: int, *, seed: int) -> RolloutBatch:
+    def generate(
+        self, prompt_ids: list[list[int]], num_generations: int, *, seed: int, sampling: Sampling | None = None
+    ) -> RolloutBatch:
         """G completions of each prompt; see `RolloutEngine.generate`. vLLM repeats them for the same seed as far as
         its own kernels repeat.
 
         Raises:
             UserError: vLLM does not do it; the sentence says why.
         """
+        usual, self.sampling = self.sampling, sampling or self.sampling
+        try:
+            return self._generated(prompt_ids, num_generations, seed)
+        finally:
+            self.sampling = usual
+
+    def _generated(self, prompt_ids: list[list[int]], num_generations: int, seed: int) -> RolloutBatch:
         self._check_length(max(map(len, prompt_ids)))
         seeds = [prompt_seed(seed, i) for i in range(len(prompt_ids))]
         try:

@@ -11,7 +11,8 @@ from lowvram_grpo.run import jsonl
 
 
 def as_text(turns: str | Sequence[Mapping[str, Any]]) -> str:
-    """A prompt or completion as text; messages become `role: content` lines, a lone reply its content."""
+    """A prompt or completion as text; messages become `role: content` lines, a lone reply its content. A call of a tool
+    is `-> name({arguments})` behind the content."""
     if isinstance(turns, str):
         return turns
     if len(turns) == 1 and turns[0]["role"] == "assistant":
@@ -19,12 +20,18 @@ def as_text(turns: str | Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"{turn['role']}: {_said(turn)}" for turn in turns)
 
 
-def _said(turn: Mapping[str, Any]) -> str:
-    """A message's content, which may be in parts, and after it the tools that it calls, which may stand alone."""
-    content = turn.get("content")
-    parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or ()]
-    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in turn.get("tool_calls") or ()]
-    return "\n".join(part for part in (*parts, *calls) if part)
+def _said(turn: Mapping[str, Any]) -> Any:
+    content = _joined(turn.get("content") or "")
+    functions = [call.get("function", call) for call in turn.get("tool_calls") or ()]
+    calls = [f"-> {f.get('name')}({json.dumps(f.get('arguments'), default=str)})" for f in functions]
+    return " ".join([*([content] if content else []), *calls]) if calls else content
+
+
+def _joined(content: Any) -> Any:
+    """The text of a content that comes in text parts; any other content as it is."""
+    if not isinstance(content, (list, tuple)):
+        return content
+    return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
 
 
 class CompletionsLog:

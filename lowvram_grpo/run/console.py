@@ -128,6 +128,10 @@ class Console(Observer, TrainerCallback):
         if self._live is not None:
             self._live.notices.append(line)
 
+    def table(self, text: str) -> None:
+        """Lines that stay in the scrollback, as they are; of no notice's weight."""
+        self._print(Text(clean(text), style="dim"))
+
     def phase(self, text: str) -> None:
         """What is being done now, such as "sampling 16 completions"; shown by the live view only."""
         self.doing = text

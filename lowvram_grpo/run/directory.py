@@ -6,7 +6,8 @@ completions.jsonl   one row a completion
 rewards.log         what reward functions printed
 checkpoint-N/       written by transformers.Trainer
 cold_start/         the adapter after the cold start: GRPO's reference
-adapter/            the trained adapter, its tokenizer and model card
+adapter/            the trained adapter, its tokenizer and model card; model/ where all weights were trained
+not_applied.md      settings of the recipe that had nothing to act on here, and why
 trackers.json       under what names report_to's trackers know the run
 run.lock            says which process the run belongs to now; empty otherwise
 """
@@ -30,7 +31,7 @@ from lowvram_grpo.run.checkpoints import CUT_OFF, damage, replace_text
 # The first line of a recipe that a run wrote.
 RECIPE_HEADER = "# The resolved recipe of a lowvram-grpo run."
 # What an attempt that died before its first step may have left beside its recipe.
-_ATTEMPTS = ("recipe.toml.tmp", "rewards.log", "rewards.log.1", "vllm_adapter", "trackers.json",
+_ATTEMPTS = ("recipe.toml.tmp", "not_applied.md", "rewards.log", "rewards.log.1", "vllm_adapter", "trackers.json",
              "runs")  # the last is TensorBoard's  # fmt: skip
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -123,6 +124,21 @@ class RunDirectory:
         return self.path / "adapter"
 
     @property
+    def model_dir(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def not_applied_path(self) -> Path:
+        return self.path / "not_applied.md"
+
+    @property
+    def result_dir(self) -> Path | None:
+        """What a finished run has left: its adapter, or its whole model; None before."""
+        if any(self.adapter_dir.glob("adapter_model.*")):
+            return self.adapter_dir
+        return self.model_dir if (self.model_dir / "config.json").is_file() else None
+
+    @property
     def cold_start_dir(self) -> Path:
         return self.path / "cold_start"
 
@@ -133,6 +149,7 @@ class RunDirectory:
         return (
             any(log.is_file() and log.stat().st_size for log in logs)
             or self.adapter_dir.exists()
+            or self.model_dir.exists()
             or self.cold_start_dir.exists()
             or bool(self._checkpoints())
         )
@@ -149,26 +166,36 @@ class RunDirectory:
         """
         replace_text(self.recipe_path, text)
 
-    def write_adapter(self, write: Callable[[Path], None]) -> None:
-        """Have `write` fill a folder, and put it in the place of adapter/: the earlier one is there until then.
+    def write_not_applied(self, text: str) -> None:
+        """Replace not_applied.md in one step. Raises as `write_recipe`."""
+        replace_text(self.not_applied_path, text)
+
+    def write_adapter(self, write: Callable[[Path], None], *, whole: bool = False) -> Path:
+        """Have `write` fill a folder, and put it in the place of adapter/, or of model/ for a `whole` one: the earlier
+        is there until then.
+
+        Returns:
+            that place.
 
         Raises:
             CantWrite: the disk is full, or forbids it.
         """
-        fresh, old = self.path / "adapter.new", self.path / "adapter.old"
+        place = self.model_dir if whole else self.adapter_dir
+        fresh, old = place.with_suffix(".new"), place.with_suffix(".old")
         for left in (fresh, old):
             shutil.rmtree(left, ignore_errors=True)
         try:
             write(fresh)
-            if self.adapter_dir.exists():
-                self.adapter_dir.rename(old)
-            fresh.rename(self.adapter_dir)
+            if place.exists():
+                place.rename(old)
+            fresh.rename(place)
         except Exception as error:
             shutil.rmtree(fresh, ignore_errors=True)
             if why_unwritten(error) is None:
                 raise
-            raise CantWrite(self.adapter_dir, error) from error
+            raise CantWrite(place, error) from error
         shutil.rmtree(old, ignore_errors=True)
+        return place
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; [] before the first."""

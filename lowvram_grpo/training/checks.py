@@ -53,7 +53,7 @@ class OtherSampler:
 
 
 def self_test(
-    sampled: Tensor,
+    sampled: Tensor | None,
     scored: Tensor,
     reference: Tensor | None,
     mask: Tensor,
@@ -64,6 +64,7 @@ def self_test(
     """Compare (B, T) log-probs of one rollout as the sampler, the scorer and the reference see them.
 
     Args:
+        sampled: None where the sampler gave none.
         dtype: whose rounding separates them.
         other: what sampled, where that is not the policy itself.
 
@@ -74,6 +75,9 @@ def self_test(
         UserError: they differ by more than rounding in `dtype` explains; training would follow a wrong gradient.
     """
     tolerance = _TOLERANCE.get(dtype, 0.1)
+    if sampled is None:
+        name = "the sampler" if other is None else other.name
+        return f"self-test: {name} gives no log-probs, so nobody knows whether it is the model that is trained."
     gap = mean_gap(sampled, scored, mask)
     allowed = tolerance if other is None else other.allowed(tolerance)
     if not gap <= allowed:
@@ -222,7 +226,7 @@ def endless_remedy(rollout: Rollout, tokenizer, ends: Sequence[int], limit: int)
     if not all(rollout.batch.truncated):
         return ""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - set(ends)
-    written = Counter(i for ids in rollout.batch.completion_ids for i in special.intersection(ids))
+    written = Counter(i for ids in rollout.batch.sampled_ids for i in special.intersection(ids))
     names = ", ".join(tokenizer.convert_ids_to_tokens(list(ends))) or "none is known"
     if written and (most := written.most_common(1)[0])[1] * 2 >= len(rollout.batch.truncated):
         token = tokenizer.convert_ids_to_tokens(most[0])

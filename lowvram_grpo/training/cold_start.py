@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowvram_grpo.data.encoding import row_kwargs
 from lowvram_grpo.errors import counted
 from lowvram_grpo.policy.dropout import training_mode
 from lowvram_grpo.rollout.batch import pad_left
@@ -59,15 +60,15 @@ def fitting_references(
 
 
 def batches_of(
-    data: Sequence[dict[str, Any]], rows: list[int], tokenizer, encode: Callable[[list], list[list[int]]]
+    data: Sequence[dict[str, Any]], rows: list[int], tokenizer, encode: Callable[[list, list | None], list[list[int]]]
 ) -> Callable[[int], list[tuple[list[int], list[int]]]]:
     """The (prompt ids, completion ids) pairs of a step, given its index: `rows` of the data in turn, endless. `encode`
-    makes ids of prompts."""
+    makes ids of prompts and of what each brings for the chat template."""
 
     def batch(step: int) -> list[tuple[list[int], list[int]]]:
         first, count = step * _PAIRS_PER_STEP, min(_PAIRS_PER_STEP, len(rows))
         picked = [data[rows[(first + i) % len(rows)]] for i in range(count)]
-        prompts = encode([row["prompt"] for row in picked])
+        prompts = encode([row["prompt"] for row in picked], row_kwargs(picked))
         return [(prompt, reference_ids(tokenizer, row[REFERENCE_COLUMN])) for prompt, row in zip(prompts, picked)]
 
     return batch

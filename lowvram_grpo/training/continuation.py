@@ -46,7 +46,7 @@ class Made:
 
     Attributes:
         settings: of GRPOConfig, as json has them.
-        data: number of prompts, a digest of some of them, and the names of the rewards.
+        data: number of prompts (None of a stream), a digest of some of them, and the names of the rewards.
         prompts, repeats: of `PromptSampler`.
         shift: optimizer steps that the run's count is ahead of its place in the data; see `shift_of`.
         optimizer: whose state it holds.
@@ -72,12 +72,20 @@ class Made:
 
 
 def made_with(
-    args: GRPOConfig, data: Sequence[dict], plan: BatchPlan, rewards: list[str], shift: int, optimizer: Any
+    args: GRPOConfig,
+    data: Sequence[dict],
+    plan: BatchPlan,
+    rewards: list[str],
+    shift: int,
+    optimizer: Any,
+    *,
+    whole: bool = True,
 ) -> Made:
-    """What a checkpoint of today is made with; `rewards` are the names of the reward functions."""
+    """What a checkpoint of today is made with; `rewards` are the names of the reward functions, and `data` is not the
+    `whole` of a stream."""
     return Made(
         json.loads(args.to_json_string()),
-        [len(data), _digest(data), rewards],
+        [len(data) if whole else None, _digest(data), rewards],
         plan.prompts_per_rollout,
         plan.steps_per_rollout,
         shift,
@@ -103,12 +111,14 @@ def shift_of(made: Made | None, step: int, now: Made, *, serves: bool) -> int:
     """Optimizer steps that the count `step` of a resumed run is ahead of its place in the data: `step - shift` steps of
     today's batches end where the checkpoint's rollouts ended, or less than one batch before. No prompt is left out.
 
-    Other data (another number of prompts) are begun at the first of the same epoch.
+    Other data (another number of prompts) are begun at the first of the same epoch. A stream's place is kept apart.
     """
     if made is None:
         return 0
     if serves:
         return made.shift
+    if made.data[0] is None or now.data[0] is None:
+        return step
     epoch, within = divmod(step - made.shift, steps_an_epoch(made.data[0], made.prompts, made.repeats))
     rollouts = 0
     if made.data[0] == now.data[0]:

@@ -8,7 +8,8 @@
 A pass rate comes from a column of the data, `pass_rate` (0 to 1) or `difficulty` (any numbers, the larger the harder;
 the median counts as undecided). Without one it is measured as the run goes: the first epoch has its usual order, and
 each later one is ordered by the mean reward (medium_first: its standard deviation within the group) that prompts had
-when they were last trained on; what has not been seen comes first. Ties keep the epoch's shuffled order. What an epoch
+when they were last sampled in a step, trained on or dropped; what has not been seen comes first, and what no reward
+judged last. Ties keep the epoch's shuffled order. What an epoch
 measures is taken up by the next, so that each has every prompt once.
 
 Sources: curriculum learning, Bengio et al. 2009; sampling by difficulty and pass rate in RL of reasoning models,
@@ -24,6 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowvram_grpo.data.streams import is_stream
 from lowvram_grpo.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -56,8 +58,8 @@ class Curriculum:
     def __init__(self, kind: str, data: Sequence[dict[str, Any]]):
         self.kind, self.data = kind, data
         self.column = column_of(list(data[0]))
-        # (mean, standard deviation) of each prompt's rewards, as it was last trained on.
-        self._seen: dict[str, tuple[float, float]] = {}
+        # (mean, standard deviation) of each prompt's rewards, as it was last sampled; None: nothing judged it.
+        self._seen: dict[str, tuple[float, float] | None] = {}
         # What the order of an epoch was made of, for as long as it lasts.
         self._epoch, self._began = 0, {}
         if self.column is not None:
@@ -78,6 +80,11 @@ class Curriculum:
                     f"curriculum {self.kind} orders by the column {name!r}, and it has {one_line(repr(value))}; "
                     "give a number for every prompt, or rename the column to have pass rates measured."
                 )
+        if name == "pass_rate" and (outside := next((v for v in values if not 0 <= v <= 1), None)) is not None:
+            raise UserError(
+                f"curriculum {self.kind} orders by the column 'pass_rate', a share from 0 to 1, and it has "
+                f"{outside:g}; divide percents by 100, or rename the column to have pass rates measured."
+            )
         if self.kind == "medium_first":
             middle = 0.5 if name == "pass_rate" else statistics.median(values)
             return [abs(value - middle) for value in values]
@@ -92,21 +99,27 @@ class Curriculum:
             self._epoch, self._began = epoch, dict(self._seen)
         if not self._began:
             return order
-        unseen = (float("-inf"),) * 2
-        found = [self._began.get(_digest(row["prompt"])) for row in self.data]
-        key: Callable[[tuple[float, float]], float] = {
+        by: Callable[[tuple[float, float]], float] = {
             "easy_first": lambda seen: -seen[0], "hard_first": lambda seen: seen[0], "medium_first": lambda s: -s[1],
         }[self.kind]  # fmt: skip
-        return sorted(order, key=lambda i: unseen[0] if found[i] is None else key(found[i]))
+
+        def key(digest: str) -> float:
+            if digest not in self._began:
+                return float("-inf")
+            seen = self._began[digest]
+            return float("inf") if seen is None else by(seen)
+
+        keys = [key(_digest(row["prompt"])) for row in self.data]
+        return sorted(order, key=keys.__getitem__)
 
     def seen(self, rollout: Rollout) -> None:
-        """Take up the rewards of a rollout that is trained on; those of prompts that nothing judged say nothing."""
+        """Take up the rewards of a rollout of a step."""
         groups = len(rollout.advantages.dead)
         size = len(rollout.prompts) // groups
         for g, rewards in enumerate(rollout.rewards.view(groups, size).tolist()):
             known = [reward for reward in rewards if reward == reward]
-            if known:
-                self._seen[_digest(rollout.prompts[g * size])] = (statistics.fmean(known), statistics.pstdev(known))
+            judged = (statistics.fmean(known), statistics.pstdev(known)) if known else None
+            self._seen[_digest(rollout.prompts[g * size])] = judged
 
     def save(self, folder: str) -> None:
         if self.column is None:
@@ -118,10 +131,21 @@ class Curriculum:
         path = Path(folder) / _FILE
         if self.column is None and path.is_file():
             state = json.loads(path.read_text(encoding="utf-8"))
-            pairs = lambda found: {name: tuple(pair) for name, pair in found.items()}
+            pairs = lambda found: {name: pair and tuple(pair) for name, pair in found.items()}
             self._epoch, self._began, self._seen = state["epoch"], pairs(state["began"]), pairs(state["seen"])
 
 
 def curriculum_of(kind: str, data: Sequence[dict[str, Any]]) -> Curriculum | None:
-    """None where it is off."""
-    return None if kind == "off" else Curriculum(kind, data)
+    """None where it is off.
+
+    Raises:
+        UserError: the data is a stream, or its column does not order it.
+    """
+    if kind == "off":
+        return None
+    if is_stream(data):
+        raise UserError(
+            f"curriculum is {kind}, but the training data is a stream, whose prompts come in its own order; load it "
+            "whole, or drop curriculum."
+        )
+    return Curriculum(kind, data)

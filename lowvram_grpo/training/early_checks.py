@@ -45,10 +45,16 @@ def check_before_loading(args: GRPOConfig, rewards: Sequence[Any], evaluated: An
     check_hub(args)
 
 
-def prompt_lengths(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, data: Dataset) -> LengthReport:
-    """How long the prompts of prepared data are, and how many will be cut."""
+def prompt_lengths(
+    args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, data: Dataset, *, whole: bool = True
+) -> LengthReport:
+    """How long the prompts of prepared data are, and how many will be cut; without `whole` it is part of it."""
     return prompt_length_report(
-        tokenizer, data, max_prompt_length=args.max_prompt_length, chat_template_kwargs=args.chat_template_kwargs
+        tokenizer,
+        data,
+        max_prompt_length=args.max_prompt_length,
+        chat_template_kwargs=args.chat_template_kwargs,
+        whole=whole,
     )
 
 

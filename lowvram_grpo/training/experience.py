@@ -49,7 +49,7 @@ class Rollout:
 
     @property
     def sampled_tokens(self) -> int:
-        return sum(map(len, self.batch.completion_ids))
+        return sum(self.batch.sampled_lengths)
 
     @property
     def tokens(self) -> int:
@@ -85,17 +85,19 @@ class MicroBatch(AsMapping):
 
     Attributes:
         prompt_ids, prompt_mask: (b, P) left-padded.
-        completion_ids, completion_mask: (b, T) right-padded; the mask marks tokens that were sampled.
+        completion_ids, completion_mask: (b, T) right-padded; the mask marks what is no padding.
         loss_mask: (b, T) bool, tokens the loss counts (truncated completions may be left out).
         weights: (b, T) float32, see objective.token_weights.
         token_share: (b,) float32, 1 / the tokens that the update counts, in each row: of the entropy bonus's mean.
             None for an update of this one micro-batch.
         advantages: (b,) float32.
-        sampling_per_token_logps: (b, T) float32.
+        sampling_per_token_logps: (b, T) float32; None where nobody knows them.
         old_per_token_logps, ref_per_token_logps: (b, T) float32, filled in by the trainer where the loss needs them.
         entropy_mask: (b, T) bool, the tokens of most entropy in the update, where that takes more than this one pass.
         prompt_lengths, completion_lengths: b numbers of tokens, on the host: what the masks say, without a wait.
         group_sizes: runs of adjacent rows that have the same prompt.
+        tool_mask: (b, T) bool, the tokens that were sampled, where others were inserted between them.
+        known_mask: (b, T) bool, of those the ones whose log-prob the sampler gave, where it did not give all.
         router_share: (b,) float32, each row's share of the update's tokens, prompts included: weighs the mean that a
             router's loss takes over them.
     """
@@ -107,7 +109,7 @@ class MicroBatch(AsMapping):
     loss_mask: Tensor
     weights: Tensor
     advantages: Tensor
-    sampling_per_token_logps: Tensor
+    sampling_per_token_logps: Tensor | None
     token_share: Tensor | None = None
     old_per_token_logps: Tensor | None = None
     ref_per_token_logps: Tensor | None = None
@@ -116,6 +118,16 @@ class MicroBatch(AsMapping):
     completion_lengths: list[int] | None = None
     group_sizes: list[int] | None = None
     router_share: Tensor | None = None
+    tool_mask: Tensor | None = None
+    known_mask: Tensor | None = None
+
+    @property
+    def sampled_mask(self) -> Tensor:
+        """(b, T), not 0 at the tokens whose log-probs can be held against the sampler's: it drew them, and said how
+        likely they were."""
+        if self.known_mask is not None:
+            return self.known_mask
+        return self.completion_mask if self.tool_mask is None else self.tool_mask
 
     def sequence(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The arguments of `scoring.score`."""
@@ -184,8 +196,16 @@ def updates_of(
     completion_ids = pad_right(ids, width, pad_id)
     completion_mask = pad_right([torch.ones(len(row), dtype=torch.long) for row in ids], width, 0)
     logps = pad_right(batch.sampling_per_token_logps, width, 0.0)
+    known_mask = None
     truncated = torch.tensor(batch.truncated)
-    loss_mask = completion_mask.bool() & ~(truncated[:, None] & mask_truncated)
+    loss_mask, tool_mask = completion_mask.bool() & ~(truncated[:, None] & mask_truncated), None
+    if batch.tool_mask is not None:
+        tool_mask = pad_right([torch.tensor(row) for row in batch.tool_mask], width, 0).bool()
+        loss_mask &= tool_mask
+    if bool((unknown := logps.isnan()).any()):
+        known_mask = ~unknown & (completion_mask.bool() if tool_mask is None else tool_mask)
+        logps = logps.nan_to_num(0.0) if bool(known_mask.any()) else None
+    of_rows = lambda values, rows, t: None if values is None else values[rows, :t]
     cut = []
     for update in split_evenly(len(ids), updates):
         counted = loss_mask[update.start : update.stop]
@@ -208,12 +228,14 @@ def updates_of(
                     loss_mask[rows, :t],
                     weights[within, :t],
                     rollout.advantages.values[rows],
-                    logps[rows, :t],
+                    of_rows(logps, rows, t),
                     token_share[within],
                     prompt_lengths=[len(prompt) for prompt in batch.prompt_ids[rows]],
                     completion_lengths=[len(row) for row in ids[rows]],
                     group_sizes=[len(list(run)) for _, run in groupby(batch.prompt_ids[rows])],
                     router_share=router_share[within],
+                    tool_mask=of_rows(tool_mask, rows, t),
+                    known_mask=of_rows(known_mask, rows, t),
                 )
             )
         cut.append(micro)

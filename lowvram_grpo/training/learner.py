@@ -187,8 +187,11 @@ class Learner:
         return updates, read(gaps)
 
     def sampler_gap(self, micro: MicroBatch, logps: Tensor) -> dict[str, Tensor]:
-        """How far `logps` (b, T), the policy's before its first update on these tokens, are from the sampler's."""
-        return sampler_metrics(logps, micro.sampling_per_token_logps, micro.completion_mask, self.correction)
+        """How far `logps` (b, T), the policy's before its first update on these tokens, are from the sampler's; nothing
+        where nobody knows these."""
+        if micro.sampling_per_token_logps is None:
+            return {}
+        return sampler_metrics(logps, micro.sampling_per_token_logps, micro.sampled_mask, self.correction)
 
     def sync_reference(self, step: int) -> None:
         """Mix the policy into its reference where that is due after optimizer step `step`, counted from 1."""

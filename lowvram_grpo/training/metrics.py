@@ -104,7 +104,7 @@ def complete_row(
 
 def rollout_metrics(rollout: Rollout, names: list[str]) -> dict[str, float]:
     """Lengths and rewards of a rollout, with the names of its reward functions."""
-    lengths = [len(ids) for ids in rollout.batch.completion_ids]
+    lengths = rollout.batch.sampled_lengths
     rewards = reward_metrics(rollout.rewards, rollout.rewards_per_func, names, rollout.advantages.dead)
     return {**length_metrics(lengths, rollout.batch.truncated), **rewards}
 

@@ -39,6 +39,7 @@ class Pace:
         each_step, each_rollout: forward passes, over an update's completions and over all of them.
         run: optimizer steps of the whole run.
         evaluated: evaluations come between them.
+        resampled: dead groups may be sampled anew.
     """
 
     sampling: float
@@ -52,6 +53,7 @@ class Pace:
     each_rollout: int
     run: int
     evaluated: bool = False
+    resampled: bool = False
 
     @property
     def step(self) -> float:
@@ -67,10 +69,12 @@ class Pace:
         if self.mean_length < _SHORT * self.limit:
             sampled += f", {self.mean_length:.0f} on average,"
             took += "; longer ones take longer"
+        more = [("evaluations", self.evaluated), ("groups that are sampled anew", self.resampled)]
+        left = " and ".join(name for name, there in more if there)
         return (
             f"estimate: a step will take {about} {spoken(self.step)} ({sampled} {took}), the "
             f"{counted(self.run, 'step')} of this run {about} {spoken(self.step * self.run)}"
-            f"{', evaluations not counted' if self.evaluated else ''}."
+            f"{f', {left} not counted' if left else ''}."
         )
 
 
@@ -121,4 +125,5 @@ def pace_of(learner: Learner, plan: BatchPlan, rollout: Rollout, scored: tuple[i
         each_rollout=each_rollout,
         run=run,
         evaluated=args.eval_strategy != "no",
+        resampled=args.resample_dead_groups > 0,
     )

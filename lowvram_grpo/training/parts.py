@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lowvram_grpo.data.load import check_dataset
+from lowvram_grpo.data.streams import is_stream, looked_at
 from lowvram_grpo.errors import UserError, WrongType
 from lowvram_grpo.memory.guard import Guard, cap
 from lowvram_grpo.policy.attention_choice import check as check_attention
@@ -27,6 +28,7 @@ from lowvram_grpo.policy.reward_model import load_reward_model
 from lowvram_grpo.policy.variants import check_adapter
 from lowvram_grpo.policy.visitor import Visitor
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
+from lowvram_grpo.recipe.batch_plan import BatchPlan
 from lowvram_grpo.recipe.config import GRPOConfig
 from lowvram_grpo.recipe.unknown_names import check_trainer_arguments
 from lowvram_grpo.rewards.runner import RewardRunner
@@ -34,11 +36,13 @@ from lowvram_grpo.rewards.signatures import check_columns
 from lowvram_grpo.rollout.engine import RolloutEngine, end_ids, engine_of
 from lowvram_grpo.rollout.sampler import sampling_of
 from lowvram_grpo.rollout.vllm import VLLMEngine, check_vllm, vllm_engine
+from lowvram_grpo.training.agents import Agents
 from lowvram_grpo.training.collect import Collector, reward_columns
 from lowvram_grpo.training.early_checks import check_before_loading, check_evaluation
 from lowvram_grpo.training.learner import Learner, learner_of
 from lowvram_grpo.training.loss import choose_kernels
 from lowvram_grpo.training.router_loss import router_notice
+from lowvram_grpo.training.streaming import check_streams
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,15 +65,24 @@ def check_arguments(
     train_dataset: Dataset | None,
     eval_dataset: Dataset | dict[str, Dataset] | None,
     peft_config: PeftConfig | None,
-) -> None:
+    agents: Agents | None = None,
+) -> Sequence[dict[str, Any]]:
     """What costs nothing to know.
+
+    Returns:
+        the rows of the training data that stand for all of them: all, or the first of a stream.
 
     Raises:
         UserError: something that a person can mend.
     """
-    check_dataset(train_dataset, "train_dataset")
+    check_streams(args, train_dataset, eval_dataset)
+    rows = looked_at(train_dataset)
+    check_dataset(rows, "train_dataset")
     check_evaluation(args, eval_dataset)
-    check_columns(reward_funcs, reward_columns(train_dataset[0], only_prompts=bool(args.remove_unused_columns)))
+    if agents is None or not agents.samples_itself:  # whose fields are columns too, and not known before
+        columns = reward_columns(rows[0], only_prompts=bool(args.remove_unused_columns))
+        beside = ["environments"] if agents is not None and agents.environments is not None else []
+        check_columns(reward_funcs, [*columns, *beside])
     check_before_loading(args, reward_funcs, eval_dataset)
     if peft_config is not None:
         from peft import PeftConfig
@@ -80,6 +93,65 @@ def check_arguments(
             )
         # build_policy does so too, once a tokenizer has been fetched
         check_adapter(peft_config, fresh=True, reference=args.beta > 0)
+    return rows
+
+
+def with_agents(
+    agents: Agents | None, args: GRPOConfig, reward_funcs: Any, processing_classes: Any, train_dataset: Any
+) -> tuple[GRPOConfig, list, Any, Any]:
+    """(settings, reward functions, their tokenizers, data) with what agents bring of each: what prompts tell of tools,
+    environments that judge, and, where an environment writes the prompts, rows to begin with.
+
+    Raises:
+        UserError: nothing judges, or nothing says how long to train.
+    """
+    funcs = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    environments = None if agents is None else agents.environments
+    own = [] if environments is None else environments.rewards()
+    if not funcs and not own:
+        raise UserError("There is no reward: pass reward_funcs, or an environment that has get_reward().")
+    if environments is not None and train_dataset is None:
+        train_dataset = _empty_prompts(args, environments.several)
+    if own:
+        args = copy.copy(args)
+        if args.reward_weights is not None:
+            args.reward_weights = [*args.reward_weights, *[1.0] * len(own)]
+        processing_classes = [*one_each(processing_classes, len(funcs)), *[None] * len(own)]
+    return with_schemas(agents, args), [*funcs, *own], processing_classes, train_dataset
+
+
+def with_schemas(agents: Agents | None, args: GRPOConfig) -> GRPOConfig:
+    """Settings whose prompts tell the model of its tools."""
+    if agents is None or not agents.schemas:
+        return args
+    args = copy.copy(args)
+    args.chat_template_kwargs = {**(args.chat_template_kwargs or {}), "tools": agents.schemas}
+    return args
+
+
+def _empty_prompts(args: GRPOConfig, several: bool) -> Any:
+    """A rollout's worth of prompts that an environment's `reset` writes."""
+    from datasets import Dataset
+
+    if several:
+        raise UserError(
+            "environment_factory is a dict, so the data has to say which row uses which: pass a train_dataset with a "
+            "column 'environment'."
+        )
+    if args.max_steps <= 0:
+        raise UserError(
+            "There is no train_dataset, so environments write the prompts, and nothing says how long to train; set "
+            "max_steps."
+        )
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * BatchPlan.of(args).prompts_per_rollout})
+
+
+def check_agents(agents: Agents | None, args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, rows: Any) -> None:
+    """Raises:
+    UserError: the prompts or the chat template leave no room for what agents do."""
+    if agents is not None:
+        kwargs = {name: value for name, value in (args.chat_template_kwargs or {}).items() if name != "tools"}
+        agents.check(tokenizer, rows[0]["prompt"], kwargs)
 
 
 def make_policy(
@@ -114,10 +186,16 @@ def make_policy(
     return model, tokenizer
 
 
-def for_transformers(args: GRPOConfig) -> GRPOConfig:
+def for_transformers(args: GRPOConfig, train_dataset: Any = None, eval_dataset: Any = None) -> GRPOConfig:
     """The copy that transformers.Trainer runs on: one loader batch is one optimizer step, and activation checkpointing
-    is already switched on."""
+    is already switched on. A stream is read by one process, in order."""
     inner = copy.copy(args)
+    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,)
+    if any(map(is_stream, (train_dataset, *evaluated))):
+        inner.accelerator_config = copy.copy(args.accelerator_config)
+        inner.accelerator_config.dispatch_batches = False
+    if is_stream(train_dataset):
+        inner.dataloader_num_workers = 0
     inner.gradient_accumulation_steps = 1
     inner.gradient_checkpointing = inner.activation_checkpointing = False
     inner.remove_unused_columns = False
@@ -202,7 +280,9 @@ def make_collector(
     guard: Guard,
     args: GRPOConfig,
     phase: Callable[[str], None],
+    agents: Agents | None = None,
 ) -> Collector:
+    engine.converses = agents is not None and not agents.samples_itself
     return Collector(
         engine,
         rewards,
@@ -214,4 +294,5 @@ def make_collector(
         only_prompts=bool(args.remove_unused_columns),
         tell=phase,
         aggregation=args.multi_objective_aggregation,
+        agents=agents,
     )

@@ -55,12 +55,13 @@ def policy_factor(
     """
     before = logps if micro.old_per_token_logps is None else micro.old_per_token_logps
     sampled, advantages, mask = micro.sampling_per_token_logps, micro.advantages, micro.loss_mask
-    ratio = None if correction is None else correction.weights(before, sampled, micro.completion_mask)
+    known = correction is not None and sampled is not None
+    ratio = correction.weights(before, sampled, micro.sampled_mask) if known else None
     factor, phi, entropy_mask = ratio, None, None
     if objective.loss_type == "vespo":
         factor = phi = vespo_weight(advantages, logps - before, mask, objective, ratio)
     if objective.off_policy_mask_threshold is not None:
-        drawn_by = sampled if other_sampler else before
+        drawn_by = sampled if other_sampler and sampled is not None else before
         kept = off_policy_mask(advantages, logps, drawn_by, mask, objective.off_policy_mask_threshold)
         factor = kept.float() if factor is None else factor * kept
     if objective.top_entropy_quantile < 1:

@@ -19,28 +19,33 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowvram_grpo.errors import counted
+from lowvram_grpo.data.streams import is_stream
+from lowvram_grpo.errors import UserError, counted
 from lowvram_grpo.objective import Advantages
 from lowvram_grpo.rollout.batch import RolloutBatch
 from lowvram_grpo.training.experience import Rollout
+from lowvram_grpo.training.metrics import MetricBook
 
 if TYPE_CHECKING:
     from lowvram_grpo.training.collect import Collector
+    from lowvram_grpo.training.curriculum import Curriculum
 
 Rows = list[dict[str, Any]]
-# Of the seeds of a step's rollouts: its own, then one a round.
-_ROUNDS = 1_000
+# Of the seeds of a step: one for the order of other prompts, then one a round. They lie apart from those of rollouts
+# and of epochs, which are small where the run's seed is.
+_ROUNDS, _APART = 1_000, 2**62
 
 
 def round_seed(seed: int, number: int) -> int:
-    """Of the `number`-th round (from 1 on) of a rollout with this seed."""
-    return (seed * _ROUNDS + number) % 2**63
+    """Of the `number`-th round (from 1 on) of a rollout with this seed; 0 is the order of prompts that come instead."""
+    return (seed * _ROUNDS + number + _APART) % 2**63
 
 
 def other_prompts(data: Sequence[dict[str, Any]], seed: int, taken: Rows) -> Iterator[dict[str, Any]]:
     """Rows of `data` in a random order, each once, without those whose prompts `taken` has."""
     had = [row["prompt"] for row in taken]
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(round_seed(seed, 0))
+    order = torch.randperm(len(data), generator=generator).tolist()
     return (row for row in (data[i] for i in order) if row["prompt"] not in had)
 
 
@@ -52,6 +57,7 @@ class Resampling:
         sample: rows and a seed to a rollout of theirs and the metrics that its rewards logged.
         advantages: of rewards (B,), rewards of each function (B, F), and G.
         tell: a sentence for people, the first time that it did something.
+        seen: hears of every rollout, before groups of it are dropped.
     """
 
     def __init__(
@@ -61,16 +67,19 @@ class Resampling:
         sample: Callable[[Rows, int], tuple[Rollout, dict]],
         advantages: Callable[[torch.Tensor, torch.Tensor, int], Advantages],
         tell: Callable[[str], None] = lambda text: None,
+        seen: Callable[[Rollout], None] = lambda rollout: None,
     ):
-        self.rounds, self.data, self.sample, self.advantages, self.tell = rounds, data, sample, advantages, tell
+        self.rounds, self.data, self.sample, self.advantages = rounds, data, sample, advantages
+        self.tell, self.seen = tell, seen
         self._told = False
 
     def __call__(
         self, rollout: Rollout, rows: Rows, logged: dict, seed: int
     ) -> tuple[Rollout, Rows, dict, dict[str, float]]:
-        """The rollout with its dead groups replaced, as far as `rounds` go; its rows; what rewards logged last; and
-        what it cost, as metrics."""
-        rows, source = list(rows), other_prompts(self.data, seed, rows)
+        """The rollout with its dead groups replaced, as far as `rounds` go; its rows; what was logged, on average over
+        all groups that were sampled; and what it cost, as metrics."""
+        rows, source, book = list(rows), other_prompts(self.data, seed, rows), MetricBook()
+        self._note(book, rollout, logged)
         sampled, drawn, done = rollout.tokens, 0, 0
         dead = int(rollout.advantages.dead.sum())
         while done < self.rounds and rollout.advantages.dead.any():
@@ -79,7 +88,8 @@ class Resampling:
             if not fresh:
                 break
             done += 1
-            found, logged = self.sample(fresh, round_seed(seed, done))
+            found, said = self.sample(fresh, round_seed(seed, done))
+            self._note(book, found, said)
             drawn, sampled = drawn + len(fresh), sampled + found.tokens
             for place, row in zip(places, fresh):
                 rows[place] = row
@@ -96,7 +106,12 @@ class Resampling:
                 f"{counted(drawn, 'other prompt')}, {counted(sampled - rollout.tokens, 'token')} dropped, {left} still "
                 "dead; the metrics resample/* have each step's."
             )
-        return rollout, rows, logged, {name: float(value) for name, value in cost.items()}
+        return rollout, rows, book.fold(), {name: float(value) for name, value in cost.items()}
+
+    def _note(self, book: MetricBook, rollout: Rollout, logged: dict) -> None:
+        self.seen(rollout)
+        for _ in rollout.advantages.dead:  # each group weighs the same
+            book.add(logged)
 
     def _with(self, rollout: Rollout, found: Rollout, places: list[int]) -> Rollout:
         """`rollout` with the groups of `found` at `places`."""
@@ -112,6 +127,8 @@ class Resampling:
         a, b = rollout.batch, found.batch
         lists = ("prompt_ids", "completion_ids", "sampling_per_token_logps", "truncated")
         batch = RolloutBatch(*(mixed(getattr(a, name), getattr(b, name)) for name in lists))
+        if a.tool_mask is not None or b.tool_mask is not None:  # a rollout_func may say it of some only
+            batch.tool_mask = mixed(*(of.tool_mask or [[1] * len(ids) for ids in of.completion_ids] for of in (a, b)))
         rewards = stacked(rollout.rewards, found.rewards)
         per_func = stacked(rollout.rewards_per_func, found.rewards_per_func)
         names = {**rollout.extras, **found.extras}
@@ -132,8 +149,20 @@ def resampling_of(
     sample: Callable[[Rows, int], tuple[Rollout, dict]],
     collector: Collector,
     tell: Callable[[str], None],
+    curriculum: Curriculum | None = None,
 ) -> Resampling | None:
-    """None where no round is allowed."""
+    """None where no round is allowed. A curriculum that measures hears of dropped groups as well: they would be unseen
+    to it, come first in every epoch, and be dropped again.
+
+    Raises:
+        UserError: the data is a stream.
+    """
     if not rounds:
         return None
-    return Resampling(rounds, data, sample, collector.advantages, tell)
+    if is_stream(data):
+        raise UserError(
+            f"resample_dead_groups is {rounds}, but the training data is a stream, of which no other prompts can be "
+            "drawn; load it whole, or set it to 0."
+        )
+    seen = {} if curriculum is None else {"seen": curriculum.seen}
+    return Resampling(rounds, data, sample, collector.advantages, tell, **seen)

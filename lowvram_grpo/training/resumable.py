@@ -9,8 +9,9 @@ import math
 import os
 import pickle
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainerState
@@ -25,10 +26,12 @@ from lowvram_grpo.training import continuation
 from lowvram_grpo.training.best_model import restore_callbacks
 from lowvram_grpo.training.continuation import Made
 from lowvram_grpo.training.experience import MicroBatch, load_updates, save_updates
+from lowvram_grpo.training.streaming import StreamProgress, found_place
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from lowvram_grpo.data.stream_loader import Place
     from lowvram_grpo.policy.reference import Reference
     from lowvram_grpo.recipe.batch_plan import BatchPlan
     from lowvram_grpo.recipe.config import GRPOConfig
@@ -45,6 +48,9 @@ class ResumableTrainer(Trainer):
     Attributes:
         policy_adapter: name of the adapter that is trained; None where all weights are.
         shift: optimizer steps that `state.global_step` is ahead of the place in the data (`continuation.shift_of`).
+        stream: where the training data is one.
+        place: in it, to begin at.
+        looked_at: the rows of the training data that stand for all.
     """
 
     grpo_args: GRPOConfig
@@ -55,7 +61,10 @@ class ResumableTrainer(Trainer):
     reference: Reference | None
     curriculum: Curriculum | None
     policy_adapter: str | None
+    looked_at: Sequence[dict[str, Any]]
     shift = 0
+    stream: StreamProgress | None = None
+    place: Place | None = None
     _updates: list[list[MicroBatch]] | None = None  # of the rollout that steps learn from now
     _made: Made | None = None
 
@@ -77,6 +86,8 @@ class ResumableTrainer(Trainer):
     def set_initial_training_values(self, args, dataloader):
         """transformers' counts, for a run whose earlier steps had batches of another size."""
         epochs, per_epoch, *counts, max_steps = super().set_initial_training_values(args, dataloader)
+        if self.stream is not None:
+            return epochs, per_epoch, *counts, max_steps  # passes, as many as max_steps take
         if args.max_steps > 0:
             epochs = max(1, math.ceil((max_steps - self.shift) / per_epoch))
         else:
@@ -101,7 +112,7 @@ class ResumableTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         checkpoint = self.checkpoint_of(resume_from_checkpoint)
-        self.shift, self._made = 0, None
+        self.shift, self._made, self.place = 0, None, None
         self.args.eval_on_start = self.grpo_args.eval_on_start and checkpoint is None
         if checkpoint is not None:
             self._find_place(checkpoint)
@@ -136,8 +147,16 @@ class ResumableTrainer(Trainer):
                 f"{checkpoint} is no whole checkpoint, as its {STATE} can't be read; resume from another."
             ) from error
         made, now = Made.load(checkpoint), self._made_with(None)
-        self._made = made
-        self.shift = continuation.shift_of(made, step, now, serves=continuation.serves_on(made, now))
+        self._made, serves = made, continuation.serves_on(made, now)
+        self.shift = continuation.shift_of(made, step, now, serves=serves)
+        if self.stream is not None:
+            self.place, said = found_place(checkpoint, made, now, serves=serves)
+            if said:
+                self.observer.notice(said)
+            return
+        if made is not None and made.data[0] is None:
+            self.observer.notice("the checkpoint was made on a stream: the data is begun at its first epoch.")
+            return
         if made is None or (made.prompts, made.repeats, made.data[0]) == (now.prompts, now.repeats, now.data[0]):
             return
         per_epoch = continuation.steps_an_epoch(now.data[0], now.prompts, now.repeats)
@@ -149,7 +168,13 @@ class ResumableTrainer(Trainer):
 
     def _made_with(self, optimizer) -> Made:
         return continuation.made_with(
-            self.grpo_args, self.train_dataset, self.plan, list(self.rewards.names), self.shift, optimizer
+            self.grpo_args,
+            self.looked_at,
+            self.plan,
+            list(self.rewards.names),
+            self.shift,
+            optimizer,
+            whole=self.stream is None,
         )
 
     def _init_training_state(
@@ -166,6 +191,8 @@ class ResumableTrainer(Trainer):
         if not self._same("metric_for_best_model", "greater_is_better"):
             self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
         self._find_best()
+        if self.stream is not None:
+            return (self.place.epoch if self.place else 0), 0  # its loader begins at its place
         trained, within = divmod(self.state.global_step - self.shift, num_update_steps_per_epoch)
         return trained, 0 if self.args.ignore_data_skip else within
 
@@ -300,6 +327,8 @@ class ResumableTrainer(Trainer):
     def _save_beside(self, folder: str) -> None:
         """What a checkpoint has beside transformers' files; they come after: it is not taken for whole before."""
         self._made_with(self.optimizer).save(folder)
+        if self.stream is not None and self.stream.place is not None:
+            self.stream.place.save(folder)
         if self.reference is not None and (self.reference.moved or self.grpo_args.sync_ref_model):
             self.reference.save(folder)
         if self.learner.entropy is not None:

@@ -10,15 +10,14 @@ import copy
 import os
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import TrainerCallback, set_seed
 
-from lowvram_grpo.data.batching import Batched, PromptLoader, PromptSampler
-from lowvram_grpo.data.load import check_dataset
+from lowvram_grpo.data.streams import is_stream
 from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.policy.dropout import training_mode
 from lowvram_grpo.policy.wrapper import is_peft
@@ -28,6 +27,7 @@ from lowvram_grpo.rewards.signatures import log_by_name
 from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.training import parts
+from lowvram_grpo.training.agents import agents_of
 from lowvram_grpo.training.best_model import EarlyStopping, check_early_stopping, stopped_early
 from lowvram_grpo.training.checks import RolloutChecks
 from lowvram_grpo.training.collect import rollout_seed
@@ -35,14 +35,18 @@ from lowvram_grpo.training.completions_hub import upload_of
 from lowvram_grpo.training.completions_tables import TAKERS, CompletionsTables
 from lowvram_grpo.training.curriculum import curriculum_of
 from lowvram_grpo.training.early_checks import check_best_metric
+from lowvram_grpo.training.evaluating import Evaluates
 from lowvram_grpo.training.experience import MicroBatch, Rollout, split
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
+from lowvram_grpo.training.loaders import Loaders
 from lowvram_grpo.training.metrics import MetricBook, UpdateSums, complete_row, rollout_metrics
 from lowvram_grpo.training.pushing import HubPushes
 from lowvram_grpo.training.reference_sync import ReferenceSync
 from lowvram_grpo.training.resampling import resampling_of
 from lowvram_grpo.training.resumable import ResumableTrainer
 from lowvram_grpo.training.savers import TrainerGuard
+from lowvram_grpo.training.sources import note_sources
+from lowvram_grpo.training.streaming import StreamProgress
 from lowvram_grpo.training.trackers import Trackers
 from lowvram_grpo.training.trl_hooks import AskedRewards, TrlHooks
 from lowvram_grpo.training.trl_names import LastCompletions, TrlNames
@@ -54,7 +58,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
+class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Evaluates, Loaders, ResumableTrainer):
     """Trains a causal language model with GRPO. Arguments mean what they mean in TRL.
 
     Args:
@@ -63,7 +67,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         reward_funcs: one or a list of functions `f(prompts, completions, completion_ids, **columns)`, async functions,
             sequence-classification models, or ids of such models.
         args: GRPOConfig.
-        train_dataset, eval_dataset: datasets with a `prompt` column (string or messages); the rewards get the others.
+        train_dataset, eval_dataset: datasets with a `prompt` column (string or messages), or streams of such rows
+            (IterableDataset; to train on one takes max_steps); the rewards get the others.
         processing_class: tokenizer; that of `model` when left out.
         reward_processing_classes: tokenizers of reward models.
         callbacks, optimizers: as in transformers.Trainer.
@@ -71,7 +76,9 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         quantization_config: bitsandbytes configuration for loading `model` from a name.
         observer: receives notices, phases and sample completions; prints notices when left out.
         ladder: memory savers to take, in this order, before the usual ones when memory runs out.
-        unknown: TRL's tools, environment_factory and rollout_func may be None.
+        tools: functions that the model may call while it answers, with type hints and a docstring.
+        rollout_func: makes completions in place of the engine, as in TRL.
+        environment_factory: makes environments that the model acts in, as in TRL; or such by name.
 
     Raises:
         UnknownSetting: an argument that there is not; a TypeError too, and it says what to write instead.
@@ -81,7 +88,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        reward_funcs: Any,
+        reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -91,6 +98,9 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable[[list, GRPOTrainer], dict[str, list]] | None = None,
+        environment_factory: Callable[[], Any] | dict[str, Callable[[], Any]] | None = None,
         *,
         observer: Observer | None = None,
         ladder: tuple[Rung, ...] = (),
@@ -98,11 +108,15 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
     ):
         parts.check_unknown(unknown, GRPOTrainer.__init__)
         args = args or GRPOConfig(output_dir="grpo")
+        call = None if rollout_func is None else lambda prompts: rollout_func(prompts, self)
+        agents = agents_of(tools, environment_factory, call, args.max_tool_calling_iterations)
+        self.tools, self.rollout_func = [] if agents is None else agents.all_tools, rollout_func
+        acting = parts.with_agents(agents, args, reward_funcs, reward_processing_classes, train_dataset)
+        args, reward_funcs, reward_processing_classes, train_dataset = acting
         self.grpo_args, self.observer = args, observer or Observer(log_completions=args.log_completions)
         notice = self.observer.notice
-        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        parts.check_arguments(args, reward_funcs, train_dataset, eval_dataset, peft_config)
         check_early_stopping(args, callbacks or ())
+        self.looked_at = parts.check_arguments(args, reward_funcs, train_dataset, eval_dataset, peft_config, agents)
         self.completions_upload = upload_of(args, notice)
         set_seed(args.seed)
         model, tokenizer = parts.make_policy(
@@ -110,7 +124,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         )
         super().__init__(
             model=model,
-            args=parts.for_transformers(args),
+            args=parts.for_transformers(args, train_dataset, eval_dataset),
             data_collator=list,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -123,6 +137,9 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         self.learner = parts.make_learner(model, args, self.compute_loss_context_manager, notice)
         self.reference = self.learner.reference
         self.add_callback(ReferenceSync(self.learner))
+        if is_stream(train_dataset):
+            self.stream = StreamProgress(notice)
+            self.add_callback(self.stream)
         if args.early_stopping:
             self.add_callback(EarlyStopping(args.early_stopping, args.early_stopping_threshold, notice))
         classes = parts.one_each(reward_processing_classes, len(reward_funcs))
@@ -134,21 +151,29 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
             rewards=self.rewards,
         )  # fmt: skip
         asked = AskedRewards(self) if self.replaces("_calculate_rewards") else self.rewards
-        self.collector = parts.make_collector(engine, asked, tokenizer, self.guard, args, self.observer.phase)
-        self.metrics = {"train": MetricBook(), "eval": MetricBook()}
+        parts.check_agents(agents, args, tokenizer, self.looked_at)
+        self.collector = parts.make_collector(engine, asked, tokenizer, self.guard, args, self.observer.phase, agents)
+        self.collector.made_by = self.made_by_generate if self.replaces("_generate") else None
         self.curriculum = curriculum_of(args.curriculum, train_dataset)
         if self.curriculum is not None:
             notice(f"curriculum {args.curriculum}: prompts are ordered by {self.curriculum.source}.")
-        self.resampling = resampling_of(args.resample_dead_groups, train_dataset, self._sampled, self.collector, notice)
-        log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl")) if args.log_completions else None
-        self.completions_log: CompletionsLog | None = log
+        self.resampling = resampling_of(
+            args.resample_dead_groups, train_dataset, self._sampled, self.collector, notice, self.curriculum
+        )
         if self.completions_upload is not None:
             self.add_callback(self.completions_upload)
         self.trackers = Trackers(self.args, self.callback_handler.callbacks, notice)
+        self._nothing_yet(args)
+
+    def _nothing_yet(self, args: GRPOConfig) -> None:
+        """What steps and logs are counted and kept in, before the first."""
         self.tables: CompletionsTables | None = None
         if args.log_completions and {*TAKERS} & {*args.report_to}:
-            self.tables = CompletionsTables(args, self.callback_handler.callbacks, notice)
+            self.tables = CompletionsTables(args, self.callback_handler.callbacks, self.observer.notice)
             self.add_callback(self.tables)
+        log = CompletionsLog(os.path.join(args.output_dir, "completions.jsonl")) if args.log_completions else None
+        self.completions_log: CompletionsLog | None = log
+        self.metrics = {"train": MetricBook(), "eval": MetricBook()}
         self.pending_rollout: Rollout | None = None
         self._logs = LastCompletions(self.plan.completions_per_rollout)
         self._extra_columns: dict[str, list] = defaultdict(list)
@@ -156,33 +181,6 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         self._gradient_check, self._teaches = GradientCheck(str(args.optim)), False
         self._checked, self._early_log = False, []
         self._eval_prefix, self._eval_batches = "eval", 0
-
-    # Data
-
-    def get_train_dataloader(self) -> PromptLoader:
-        sampler = self._get_train_sampler()
-        if not isinstance(sampler, PromptSampler):
-            sampler = Batched(sampler, self.plan.prompts_per_rollout, self.plan.steps_per_rollout)
-        return PromptLoader(self.train_dataset, sampler)
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        """Which prompts go into which step. A subclass may return a sampler of single indices, each once an epoch."""
-        data = self.train_dataset if train_dataset is None else train_dataset
-        seed, shuffle = self.args.seed if self.args.data_seed is None else self.args.data_seed, self.shuffle_dataset
-        prompts, repeats = self.plan.prompts_per_rollout, self.plan.steps_per_rollout
-        arrange = None if self.curriculum is None else self.curriculum.arrange
-        return PromptSampler(data, prompts=prompts, repeats=repeats, shuffle=shuffle, seed=seed, arrange=arrange)
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> PromptLoader:
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        data = self.eval_dataset[data] if isinstance(data, str) else data
-        check_dataset(data, "eval_dataset")
-        prompts = max(1, self.args.per_device_eval_batch_size // self.generations_eval)
-        return PromptLoader(data, PromptSampler(data, prompts=prompts, repeats=1, shuffle=False, seed=self.args.seed))
-
-    @property
-    def generations_eval(self) -> int:
-        return self.grpo_args.num_generations_eval or self.plan.num_generations
 
     # The run
 
@@ -196,7 +194,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
             self.collector,
             self.guard,
             self.observer,
-            self.train_dataset,
+            self.looked_at,
+            whole=self.stream is None,
             roll_out=self._roll_out_anew,
             log=self.log,
             save=lambda: self._save(os.path.join(self.args.output_dir, "cold_start")),
@@ -251,20 +250,31 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         """Sample, reward, cut and score what the next steps learn from; the number of sampled tokens."""
         rollout, self.pending_rollout = self.pending_rollout, None
         if rollout is not None and self.resampling is not None:
-            self.metrics["train"].take()
-            rollout = self._kept(rollout, rows, self._logged, rollout_seed(self.args.seed, step), "train")
+            rollout = self._begun(rollout, rows, step)
         rollout = rollout or self.collect(rows, step)
         self._record(rollout)
         self._updates, self._teaches = self._learnable(rollout), could_teach(rollout)
         return rollout.sampled_tokens
+
+    def _begun(self, rollout: Rollout, rows: list[dict[str, Any]], step: int) -> Rollout:
+        """The rollout that was made before step 1, now that its dead groups may be replaced."""
+        book, self._mode = self.metrics["train"], "train"
+        noted = book.take()
+        if self.replaces("_generate_and_score_completions"):
+            return self.collect(rows, step)  # by the same random numbers; its advantages are the subclass's to make
+        rollout = self._kept(rollout, rows, self._logged, rollout_seed(self.args.seed, step), "train")
+        book.add({name: value for name, value in noted.items() if name not in book.values})
+        return rollout
 
     def _collect(self, rows: list[dict[str, Any]], step: int, mode: str = "train") -> Rollout:
         """Sample and reward the rollout of `step`; its random numbers depend on (seed, step) alone."""
         training, group, self._mode = mode == "train", self._group(mode), mode
         # Evaluation draws from seeds of its own, one a batch, the same at every evaluation.
         seed = rollout_seed(self.args.seed, step if training else -1 - self._eval_batches)
-        rollout, self._logged = self._sampled(rows, seed, group)
-        return self._kept(rollout, rows, self._logged, seed, mode)
+        rollout, logged = self._sampled(rows, seed, group)
+        if training:
+            self._logged = logged
+        return self._kept(rollout, rows, logged, seed, mode)
 
     def _sampled(self, rows: list[dict[str, Any]], seed: int, group: int | None = None) -> tuple[Rollout, dict]:
         """A rollout of `group` completions of each row, as the collector makes it."""
@@ -286,9 +296,11 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         self._rollout_checks.look(rollout, rows, logged, training=training)
         self.metrics[mode].add(logged)
         self.metrics[mode].add(rollout_metrics(rollout, self.rewards.names))
+        self.metrics[mode].add(note_sources(rollout, rows, self._group(mode)))
         self._logs.keep(rollout, self.rewards.names)
         if self.tables is not None:
             self.tables.keep(mode, rollout.columns(self.rewards.names))
+        self._rows = rows
         return rollout
 
     def _check_best_metric(self, logged: dict[str, float]) -> None:
@@ -346,32 +358,7 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, ResumableTrainer):
         self.guard.guard_step(optimizer)
         return optimizer
 
-    # Evaluation and logging
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Remember under which name (`eval_NAME` for one of several datasets) the metrics go out."""
-        self._eval_prefix, self._eval_batches = metric_key_prefix, 0
-        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Sample, reward and score a batch of evaluation prompts; metrics go out under eval_*."""
-        rollout = self.collect(inputs, self.state.global_step, mode="eval")
-        self._eval_batches += 1
-        was_training = self.model.training
-        self.model.eval()
-        loss = self.guard.run("score", lambda: self._evaluated(rollout))
-        self.model.train(was_training)
-        self.metrics["eval"].add_update(self._sums)
-        return loss, None, None
-
-    @torch.no_grad()
-    def _evaluated(self, rollout: Rollout) -> Tensor:
-        self._sums, loss = UpdateSums(self.learner.objective), torch.zeros((), device=self.args.device)
-        for micro in self.learner.with_entropy_masks(self.cut(rollout, 1)[0]):
-            with self.compute_loss_context_manager():
-                self.learner.add_reference(micro)
-                loss += self.compute_loss(self.model, micro)
-        return loss
+    # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.is_in_train and self._early_log:

@@ -15,7 +15,9 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.objective import Advantages
 from lowvram_grpo.rewards.runner import RewardResult
 from lowvram_grpo.rollout.batch import RolloutBatch, pad_left
+from lowvram_grpo.training.agents import Made
 from lowvram_grpo.training.experience import MicroBatch, Rollout, pad_right
+from lowvram_grpo.training.rollout_function import batch_of
 from lowvram_grpo.training.scoring import score
 
 if TYPE_CHECKING:
@@ -48,8 +50,11 @@ class TrlHooks:
     _asked: tuple[int, str] | None = None  # step and mode of the rollout that is asked for
     _extra_columns: dict[str, list]
     _rollout: Rollout | None = None  # what `_generate_and_score_completions` has made
+    _rows: Rows  # of the data that the rollout is of, which `_collect` made last
     _given: dict[str, Tensor]  # and what it has given of that
     _left_said = False
+    _of_generate: tuple | None = None  # what `_generate` is asked for
+    _metrics_of_generate: dict[str, float]
 
     def replaces(self, *names: str) -> bool:
         """Whether a subclass has methods of its own of one of these names."""
@@ -108,14 +113,21 @@ class TrlHooks:
 
     def _generate_and_score_completions(self, inputs: Rows) -> dict[str, Tensor]:
         """Sample and reward a completion of each row of `inputs`, in which each of the data stands as often as it has
-        completions. A subclass may change `advantages` (n,); the rest is there to be read.
+        completions. A subclass may change `advantages` (n,); the rest is there to be read. Where other prompts took the
+        place of dead groups, `inputs` has their rows afterwards.
 
         Returns:
             prompt_ids, prompt_mask (n, P) left-padded; completion_ids, completion_mask, sampling_per_token_logps
-            (n, T) right-padded; advantages (n,); num_items_in_batch, the number of completion tokens.
+            (n, T) right-padded, and where tokens were inserted tool_mask, 0 at these; advantages (n,);
+            num_items_in_batch, the number of sampled tokens.
         """
         step, mode = self._asked or (self.state.global_step, self._mode)
-        self._rollout = rollout = self._collect(inputs[:: self._group(mode)], step, mode)
+        group = self._group(mode)
+        rows = inputs[::group]
+        self._rollout = rollout = self._collect(rows, step, mode)
+        for g, (row, before) in enumerate(zip(self._rows, rows)):
+            if row is not before:
+                inputs[g * group : (g + 1) * group] = [row] * group
         batch, pad_id, device = rollout.batch, self.collector.pad_id, self.args.device
         width = max(map(len, batch.completion_ids))
         ids = [torch.tensor(row) for row in batch.completion_ids]
@@ -129,8 +141,42 @@ class TrlHooks:
             "advantages": rollout.advantages.values,
             "num_items_in_batch": torch.tensor(rollout.sampled_tokens),
         }
+        if batch.tool_mask is not None:
+            outputs["tool_mask"] = pad_right([torch.tensor(row) for row in batch.tool_mask], width, 1)
         self._given = outputs
         return {name: value.to(device, copy=True) for name, value in outputs.items()}
+
+    def _generate(self, prompts: list) -> tuple:
+        """A completion of each of `prompts`, in which each of the data stands as often as it has completions. A
+        subclass may change what this returns, or make it itself.
+
+        Returns:
+            (prompt_ids, completion_ids, tool_mask or None, completions, log-probs, further columns for the rewards,
+            None, []), lists of n; the last two are TRL's for images.
+        """
+        rows, group, seed, sampling = self._of_generate or ([{"prompt": p} for p in prompts], 1, self.args.seed, None)
+        made = self.collector.made(rows, group, seed=seed, sampling=sampling)
+        batch, self._metrics_of_generate = made.batch, made.metrics
+        logps = [row.tolist() for row in batch.sampling_per_token_logps]
+        return batch.prompt_ids, batch.completion_ids, batch.tool_mask, made.completions, logps, made.columns, None, []
+
+    def made_by_generate(self, rows: Rows, group: int, *, seed: int, sampling: Any) -> Made:
+        """Completions as a subclass's `_generate` makes them.
+
+        Raises:
+            UserError: something in them can't be learned from.
+        """
+        prompts = [row["prompt"] for row in rows for _ in range(group)]
+        self._of_generate, self._metrics_of_generate = (rows, group, seed, sampling), {}
+        try:
+            prompt_ids, completion_ids, tool_mask, completions, logps, columns, *_ = self._generate(prompts)
+        finally:
+            self._of_generate = None
+        found = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logps, **columns}
+        found |= {} if tool_mask is None else {"env_mask": tool_mask}
+        by = self.collector.engine.sampling
+        batch, columns = batch_of(found, len(prompts), {*by.eos_ids, by.pad_id}, source="_generate of a subclass")
+        return Made(batch, prompts, completions, columns, self._metrics_of_generate)
 
     def _taken_up(self, rollout: Rollout, outputs: dict[str, Any]) -> Rollout:
         """`rollout` with the advantages that a subclass has given its completions."""
@@ -235,6 +281,7 @@ class TrlHooks:
             cut("completion_ids"),
             [torch.zeros(k) if logps is None else logps[i, :k].cpu() for i, k in enumerate(lengths)],
             [False] * n,
+            cut("tool_mask") if inputs.get("tool_mask") is not None else None,
         )
         nothing, alone = torch.zeros(n), replace(self.plan, micro_batch_size=n)
         advantages = Advantages(inputs["advantages"].float().cpu(), nothing.bool(), nothing)

@@ -109,6 +109,16 @@ class TrlNames:
         return self.learner.objective.upper
 
     @property
+    def environments(self) -> list | None:
+        """Of the last rollout, one a completion."""
+        agents = self.collector.agents
+        return None if agents is None else agents.instances
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.processing_class.chat_template
+
+    @property
     def num_generations_eval(self) -> int:
         return self.generations_eval
 

@@ -56,7 +56,7 @@ class WarmUp:
 
     Attributes:
         learner, collector, guard, observer: those of the run.
-        data: the prompts, perhaps with references.
+        data: the prompts, perhaps with references; the `whole` of them, or the first of a stream.
         roll_out: samples and rewards these rows of the data as step 1 would; metrics of the time before are forgotten.
         log: takes a row of metrics.
         save: keeps the adapter as the cold start leaves it.
@@ -70,6 +70,7 @@ class WarmUp:
     roll_out: Callable[[Rows], Rollout]
     log: Callable[[dict[str, Any]], None]
     save: Callable[[], None]
+    whole: bool = True
 
     def check_settings(self) -> int:
         """Say which settings have no effect, or another than one would think, and how many prompts are cut; stop where
@@ -86,8 +87,14 @@ class WarmUp:
                 f"the adapter's dropout of {dropped:g} is on in training passes only, so ratio and kl carry its noise; "
                 "set lora_dropout to 0, or disable_dropout, to switch it off."
             )
-        lengths = prompt_lengths(args, self.collector.tokenizer, self.data)
-        return check_lengths(args, lengths, unwrap(model).config, notice)
+        lengths = prompt_lengths(args, self.collector.tokenizer, self.data, whole=self.whole)
+        longest = check_lengths(args, lengths, unwrap(model).config, notice)
+        agents = self.collector.agents
+        if args.max_tool_calling_iterations is not None and (agents is None or agents.samples_itself):
+            self.observer.warning("max_tool_calling_iterations has no effect: the model has no tools.")
+        # Behind the first rows of a stream any length may come, and behind a prompt what an environment says.
+        known = self.whole and (agents is None or agents.environments is None)
+        return longest if known else max(longest, args.max_prompt_length or 0)
 
     def probe(self, longest_prompt: int, *, backward: Callable[[Tensor], None], moments: bool) -> None:
         """Rehearse the longest step, where `memory_probe` wants that; see `probe.probe`."""
@@ -223,7 +230,7 @@ class WarmUp:
             micro.sampling_per_token_logps,
             scored,
             reference,
-            micro.completion_mask,
+            micro.sampled_mask,
             _coarsest_dtype(unwrap(learner.model), learner.args),
             other=self._other_sampler(),
         )
@@ -231,7 +238,9 @@ class WarmUp:
         return int(micro.prompt_mask.sum() + micro.completion_mask.sum()), seconds
 
     def _other_sampler(self) -> OtherSampler | None:
-        """vLLM, where that samples; the policy's own engine needs no allowance."""
+        """vLLM, or a function of the user's, where that samples; the policy's own engine needs no allowance."""
+        if self.collector.agents is not None and self.collector.agents.samples_itself:
+            return OtherSampler("rollout_func", rounded=False, filtered=True)
         if not self.learner.args.use_vllm:
             return None
         by = self.collector.engine.sampling

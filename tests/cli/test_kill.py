@@ -42,12 +42,14 @@ def job(tmp_path):
     make_model().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"prompt": p}) for p in ["a b", "c d e", "f", "g h"] * 3), encoding="utf-8")
+    # Three rollouts an epoch, so that what the first epoch has measured orders the second, where the run is killed.
+    prompts = ["a b", "c d e", "f", "g h", "f i", "k"]
+    data.write_text("\n".join(json.dumps({"prompt": p}) for p in prompts), encoding="utf-8")
     reward = tmp_path / "rewards.py"
-    # The reward depends on prompt and completion alone; groups of "f" are dead, and other prompts take their place.
+    # The reward depends on prompt and completion alone; groups of "f ..." are dead, and other prompts take their place.
     reward.write_text(
         "import time\ndef slow(prompts, completions, **kwargs):\n    time.sleep(0.15)\n"
-        "    return [p != 'f' and sum(w.isdigit() for w in c.split()) / 8 for p, c in zip(prompts, completions)]\n",
+        "    return [p[0] != 'f' and sum(w.isdigit() for w in c.split()) / 8 for p, c in zip(prompts, completions)]\n",
         encoding="utf-8",
     )
     return [

@@ -382,8 +382,7 @@ def test_the_trainer_names_what_is_no_dataset_of_prompts():
     import pandas
 
     data = Dataset.from_list([{"prompt": "a"}])
-    check_dataset(data, "train_dataset")
-    check_dataset(data.to_list(), "train_dataset")
+    assert not any(check_dataset(good, "train_dataset") for good in (data, data.to_list()))
     check_dataset({"a": data, "b": data}, "eval_dataset", several=True)
     for bad, words in [
         (DatasetDict(train=data, test=data), r"is a DatasetDict of several datasets .train, test.; .*data\['train'\]"),
@@ -391,9 +390,12 @@ def test_the_trainer_names_what_is_no_dataset_of_prompts():
         (pandas.DataFrame({"prompt": ["a"]}), "is a DataFrame, whose rows are not dicts"),
         ([{"prompt": 7}], "has a prompt that is int in its first row"),
         ([{"prompt": json.dumps([user("a")])}], "holds messages that are written out as text in its `prompt` column"),
-        (data.to_iterable_dataset(), "has no length"),
+        ((row for row in data), "must be a `Dataset` or `IterableDataset`, and is a generator; .*from_generator"),
+        (data.to_iterable_dataset().take(0), "is empty"),
+        ([{"prompt": "a", "images": [b"png"]}], "has pictures in its `images` column"),
     ]:
         with pytest.raises(UserError, match=f"train_dataset`?.* {words}"):
             check_dataset(bad, "train_dataset")
-    with pytest.raises(UserError, match=r"eval_dataset\['b'\] has no length"):
-        check_dataset({"a": data, "b": data.to_iterable_dataset()}, "eval_dataset", several=True)
+    stream = data.rename_column("prompt", "text").to_iterable_dataset()
+    with pytest.raises(UserError, match=r"eval_dataset\['b'\] has no `prompt` column"):
+        check_dataset({"a": data.to_iterable_dataset(), "b": stream}, "eval_dataset", several=True)

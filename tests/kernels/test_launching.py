@@ -21,7 +21,7 @@ from lowvram_grpo.kernels.runtime import HAS_TRITON, device_guard, interpreted, 
 
 FOLDER = Path(runtime.__file__).parent
 # Launched inside of linear_logps' own guard.
-GUARDED_BY_THE_SWEEP = {"direction.py", "fold_triton.py", "fused_fold.py"}
+GUARDED_BY_THE_SWEEP = {"direction.py", "fold_triton.py", "fused_fold.py", "lists_triton.py"}
 in_triton = pytest.mark.skipif(not (HAS_TRITON and interpreted()), reason="needs Triton's interpreter")
 
 

@@ -72,6 +72,21 @@ def test_nothing_waits_between_two_looks(monkeypatch):
     assert len(waits) > 8 and max(map(len, waits)) == 1, waits
 
 
+def test_what_is_put_behind_rows_waits_for_nothing(monkeypatch):
+    model = make_model(hidden_size=64).cuda()
+    insert, waits = Decoder.insert, []
+
+    def counted(self, behind):
+        before = len(RECORD.syncs)
+        insert(self, behind)
+        waits.append(RECORD.syncs[before:])
+
+    reply = lambda turns: [[5, 6, 7] if len(turn.ids) < 6 else None for turn in turns]
+    monkeypatch.setattr(Decoder, "insert", counted)
+    engine(model, 5, sampling={"repetition_penalty": 1.1}).converse(PROMPTS, 4, seed=0, reply=reply)
+    assert len(waits) > 1 and not any(waits), waits
+
+
 def test_a_wait_or_a_pageable_copy_inside_a_capture_is_refused():
     """So that the tests here would see one."""
     x, host = torch.ones(3, device="cuda"), torch.ones(3)

@@ -1,4 +1,4 @@
-"""Plans of training all weights: `plan --use-peft false`, for whoever calls GRPOTrainer without a peft_config."""
+"""Plans of training all weights: `--use-peft false`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.cards import typical
 from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.plan.architectures import resolve_config
-from lowvram_grpo.plan.paper import all_weights, ladder_on_paper, setting, trains_all_weights, with_setting
+from lowvram_grpo.plan.paper import ladder_on_paper, setting, trains_all_weights, with_setting
 from lowvram_grpo.plan.planner import GIB, Planner
 from lowvram_grpo.plan.speed import BUS
 from lowvram_grpo.plan.streaming import streaming_of
@@ -20,7 +20,7 @@ LENGTHS = {"num_generations": 8, "max_prompt_length": 128, "max_completion_lengt
 
 
 def recipe_for(model: str = "Qwen2.5-0.5B", **flags):
-    return all_weights(resolve({"model": model, "preset": "8gb", **LENGTHS, **flags}))
+    return resolve({"model": model, "preset": "8gb", "use_peft": False, **LENGTHS, **flags})
 
 
 def test_the_planner_streams_the_reference_where_it_must():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -54,6 +55,16 @@ def test_predicted_bytes_are_those_of_a_real_run(tmp_path, run):
     found = predict(blueprint, args, exact=True)
     for phase, size in found.phases.items():
         assert size == pytest.approx(real[phase].bytes, rel=0.02), phase
+
+
+def test_replies_are_counted_with_the_prompts():
+    """They are prefilled beside a full cache; no other phase knows of them."""
+    blueprint = Blueprint(_config("qwen2", 2), "none", torch.bfloat16, LORA, longest_prompt=40)
+    args = _paper(max_prompt_length=40, max_completion_length=900, head_dtype="int8")
+    plain, turns = (count(replace(blueprint, converses=x), args) for x in (False, True))
+    assert turns["rollout"].categories["KV cache"] == plain["rollout"].categories["KV cache"]
+    assert {name for name, peak in turns.items() if peak.bytes != plain[name].bytes} == {"prefill", "rollout"}
+    assert turns["rollout"].bytes > plain["rollout"].bytes
 
 
 def test_the_bytes_of_a_reference_on_the_card_and_of_a_streamed_one():

@@ -64,7 +64,6 @@ def test_what_goes_together_says_nothing(config, settings):
         ({"pad_to_multiple_of": "8"}, "pad_to_multiple_of has no effect"),
         ({"use_transformers_paged": True}, "use_transformers_paged has no effect"),
         ({"transformers_continuous_batching_config": {"a": 1}}, "continuous_batching_config has no effect"),
-        ({"max_tool_calling_iterations": 3}, "max_tool_calling_iterations has no effect: tools are not supported yet"),
         ({"log_multimodal": False}, "log_multimodal has no effect"),
         ({"include_for_metrics": ["loss"], "label_names": ["x"]}, "include_for_metrics, label_names have no effect|"
          "label_names, include_for_metrics have no effect"),

@@ -92,6 +92,7 @@ def test_flags_of_the_config():
         (["--learning-rate"], "needs a value"),
         (["--no-such-thing"], "--no-such-thing"),
         (["--modle", "x"], "'--model'"),
+        (["--beta", "1", "2"], "Unexpected argument '2'"),
     ],
 )
 def test_wrong_flags(arguments, words):
@@ -108,7 +109,8 @@ def test_wrong_flags(arguments, words):
         ("num_generations = 4.5\n", "r.toml", "num_generations"),
         ("vllm_modee = 'x'\n", "r.toml", "vllm_mode"),
         ("1: 2\n", "r.yaml", "Unknown setting 1"),
-        ("use_peft: false\n", "r.yaml", "GRPOTrainer"),
+        ("use_peft: false\nload_in_4bit: true\n", "r.yaml", "quantization nf4 needs a frozen base"),
+        ("env: WANDB_MODE\n", "r.yaml", "must be a table of environment variables"),
     ],
 )
 def test_wrong_files(tmp_path, text, name, words):
@@ -172,6 +174,23 @@ def test_of_a_flag_given_twice_the_last_counts_unless_it_is_a_list():
     assert parse_extra(["--chat-template-kwargs", "{}", "--chat-template-kwargs", '{"a": 1}']) == {
         "chat_template_kwargs": '{"a": 1}'
     }
+
+
+def test_lists_as_trls_command_line_takes_them():
+    line = "--reward_funcs pkg.rewards.f accuracy_reward --lora_target_modules q_proj v_proj --benchmarks a b --bf16"
+    found = parse_extra([*line.split(), "--reward_funcs", "third"])
+    assert found["reward_funcs"] == ["pkg.rewards.f", "accuracy_reward", "third"] and found["bf16"] == "true"
+    recipe = resolve({**found, **parse_extra(["--reward_model_name_or_path", "some/model", "--use_peft", "false"])})
+    assert recipe.reward == ["some/model", "pkg.rewards.f", "accuracy_reward", "third"]
+    assert recipe.lora_target_modules == ["q_proj", "v_proj"] and recipe.use_peft is False
+    assert [row.keys for row in recipe.not_applied] == [("benchmarks",)]
+
+
+def test_all_weights_in_a_written_recipe(tmp_path):
+    first = resolve({"preset": "8gb", "use_peft": "false"})
+    assert first.quantization == "none" and first.origin["quantization"] == "training of all weights"
+    (tmp_path / "recipe.toml").write_text(first.to_toml(), encoding="utf-8")
+    assert resolve({}, tmp_path / "recipe.toml") == first
 
 
 def test_local_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def said(**given):
         ({"ppo_mini_batch_size": 1}, "write per_device_train_batch_size"),
         ({"torch_dtype": "bfloat16"}, "model_init_kwargs={'dtype': ...}"),
         ({"lora_r": 8}, "LoraConfig(r=...)"),
-        ({"tools": []}, "not supported yet"),
+        ({"tools": []}, "pass it to GRPOTrainer"),
     ],
 )
 def test_in_a_script(given, words):
@@ -56,7 +56,6 @@ def test_in_a_script(given, words):
 @pytest.mark.parametrize(
     "given,words",
     [
-        ({"tools": [print]}, "no argument 'tools' (tools and environments are not supported yet)."),
         ({"tokenizer": 1}, "no argument 'tokenizer' (write processing_class)."),
         ({"ref_model": 1}, "'ref_model' (the reference is the model without its adapter"),
         ({"beta": 0.1}, "'beta' (it is a field: args=GRPOConfig(beta=...))."),
@@ -72,7 +71,7 @@ def test_arguments_that_a_trainer_has_not(given, words):
 
 def test_arguments_of_trl_that_are_none(dataset):
     with pytest.raises(UserError, match=r"^Model 'no/model' is neither"):  # what is looked at later
-        GRPOTrainer("no/model", [], train_dataset=dataset, tools=None, rollout_func=None, environment_factory=None)
+        GRPOTrainer("no/model", len, train_dataset=dataset, tools=None, rollout_func=None, environment_factory=None)
 
 
 def test_several_at_once():

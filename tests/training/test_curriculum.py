@@ -10,7 +10,9 @@ from peft import LoraConfig
 
 from lowvram_grpo import GRPOConfig, GRPOTrainer
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.objective import Advantages
 from lowvram_grpo.training.curriculum import Curriculum
+from lowvram_grpo.training.experience import Rollout
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 PROMPTS = ["a", "b", "c", "d", "e", "f"]
@@ -96,9 +98,38 @@ def test_a_resumed_run_has_the_same_order(config, tokenizer, tmp_path, at):
     assert all(torch.equal(value, dict(again.model.named_parameters())[name]) for name, value in weights.items())
 
 
+def test_dropped_groups_are_seen_and_do_not_come_first_in_every_epoch(config, tokenizer):
+    drawn = []
+
+    def dead_a(prompts, completion_ids, **kwargs):
+        drawn.append(prompts[::4])
+        return [WORTH[p] + (0.0 if p == "a" else sum(ids) / 1e4) for p, ids in zip(prompts, completion_ids)]
+
+    args = config(max_steps=6, signal_check=False, self_test=False, curriculum="easy_first", resample_dead_groups=1)
+    dataset = Dataset.from_dict({"prompt": PROMPTS})
+    GRPOTrainer(
+        make_model(), dead_a, args, dataset, processing_class=tokenizer, peft_config=LORA, observer=Quiet()
+    ).train()
+    whole = [prompts for prompts in drawn if len(prompts) == 2]  # rounds have one
+    assert "".join(ordered(*whole[3:])) == "becdfa" and len(drawn) == 8
+
+
+def test_prompts_that_nothing_judged_come_last(config, tokenizer, tmp_path):
+    curriculum = Curriculum("easy_first", [{"prompt": p} for p in "ab"])
+    nan, zeros = torch.tensor([torch.nan] * 2 + [0.0, 1.0]), torch.zeros(4)
+    curriculum.seen(
+        Rollout(
+            None, list("aabb"), [""] * 4, nan, nan[:, None], Advantages(zeros, torch.tensor([True, False]), zeros), {}
+        )
+    )
+    curriculum.save(str(tmp_path))
+    again = Curriculum("easy_first", [{"prompt": p} for p in "cab"])
+    again.restore(str(tmp_path))
+    assert again.arrange([1, 2, 0], 1) == [0, 2, 1]  # c was never seen
+
+
 def test_unseen_prompts_come_first():
     curriculum = Curriculum("hard_first", [{"prompt": p} for p in "abc"])
-    curriculum._seen = {name: (0.5, 0.1) for name in ()}
     assert curriculum.arrange([2, 0, 1], 0) == [2, 0, 1]
     from lowvram_grpo.training.curriculum import _digest
 
@@ -112,5 +143,14 @@ def test_what_cannot_be_ordered_by_is_refused(config, tokenizer, tmp_path):
     dataset = Dataset.from_dict({"prompt": PROMPTS, "difficulty": ["hard"] * 6})
     with pytest.raises(UserError, match="'difficulty', and it has 'hard'"):
         trained(config, tokenizer, dataset, curriculum="easy_first")
+    dataset = Dataset.from_dict({"prompt": PROMPTS, "pass_rate": [0.0, 12.5, 50.0, 75.0, 100.0, 100.0]})
+    with pytest.raises(UserError, match=r"from 0 to 1, and it has 12\.5; divide percents"):
+        trained(config, tokenizer, dataset, curriculum="medium_first")
     with pytest.raises(UserError, match="easy_first"):
         GRPOConfig(output_dir=str(tmp_path), use_cpu=True, curriculum="easy")
+
+
+def test_a_stream_is_refused(config, tokenizer):
+    dataset = Dataset.from_dict({"prompt": ["a", "b", "c", "d"]})
+    with pytest.raises(UserError, match="is a stream"):
+        trained(config, tokenizer, dataset.to_iterable_dataset(), **{"curriculum": "easy_first"})

@@ -100,7 +100,8 @@ def test_an_evaluation_needs_data_that_can_be_used(config, dataset, tokenizer):
     assert "eval_on_start" in said_by(trainer_for, "no/model", config(eval_on_start=True), dataset, tokenizer)
     args = config(eval_strategy="steps", eval_steps=1)
     assert "no eval_dataset" in said_by(trainer_for, "no/model", args, dataset, tokenizer)
-    assert "no length" in said_by(trainer_for, "no/model", args, dataset, tokenizer, dataset.to_iterable_dataset())
+    nothing = dataset.to_iterable_dataset().take(0)
+    assert "eval_dataset is empty" in said_by(trainer_for, "no/model", args, dataset, tokenizer, nothing)
 
 
 def test_the_hub_is_asked_before_training(config, monkeypatch):

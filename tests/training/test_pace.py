@@ -26,6 +26,13 @@ def pace(**changed) -> Pace:
     return Pace(**{**settings, **changed})
 
 
+def test_what_an_estimate_leaves_out_is_said():
+    said = lambda **changed: pace(**changed).sentence()
+    assert "not counted" not in said()
+    assert said(resampled=True).endswith(", groups that are sampled anew not counted.")
+    assert said(resampled=True, evaluated=True).endswith(", evaluations and groups that are sampled anew not counted.")
+
+
 @pytest.mark.parametrize("changed, seconds", [
     ({}, 100 + 20),
     ({"each_step": 4}, 100 + 40),

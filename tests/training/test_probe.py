@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from lowvram_grpo.memory import guard as module
 from lowvram_grpo.memory.devices import Device
 from lowvram_grpo.memory.guard import Guard, cap
 from lowvram_grpo.memory.ladder import Rung
+from lowvram_grpo.training import parts
+from lowvram_grpo.training.agents import agents_of
 from tests.invariants.test_out_of_memory import full, trained
 
 GIB = 2**30
@@ -50,6 +54,25 @@ def test_what_does_not_fit_is_known_before_step_1(config, dataset):
     ]  # fmt: skip
     assert seen[0] == (0, (8, 6))
     assert trainer.plan.micro_batch_size == 2 and trainer.collector.engine.rows == 4
+
+
+def test_replies_are_rehearsed_where_tools_make_them(config):
+    def double(x: int) -> int:
+        """Twice as much.
+
+        Args:
+            x: of what.
+        """
+        return 2 * x
+
+    for agents, expected in (
+        (agents_of(None, None, None, None), False),
+        (agents_of([double], None, None, None), True),
+        (agents_of(None, None, lambda prompts: {}, None), False),  # which does not ask the engine
+    ):
+        engine = SimpleNamespace()
+        parts.make_collector(engine, None, None, None, config(), None, agents)
+        assert engine.converses == expected
 
 
 @pytest.mark.parametrize("vram_gib", [None, 3.0])

@@ -339,10 +339,13 @@ def test_transformers_argument_parser_reads_the_config(tmp_path):
 def test_settings_without_effect_are_all_said(config):
     said = " ".join(
         config(
-            num_completions_to_print=3, dataloader_num_workers=2, kl_estimator="k1", use_bias_correction_kl=False
+            num_completions_to_print=3,
+            dataloader_persistent_workers=True,
+            kl_estimator="k1",
+            use_bias_correction_kl=False,
         ).notices()
     )
-    for name in ("num_completions_to_print", "dataloader_num_workers", "kl_estimator k1"):
+    for name in ("num_completions_to_print", "dataloader_persistent_workers", "kl_estimator k1"):
         assert name in said
     with pytest.raises(UserError, match="auto_find_batch_size"):
         config(auto_find_batch_size=True)
@@ -351,8 +354,8 @@ def test_settings_without_effect_are_all_said(config):
 def test_datasets_are_looked_at_before_anything_is_loaded(config, dataset):
     from datasets import DatasetDict
 
-    with pytest.raises(UserError, match="eval_dataset has no length"):
-        GRPOTrainer("no/such-model", digit_share, config(), dataset, dataset.to_iterable_dataset())
+    with pytest.raises(UserError, match="`eval_dataset` must be a `Dataset` or `IterableDataset`, and is a generator"):
+        GRPOTrainer("no/such-model", digit_share, config(), dataset, (row for row in dataset))
     with pytest.raises(
         UserError, match=r"`train_dataset` must be .*is a DatasetDict of several datasets \(train, test\)"
     ):

@@ -118,6 +118,7 @@ def _rollout(tensors: Tensors) -> Rollout:
         [[3] * length for length in tensors.lengths],
         [sampled[:length] for sampled, length in zip(tensors.sampled, tensors.lengths)],
         tensors.truncated,
+        None if (mask := tensors.tool_mask) is None else [row[:n].tolist() for row, n in zip(mask, tensors.lengths)],
     )
     nothing = torch.zeros(rows)
     advantages = Advantages(tensors.advantages, torch.zeros(rows // GROUP, dtype=torch.bool), nothing)
@@ -177,6 +178,27 @@ def test_loss_gradients_and_metrics(tmp_path, monkeypatch, model, loss_type, opt
         ours = OurLoss(tmp_path, model, off_policy=off_policy, **case).step(tensors, monkeypatch)
         agree(ours, theirs, case, tensors)
         assert theirs.logps.any()
+
+
+WITH_TOOLS = ("as it is", "off-policy mask", "high entropy", "entropy bonus of the high", "sampler and all",
+              "truncated left out", "sampler of sequences")  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["PyTorch", "kernel"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_what_tools_inserted_is_in_nothing(tmp_path, monkeypatch, model, loss_type, fused):
+    """Loss, KL, entropies, clipping and denominators count sampled tokens alone, whole and in micro-batches."""
+    tensors = make_tensors(inserted=True)
+    split = {"gradient_accumulation_steps": 4, "steps_per_generation": 4}
+    for level, (i, option) in product(LEVELS, enumerate(WITH_TOOLS)):
+        if (loss_type, option) == ("vespo", "sampler of sequences"):
+            continue
+        case, parts = _case(loss_type, level, option), split if i % 2 else {}
+        theirs = TRLLoss(**case).step(tensors, off_policy=True)
+        ours = OurLoss(tmp_path, model, fused=fused, off_policy=True, **case, **parts).step(tensors, monkeypatch)
+        agree(ours, theirs, case, tensors)
+        assert theirs.logps.any() and not ours.logps[tensors.tool_mask == 0].any()
+        assert not ours.entropies[tensors.tool_mask == 0].any()
 
 
 def our_advantages(

@@ -23,6 +23,7 @@ class Tensors:
             and of a sampler of its own.
         entropies: (B, T) float32 nats.
         advantages: (B,) float32.
+        tool_mask: (B, T) int64, 0 where a tool's answer was inserted; None: nowhere.
     """
 
     lengths: list[int]
@@ -33,6 +34,7 @@ class Tensors:
     sampled: Tensor
     entropies: Tensor
     advantages: Tensor
+    tool_mask: Tensor | None = None
 
     def mask(self, without_truncated: bool) -> Tensor:
         """(B, T) int64."""
@@ -40,9 +42,10 @@ class Tensors:
         return mask * (~torch.tensor(self.truncated))[:, None].long() if without_truncated else mask
 
 
-def make_tensors(rows: int = 8, seed: int = 0, spread: float = 0.5) -> Tensors:
+def make_tensors(rows: int = 8, seed: int = 0, spread: float = 0.5, *, inserted: bool = False) -> Tensors:
     """Ratios far enough from 1 that every bound is passed on both sides, a dead group's advantages of 0, and a
-    completion of one token."""
+    completion of one token. `inserted`: between the first and the last token of most others stand some that no model
+    sampled."""
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *size: torch.randn(*size, generator=generator)
     lengths = torch.randint(1, T + 1, (rows,), generator=generator).tolist()
@@ -51,6 +54,10 @@ def make_tensors(rows: int = 8, seed: int = 0, spread: float = 0.5) -> Tensors:
     advantages = normal(rows)
     if rows > GROUP:
         advantages[-GROUP // 2 :] = 0.0
+    tool_mask = None
+    if inserted:
+        tool_mask = (torch.rand(rows, T, generator=generator) < 0.5).long()
+        tool_mask[:, 0] = 1
     return Tensors(
         lengths,
         [length == T for length in lengths],
@@ -60,6 +67,7 @@ def make_tensors(rows: int = 8, seed: int = 0, spread: float = 0.5) -> Tensors:
         (logps + spread * normal(rows, T)).clamp(max=0),
         normal(rows, T).abs() + 0.05,
         advantages,
+        tool_mask,
     )
 
 
@@ -122,6 +130,9 @@ class TRLLoss:
             "completion_ids": torch.ones(rows, T, dtype=torch.long), "completion_mask": mask,
             "advantages": tensors.advantages, "ref_per_token_logps": tensors.ref,
         }  # fmt: skip
+        if tensors.tool_mask is not None:  # as TRL's `_generate_and_score_completions` does it
+            inputs["tool_mask"] = tensors.tool_mask
+            mask = mask * tensors.tool_mask
         if off_policy or settings["use_vllm"]:
             inputs["old_per_token_logps"] = tensors.old if off_policy else tensors.logps
         if settings["use_vllm"]:
