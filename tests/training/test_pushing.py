@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 from conftest import Quiet, digit_share, make_model
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from lowvram_grpo import GRPOTrainer, UserError
 from lowvram_grpo.training.pushing import STAGED
@@ -25,7 +26,9 @@ class Hub:
     endpoint = "http://hub"
 
     def __init__(self):
-        self.made, self.commits, self.failures, self.slow, self.tokens = [], [], 0, 0.0, []
+        self.made, self.commits, self.failures, self.tokens = [], [], 0, []
+        self.gate = threading.Event()
+        self.gate.set()
         self._thread = ThreadPoolExecutor(1)
 
     def __call__(self, token=None):
@@ -43,7 +46,7 @@ class Hub:
         return self._thread.submit(call, **kwargs)
 
     def upload_folder(self, *, repo_id, folder_path, path_in_repo, commit_message, revision):
-        time.sleep(self.slow)
+        assert self.gate.wait(60)
         if self.failures:
             self.failures -= 1
             raise ConnectionError("no route to host")
@@ -145,10 +148,17 @@ def test_nothing_goes_out_before_the_end_where_it_is_to_be_the_end(trainer_with,
 
 
 def test_one_at_a_time_unless_each_is_wanted(trainer_with, hub):
-    hub.slow = 0.4
-    trainer_with(hub_always_push=False, max_steps=4).train()
-    steps = [int(commit.message.rpartition(" ")[2]) for commit in hub.commits]
-    assert steps[0] == 1 and len(steps) < 4
+    class Opens(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            hub.gate.set()
+
+    for always, steps in ((False, ["1"]), (True, ["1", "2", "3"])):
+        hub.gate.clear()
+        hub.commits.clear()
+        trainer = trainer_with(hub_always_push=always, max_steps=3)
+        trainer.add_callback(Opens())
+        trainer.train()
+        assert [commit.message[-1] for commit in hub.commits] == steps
 
 
 def test_what_fails_is_said_and_loses_nothing(trainer_with, hub, tmp_path):
