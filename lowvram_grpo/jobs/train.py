@@ -23,11 +23,12 @@ from lowvram_grpo.jobs.start import Start, begin, reopen
 from lowvram_grpo.jobs.task import guess_notice
 from lowvram_grpo.plan.paper import ladder_for
 from lowvram_grpo.recipe.not_applied import as_markdown, as_text
+from lowvram_grpo.run.best import best_sentence
 from lowvram_grpo.run.capture import Capture
 from lowvram_grpo.run.completions import CompletionsLog
 from lowvram_grpo.run.console import Console
 from lowvram_grpo.run.interrupt import StopAfterStep
-from lowvram_grpo.run.metrics import MetricsWriter, best_sentence
+from lowvram_grpo.run.metrics import MetricsWriter
 from lowvram_grpo.run.model_card import model_card
 from lowvram_grpo.training.best_model import best_of, stopped_early
 from lowvram_grpo.training.collect import SCORING

@@ -45,7 +45,6 @@ _OTHERS = {
     "workspace_mib": "unsloth_num_chunks unsloth_grpo_mini_batch unsloth_logit_chunk_multiplier logits_chunk_size",
     "vllm_gpu_memory_utilization": "gpu_memory_utilization",
     "vllm_server_base_url": "vllm_server_url vllm_base_url",
-    "log_unique_prompts": "wandb_log_unique_prompts",
     "early_stopping": "early_stopping_patience early_stop patience",
     "use_cpu": "no_cuda",
     "bf16": "use_bf16 mixed_precision",

@@ -20,8 +20,8 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from lowvram_grpo.faults import note_phase
+from lowvram_grpo.run.best import is_evaluation
 from lowvram_grpo.run.capture import Screen, screen
-from lowvram_grpo.run.metrics import is_evaluation
 from lowvram_grpo.run.observer import Observer
 from lowvram_grpo.run.view import Glyphs, View, clean, decimal, duration, percent, small
 

@@ -20,24 +20,6 @@ def ends(rows: Sequence[Any], window: int = _WINDOW) -> tuple[Sequence[Any], Seq
     return rows[:count], rows[len(rows) - max(count, 1) :]
 
 
-def is_evaluation(name: str) -> bool:
-    """Whether a metric is the mean reward of an evaluation: eval_reward, or eval_NAME_reward of one of several data
-    sets."""
-    return name == "eval_reward" or (name.startswith("eval_") and name.endswith("_reward") and "/" not in name)
-
-
-def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row that says which weights a run has left, where it has left others than its last ones on purpose."""
-    return next((row for row in reversed(rows) if "best/step" in row), None)
-
-
-def best_sentence(row: dict[str, Any]) -> str:
-    """Which weights these are, for whoever finds them."""
-    how = "stopped early at" if row["best/stopped_early"] else "went on to"
-    rest = "" if row["best/step"] == row["step"] else f", and the run {how} step {row['step']}"
-    return f"the weights after step {row['best/step']}, whose {row['best/metric']} was {row['best/value']:.4g}{rest}."
-
-
 class MetricsWriter(TrainerCallback):
     """Appends `{"step": ..., **logs}` at every log of the trainer: training, evaluation, the
     cold start (at step 0, under names that begin with `cold_start/`) and the summary at the end."""

@@ -10,7 +10,8 @@ import yaml
 
 from lowvram_grpo import __version__
 from lowvram_grpo.errors import counted
-from lowvram_grpo.run.metrics import best_row, best_sentence, ends
+from lowvram_grpo.run.best import best_row, best_sentence
+from lowvram_grpo.run.metrics import ends
 
 # hub ids are at most `owner/name`; anything else in `base_model` makes the hub refuse the card
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

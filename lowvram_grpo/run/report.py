@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.run.best import best_row, is_evaluation
 from lowvram_grpo.run.directory import RunDirectory
-from lowvram_grpo.run.metrics import best_row, is_evaluation
 
 COLD_START_STEP = "cold_start/step"
 COLD_START_METRICS = {"reward": "cold_start/reward", "frac_reward_zero_std": "cold_start/dead_groups"}

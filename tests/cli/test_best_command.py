@@ -7,7 +7,7 @@ import shutil
 
 from test_errors import sentence, train
 
-from lowvram_grpo.run.metrics import best_row, best_sentence
+from lowvram_grpo.run.best import best_row, best_sentence
 
 
 def rows(run):

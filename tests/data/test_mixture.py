@@ -14,7 +14,7 @@ from lowvram_grpo.data.load import prepare
 from lowvram_grpo.data.mixture import Mixture, Part, Source, mixed, read_mixture
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.jobs.task import Rewards
-from lowvram_grpo.jobs.training_data import prepared_data, read_raw
+from lowvram_grpo.jobs.training_data import prepared_data, read_evaluated, read_raw
 from lowvram_grpo.recipe.resolve import Recipe
 from lowvram_grpo.rewards.registry import resolve_reward
 
@@ -65,7 +65,8 @@ def recipe(tmp_path, **settings):
 def trained_on(recipe, said=None):
     tell = print if said is None else said.append
     rewards = Rewards(["accuracy"], [resolve_reward("accuracy", recipe)[0]], [1.0])
-    return prepared_data(recipe, read_raw(recipe, tell), rewards, tell)
+    raw = read_raw(recipe, tell)
+    return prepared_data(recipe, raw, read_evaluated(recipe), rewards, tell)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import json
 import runpy
 import sys
@@ -13,7 +12,10 @@ import pytest
 from conftest import CHAT_TEMPLATE, make_model
 from safetensors.torch import load_file
 
-from lowvram_grpo import GRPOTrainer
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+
+from chat_tokenizer import chat_tokenizer
+
 from lowvram_grpo.cli import app
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -165,10 +167,11 @@ def test_both_notebooks_do_the_same():
     assert trees[0] == trees[1]
 
 
-@pytest.mark.skipif(
-    "tools" not in inspect.signature(GRPOTrainer.__init__).parameters, reason="this version has no tools yet"
-)
 def test_the_calculator(place):
+    # With a template that knows of tools.
+    tokenizer = chat_tokenizer()
+    tokenizer.save_pretrained(place / "model")
+    make_model(max_position_embeddings=2048, vocab_size=len(tokenizer)).save_pretrained(place / "model")
     found = runpy.run_path(str(EXAMPLES / "calculator_tool.py"), run_name="__main__")
     assert (place / "calculator" / "adapter").is_dir()
     assert found["calculate"]("(17 + 25) * 3") == "126"
