@@ -89,9 +89,7 @@ def trainer(tmp_path, tokenizer):
             "signal_check": False, "shuffle_dataset": False,
         }  # fmt: skip
         args = GRPOConfig(**{**usual, **(settings or {})})
-        made = GRPOTrainer(
-            small_model(tokenizer), rewards, args, data, processing_class=tokenizer, **arguments,
-        )  # fmt: skip
+        made = GRPOTrainer(small_model(tokenizer), rewards, args, data, processing_class=tokenizer, **arguments)
         if script is not None:
             made.collector.engine = Scripted(made.collector.engine, tokenizer, script)
         return made
