@@ -39,6 +39,7 @@ from lowvram_grpo.rollout.vllm import VLLMEngine, check_vllm, vllm_engine
 from lowvram_grpo.training.agents import Agents
 from lowvram_grpo.training.collect import Collector, reward_columns
 from lowvram_grpo.training.early_checks import check_before_loading, check_evaluation
+from lowvram_grpo.training.environments import EMPTY_PROMPT
 from lowvram_grpo.training.learner import Learner, learner_of
 from lowvram_grpo.training.loss import choose_kernels
 from lowvram_grpo.training.router_loss import router_notice
@@ -97,10 +98,15 @@ def check_arguments(
 
 
 def with_agents(
-    agents: Agents | None, args: GRPOConfig, reward_funcs: Any, processing_classes: Any, train_dataset: Any
-) -> tuple[GRPOConfig, list, Any, Any]:
-    """(settings, reward functions, their tokenizers, data) with what agents bring of each: what prompts tell of tools,
-    environments that judge, and, where an environment writes the prompts, rows to begin with.
+    agents: Agents | None,
+    args: GRPOConfig,
+    reward_funcs: Any,
+    processing_classes: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+) -> tuple[GRPOConfig, list, Any, Any, Any]:
+    """(settings, reward functions, their tokenizers, data, evaluation data) with what agents bring of each: what
+    prompts tell of tools, environments that judge, and, where an environment writes the prompts, rows to begin with.
 
     Raises:
         UserError: nothing judges, or nothing says how long to train.
@@ -112,12 +118,14 @@ def with_agents(
         raise UserError("There is no reward: pass reward_funcs, or an environment that has get_reward().")
     if environments is not None and train_dataset is None:
         train_dataset = _empty_prompts(args, environments.several)
+    if environments is not None:
+        train_dataset, eval_dataset = environments.prompted(train_dataset, eval_dataset)
     if own:
         args = copy.copy(args)
         if args.reward_weights is not None:
             args.reward_weights = [*args.reward_weights, *[1.0] * len(own)]
         processing_classes = [*one_each(processing_classes, len(funcs)), *[None] * len(own)]
-    return with_schemas(agents, args), [*funcs, *own], processing_classes, train_dataset
+    return with_schemas(agents, args), [*funcs, *own], processing_classes, train_dataset, eval_dataset
 
 
 def with_schemas(agents: Agents | None, args: GRPOConfig) -> GRPOConfig:
@@ -143,7 +151,7 @@ def _empty_prompts(args: GRPOConfig, several: bool) -> Any:
             "There is no train_dataset, so environments write the prompts, and nothing says how long to train; set "
             "max_steps."
         )
-    return Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * BatchPlan.of(args).prompts_per_rollout})
+    return Dataset.from_dict({"prompt": [EMPTY_PROMPT] * BatchPlan.of(args).prompts_per_rollout})
 
 
 def check_agents(agents: Agents | None, args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, rows: Any) -> None:

@@ -111,8 +111,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Evaluates, Loaders, ResumableTr
         call = None if rollout_func is None else lambda prompts: rollout_func(prompts, self)
         agents = agents_of(tools, environment_factory, call, args.max_tool_calling_iterations)
         self.tools, self.rollout_func = [] if agents is None else agents.all_tools, rollout_func
-        acting = parts.with_agents(agents, args, reward_funcs, reward_processing_classes, train_dataset)
-        args, reward_funcs, reward_processing_classes, train_dataset = acting
+        acting = parts.with_agents(agents, args, reward_funcs, reward_processing_classes, train_dataset, eval_dataset)
+        args, reward_funcs, reward_processing_classes, train_dataset, eval_dataset = acting
         self.grpo_args, self.observer = args, observer or Observer(log_completions=args.log_completions)
         notice = self.observer.notice
         check_early_stopping(args, callbacks or ())

@@ -79,6 +79,7 @@ def tokenizer():
 @pytest.fixture
 def trainer(tmp_path, tokenizer):
     def make(script=None, rewards=by_length, data=None, settings=None, template=None, **arguments):
+        data = Dataset.from_list(data or asked(4)) if data is None or isinstance(data, list) else data
         if template is not None:
             tokenizer.chat_template = template
         usual = {
@@ -88,10 +89,7 @@ def trainer(tmp_path, tokenizer):
             "signal_check": False, "shuffle_dataset": False,
         }  # fmt: skip
         args = GRPOConfig(**{**usual, **(settings or {})})
-        made = GRPOTrainer(
-            small_model(tokenizer), rewards, args, Dataset.from_list(data or asked(4)), processing_class=tokenizer,
-            **arguments,
-        )  # fmt: skip
+        made = GRPOTrainer(small_model(tokenizer), rewards, args, data, processing_class=tokenizer, **arguments)
         if script is not None:
             made.collector.engine = Scripted(made.collector.engine, tokenizer, script)
         return made
@@ -206,6 +204,50 @@ def test_environments(trainer):
     log = run.state.log_history[-1]
     assert log["rewards/Judging/mean"] == 1.75 and log["rewards/reward/mean"] == 2.25
     assert run.environments[0].row.keys() == {"prompt", "answer"}
+
+
+class Strict(Judging):
+    """Takes what its rows have and no more."""
+
+    def reset(self, level):
+        super().reset(level=level)
+        return [{"type": "text", "text": f"Level {level}"}, {"type": "text", "text": ", go."}]
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["dataset", "stream"])
+def test_data_without_prompts(trainer, streamed):
+    """As in TRL: `reset` writes the prompt and gets the other columns alone, of the evaluation data too."""
+    rows = [{"level": i, "environment": "strict"} for i in range(4)]
+    data = Dataset.from_list(rows)
+    data = data.to_iterable_dataset() if streamed else data
+    run = trainer(
+        [[DONE]] * 4, None, data, environment_factory={"strict": Strict},
+        eval_dataset={"more": Dataset.from_list(rows)},
+    )  # fmt: skip
+    assert run.eval_dataset["more"][3]["prompt"] == [{"role": "user", "content": ""}]
+    run.train()
+    assert [prompt[0]["content"] for prompt in run._logs["prompt"]] == [f"Level {i}, go." for i in (0, 0, 1, 1)]
+    assert run.environments[2].row == {"level": 1}
+
+
+def test_an_observation_behind_a_prompt_in_parts(trainer):
+    data = [{"prompt": [{"role": "user", "content": [{"type": "text", "text": "Begin."}]}]}] * 4
+    run = trainer([[DONE]] * 4, None, data, environment_factory=Telling)
+    rollout = run.collect(data[:2], 0)
+    assert rollout.prompts[0][-1]["content"] == "Begin. You have 1 things."
+    assert "Begin. You have" in run.processing_class.decode(rollout.batch.prompt_ids[0])
+
+
+@pytest.mark.parametrize("said", [3, [{"type": "image", "image": "x"}], {"a": 1}], ids=["number", "image", "dict"])
+def test_an_observation_that_is_no_text(trainer, said):
+    class Odd(Judging):
+        def reset(self, **row):
+            super().reset(**row)
+            return said
+
+    run = trainer([[DONE]] * 4, None, environment_factory=Odd)
+    with pytest.raises(UserError, match="environment Odd returned"):
+        run.collect(asked(2), 0)
 
 
 def test_environments_by_name(trainer):
