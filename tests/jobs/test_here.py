@@ -15,7 +15,7 @@ from lowvram_grpo.jobs.loading import dtype_of, fresh_lora, training_config
 from lowvram_grpo.recipe.not_applied import NEVER
 from lowvram_grpo.recipe.resolve import ALIASES, IGNORED, resolve
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipe" / "open_r1").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[1] / "recipe" / "open_r1_recipes").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
