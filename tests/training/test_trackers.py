@@ -190,9 +190,7 @@ def test_rows_are_text_and_numbers():
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "u"}]}]
     call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}]
     table = table_of([turns, "q"], [call, "c"], {"r": [1.0, None]}, [0.5, -0.5], {"note": [{"a": 1}, 2]})
-    assert (
-        table["prompt"] == ["system: s\nuser: u", "q"] and table["completion"][0] == '{"name": "add", "arguments": {}}'
-    )
+    assert table["prompt"] == ["system: s\nuser: u", "q"] and table["completion"][0] == "-> add({})"
     assert table["note"] == ['{"a": 1}', 2] and list(table) == ["prompt", "completion", "r", "note", "advantage"]
     more = joined(table, table_of(["q"], ["d"], {"r": [0.0]}, [0.0]))
     assert more["note"] == ['{"a": 1}', 2, None]
