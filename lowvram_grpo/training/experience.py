@@ -202,7 +202,7 @@ def updates_of(
     if batch.tool_mask is not None:
         tool_mask = pad_right([torch.tensor(row) for row in batch.tool_mask], width, 0).bool()
         loss_mask &= tool_mask
-    if bool((unknown := logps.isnan()).any()):
+    if (unknown := logps.isnan()).numpy().any():  # in host memory: nothing is waited for
         known_mask = ~unknown & (completion_mask.bool() if tool_mask is None else tool_mask)
         logps = logps.nan_to_num(0.0) if bool(known_mask.any()) else None
     of_rows = lambda values, rows, t: None if values is None else values[rows, :t]
