@@ -81,7 +81,8 @@ def decode_attention(
 
 def usable_path(query: Tensor, key: Tensor, value: Tensor, path: str | None = None) -> str:
     """`decode_path` for these (R, heads, D) tensors, where Triton's was not asked for only if it works here."""
-    found = decode_path(query.device, query.shape[1], key.shape[1], query.shape[2], value.shape[2], path)
+    heads, kv_heads = query.shape[1], key.shape[1]
+    found = decode_path(query.device, heads, kv_heads, query.shape[2], value.shape[2], path, query.dtype)
     if path is None and found == "triton" and query.is_cuda and not _works(query.device, query.dtype):
         return "torch"
     return found

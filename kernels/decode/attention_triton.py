@@ -23,7 +23,7 @@ import torch
 from lowvram_grpo.kernels.card import card, power_of_2
 from lowvram_grpo.kernels.decode.attention_kernels import merge_kernel, own_kernel, prefix_kernel
 from lowvram_grpo.kernels.decode.kv import KV, Rows
-from lowvram_grpo.kernels.decode.launch import Splits, Tiles, ranges, tiles_of
+from lowvram_grpo.kernels.decode.launch import WIDEST_FLOAT32, Splits, Tiles, ranges, tiles_of
 from lowvram_grpo.kernels.runtime import CompileCase, compile_case, device_guard, interpreted
 from torch import Tensor
 
@@ -105,10 +105,11 @@ def compile_cases(cc: int) -> list[CompileCase]:
     half = torch.float16 if cc < 80 else torch.bfloat16
     # What may be asked for by name (fp16 = true), where bfloat16 is what is taken: the same tiles.
     cases = _cases(cc, torch.float16, 64, (64,), int8=False, masks=False) if cc >= 80 else []
-    for width in (64, 80, 256):
+    for width in (64, 80, 256, 512):
         cases += _cases(cc, half, width, (64,), int8=False, masks=False)
         cases += _cases(cc, half, width, (64, 32, 16), int8=True, masks=True)
-        cases += _cases(cc, torch.float32, width, (64,), int8=False, masks=True)
+        if width <= WIDEST_FLOAT32:
+            cases += _cases(cc, torch.float32, width, (64,), int8=False, masks=True)
         for out in (half, torch.float16, torch.float32) if half != torch.float16 else (half, torch.float32):
             types = {
                 "parts": "*fp32:16", "lse": "*fp32:16", "rank_ptr": "*i64:16", "out": _KINDS[out],

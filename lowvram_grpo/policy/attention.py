@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,16 @@ class Layout:
 
     def __init__(self):
         self.calls, self.windows = 0, set()
+        self._owners: dict[int, tuple[ref[Tensor], int]] = {}
+
+    def owner(self, layer: int, key: Tensor) -> int:
+        """The number of the layer that keys are kept for: the first one of this pass that was given this very tensor.
+        Layers that share keys (Gemma 4's last) hand it on, and one cache serves them all."""
+        known, first = self._owners.get(id(key), (None, layer))
+        if known is not None and known() is key:
+            return first
+        self._owners[id(key)] = ref(key), layer
+        return layer
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """Attention of query (B, heads, L, d) of layer number `layer` by its new key and value (B, KV heads, L, d);
@@ -133,8 +143,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def forward_with_layout(decoder: nn.Module, layout: Layout, positions: Tensor, **inputs: Tensor) -> Tensor:
-    """(B, L, H) last hidden states of a pass by a layout, at positions (B, L). `inputs`: input_ids (B, L) or
-    inputs_embeds (B, L, H). The attention must be set to `NAME`."""
+    """(B, L, H) last hidden states of a pass by a layout, at positions (B, L). `inputs`: input_ids (B, L), or
+    what `embeddings.host_inputs` makes of them. The attention must be set to `NAME`."""
     # A mask of four dimensions is handed through as it is, so no model spends time on making one.
     unused = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=positions.device)
     out = decoder(**inputs, attention_mask=unused, position_ids=positions, use_cache=False, attention_layout=layout)

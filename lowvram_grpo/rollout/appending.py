@@ -51,11 +51,13 @@ class AppendLayout(Layout):
         return upload([ranges([(p.before + p.age, p.count) for p in self.pieces])], device)[0][None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        layer_cache, outs, end = self.cache.layer(layer, key, value), [], 0
+        owner, outs, end = self.owner(layer, key), [], 0
+        layer_cache = self.cache.layer(owner, key, value)
         dtype = attention_dtype(query.device, query.dtype)
         for row, slot, before, age, count in self.pieces:
             begin, end = end, end + count
-            layer_cache.keep_own(row, age, slot, key[0, :, begin:end], value[0, :, begin:end])
+            if owner == layer:
+                layer_cache.keep_own(row, age, slot, key[0, :, begin:end], value[0, :, begin:end])
             keys, values = layer_cache.sequence(slot, before, row, age + count, dtype)
             q = query[:, :, begin:end].to(dtype)
             outs.append(self._behind(before + age, q, keys[None], values[None], params))

@@ -45,8 +45,9 @@ class PrefillLayout(Layout):
         return upload([ranges([(0, b - a) for a, b in self.spans])], device)[0][None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        layer_cache = self.cache.layer(layer, key, value)
-        for slot, (a, b) in zip(self.slots, self.spans):
+        owner = self.owner(layer, key)
+        layer_cache = self.cache.layer(owner, key, value)
+        for slot, (a, b) in zip(self.slots, self.spans) if owner == layer else ():
             layer_cache.keep_prompt(slot, key[0, :, a:b], value[0, :, a:b])
         dtype = attention_dtype(query.device, query.dtype)
         query, key, value = (x.to(dtype) for x in (query, key, value))
@@ -90,7 +91,8 @@ class DecodeLayout(Layout):
         self.cache, self.rows, self.path, self.fixed = cache, rows, path, True
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        layer_cache = self.cache.layer(layer, key, value)
+        # Of shared keys each layer writes the new token, the same numbers to the same place.
+        layer_cache = self.cache.layer(self.owner(layer, key), key, value)
         q, k, v = (x[:, :, 0] for x in (query, key, value))
         path = usable_path(q, k, v, self.path)
         self.fixed &= path == "triton"
