@@ -10,6 +10,7 @@ from lowvram_grpo.policy.hub import way_to_the_hub
 from lowvram_grpo.policy.known_models import config_dict, lookup, names, near
 from lowvram_grpo.policy.load import model_config
 from lowvram_grpo.policy.refusals import check_kind, explained, not_a_model
+from lowvram_grpo.policy.text_model import text_or_whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,7 +42,7 @@ def resolve_config(model: str, **hub: Any) -> tuple[PretrainedConfig, str]:
                 raise explained(str(path), error) from error
             raise UserError(f"{model!r} is not a model's configuration ({one_line(error)}).") from error
         check_kind(str(path), config)
-        return config, str(path)
+        return text_or_whole(config), str(path)
     name = lookup(model)
     if name is not None:
         return AutoConfig.for_model(dtype="bfloat16", **config_dict(name)), f"the table of architectures ({name})"
@@ -55,4 +56,4 @@ def resolve_config(model: str, **hub: Any) -> tuple[PretrainedConfig, str]:
             f"had from the hub; name a local folder, {way_to_the_hub()}, or take one of {', '.join(names())}."
         ) from error
     check_kind(model, config)
-    return config, f"the hub ({model})"
+    return text_or_whole(config), f"the hub ({model})"
