@@ -16,6 +16,8 @@ from lowvram_grpo.policy.dropout import disable_dropout
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.load import compute_dtype, keep_differentiable, load_causal_lm
+from lowvram_grpo.policy.lora_targets import with_targets
+from lowvram_grpo.policy.text_model import save_under_whole_names
 from lowvram_grpo.policy.training_ops import fewer_launches
 from lowvram_grpo.policy.variants import (
     ChangedBase,
@@ -133,11 +135,12 @@ def attach_lora(model: PreTrainedModel, peft_config: PeftConfig) -> nn.Module:
         )
     try:
         # peft writes the names that it found into the configuration, which would then fit no other model.
-        wrapped = get_peft_model(model, copy.deepcopy(peft_config))
+        wrapped = get_peft_model(model, with_targets(model, copy.deepcopy(peft_config)))
     except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, KeyError) as error:
         raise UserError(f"The LoRA configuration does not fit the model: {one_line(error)}.") from error
     if changed:
         ChangedBase(wrapped)
     check_tied_tokens(wrapped)
     head_of(wrapped.get_base_model())
+    save_under_whole_names(wrapped)
     return wrapped

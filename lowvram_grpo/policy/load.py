@@ -24,6 +24,7 @@ from lowvram_grpo.policy.refusals import (
     lacks_vocabulary,
     no_tokenizer,
 )
+from lowvram_grpo.policy.text_model import mark_inside, text_or_whole
 from lowvram_grpo.policy.wrapper import unwrap
 
 if TYPE_CHECKING:
@@ -44,11 +45,16 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def model_config(model: str, gguf_file: str | None = None, **hub: Any) -> PretrainedConfig:
-    """The configuration of a model: folder, hub id or GGUF file; `hub` has its revision or trust_remote_code.
+    """The configuration of a model: folder, hub id or GGUF file; `hub` has its revision or trust_remote_code. Of a
+    multimodal model it is that of the language model inside of it.
 
     Raises:
         UserError: no such model, or one that is no causal language model.
     """
+    return text_or_whole(_stored_config(model, gguf_file, **hub))
+
+
+def _stored_config(model: str, gguf_file: str | None = None, **hub: Any) -> PretrainedConfig:
     try:
         if gguf := gguf_parts(model, gguf_file):
             config = gguf_config(*gguf, **{k: v for k, v in hub.items() if k != "trust_remote_code"})[0]
@@ -172,11 +178,16 @@ def load_causal_lm(
         if gguf := gguf_parts(model, kwargs.pop("gguf_file", None)):
             loaded = load_gguf_file(*gguf, device, kwargs, keep_on_host, tell)
         else:
-            config = model_config(model, **hub_arguments(kwargs))
+            stored = _stored_config(model, **hub_arguments(kwargs))
+            config = text_or_whole(stored)
             kwargs["dtype"] = auto_dtype(kwargs["dtype"], config.dtype, device)
             loaded = load_streamed(model, config, device, kwargs, keep_on_host)
             if loaded is None:
-                loaded = load_whole(model, config, device, kwargs, keep_on_host, tell)
+                inside = config is not stored
+                loaded = load_whole(model, config, device, kwargs, keep_on_host, tell, inside=inside)
+            if config is not stored:
+                mark_inside(loaded, stored)
+                tell(f"of {model} the language model alone is loaded, without what sees or hears.")
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:

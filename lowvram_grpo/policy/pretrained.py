@@ -19,11 +19,12 @@ from transformers.utils import find_adapter_config_file
 
 from lowvram_grpo.errors import UserError, is_out_of_memory, one_line
 from lowvram_grpo.policy.accounting import account, lacking
-from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source, renames
+from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source, converts, places
 from lowvram_grpo.policy.gguf import load_gguf
 from lowvram_grpo.policy.quantization import check_stored, quantization_name, streamed_quantization
 from lowvram_grpo.policy.refusals import beside_a_model
 from lowvram_grpo.policy.stream import materialize, skeleton
+from lowvram_grpo.policy.text_model import KEY_MAPPING, text_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,8 +112,11 @@ def load_whole(
     kwargs: dict[str, Any],
     keep_on_host: HostNames,
     tell: Callable[[str], None],
+    *,
+    inside: bool = False,
 ) -> PreTrainedModel:
-    """The model by from_pretrained; `tell` hears of weights without a place.
+    """The model by from_pretrained; `tell` hears of weights without a place. `inside`: `config` is that of the language
+    model in a multimodal checkpoint, whose other parts have none.
 
     Raises:
         UserError: the checkpoint is quantized already, and in another way than asked for; it is damaged, lacks weights
@@ -124,7 +128,11 @@ def load_whole(
         _check_stored_names(model, config, kwargs)
     if stored is not None or "quantization_config" in kwargs:
         kwargs.setdefault("device_map", {"": device.index or 0 if device.type == "cuda" else device.type})
+    if inside:
+        kwargs |= {"config": config, "key_mapping": KEY_MAPPING}
     loaded, report = _reported(model, kwargs)
+    if inside:
+        report["unexpected_keys"] = {name for name in report["unexpected_keys"] if text_name(name) is not None}
     account(model, loaded, report, tell)
     if stored is not None and isinstance(kwargs["dtype"], torch.dtype):
         _recast(loaded, kwargs["dtype"])
@@ -149,11 +157,11 @@ def _check_stored_names(model: str, config: Any, kwargs: dict[str, Any]) -> None
     except (FileNotFoundError, ValueError):
         return
     empty = skeleton(config, torch.float32)
-    if renames(empty, source):
+    if converts(empty, source):
         return
-    head, prefix = empty.get_output_embeddings(), f"{empty.base_model_prefix}."
+    head = empty.get_output_embeddings()
     packed = {f"{n}.weight" for n, m in empty.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    found = {name if name in packed else prefix + name for name in source.tensors}
+    found = set(places(empty, source).values())
     if missing := sorted(packed - found):
         raise lacking(model, missing, sorted(source.tensors.keys() - {*empty.state_dict()}), empty)
 
