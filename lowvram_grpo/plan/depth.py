@@ -10,8 +10,11 @@ if TYPE_CHECKING:
 
 
 def period_of(config: PretrainedConfig) -> int:
-    """After how many layers their kinds repeat; all of them where they do not."""
+    """After how many layers their kinds repeat; all of them where they do not, or where some attend to others' keys
+    (Gemma 4's last layers, which have no projections for these, and MLPs of another size)."""
     kinds = getattr(config, "layer_types", None)
+    if getattr(config, "num_kv_shared_layers", 0):
+        return config.num_hidden_layers
     if not kinds:
         return 1
     return next(p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:])))
