@@ -28,6 +28,7 @@ CATEGORIES = (
     "gradients",
     "optimizer",
     "KV cache",
+    "recurrent states",
     "workspace",
     "activations",
 )

@@ -225,7 +225,9 @@ class GRPOConfig(TrainingArguments):
         "which takes those that must be faster by count and pass a trial on this card.",
         "auto",
     )
-    embedding_offload: bool = _help("(ours) Keep an untied input embedding in pinned host memory.", False)
+    embedding_offload: bool = _help(
+        "(ours) Keep an untied input embedding, and per-layer inputs (Gemma 3n, 4), in host memory.", False
+    )
     activation_offload: bool = _help(
         "(ours) Keep checkpointed activations in pinned host memory until the backward pass.", False
     )
