@@ -83,8 +83,9 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
         ledger = Ledger(block=block)
     stand_in = StandIn(blueprint.device, None if blueprint.dtype == torch.float32 else blueprint.dtype)
     work = workload(args, blueprint.config, blueprint.longest_prompt)
-    attention = "eager" if blueprint.attention == "eager" else "sdpa"
-    empty = skeleton(blueprint.config, blueprint.stored, attn_implementation=attention)
+    # Else what transformers chooses: sdpa, or eager of a model that sdpa does not know enough for.
+    asked = {"attn_implementation": "eager"} if blueprint.attention == "eager" else {}
+    empty = skeleton(blueprint.config, blueprint.stored, **asked)
     args = copy.copy(args)
     args.gradient_checkpointing_kwargs = {"context_fn": stand_in.recompute}
     with stand_in, stand_in.for_libraries(), ledger:
