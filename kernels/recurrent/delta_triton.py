@@ -71,7 +71,15 @@ class _Segment:
         q, k, _, g, beta = self.given
         inverse, attention = self.buffer(CHUNK, CHUNK), self.buffer(CHUNK, CHUNK)
         systems_kernel[(self.chunks, self.rows)](
-            q, k, g, beta, inverse, attention, **self.sizes(), **_strides(q=q, k=k, g=g, beta=beta), num_warps=SYSTEM_WARPS
+            q,
+            k,
+            g,
+            beta,
+            inverse,
+            attention,
+            **self.sizes(),
+            **_strides(q=q, k=k, g=g, beta=beta),
+            num_warps=SYSTEM_WARPS,
         )
         return inverse, attention
 

@@ -25,6 +25,10 @@ from lowvram_grpo.policy.recurrent import Run, attending_layers, follow_layouts,
 
 NAME = "lowvram"
 
+# How far apart a pass by a layout and a plain one may be, of the norm, when a model is asked whether it fits: much more
+# than 4-bit kernels for one row and for several are, much less than a wrong position, mask or state makes.
+TOLERANCE = 0.1
+
 
 class Unsupported(ValueError):
     """The model's attention does something that a layout does not know; the message is a phrase for people."""
