@@ -10,11 +10,12 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lowvram_grpo.memory.host import locked_size
 from lowvram_grpo.memory.ledger import ACTIVATIONS, Ledger, Peak
 from lowvram_grpo.memory.overheads import Overheads, on
 from lowvram_grpo.plan.four_bit import hidden_copy
@@ -70,15 +71,34 @@ class Blueprint:
         return on(self.device, self.card)
 
 
+class Counted(NamedTuple):
+    """What a ledger has seen of a step, tensors only.
+
+    Attributes:
+        phases: the peak of each.
+        host: bytes of host memory, by what they are.
+        layers: of each decoder layer that is streamed, the bytes that it would take on the device, and takes at home.
+    """
+
+    phases: dict[str, Peak]
+    host: dict[str, int]
+    layers: tuple[tuple[int, int], ...]
+
+
 def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
-    """Peak of each phase as the ledger counts it: tensors only."""
+    """Peak of each phase as the ledger counts it."""
+    return counted(blueprint, args).phases
+
+
+def counted(blueprint: Blueprint, args: GRPOConfig) -> Counted:
+    """The longest step of `args` under the ledger."""
     from lowvram_grpo.policy.stream import skeleton
     from lowvram_grpo.training.rehearsal import Rehearsal, workload
 
     half = str(blueprint.dtype).removeprefix("torch.")
     block = blueprint.overheads.block
     if blueprint.device == "cuda":
-        ledger = Ledger(block=block, hidden=hidden_copy(blueprint.card, half))
+        ledger = Ledger(block=block, hidden=hidden_copy(blueprint.card, half), locked=locked_size)
     else:
         ledger = Ledger(block=block)
     stand_in = StandIn(blueprint.device, None if blueprint.dtype == torch.float32 else blueprint.dtype)
@@ -90,6 +110,7 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
     with stand_in, stand_in.for_libraries(), ledger:
         with ledger.phase("load"), ledger.making("base weights"):
             base = _base(empty, blueprint, args)
+            layers = _TEMP_streamed(base, args, ledger)
         with ledger.phase("adapter"):
             model = _adapted(base, blueprint, args, ledger)
             engine, learner = _around(model, blueprint, args, stand_in, ledger)
@@ -100,7 +121,9 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
             rehearsal.blank_gradients()
             rehearsal.optimizer(optimizer)
             if args.optimizer_offload:
-                ledger.ignore(*(x for state in optimizer.state.values() for x in state.values() if _many(x)))
+                moments = [x for state in optimizer.state.values() for x in state.values() if _many(x)]
+                ledger.ignore(*moments)
+                ledger.hold_on_host("moments", sum(x.nbytes for x in moments), locked=False)
             model.zero_grad()
             if args.use_vllm:  # completions come from elsewhere, and what is held in the meantime is still held
                 for phase in ("prefill", "rollout"):
@@ -112,7 +135,33 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
             rehearsal.optimizer(optimizer)
     if blueprint.device == "cuda":
         _keep_the_graphs(ledger.phases)
-    return ledger.phases
+    return Counted(ledger.phases, ledger.host, layers)
+
+
+def _TEMP_streamed(base, args, ledger):
+    from lowvram_grpo.recipe.weight_offload import streamed_layers
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    mods = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
+    n = streamed_layers(args.weight_offload, len(mods))
+    if not n:
+        return ()
+    out = []
+    for m in mods:
+        ts = []
+        for p in m.parameters():
+            ts.append(p)
+            qs = getattr(p, "quant_state", None)
+            if qs is not None:
+                ts += [qs.absmax, qs.state2.absmax, qs.offset]
+        out.append((sum(ledger._rounded(t.untyped_storage()) for t in ts), sum(-(-t.nbytes//256)*256 for t in ts)))
+        ledger.ignore(*ts)
+        ledger.hold_on_host("weights", out[-1][1])
+    with ledger.making("streamed weights"):
+        base._slots = [torch.empty(max(h for _, h in out), dtype=torch.uint8, device="meta") for _ in range(2)]
+    pk = ledger.phases["load"]
+    pk.bytes -= sum(d for d, _ in out)
+    pk.categories["base weights"] -= sum(d for d, _ in out)
+    return tuple(out)
 
 
 def _keep_the_graphs(phases: dict[str, Peak]) -> None:

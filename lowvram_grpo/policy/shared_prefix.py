@@ -12,7 +12,7 @@ The last token of each completion is left out: nothing attends to it, and no log
 The layout reaches each layer's attention by a keyword argument: see `attention.py`.
 
 Memory of a layer while it runs: K and V of a group expanded to P + G (P + T) tokens and to the heads of Q, and a
-(T, P + T) bias that all layers share.
+(T, P + T) bias that all layers share. Where these are large, completions attend in two parts: see `split_attention.py`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from lowvram_grpo.policy.attention import (
     ranges,
 )  # fmt: skip
 from lowvram_grpo.policy.gather_kv import KVCopies, gather_kv
+from lowvram_grpo.policy.split_attention import Padding, attend_in_parts, takes, worth_while
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.policy.xformers_attention import Kernel, shared_blocks
 
@@ -165,6 +166,8 @@ class PrefixLayout(Layout):
         """(tokens, heads, d) of the prompt, and of the completions behind it."""
         p, t, window = group.prompt, group.longest, params.window
         settings = {"scale": params.scale, "dropout": params.dropout}
+        if worth_while(p, group.count, t) and takes(query, params, p + t):
+            return self._attend_in_parts(group, query, key, value, params.scale)
         # Heads that share keys get copies of them on the way, for the prompt and the completions alike.
         keys, values = (gather_kv(x, group.keys, query.shape[1], [group.copies]) for x in (key, value))
         shape = group.count, p + t
@@ -180,6 +183,15 @@ class PrefixLayout(Layout):
             out = attend_causally(q.transpose(1, 2), *kv, self._bias(p, t, window, query), **settings)
             outs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, group.unpad))
         return outs
+
+    def _attend_in_parts(
+        self, group: _Group, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> list[Tensor]:
+        p = group.prompt
+        (prompt, own), (pk, ok), (pv, ov) = (x.split([p, group.end - group.begin - p], 2) for x in (query, key, value))
+        out = attend_causally(prompt, pk, pv, None, scale=scale)
+        padding = Padding(group.count, group.longest, group.pad, group.unpad)
+        return [out.squeeze(0).transpose(0, 1), attend_in_parts(own, (pk, pv), (ok, ov), padding, scale)]
 
     def _bias(self, before: int, t: int, window: int | None, query: Tensor) -> Tensor:
         """One for all completions: in the padding, too, each token sees what is before it, but no token that counts
