@@ -22,8 +22,8 @@ from lowvram_grpo.policy.attention_choice import check_asked
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.hub import offline_where_unreachable
-from lowvram_grpo.policy.known_models import named
 from lowvram_grpo.policy.load import model_config
+from lowvram_grpo.policy.model_names import named
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.recipe.ranges import TRAINING_RANGES, Range, check_ranges
@@ -198,7 +198,7 @@ def load_policy(
     """
     check_asked(args.attention, args.device)
     config = model_config(recipe.model, **recipe.hub_arguments)
-    adopt_stored_quantization(recipe, config, lambda sentence: None)
+    adopt_stored_quantization(recipe, config, tell)
     model = load_model_of(recipe, args, tell).requires_grad_(False)
     for sentence in place_embeddings(
         unwrap(model),

@@ -64,7 +64,7 @@ def counted_as(category: str) -> AbstractContextManager:
 
 
 def held_on_host(category: str, size: int, locked: bool = True) -> Callable[[], None]:
-    """Count a piece of `size` bytes of host memory (`weights`, `activations`, ...) in the ledger that is counting, apart
+    """Count a piece of `size` bytes of host memory (`weights`, `activations`, ...) in the ledger that counts, apart
     from the device's; what is returned ends it. Nothing where no ledger is.
 
     Args:

@@ -1,8 +1,8 @@
 """Host memory as a resource of its own: how much a run may put there, and whether it has room.
 
 What lies there is page-locked, so that copies to the card are queued and nobody waits for them. Linux locks as much as
-there is (RLIMIT_MEMLOCK binds mlock, not the driver's cudaHostAlloc). Windows lets a GPU use half of the memory, and WSL
-half of what its virtual machine has, whose size is half of the machine's unless .wslconfig says otherwise.
+there is (RLIMIT_MEMLOCK binds mlock, not the driver's cudaHostAlloc). Windows lets a GPU use half of the memory, and
+WSL half of what its virtual machine has, whose size is half of the machine's unless .wslconfig says otherwise.
 """
 
 from __future__ import annotations

@@ -139,8 +139,10 @@ def counted(blueprint: Blueprint, args: GRPOConfig) -> Counted:
 
 
 def _TEMP_streamed(base, args, ledger):
-    from lowvram_grpo.recipe.weight_offload import streamed_layers
     from transformers.modeling_layers import GradientCheckpointingLayer
+
+    from lowvram_grpo.recipe.weight_offload import streamed_layers
+
     mods = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
     n = streamed_layers(args.weight_offload, len(mods))
     if not n:
@@ -153,7 +155,7 @@ def _TEMP_streamed(base, args, ledger):
             qs = getattr(p, "quant_state", None)
             if qs is not None:
                 ts += [qs.absmax, qs.state2.absmax, qs.offset]
-        out.append((sum(ledger._rounded(t.untyped_storage()) for t in ts), sum(-(-t.nbytes//256)*256 for t in ts)))
+        out.append((sum(ledger._rounded(t.untyped_storage()) for t in ts), sum(-(-t.nbytes // 256) * 256 for t in ts)))
         ledger.ignore(*ts)
         ledger.hold_on_host("weights", out[-1][1])
     with ledger.making("streamed weights"):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 _LESS_ON_THE_HOST = (
-    "take a smaller model, set weight_offload, embedding_offload or activation_offload to off, or try all the same with "
-    "--memory-plan off"
+    "take a smaller model, set weight_offload, embedding_offload or activation_offload to off, or try all the same "
+    "with --memory-plan off"
 )
 
 

@@ -113,7 +113,7 @@ class Balance:
         return self._described(first, *best[1:])
 
     def _variants(self, first: Recipe) -> Iterator[_Variant]:
-        """With the base as small as the ladder makes it: with all exact savers, as it is, and both with an int8 cache."""
+        """With the base as small as the ladder makes it: all exact savers, none, and both with an int8 cache."""
         rungs = ladder_on_paper(first)
         base = _with(first, [rung for rung in rungs if rung.key in _BASE and rung.value != "nf4"])
         base = _with(base, [rung for rung in rungs if rung.key == "quantization"])
@@ -189,7 +189,6 @@ class Balance:
             return None
         cost = variant.weight * self._speed(taken).step(choice._replace(weight_offload=count))
         return cost, _with(taken, [Rung("weight_offload", count)]), with_streamed(whole, count)
-
 
     def _described(self, first: Recipe, recipe: Recipe, found: Prediction) -> Balanced:
         speed, choice = self._speed(recipe), choice_of(recipe, paper_config(recipe), self.shape.layers)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lowvram_grpo.memory.ladder import RELIEVES, Rung, saves
 from lowvram_grpo.memory.cards import typical
+from lowvram_grpo.memory.ladder import RELIEVES, Rung, saves
 from lowvram_grpo.plan.descent import Descender, Lowered
 from lowvram_grpo.plan.paper import (
     OF_THE_ADAPTER,
@@ -227,7 +227,9 @@ class Planner:
         found = self.predict(first)
         lowered = Lowered(first, found, ())
         streams = may_stream(recipe)
-        if found.peak > budget and not (streams and (by_a_person(recipe, "weight_offload") or hopeless(first, found, budget))):
+        if found.peak > budget and not (
+            streams and (by_a_person(recipe, "weight_offload") or hopeless(first, found, budget))
+        ):
             lowered = self._descender.descend(first, budget)
         if lowered.prediction.peak <= budget or not streams:
             return Plan(lowered.recipe, budget, lowered.prediction, lowered.rungs)

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowvram_grpo.errors import is_out_of_memory
-from lowvram_grpo.policy.attention import AttentionParams, repeat_kv
+from lowvram_grpo.policy.attend import repeat_kv
+from lowvram_grpo.policy.attention import AttentionParams
 
 # Copied tokens of prompts, or numbers of a bias, from which on two launches more are worth it.
 _COPIES, _BIAS = 2**15, 2**22
@@ -44,11 +45,13 @@ def worth_while(prompt: int, count: int, longest: int) -> bool:
     return longest > 0 and (count * prompt >= _COPIES or longest * (prompt + longest) >= _BIAS)
 
 
-def takes(query: Tensor, params: AttentionParams, reach: int) -> bool:
-    """Whether queries (1, heads, L, d) over `reach` tokens may attend in parts: no dropout, no window within reach, and
-    on a GPU a kernel that a trial has found to agree with PyTorch's own."""
+def takes(query: Tensor, value: Tensor, params: AttentionParams, reach: int) -> bool:
+    """Whether queries (1, heads, L, d) over `reach` tokens may attend in parts: no dropout, no window within reach,
+    nothing else that kernels do not know, and on a GPU one that a trial has found to agree with PyTorch's own."""
     windowed = params.window is not None and params.window < reach
-    if windowed or params.dropout or params.softcap is not None:
+    if windowed or params.dropout or params.softcap is not None or params.sinks is not None:
+        return False
+    if value.shape[3] != query.shape[3]:
         return False
     if query.device.type != "cuda":
         return True

@@ -226,7 +226,9 @@ class GRPOConfig(TrainingArguments):
         "which takes those that must be faster by count and pass a trial on this card.",
         "auto",
     )
-    embedding_offload: bool = _help("(ours) Keep an untied input embedding in pinned host memory.", False)
+    embedding_offload: bool = _help(
+        "(ours) Keep an untied input embedding, and per-layer inputs (Gemma 3n, 4), in host memory.", False
+    )
     activation_offload: bool = _help(
         "(ours) Keep checkpointed activations in pinned host memory until the backward pass.", False
     )
@@ -236,8 +238,7 @@ class GRPOConfig(TrainingArguments):
         False,
     )
     weight_offload: str = _help(
-        "(ours) Decoder layers that are streamed from pinned host memory: off, a number, or auto (as the plan needs).",
-        "off",
+        "(ours) Decoder layers streamed from pinned host memory: off, a number, or auto.", "off"
     )
     mlp_tile: int | None = _help("(ours) Run each MLP over this many tokens at a time; unset: all at once.")
     attention: str = _help(

@@ -19,7 +19,7 @@ from lowvram_grpo.kernels.decode.kv import Rows
 from lowvram_grpo.kernels.decode.logits import linear_logits
 from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy.attention import forward_with_layout
-from lowvram_grpo.policy.embeddings import HostEmbedding
+from lowvram_grpo.policy.embeddings import host_inputs
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.xformers_attention import Kernel
 from lowvram_grpo.rollout.appending import Appended, AppendLayout, packs_of
@@ -120,9 +120,8 @@ class Decoder:
         self._members = torch.full((slots, min(group, rows)), -1, dtype=torch.long, device=device)
         self._ages: list[int] = []
         self._regular, self._most_members, self.computed = False, 0, 0
-        embedding = causal_lm.get_input_embeddings()
-        self._host_embedding = embedding if isinstance(embedding, HostEmbedding) else None
-        self._inputs: Tensor | None = None
+        self._look_up = host_inputs(causal_lm)
+        self._inputs: dict[str, Tensor] = {}
         self._graphs = StepGraphs(self._forward, rows, enabled=settings.graphs)
 
     # Between steps: the host moves rows and prompts about
@@ -249,11 +248,11 @@ class Decoder:
     def step(self) -> None:
         """Feed the last token of each row and draw the next."""
         width = self._graphs.width(len(self.scheduler.running), self.sampling.max_new_tokens - min(self._ages))
-        if self._host_embedding is not None:
-            embedded = self._host_embedding(self.tokens[:width, None])
-            if self._inputs is None:
-                self._inputs = embedded.new_empty(len(self.tokens), *embedded.shape[1:])
-            self._inputs[:width] = embedded
+        if self._look_up is not None:
+            for name, found in self._look_up(self.tokens[:width, None]).items():
+                if name not in self._inputs:
+                    self._inputs[name] = found.new_empty(len(self.tokens), *found.shape[1:])
+                self._inputs[name][:width] = found
         self._graphs(width)
         self.computed += len(self._ages)
         self._ages = [age + 1 for age in self._ages]
@@ -263,8 +262,8 @@ class Decoder:
         layout = DecodeLayout(self.cache, self._attention_rows(rows), self.settings.attention_path)
         positions = (self._prefix[rows.slot] + rows.age)[:, None]
         inputs = {"input_ids": self.tokens[:width, None]}
-        if self._host_embedding is not None:
-            inputs = {"inputs_embeds": self._inputs[:width]}
+        if self._look_up is not None:
+            inputs = {name: kept[:width] for name, kept in self._inputs.items()}
         hidden = forward_with_layout(self.decoder, layout, positions, **inputs)[:, -1]
         self._graphs.enabled &= layout.fixed
         logits = linear_logits(

@@ -81,9 +81,11 @@ def test_short_groups_windows_and_dropout_keep_their_way():
     assert not worth_while(8192, 4, 0)
     query = torch.zeros(1, 2, 4, 16)
     full = AttentionParams(1.0, 0.0, None, None)
-    assert takes(query, full, 100) and takes(query, full._replace(window=100), 100)
-    for params in (full._replace(window=99), full._replace(dropout=0.1), full._replace(softcap=30.0)):
-        assert not takes(query, params, 100)
+    assert takes(query, query, full, 100) and takes(query, query, full._replace(window=100), 100)
+    other = {"window": 99}, {"dropout": 0.1}, {"softcap": 30.0}, {"sinks": torch.zeros(2)}
+    for given in other:
+        assert not takes(query, query, full._replace(**given), 100)
+    assert not takes(query, query[..., :8], full, 100)
 
 
 def test_no_copy_of_a_prompt_and_no_bias_is_made():
