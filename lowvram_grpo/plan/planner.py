@@ -227,9 +227,8 @@ class Planner:
         found = self.predict(first)
         lowered = Lowered(first, found, ())
         streams = may_stream(recipe)
-        if found.peak > budget and not (
-            streams and (by_a_person(recipe, "weight_offload") or hopeless(first, found, budget))
-        ):
+        at_once = streams and (by_a_person(recipe, "weight_offload") or hopeless(first, found, budget))
+        if found.peak > budget and not at_once:
             lowered = self._descender.descend(first, budget)
         if lowered.prediction.peak <= budget or not streams:
             return Plan(lowered.recipe, budget, lowered.prediction, lowered.rungs)

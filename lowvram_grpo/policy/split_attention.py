@@ -1,9 +1,9 @@
 """Long completions attend to their prompt and to themselves in two parts, which are merged by their log-sum-exps.
 
 In one part, a prompt's keys would be copied for each of its completions, and a completion's causality behind a prompt
-of P tokens would be a bias of T x (P + T) numbers: 96 MiB for 4,096 tokens behind 8,192. In two parts neither is needed,
-as kernels know a plain and a causal attention by themselves: all completions' queries meet the prompt's keys at once,
-and each completion attends causally to its own. With S scores, l_i the log-sum-exp of a part and o_i its output,
+of P tokens would be a bias of T x (P + T) numbers: 96 MiB for 4,096 tokens behind 8,192. In two parts neither is
+needed, as kernels know a plain and a causal attention by themselves: all completions' queries meet the prompt's keys at
+once, and each completion attends causally to its own. With S scores, l_i the log-sum-exp of a part and o_i its output,
 
     l = log(exp l_1 + exp l_2),    o = exp(l_1 - l) o_1 + exp(l_2 - l) o_2
 

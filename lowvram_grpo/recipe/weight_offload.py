@@ -46,8 +46,8 @@ def check_weight_offload(args: Any) -> None:
         return
     if not (args.gradient_checkpointing or getattr(args, "activation_checkpointing", None)):
         raise UserError(
-            "weight_offload needs gradient_checkpointing: without it the backward pass reads the weights of layers that "
-            "have left the card; set gradient_checkpointing, or weight_offload off."
+            "weight_offload needs gradient_checkpointing: without it the backward pass reads the weights of layers "
+            "that have left the card; set gradient_checkpointing, or weight_offload off."
         )
     if args.rollout_adapters == "merged":
         raise UserError(
