@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lowvram_grpo.errors import is_out_of_memory, one_line
 from lowvram_grpo.policy.attend import attend_by_blocks, attend_causally
+from lowvram_grpo.policy.recurrent import Run, attending_layers, follow_layouts, recurrent_layers
 
 NAME = "lowvram"
 
@@ -42,15 +43,16 @@ class AttentionParams(NamedTuple):
 
 
 class Layout:
-    """Who attends to whom in one pass.
+    """Who attends to whom in one pass, and whose states follow whose.
 
     Attributes:
         calls: how many layers have attended by this layout, recomputed ones included.
-        windows: the sliding windows that they were given.
+        recurrences: how many have carried a state on by it, likewise.
+        windows: the sliding windows that those that attend were given.
     """
 
     def __init__(self):
-        self.calls, self.windows = 0, set()
+        self.calls, self.recurrences, self.windows = 0, 0, set()
         self._owners: dict[int, tuple[ref[Tensor], int]] = {}
 
     def owner(self, layer: int, key: Tensor) -> int:
@@ -66,6 +68,11 @@ class Layout:
         """Attention of query (B, heads, L, d) of layer number `layer` by its new key and value (B, KV heads, L, d);
         returns (B, L, heads, d)."""
         raise NotImplementedError
+
+    def recur(self, layer: int, hidden: Tensor, run: Run) -> Tensor:
+        """(B, L, H) of layer number `layer`, which keeps a state, for hidden (B, L, H); `run` is its forward on
+        sequences of one length."""
+        raise Unsupported("its layers keep a state")
 
 
 def ranges(pairs: Sequence[tuple[int, int]]) -> Tensor:
@@ -106,7 +113,7 @@ def _attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if getattr(module, "layer_idx", None) is None:
+    if getattr(module, "layer_idx", None) is None or module.layer_idx < 0:
         raise Unsupported("its layers do not say which they are")
     if kwargs.get("position_bias") is not None:
         raise Unsupported("its attention has a position bias")
@@ -170,15 +177,39 @@ def layout_attention(decoder: nn.Module, *, keep: bool = False) -> Iterator[None
 
 def layer_kinds(decoder: nn.Module) -> set[str]:
     """The kinds of attention that a decoder's layers have, by transformers' names."""
-    return set(getattr(decoder.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    return set(_kinds(decoder))
+
+
+def _kinds(decoder: nn.Module) -> list[str]:
+    return list(getattr(decoder.config.get_text_config(), "layer_types", None) or ["full_attention"])
+
+
+# The second is what some configurations said for the first.
+_KNOWN_KINDS = {"full_attention", "attention", "sliding_attention"}
+
+
+def _unknown_kinds(decoder: nn.Module) -> set[str]:
+    """Those that a layout knows nothing of: layers that attend in another way, or do neither that nor keep a state as
+    transformers' caches know it."""
+    states = {m.layer_idx for m in recurrent_layers(decoder)}
+    attending = {getattr(m, "layer_idx", None) for m in attending_layers(decoder)}
+    # Beside layers with a state some have neither, an MLP alone: there is nothing to know of those.
+    return {
+        kind
+        for i, kind in enumerate(_kinds(decoder))
+        if kind not in _KNOWN_KINDS and i not in states and (not states or i in attending)
+    }
 
 
 def check_calls(decoder: nn.Module, layout: Layout) -> None:
     """Raises Unsupported where a pass by `layout` went past the layout somewhere."""
-    config = decoder.config.get_text_config()
-    if layout.calls != config.num_hidden_layers:
-        raise Unsupported(f"{layout.calls} of its {config.num_hidden_layers} layers attend by a given layout")
-    window = getattr(config, "sliding_window", None) if layer_kinds(decoder) != {"full_attention"} else None
+    config, states = decoder.config.get_text_config(), len(recurrent_layers(decoder))
+    expected = len(attending_layers(decoder)) if states else config.num_hidden_layers
+    if layout.calls != expected:
+        raise Unsupported(f"{layout.calls} of its {expected} layers attend by a given layout")
+    if layout.recurrences != states:
+        raise Unsupported(f"{layout.recurrences} of its {states} layers with a state go by a given layout")
+    window = getattr(config, "sliding_window", None) if any("sliding" in k for k in _kinds(decoder)) else None
     if window is not None and window not in layout.windows:
         raise Unsupported("its layers do not say which of them have a sliding window")
 
@@ -203,9 +234,11 @@ class SupportCheck:
 
     def _ask(self, causal_lm: nn.Module) -> str | None:
         decoder, kind = getattr(causal_lm, causal_lm.base_model_prefix), type(causal_lm).__name__
-        others = layer_kinds(decoder) - {"full_attention", "sliding_attention"}
+        others = _unknown_kinds(decoder)
         if others:
             return f"{kind} has layers of the kind {', '.join(sorted(others))}"
+        if reason := follow_layouts(decoder):
+            return f"{kind} does not fit it: {reason}"
         # Not that of what waits in host memory: an input embedding, or the layers of a streamed reference.
         places = [x.device for x in (*causal_lm.get_output_embeddings().buffers(), *decoder.parameters())]
         device = next((place for place in places if place.type != "cpu"), places[0])

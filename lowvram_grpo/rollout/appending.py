@@ -11,6 +11,7 @@ from torch import Tensor
 from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy.attend import attend_by_blocks, attend_causally, causal_bias
 from lowvram_grpo.policy.attention import AttentionParams, Layout, attention_dtype, ranges
+from lowvram_grpo.policy.recurrent import CONTINUES, Run
 from lowvram_grpo.rollout.cache import GroupCache
 
 
@@ -62,6 +63,16 @@ class AppendLayout(Layout):
             q = query[:, :, begin:end].to(dtype)
             outs.append(self._behind(before + age, q, keys[None], values[None], params))
         return torch.cat(outs, 2).transpose(1, 2)
+
+    def recur(self, layer: int, hidden: Tensor, run: Run) -> Tensor:
+        outs, end = [], 0
+        for piece in self.pieces:
+            begin, end = end, end + piece.count
+            states = self.cache.states.of_rows(layer, piece.row, 1)
+            tokens = hidden[:, begin:end]
+            outs += [run(part, states) for part in ([tokens] if CONTINUES else tokens.split(1, 1))]
+            self.cache.states.keep_rows(layer, piece.row, states)
+        return torch.cat(outs, 1)
 
     def _behind(self, before: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         """(1, heads, count, Dv) of one row."""

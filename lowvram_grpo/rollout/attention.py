@@ -1,4 +1,5 @@
-"""Who attends to whom while completions are sampled: prompts among themselves, then one token a row."""
+"""Who attends to whom while completions are sampled, and whose states follow whose: prompts among themselves, then one
+token a row."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from lowvram_grpo.policy.attention import (
     attention_dtype,
     ranges,
 )
+from lowvram_grpo.policy.recurrent import Run, States
 from lowvram_grpo.policy.xformers_attention import Blocks, Kernel, Packed
 from lowvram_grpo.rollout.cache import GroupCache
 
@@ -60,6 +62,18 @@ class PrefillLayout(Layout):
         outs = [self._causal(*(x[:, :, a:b] for x in (query, key, value)), params) for a, b in self.spans]
         return torch.cat(outs, 2).transpose(1, 2)
 
+    def recur(self, layer: int, hidden: Tensor, run: Run) -> Tensor:
+        # Prompts of one length go together, the others one by one: padding would be part of a state.
+        outs: dict[int, Tensor] = {}
+        for length in dict.fromkeys(self.blocks.queries):
+            same = [i for i, (a, b) in enumerate(self.spans) if b - a == length]
+            parts = [hidden[:, slice(*self.spans[i])] for i in same]
+            states = States()
+            out = run(torch.cat(parts) if len(parts) > 1 else parts[0], states)
+            self.cache.states.keep_prompts(layer, [self.slots[i] for i in same], states)
+            outs.update(zip(same, out))
+        return torch.cat([outs[i] for i in range(len(self.spans))])[None]
+
     def _causal(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         """(1, heads, L, Dv) of one prompt."""
         length = q.shape[2]
@@ -81,14 +95,15 @@ class DecodeLayout(Layout):
 
     Args:
         path: of the kernel, see `decode_attention`.
+        frozen: (R,) bool, rows whose states stay as they are; None: of none.
 
     Attributes:
         fixed: every layer so far read its sizes on the device, as a CUDA graph needs it.
     """
 
-    def __init__(self, cache: GroupCache, rows: Rows, path: str | None = None):
+    def __init__(self, cache: GroupCache, rows: Rows, path: str | None = None, frozen: Tensor | None = None):
         super().__init__()
-        self.cache, self.rows, self.path, self.fixed = cache, rows, path, True
+        self.cache, self.rows, self.path, self.frozen, self.fixed = cache, rows, path, frozen, True
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         # Of shared keys each layer writes the new token, the same numbers to the same place.
@@ -102,3 +117,9 @@ class DecodeLayout(Layout):
             spread=layer_cache.spread, path=path,
         )  # fmt: skip
         return out[:, None]
+
+    def recur(self, layer: int, hidden: Tensor, run: Run) -> Tensor:
+        states = self.cache.states.of_rows(layer, 0, len(hidden), self.frozen)
+        out = run(hidden, states)
+        self.cache.states.keep_rows(layer, 0, states, self.frozen)
+        return out

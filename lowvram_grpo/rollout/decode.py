@@ -86,6 +86,8 @@ class Decoder:
             end. The last row takes what rows write that nobody waits for.
         tokens: (R,) int64, the last token of each row.
         computed: tokens that went through the model, those of rows that nobody waits for left out.
+        continues: rows may go on by `insert`, so a row's states must stay where its turn ended, however much later the
+            host looks. To be set before the first step.
     """
 
     def __init__(
@@ -122,7 +124,8 @@ class Decoder:
         self._regular, self._most_members, self.computed = False, 0, 0
         self._look_up = host_inputs(causal_lm)
         self._inputs: dict[str, Tensor] = {}
-        self._graphs = StepGraphs(self._forward, rows, enabled=settings.graphs)
+        self.continues, self._skipped = False, False
+        self._graphs = StepGraphs(self._forward, rows, enabled=settings.graphs, put_back=self._put_states_back)
 
     # Between steps: the host moves rows and prompts about
 
@@ -146,6 +149,20 @@ class Decoder:
         ids = [[i for _, prompt in pack for i in self._prefilled(prompt)] for pack in packs]
         for pack, found in zip(packs, self._upload(prompts, ids)):
             self.prefill(pack, found[None])
+        self._begin_states(sorted(prompts))
+
+    def _begin_states(self, rows: Iterable[int]) -> None:
+        """Put rows' states behind all but the last tokens of their prompts."""
+        prompts = [(row, self.scheduler.running[row].prompt) for row in rows]
+        held = {prompt: slot for slot, prompt in enumerate(self.scheduler.held)}
+        self.cache.states.begin([(row, held[p] if len(self.prompts[p]) > 1 else None) for row, p in prompts])
+
+    def _put_states_back(self) -> None:
+        """To where they were before a step that failed on its way, which may be the first alone: that is when an
+        operation that waits is found."""
+        if self.cache.states.nbytes and any(self._ages) and not self._skipped:
+            raise RuntimeError("a decode step failed half-way, and states of its layers have gone on")
+        self._begin_states(range(len(self.scheduler.running)))
 
     def insert(self, behind: Mapping[int, tuple[list[int], list[int]]]) -> None:
         """Put tokens behind those of rows that go on: what the rows have cached is kept, and the rest goes through the
@@ -259,7 +276,9 @@ class Decoder:
 
     def _forward(self, width: int) -> None:
         rows = _RowTable(*self._table[:, :width])
-        layout = DecodeLayout(self.cache, self._attention_rows(rows), self.settings.attention_path)
+        # What is drawn behind a turn's end is dropped, and a state cannot be cut back.
+        frozen = self.finished[:width] if self.continues else None
+        layout = DecodeLayout(self.cache, self._attention_rows(rows), self.settings.attention_path, frozen)
         positions = (self._prefix[rows.slot] + rows.age)[:, None]
         inputs = {"input_ids": self.tokens[:width, None]}
         if self._look_up is not None:
@@ -308,7 +327,7 @@ class Decoder:
 
     def skip(self, tokens: int) -> None:
         """Go on as if so many tokens had been drawn in each row. For rehearsals."""
-        self._ages = [age + tokens for age in self._ages]
+        self._ages, self._skipped = [age + tokens for age in self._ages], True
         self._upload({})
 
     def rehearse_insert(self) -> None:

@@ -269,6 +269,7 @@ class RolloutEngine:
                 rehearse_waves(unwrap(self.model), rows, len(ids[0]), completion_length, self.device, self.on_prefilled)
                 return
             with self._decoding(ids, num_generations, sampling, 0, rows) as decoder:
+                decoder.continues = self.converses
                 decoder.admit()
                 if self.converses:
                     decoder.rehearse_insert()

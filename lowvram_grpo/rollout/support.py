@@ -42,6 +42,7 @@ def _decoded(decoder: nn.Module, ids: Tensor) -> Tensor:
     prefill = PrefillLayout(cache, [before], [0])
     forward_with_layout(decoder, prefill, prefill.positions(device), input_ids=ids[:, :before])
     check_calls(decoder, prefill)
+    cache.states.begin([(0, 0), (1, 0)])
     indices = lambda *values: torch.tensor(values, device=device)
     for age in range(2):
         rows = Rows(
