@@ -20,6 +20,7 @@ from lowvram_grpo.memory.ledger import ACTIVATIONS, Ledger, Peak
 from lowvram_grpo.memory.overheads import Overheads, on
 from lowvram_grpo.plan.four_bit import hidden_copy
 from lowvram_grpo.plan.stand_in import StandIn
+from lowvram_grpo.policy.weight_stream import layers_on_host, stream_of
 from lowvram_grpo.policy.wrapper import is_peft
 from lowvram_grpo.training.learner import Learner, learner_of
 
@@ -103,14 +104,14 @@ def counted(blueprint: Blueprint, args: GRPOConfig) -> Counted:
         ledger = Ledger(block=block)
     stand_in = StandIn(blueprint.device, None if blueprint.dtype == torch.float32 else blueprint.dtype)
     work = workload(args, blueprint.config, blueprint.longest_prompt)
-    attention = "eager" if blueprint.attention == "eager" else "sdpa"
-    empty = skeleton(blueprint.config, blueprint.stored, attn_implementation=attention)
+    # Else what transformers chooses: sdpa, or eager of a model that sdpa does not know enough for.
+    asked = {"attn_implementation": "eager"} if blueprint.attention == "eager" else {}
+    empty = skeleton(blueprint.config, blueprint.stored, **asked)
     args = copy.copy(args)
     args.gradient_checkpointing_kwargs = {"context_fn": stand_in.recompute}
     with stand_in, stand_in.for_libraries(), ledger:
         with ledger.phase("load"), ledger.making("base weights"):
             base = _base(empty, blueprint, args)
-            layers = _TEMP_streamed(base, args, ledger)
         with ledger.phase("adapter"):
             model = _adapted(base, blueprint, args, ledger)
             engine, learner = _around(model, blueprint, args, stand_in, ledger)
@@ -135,35 +136,16 @@ def counted(blueprint: Blueprint, args: GRPOConfig) -> Counted:
             rehearsal.optimizer(optimizer)
     if blueprint.device == "cuda":
         _keep_the_graphs(ledger.phases)
-    return Counted(ledger.phases, ledger.host, layers)
+    return Counted(ledger.phases, ledger.host, _streamed(model, ledger))
 
 
-def _TEMP_streamed(base, args, ledger):
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    from lowvram_grpo.recipe.weight_offload import streamed_layers
-
-    mods = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
-    n = streamed_layers(args.weight_offload, len(mods))
-    if not n:
+def _streamed(model: nn.Module, ledger: Ledger) -> tuple[tuple[int, int], ...]:
+    """Of each streamed layer, what it would take on the device, and what it takes at home."""
+    stream = stream_of(model)
+    if stream is None:
         return ()
-    out = []
-    for m in mods:
-        ts = []
-        for p in m.parameters():
-            ts.append(p)
-            qs = getattr(p, "quant_state", None)
-            if qs is not None:
-                ts += [qs.absmax, qs.state2.absmax, qs.offset]
-        out.append((sum(ledger._rounded(t.untyped_storage()) for t in ts), sum(-(-t.nbytes // 256) * 256 for t in ts)))
-        ledger.ignore(*ts)
-        ledger.hold_on_host("weights", out[-1][1])
-    with ledger.making("streamed weights"):
-        base._slots = [torch.empty(max(h for _, h in out), dtype=torch.uint8, device="meta") for _ in range(2)]
-    pk = ledger.phases["load"]
-    pk.bytes -= sum(d for d, _ in out)
-    pk.categories["base weights"] -= sum(d for d, _ in out)
-    return tuple(out)
+    alone = (sum(-(-size // ledger.block) * ledger.block for size in parts) for parts in stream.parts)
+    return tuple(zip(alone, stream.sizes))
 
 
 def _keep_the_graphs(phases: dict[str, Peak]) -> None:
@@ -188,6 +170,7 @@ def _base(empty: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig) -> Pre
         dtype=blueprint.stored,
         quantization=blueprint.quantization,
         keep_on_host=stays_on_host(empty, args.head_dtype, args.embedding_offload),
+        host_layers=layers_on_host(args.weight_offload, empty),
     )
 
 

@@ -100,7 +100,7 @@ def with_streamed(whole: Prediction, count: int) -> Prediction:
     if not size:
         return whole
     more = lambda parts: {**parts, "base weights": parts.get("base weights", 0) + size}
-    host = {**whole.host, "weights": sum(home for i, (_, home) in enumerate(whole.layers) if i in waiting)}
+    host = {**whole.host, "weights": _at_home(whole, waiting)}
     phases = {name: peak + size for name, peak in whole.phases.items()}
     parts = {name: more(made_of) for name, made_of in whole.parts.items()}
     return replace(whole, phases=phases, categories=more(whole.categories), parts=parts, host=host, layers=())

@@ -103,7 +103,7 @@ def shape_of(config: PretrainedConfig) -> Shape:
 
     text = config.get_text_config()
     depth, period = text.num_hidden_layers, min(period_of(text), text.num_hidden_layers)
-    model = skeleton(cut(config, period), torch.bfloat16, attn_implementation="sdpa")
+    model = skeleton(cut(config, period), torch.bfloat16)
     head = model.get_output_embeddings()
     found: Counter[tuple[int, int]] = Counter()
     for module in model.modules():
