@@ -13,7 +13,7 @@ The last token of each completion is left out: nothing attends to it, and no log
 The layout reaches each layer's attention by a keyword argument: see `attention.py`.
 
 Memory of a layer while it runs: K and V of a group expanded to P + G (P + T) tokens and to the heads of Q, and a
-(T, P + T) bias that all layers share.
+(T, P + T) bias that all layers share. Where these are large, completions attend in two parts: see `split_attention.py`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from lowvram_grpo.policy.recurrent import (
     recomputed_with_layout,
     recurrent_layers,
 )  # fmt: skip
+from lowvram_grpo.policy.split_attention import Padding, attend_in_parts, takes, worth_while
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.policy.xformers_attention import Kernel, shared_blocks
 
@@ -185,6 +186,8 @@ class PrefixLayout(Layout):
     ) -> list[Tensor]:
         """(tokens, heads, d) of the prompt, and of the completions behind it."""
         p, t = group.prompt, group.longest
+        if worth_while(p, group.count, t) and takes(query, value, params, p + t):
+            return self._attend_in_parts(group, query, key, value, params)
         # Heads that share keys get copies of them on the way, for the prompt and the completions alike.
         keys, values = (gather_kv(x, group.keys, query.shape[1], [group.copies]) for x in (key, value))
         shape = group.count, p + t
@@ -199,6 +202,15 @@ class PrefixLayout(Layout):
             out = self._by_params(q.transpose(1, 2), *kv, p, params)
             outs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, group.unpad))
         return outs
+
+    def _attend_in_parts(
+        self, group: _Group, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> list[Tensor]:
+        sizes = group.prompt, group.end - group.begin - group.prompt
+        (prompt, own), (pk, ok), (pv, ov) = (x.split(sizes, 2) for x in (query, key, value))
+        out = self._by_params(prompt, pk, pv, 0, params)
+        padding = Padding(group.count, group.longest, group.pad, group.unpad)
+        return [out.squeeze(0).transpose(0, 1), attend_in_parts(own, (pk, pv), (ok, ov), padding, params.scale)]
 
     def _by_params(self, q: Tensor, k: Tensor, v: Tensor, before: int, params: AttentionParams) -> Tensor:
         """(B, heads, t, Dv) of queries (B, heads, t, D) that come behind the first `before` of the keys."""

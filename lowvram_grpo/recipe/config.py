@@ -237,10 +237,7 @@ class GRPOConfig(TrainingArguments):
         "(ours) Where all weights are trained, keep the reference in pinned host memory and stream it layer by layer.",
         False,
     )
-    weight_offload: str = _help(
-        "(ours) Decoder layers that are streamed from pinned host memory: off, a number, or auto (as the plan needs).",
-        "off",
-    )
+    weight_offload: str = _help("(ours) Decoder layers streamed from host memory: off, a number, or auto.", "off")
     mlp_tile: int | None = _help("(ours) Run each MLP over this many tokens at a time; unset: all at once.")
     attention: str = _help(
         "(ours) What attends where prompts are shared or prefilled: sdpa (PyTorch's), xformers, or auto, which takes "
