@@ -11,6 +11,7 @@ from lowvram_grpo.policy.known_models import config_dict, lookup, names, near, p
 from lowvram_grpo.policy.load import model_config
 from lowvram_grpo.policy.model_names import of_the_cache, unclear_shape
 from lowvram_grpo.policy.refusals import check_kind, explained, not_a_model
+from lowvram_grpo.policy.text_model import text_or_whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -49,7 +50,7 @@ def resolve_config(model: str, **hub: Any) -> tuple[PretrainedConfig, str]:
                 raise explained(str(path), error) from error
             raise UserError(f"{model!r} is not a model's configuration ({one_line(error)}).") from error
         check_kind(str(path), config)
-        return config, str(path)
+        return text_or_whole(config), str(path)
     name = lookup(model)
     if name is not None:
         folder = cached(of_the_cache(model) or model) if packaging(model) else None
@@ -68,7 +69,7 @@ def resolve_config(model: str, **hub: Any) -> tuple[PretrainedConfig, str]:
             f"had from the hub; name a local folder, {way_to_the_hub()}, or take one of {', '.join(names())}."
         ) from error
     check_kind(model, config)
-    return config, f"the hub ({model})"
+    return text_or_whole(config), f"the hub ({model})"
 
 
 def _of_the_table(model: str, name: str) -> tuple[PretrainedConfig, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,9 @@ from safetensors import SafetensorError
 from lowvram_grpo.errors import UserError, one_line, some
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.hub import way_to_the_hub
+from lowvram_grpo.policy.text_model import adapter_mapping, save_under_whole_names
 from lowvram_grpo.policy.variants import check_adapter
+from lowvram_grpo.policy.weight_stream import stream_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -74,13 +77,15 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
 
     base = adapter_config(adapter).base_model_name_or_path
     try:
-        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        names = {"is_trainable": True, "key_mapping": adapter_mapping(model)}
+        wrapped = PeftModel.from_pretrained(model, adapter, **names)
         # Again, for its report: from_pretrained only warns of what it did not find.
-        report = wrapped.load_adapter(adapter, wrapped.active_adapter, is_trainable=True)
+        report = wrapped.load_adapter(adapter, wrapped.active_adapter, **names)
     except _UNLOADABLE as error:
         raise _misfit(f"The adapter {adapter}", error, base) from error
     check_whole(f"The adapter {adapter}", report, base)
     head_of(wrapped.get_base_model())
+    save_under_whole_names(wrapped)
     return wrapped
 
 
@@ -93,10 +98,14 @@ def restore_adapter(model: PeftModel, checkpoint: str, name: str) -> None:
     changed = getattr(model, "changed_base", None)
     try:
         if changed is not None:
-            changed.restore(model, checkpoint)
+            stream = stream_of(model)
+            with stream.at_home() if stream else nullcontext():  # the base's weights may change
+                changed.restore(model, checkpoint)
             return
         # Into the dtype that it has: peft would make an adapter in 16 bits float32, which takes other steps.
-        report = model.load_adapter(checkpoint, name, is_trainable=True, autocast_adapter_dtype=False)
+        report = model.load_adapter(
+            checkpoint, name, is_trainable=True, autocast_adapter_dtype=False, key_mapping=adapter_mapping(model)
+        )
     except _UNLOADABLE as error:
         raise _misfit(f"The checkpoint {checkpoint}", error) from error
     check_whole(f"The checkpoint {checkpoint}", report)

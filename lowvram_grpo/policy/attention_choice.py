@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError, is_out_of_memory, one_line
-from lowvram_grpo.policy.attention import attention_dtype, causal_mask
+from lowvram_grpo.policy.attend import causal_mask
+from lowvram_grpo.policy.attention import attention_dtype
 from lowvram_grpo.policy.xformers_attention import Blocks, Case, Kernel, bias_of, library, packed_attention
 
 # Compute capabilities where `auto` takes xformers, for each kind of pass. Modelled, not measured: on 7.5 every training

@@ -19,16 +19,20 @@ from transformers.utils import find_adapter_config_file
 
 from lowvram_grpo.errors import UserError, is_out_of_memory, one_line
 from lowvram_grpo.policy.accounting import account, lacking
-from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source, renames
+from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source, converts, places
 from lowvram_grpo.policy.gguf import load_gguf
 from lowvram_grpo.policy.quantization import check_stored, quantization_name, streamed_quantization
 from lowvram_grpo.policy.refusals import beside_a_model
 from lowvram_grpo.policy.stream import materialize, skeleton
+from lowvram_grpo.policy.text_model import KEY_MAPPING, text_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HostNames = Callable[["PreTrainedModel"], tuple[str, ...]]
+# How many decoder layers of a model wait in host memory.
+LayersOf = Callable[["PreTrainedModel"], int]
+none_of: LayersOf = lambda model: 0
 
 # Others may change how the weights are read, which only from_pretrained knows.
 STREAMED_ARGUMENTS = {
@@ -61,7 +65,12 @@ def _one_device(device_map: Any, default: torch.device) -> torch.device | None:
 
 
 def load_streamed(
-    model: str, config: Any, device: torch.device, kwargs: dict[str, Any], keep_on_host: HostNames
+    model: str,
+    config: Any,
+    device: torch.device,
+    kwargs: dict[str, Any],
+    keep_on_host: HostNames,
+    host_layers: LayersOf = none_of,
 ) -> PreTrainedModel | None:
     """The model, or None where only from_pretrained knows how to load it as these arguments ask for.
 
@@ -97,6 +106,7 @@ def load_streamed(
         dtype=dtype,
         quantization=quantization,
         keep_on_host=keep_on_host(empty),
+        host_layers=host_layers(empty),
     )
     # Without the file, the one that was made from the configuration stands.
     with suppress(OSError):
@@ -111,20 +121,32 @@ def load_whole(
     kwargs: dict[str, Any],
     keep_on_host: HostNames,
     tell: Callable[[str], None],
+    *,
+    inside: bool = False,
+    on_host: bool = False,
 ) -> PreTrainedModel:
-    """The model by from_pretrained; `tell` hears of weights without a place.
+    """The model by from_pretrained; `tell` hears of weights without a place. `inside`: `config` is that of the language
+    model in a multimodal checkpoint, whose other parts have none. With `on_host` all of it is loaded, and quantized, in
+    host memory, whatever of it is to be on `device` later.
 
     Raises:
         UserError: the checkpoint is quantized already, and in another way than asked for; it is damaged, lacks weights
             or has them in other shapes.
     """
     stored = getattr(config, "quantization_config", None)
+    if on_host:
+        device = torch.device("cpu")
+        kwargs["device_map"] = {"": "cpu"}
     if stored is not None:
         check_stored(model, stored, kwargs.pop("quantization_config", None))
         _check_stored_names(model, config, kwargs)
     if stored is not None or "quantization_config" in kwargs:
         kwargs.setdefault("device_map", {"": device.index or 0 if device.type == "cuda" else device.type})
+    if inside:
+        kwargs |= {"config": config, "key_mapping": KEY_MAPPING}
     loaded, report = _reported(model, kwargs)
+    if inside:
+        report["unexpected_keys"] = {name for name in report["unexpected_keys"] if text_name(name) is not None}
     account(model, loaded, report, tell)
     if stored is not None and isinstance(kwargs["dtype"], torch.dtype):
         _recast(loaded, kwargs["dtype"])
@@ -149,11 +171,11 @@ def _check_stored_names(model: str, config: Any, kwargs: dict[str, Any]) -> None
     except (FileNotFoundError, ValueError):
         return
     empty = skeleton(config, torch.float32)
-    if renames(empty, source):
+    if converts(empty, source):
         return
-    head, prefix = empty.get_output_embeddings(), f"{empty.base_model_prefix}."
+    head = empty.get_output_embeddings()
     packed = {f"{n}.weight" for n, m in empty.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    found = {name if name in packed else prefix + name for name in source.tensors}
+    found = set(places(empty, source).values())
     if missing := sorted(packed - found):
         raise lacking(model, missing, sorted(source.tensors.keys() - {*empty.state_dict()}), empty)
 
@@ -197,6 +219,7 @@ def load_gguf_file(
     kwargs: dict[str, Any],
     keep_on_host: HostNames,
     tell: Callable[[str], None],
+    host_layers: LayersOf = none_of,
 ) -> PreTrainedModel:
     """The model in a GGUF file.
 
@@ -222,5 +245,6 @@ def load_gguf_file(
         keep_on_host=keep_on_host,
         attention=kwargs.get("attn_implementation"),
         tell=tell,
+        host_layers=host_layers,
         **_files_arguments(kwargs),
     )

@@ -207,7 +207,7 @@ class RolloutEngine:
             usable("sample", self.device, self.fused_ops), usable("int8_head", self.device, self.fused_ops),
             kernel_of(self.attention, "prefill", getattr(causal_lm, causal_lm.base_model_prefix), self.device),
         )  # fmt: skip
-        scheduler = Scheduler([len(p) for p in prompts], group, rows)
+        scheduler = Scheduler([len(p) for p in prompts], group, rows, sampling.max_new_tokens)
         decoder = Decoder(
             causal_lm, sampling, scheduler, prompts, group, seed=seed, device=self.device, settings=settings
         )
@@ -269,6 +269,7 @@ class RolloutEngine:
                 rehearse_waves(unwrap(self.model), rows, len(ids[0]), completion_length, self.device, self.on_prefilled)
                 return
             with self._decoding(ids, num_generations, sampling, 0, rows) as decoder:
+                decoder.continues = self.converses
                 decoder.admit()
                 if self.converses:
                     decoder.rehearse_insert()
