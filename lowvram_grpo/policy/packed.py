@@ -26,8 +26,9 @@ from lowvram_grpo.policy.embeddings import QuantizedTable
 _TOGETHER = 8
 _ALIGN = 256  # bytes: kernels read several numbers at once
 _GIB = 2**30
-# What bitsandbytes' state of a 4-bit weight consists of; `state2` is another such state.
-_STATE = ("absmax", "code", "offset")
+# What bitsandbytes' state of a 4-bit weight consists of, beside the table of its codes, which all weights share and
+# which stays on the device; `state2` is another such state.
+_STATE = ("absmax", "offset")
 # Copies of LLM.int8's weight and scales that a layer keeps from its first product on.
 _INT8_STATE = ("CB", "SCB")
 
@@ -120,12 +121,10 @@ def _held_by(module: nn.Module, skip: Collection[int]) -> Iterator[tuple[Any, st
         if p is None or p.requires_grad or id(p) in skip:
             continue
         yield module._parameters, name, p.detach(), p
-        state = getattr(p, "quant_state", None)
-        while state is not None:
+        for state in _states(p):
             for part in _STATE:
                 if isinstance(tensor := getattr(state, part, None), Tensor):
                     yield state, part, tensor, None
-            state = getattr(state, "state2", None)
         for holder in (p, getattr(module, "state", None)):
             for part in _INT8_STATE:
                 if isinstance(tensor := getattr(holder, "__dict__", {}).get(part), Tensor):
@@ -134,6 +133,14 @@ def _held_by(module: nn.Module, skip: Collection[int]) -> Iterator[tuple[Any, st
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 yield module._buffers, name, buffer, None
+
+
+def _states(parameter: nn.Parameter) -> Iterator[Any]:
+    """bitsandbytes' state of a 4-bit weight, and that of its scales."""
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        yield state
+        state = getattr(state, "state2", None)
 
 
 def _identity(tensor: Tensor) -> tuple:
@@ -257,7 +264,11 @@ def bring_the_rest(model: nn.Module, device: torch.device) -> None:
     """Move whatever of `model` is not on `device` there, tensor by tensor, as `Module.to` would."""
     if device.type == "meta":
         return
+    codes: dict[int, Tensor] = {}
     for module in list(model.modules()):
+        for state in (state for p in module._parameters.values() if p is not None for state in _states(p)):
+            if state.code.device != device:
+                state.code = codes.setdefault(id(state.code), state.code.to(device))
         own = [*module._parameters.values(), *module._buffers.values()]
         if all(t is None or t.device == device for t in own):
             continue
