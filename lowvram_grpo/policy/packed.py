@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import psutil  # comes with accelerate
 import torch
@@ -48,6 +48,11 @@ class _Place(NamedTuple):
     parameter: nn.Parameter | None = None
 
 
+class _Sized(Protocol):
+    bytes: int
+
+
+Packed = TypeVar("Packed", bound=_Sized)
 Placing = list[tuple[Any, str, Any]]
 
 
@@ -164,7 +169,7 @@ def settle_all(layers: Sequence[PackedLayer], device: torch.device, category: st
     """Move layers to host memory, page-locked where `device` is CUDA, of that category of a ledger's. Whether all of it
     could be locked (on a CPU, True)."""
     locked = True
-    for group in _together(layers):
+    for group in together(layers):
         *starts, size = accumulate((layer.bytes for layer in group), initial=0)
         with _disable_current_modes():
             piece = _piece(size, device)
@@ -176,7 +181,7 @@ def settle_all(layers: Sequence[PackedLayer], device: torch.device, category: st
     return locked
 
 
-def _together(layers: Sequence[PackedLayer]) -> Iterator[Sequence[PackedLayer]]:
+def together(layers: Sequence[Packed]) -> Iterator[Sequence[Packed]]:
     """Neighbouring layers whose weights share a piece of host memory."""
     size = max(1, round(sum(layer.bytes for layer in layers) / len(layers)))
     waste = lambda n: (1 << (n * size - 1).bit_length()) / (n * size)
