@@ -117,7 +117,7 @@ def gguf_config(folder: str, file: str, **hub: Any) -> tuple[PretrainedConfig, A
         raise _unsupported(file, f"it lacks the key {one_line(error)}") from error
     except (ValueError, NotImplementedError) as error:
         raise _unsupported(file, one_line(error)) from error
-    if getattr(config, "per_layer_config", None):
+    if getattr(config, "per_layer_attributes", None):
         raise _unsupported(
             file, f"layers of {architecture} differ in their sizes, which transformers' tables leave out"
         )
