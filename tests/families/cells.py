@@ -55,7 +55,9 @@ def adapted(model: nn.Module) -> nn.Module:
 
 def _reason(reason: str | None, model: nn.Module) -> str:
     """Without the name of the class, which the row has."""
-    return YES if reason is None else f"no: {reason.removeprefix(f'{type(model).__name__} ')}"
+    if reason is None:
+        return YES
+    return f"no: {reason.removeprefix(f'{type(model).__name__} ').removeprefix('does not fit it: ')}"
 
 
 def engine(family: Family) -> str:
@@ -225,16 +227,18 @@ def gguf(family: Family) -> str:
         try:
             loaded = load_causal_lm(path, device=CPU, dtype=torch.float32)
         except UserError as error:
-            return f"no: {_in_brackets(error)}"
+            return f"no: {_cause(error, gguf_file.ARCHITECTURES[family.name][0])}"
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
     return YES
 
 
-def _in_brackets(error: UserError) -> str:
-    """Of a sentence, the cause."""
-    text = str(error)
-    return text[text.index("(") + 1 : text.index(")")] if "cannot be trained here (" in text else text
+def _cause(error: UserError, architecture: str) -> str:
+    """What stands in brackets in the sentence of a refusal, in the same words for all architectures."""
+    found = re.search(r"cannot be trained here \((.*)\);", str(error))
+    assert found, error
+    cause = found[1].replace(f"architecture {architecture}", "this architecture").replace(architecture, "it")
+    return cause.replace("it's", "its")
 
 
 PLANNED = {

@@ -96,9 +96,18 @@ def _members(family: Family) -> str:
 
 def _targets_line(family: Family) -> tuple[str, str, str]:
     trained, left = targets(family)
-    code = lambda names: ", ".join(f"`{name}`" for name in names)
+    code = lambda names: ", ".join(f"`{name}`" for name in _together(names))
     why = {reason: [name for name, found in left.items() if found == reason] for reason in left.values()}
     return family.name, code(trained), "; ".join(f"{code(names)} ({reason})" for reason, names in why.items()) or "-"
+
+
+def _together(names: list[str]) -> list[str]:
+    """`self_attn.{k,q}_proj` for names that differ in one word."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        found = re.fullmatch(r"(.*\.)?([^._]+)(_proj)", name)
+        groups.setdefault((found[1] or "", found[3]) if found else (name, ""), []).append(found[2] if found else "")
+    return [f"{a}{{{','.join(w)}}}{b}" if len(w) > 1 else f"{a}{w[0]}{b}" for (a, b), w in groups.items()]
 
 
 def _whole_lines() -> list[tuple[str, str, str, str]]:
