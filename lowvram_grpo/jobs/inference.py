@@ -19,6 +19,7 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.jobs.loading import adopt_stored_quantization, load_model_of
 from lowvram_grpo.policy.adapter import adapter_config
 from lowvram_grpo.policy.attention_choice import check_asked
+from lowvram_grpo.policy.build import stream_layers
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.hub import offline_where_unreachable
@@ -42,8 +43,8 @@ _ADAPTER_FILE, _MODEL_FILE = "adapter_config.json", "config.json"
 # logging) may not even be valid on the machine that only samples; temperature and filters are the caller's.
 _KEPT = {
     "use_cpu", "bf16", "fp16", "trust_remote_code", "model_init_kwargs", "head_dtype", "embedding_offload",
-    "vram_gib", "workspace_mib", "rollout_batch_size", "kv_cache_dtype", "rollout_adapters", "fused_ops",
-    "max_prompt_length", "max_completion_length", "chat_template_kwargs", "generation_kwargs", "seed",
+    "weight_offload", "vram_gib", "workspace_mib", "rollout_batch_size", "kv_cache_dtype", "rollout_adapters",
+    "fused_ops", "max_prompt_length", "max_completion_length", "chat_template_kwargs", "generation_kwargs", "seed",
     "reward_weights", "reward_timeout", "remove_unused_columns", "oom_step_down",
 }  # fmt: skip
 
@@ -209,6 +210,7 @@ def load_policy(
     ):
         tell(sentence)
     head_of(unwrap(model))
+    stream_layers(model, args, tell)
     if slow := slow_dtype(model, args):
         tell(slow)
     if not getattr(unwrap(model), "is_quantized", False):

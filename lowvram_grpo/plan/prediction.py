@@ -7,21 +7,24 @@ model), and a prediction takes a second, not ten. What the ledger cannot see, `m
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lowvram_grpo.memory.ladder import PHASES
 from lowvram_grpo.memory.ledger import Peak
 from lowvram_grpo.memory.overheads import Overheads
-from lowvram_grpo.plan.counting import Blueprint, count
+from lowvram_grpo.plan.counting import Blueprint, Counted, counted
 from lowvram_grpo.plan.depth import cut, period_of
+from lowvram_grpo.policy.weight_stream import streamed_indices
+from lowvram_grpo.recipe.weight_offload import AUTO, streamed_layers
 
 if TYPE_CHECKING:
     from lowvram_grpo.recipe.config import GRPOConfig
 
 # Phases that are counted in two parts.
 _PARTS = {"adapter": "load", "prefill": "rollout"}
-WEIGHTS = ("base weights", "head", "adapter", "reference", "gradients", "optimizer")
+WEIGHTS = ("base weights", "head", "adapter", "streamed weights", "reference", "gradients", "optimizer")
 
 
 class CannotPredict(Exception):
@@ -36,11 +39,20 @@ class Prediction:
         phases: peak of each phase.
         categories: what the highest of them is made of.
         parts: what each of them is made of.
+        host: bytes of host memory, by what they are; no part of the others.
+        layers: where all decoder layers are streamed, what each of them would take on the device, and takes at home.
     """
 
     phases: dict[str, int]
     categories: dict[str, int] = field(default_factory=dict)
     parts: dict[str, dict[str, int]] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    layers: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of host memory in all."""
+        return sum(self.host.values())
 
     @property
     def peak(self) -> int:
@@ -61,15 +73,49 @@ def predict(blueprint: Blueprint, args: GRPOConfig, *, exact: bool = False) -> P
     least = 4 if args.activation_offload else 2
     low = -(-least // period) * period
     high = low + period
+    # Of how many are streamed everything but what the others take is independent: they are all streamed, then added.
+    streamed = streamed_layers(args.weight_offload, depth)
+    if streamed and not exact:
+        args = copy.copy(args)
+        args.weight_offload = AUTO
     if exact or depth <= high:
-        peaks = count(blueprint, args)
+        found = counted(blueprint, args)
     else:
-        small, large = (count(replace(blueprint, config=cut(blueprint.config, n)), args) for n in (low, high))
-        peaks = {name: _line(small[name], large[name], (depth - low) / (high - low)) for name in small}
+        small, large = (counted(replace(blueprint, config=cut(blueprint.config, n)), args) for n in (low, high))
+        found = _deep(small, large, (depth - low) / (high - low), depth, period)
+    peaks = dict(found.phases)
     # Each of these is two straight lines, and which of them is higher depends on the depth.
     for part, phase in _PARTS.items():
         peaks[phase] = max(peaks.pop(part), peaks[phase], key=lambda peak: peak.bytes)
-    return _with_overheads(peaks, blueprint.overheads, _widths(blueprint, args), depth)
+    whole = _with_overheads(peaks, blueprint.overheads, _widths(blueprint, args), depth)
+    whole = replace(whole, host=found.host, layers=found.layers)
+    return with_streamed(whole, streamed) if streamed and not exact else whole
+
+
+def with_streamed(whole: Prediction, count: int) -> Prediction:
+    """Of a prediction with all decoder layers streamed, the one with so many (at least one): the others lie on the
+    device in every phase, and no longer in host memory."""
+    waiting = set(streamed_indices(len(whole.layers), count))
+    size = sum(size for i, (size, _) in enumerate(whole.layers) if i not in waiting)
+    if not size:
+        return whole
+    more = lambda parts: {**parts, "base weights": parts.get("base weights", 0) + size}
+    host = {**whole.host, "weights": _at_home(whole, waiting)}
+    phases = {name: peak + size for name, peak in whole.phases.items()}
+    parts = {name: more(made_of) for name, made_of in whole.parts.items()}
+    return replace(whole, phases=phases, categories=more(whole.categories), parts=parts, host=host, layers=())
+
+
+def fewest_streamed(whole: Prediction, budget: int) -> int | None:
+    """With how many streamed layers at the least, of a prediction with all of them streamed, the peak is within
+    `budget` bytes; None where it is above with all."""
+    if whole.peak > budget:
+        return None
+    low, high = 1, len(whole.layers)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if with_streamed(whole, middle).peak <= budget else (middle + 1, high)
+    return low
 
 
 def _line(small: Peak, large: Peak, steps: float) -> Peak:
@@ -77,6 +123,16 @@ def _line(small: Peak, large: Peak, steps: float) -> Peak:
     names = small.categories.keys() | large.categories.keys()
     categories = {n: at(small.categories.get(n, 0), large.categories.get(n, 0)) for n in names}
     return Peak(at(small.bytes, large.bytes), categories)
+
+
+def _deep(small: Counted, large: Counted, steps: float, depth: int, period: int) -> Counted:
+    """On the line through both, so many times the way from one to the other."""
+    peaks = {name: _line(small.phases[name], large.phases[name], steps) for name in small.phases}
+    names = small.host.keys() | large.host.keys()
+    at = lambda name: (small.host.get(name, 0), large.host.get(name, 0))
+    host = {name: round(a + (b - a) * steps) for name in names for a, b in [at(name)]}
+    layers = tuple(small.layers[i % period] for i in range(depth)) if small.layers else ()
+    return Counted(peaks, host, layers)
 
 
 def _widths(blueprint: Blueprint, args: GRPOConfig) -> int:

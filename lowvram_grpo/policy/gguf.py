@@ -79,6 +79,7 @@ def load_gguf(
     keep_on_host: Callable[[PreTrainedModel], tuple[str, ...]] = lambda model: (),
     attention: str | None = None,
     tell: Callable[[str], None] = warnings.warn,
+    host_layers: Callable[[PreTrainedModel], int] = lambda model: 0,
     **hub: Any,
 ) -> PreTrainedModel:
     """The model in a GGUF file of a folder or hub id; `hub` has its revision, token or cache_dir, and `tell` hears of
@@ -91,8 +92,10 @@ def load_gguf(
     config, reader = gguf_config(folder, file, **hub)
     model = skeleton(config, dtype, **({"attn_implementation": attention} if attention else {}))
     source = gguf_source(file, model, reader, tell)
-    kept = keep_on_host(model)
-    materialize(model, source, device=device, dtype=dtype, quantization=quantization, keep_on_host=kept)
+    materialize(
+        model, source, device=device, dtype=dtype, quantization=quantization, keep_on_host=keep_on_host(model),
+        host_layers=host_layers(model),
+    )  # fmt: skip
     scale_rotary(model, reader)
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = _special_token(reader, "eos")
