@@ -148,19 +148,22 @@ def test_gradients_are_those_of_float32(kind, fused):
 
 @pytest.mark.parametrize("kind", ["stream", "mlp"])
 @pytest.mark.parametrize("adapters", ["fused", "off"])
-def test_the_sampler_is_the_scorer(kind, adapters):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_sampler_is_the_scorer(kind, adapters, autocast):
     """Greedy rollouts of prompts of several lengths, rows refilled: ids of the float32 model, log-probs of a pass."""
     exact = gemma(kind)
     model = half(exact)
     exact, model = with_lora(exact), with_lora(model)
+    context = lambda: torch.autocast("cpu", torch.float16, enabled=autocast)
     at = sampling(max_new_tokens=8, eos_ids=(1,))
-    keep_where_needed(model, PROMPTS, nullcontext, lambda said: None)
-    assert why_not(unwrap(model)) is None
-    for rows in (None, 2):
-        batch = RolloutEngine(model, at, rows, adapters=adapters).generate(PROMPTS, 2, seed=0)
-        assert all(x.isfinite().all() for x in batch.sampling_per_token_logps)
-        check_logps(model, batch, atol=0.02)
-        check_logps(exact, batch, atol=0.05)
+    keep_where_needed(model, PROMPTS, context, lambda said: None)
+    with context():
+        assert why_not(unwrap(model)) is None
+        for rows in (None, 2):
+            batch = RolloutEngine(model, at, rows, adapters=adapters).generate(PROMPTS, 2, seed=0)
+            assert all(x.isfinite().all() for x in batch.sampling_per_token_logps)
+            check_logps(model, batch, atol=0.02)
+    check_logps(exact, batch, atol=0.05)
 
 
 def test_4_bit_weights_are_multiplied_in_float32(tmp_path):
