@@ -113,10 +113,13 @@ _HOW = (
 
 def raised(console: Console, plan: Plan) -> None:
     """What went up from the preset, and what each of it buys."""
-    console.print(
-        f"climbed from the preset, as memory is left: a step takes {plan.time:.0%} of the preset's time (modelled by "
-        f"counts for {plan.card}, not measured)"
-    )
+    if plan.layers is not None:
+        console.print("raised from the preset, as layers come over the bus once a pass, whatever it is for (modelled):")
+    else:
+        console.print(
+            f"climbed from the preset, as memory is left: a step takes {plan.time:.0%} of the preset's time (modelled "
+            f"by counts for {plan.card}, not measured)"
+        )
     for climb in plan.climbs:
         share = f" ({climb.share:+.0%} without)" if climb.share >= 0.005 else ""
         before, now = (str(value).lower() for value in (climb.before, climb.rung.value))
@@ -132,6 +135,7 @@ def _name(plan: Plan, source: str) -> str:
 
 def show(plan: Plan, card: float, source: str) -> None:
     """The plan in full, for people."""
+    from lowvram_grpo.memory.ram import words
     from lowvram_grpo.plan.paper import setting
 
     console, found = Console(highlight=False), plan.prediction
@@ -157,10 +161,12 @@ def show(plan: Plan, card: float, source: str) -> None:
     for name, size in sorted(found.categories.items(), key=lambda item: -item[1]):
         parts.add_row(name, f"{size / 2**20:,.0f}")
     console.print(parts)
+    if found.on_host:
+        console.print(f"host memory: {words(found.host)}, beside Python's own; page-locked, but for an embedding")
     console.print("savers taken on top of the preset: " + (", ".join(map(str, plan.rungs)) or "none"))
     if plan.climbs:
         raised(console, plan)
-    if plan.streaming:
-        console.print(plan.streaming.words)
+    for price in filter(None, (plan.streaming, plan.layers)):
+        console.print(price.words)
     for sentence in plan.advice:
         console.print(f"instead: {sentence}")

@@ -19,11 +19,13 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.jobs.loading import adopt_stored_quantization, load_model_of
 from lowvram_grpo.policy.adapter import adapter_config
 from lowvram_grpo.policy.attention_choice import check_asked
+from lowvram_grpo.policy.build import stream_layers
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.hub import offline_where_unreachable
 from lowvram_grpo.policy.load import model_config
 from lowvram_grpo.policy.model_names import named
+from lowvram_grpo.policy.overflow import computes_in_float16, keep_where_needed
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.recipe.ranges import TRAINING_RANGES, Range, check_ranges
@@ -37,13 +39,15 @@ if TYPE_CHECKING:
 
     from lowvram_grpo.recipe.config import GRPOConfig
 
+# What a model is run on once to see whether float16 is enough for it.
+_SHOWN = "Which numbers below one hundred are prime? Think step by step, then answer in one sentence."
 _ADAPTER_FILE, _MODEL_FILE = "adapter_config.json", "config.json"
 # What of a run's training settings says how its policy is loaded, prompted and scored. The rest (optimizer, batches,
 # logging) may not even be valid on the machine that only samples; temperature and filters are the caller's.
 _KEPT = {
     "use_cpu", "bf16", "fp16", "trust_remote_code", "model_init_kwargs", "head_dtype", "embedding_offload",
-    "vram_gib", "workspace_mib", "rollout_batch_size", "kv_cache_dtype", "rollout_adapters", "fused_ops",
-    "max_prompt_length", "max_completion_length", "chat_template_kwargs", "generation_kwargs", "seed",
+    "weight_offload", "vram_gib", "workspace_mib", "rollout_batch_size", "kv_cache_dtype", "rollout_adapters",
+    "fused_ops", "max_prompt_length", "max_completion_length", "chat_template_kwargs", "generation_kwargs", "seed",
     "reward_weights", "reward_timeout", "remove_unused_columns", "oom_step_down",
 }  # fmt: skip
 
@@ -209,13 +213,20 @@ def load_policy(
     ):
         tell(sentence)
     head_of(unwrap(model))
+    stream_layers(model, args, tell)
     if slow := slow_dtype(model, args):
         tell(slow)
     if not getattr(unwrap(model), "is_quantized", False):
         model.to(args.device)  # where from_pretrained loaded it, it is still on the host
     engine = engine_of(args, model, sampling_of(args, end_ids(model, tokenizer), tokenizer))
-    positions = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
-    return LoadedPolicy(recipe, args, model, tokenizer, engine, positions)
+    policy = LoadedPolicy(recipe, args, model, tokenizer, engine, _positions(model))
+    if computes_in_float16(model, args.fp16):
+        keep_where_needed(model, [tokenizer(_SHOWN).input_ids], policy.autocast, tell)
+    return policy
+
+
+def _positions(model: nn.Module) -> int | None:
+    return getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
 
 
 @dataclass

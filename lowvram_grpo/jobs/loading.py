@@ -168,6 +168,7 @@ def load_model_of(recipe: Recipe, args: GRPOConfig, tell: Callable[[str], None])
         quantization_config=quantization,
         init_kwargs=init,
         keep_on_host=lambda model: stays_on_host(model, args.head_dtype, args.embedding_offload),
+        weight_offload=args.weight_offload,
         tell=tell,
     )
     return load_adapter(model, recipe.adapter) if recipe.adapter else model

@@ -25,6 +25,10 @@ from lowvram_grpo.policy.recurrent import Run, attending_layers, follow_layouts,
 
 NAME = "lowvram"
 
+# How far apart a pass by a layout and a plain one may be, of the norm, when a model is asked whether it fits: much more
+# than 4-bit kernels for one row and for several are, much less than a wrong position, mask or state makes.
+TOLERANCE = 0.1
+
 
 class Unsupported(ValueError):
     """The model's attention does something that a layout does not know; the message is a phrase for people."""
@@ -101,6 +105,13 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer."""
+    if query.dtype != key.dtype and {query.dtype, key.dtype} == {torch.float16, torch.float32}:
+        # Keys of another layer, of which one alone is kept in float32 (`overflow`).
+        out, weights = _attention(
+            module, query.to(key.dtype), key, value, attention_mask, dropout, scaling,
+            attention_layout=attention_layout, **kwargs,
+        )  # fmt: skip
+        return out.to(query.dtype), weights
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if attention_layout is None:
         if softcap is not None or sinks is not None:

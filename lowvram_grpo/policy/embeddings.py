@@ -27,6 +27,7 @@ from lowvram_grpo.kernels.decode.logits import linear_logits
 from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
 from lowvram_grpo.memory.host import host_buffer
+from lowvram_grpo.memory.ledger import held_on_host
 
 KINDS = {"int8": Int8Weight, "nf4": NF4Weight}
 
@@ -151,6 +152,7 @@ class HostEmbedding(_Scaled):
         super().__init__(scale)
         self.num_embeddings, self.embedding_dim = weight.shape
         self.dtype = dtype
+        held_on_host("embedding", weight.numel() * dtype.itemsize, locked=False)
         self.table: Tensor | None = None if weight.is_meta else weight.detach().to("cpu", dtype)
 
     def forward(self, ids: Tensor) -> Tensor:

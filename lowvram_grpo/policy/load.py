@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,9 @@ from lowvram_grpo.policy.refusals import (
     no_tokenizer,
 )
 from lowvram_grpo.policy.text_model import mark_inside, text_or_whole
+from lowvram_grpo.policy.weight_stream import layers_on_host
 from lowvram_grpo.policy.wrapper import unwrap
+from lowvram_grpo.recipe.weight_offload import OFF
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -147,6 +150,7 @@ def load_causal_lm(
     quantization_config: Any = None,
     init_kwargs: dict[str, Any] | None = None,
     keep_on_host: Callable[[PreTrainedModel], tuple[str, ...]] = lambda model: (),
+    weight_offload: str | int = OFF,
     tell: Callable[[str], None] = warnings.warn,
 ) -> PreTrainedModel:
     """Load a causal language model from a folder, a hub id or a GGUF file.
@@ -161,6 +165,8 @@ def load_causal_lm(
         quantization_config: from `bitsandbytes_config`. A checkpoint that is quantized already is taken as it is.
         init_kwargs: arguments of from_pretrained.
         keep_on_host: names the modules (input embeddings, lm_head) of a model whose weights stay in host memory.
+        weight_offload: GRPOConfig's. Decoder layers that shall wait in host memory are left there, for
+            `stream_weights`; what has to go through from_pretrained is left there as a whole.
         tell: hears of weights in the checkpoint that the model has no place for.
 
     Raises:
@@ -174,17 +180,18 @@ def load_causal_lm(
         kwargs["dtype"] = DTYPES[kwargs["dtype"]]
     if quantization_config is not None:
         kwargs.setdefault("quantization_config", quantization_config)
+    layers = partial(layers_on_host, weight_offload)
     try:
         if gguf := gguf_parts(model, kwargs.pop("gguf_file", None)):
-            loaded = load_gguf_file(*gguf, device, kwargs, keep_on_host, tell)
+            loaded = load_gguf_file(*gguf, device, kwargs, keep_on_host, tell, layers)
         else:
             stored = _stored_config(model, **hub_arguments(kwargs))
             config = text_or_whole(stored)
             kwargs["dtype"] = auto_dtype(kwargs["dtype"], config.dtype, device)
-            loaded = load_streamed(model, config, device, kwargs, keep_on_host)
+            loaded = load_streamed(model, config, device, kwargs, keep_on_host, layers)
             if loaded is None:
-                inside = config is not stored
-                loaded = load_whole(model, config, device, kwargs, keep_on_host, tell, inside=inside)
+                how = {"inside": config is not stored, "on_host": weight_offload != OFF}
+                loaded = load_whole(model, config, device, kwargs, keep_on_host, tell, **how)
             if config is not stored:
                 mark_inside(loaded, stored)
                 tell(f"of {model} the language model alone is loaded, without what sees or hears.")

@@ -2,15 +2,16 @@
 
 `from_pretrained` may hold several 16-bit tensors on the device while it quantizes, and what a checkpoint needs on the
 way depends on its threads. Here a tensor is read, cast, moved, quantized and dropped before the next is touched: the
-device never holds more than the finished model and one linear layer in 16 bits. The same code runs on meta tensors,
-which is how the memory of loading can be known before anything is loaded.
+device never holds more than the finished model and one linear layer in 16 bits. Of layers that are to wait in host
+memory (`weight_stream`) it holds that one linear layer, and each weight goes home as soon as it is what it shall be.
+The same code runs on meta tensors, which is how the memory of loading can be known before anything is loaded.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_grpo.errors import UserError, some
 from lowvram_grpo.kernels.quantized import quantize_statistics
+from lowvram_grpo.policy.packed import host_of, send_home
 from lowvram_grpo.policy.quantization import bitsandbytes_config
+from lowvram_grpo.policy.weight_stream import streamed_modules
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit
@@ -63,6 +66,7 @@ def materialize(
     dtype: torch.dtype,
     quantization: str = "none",
     keep_on_host: Iterable[str] = (),
+    host_layers: int = 0,
 ) -> PreTrainedModel:
     """Give a model on meta its weights, tensor by tensor, and leave it as from_pretrained would (in eval mode).
 
@@ -75,6 +79,8 @@ def materialize(
         quantization: `none`, or `nf4`: every linear layer but the output head becomes a bitsandbytes Linear4bit.
         keep_on_host: names of modules whose weights stay in host memory, dense and frozen, in `dtype`. They may be
             views of the source's memory. With `device` "meta" they are the source's meta tensors.
+        host_layers: of so many decoder layers, those of `streamed_indices`, the weights go to host memory, quantized
+            like the others; for `stream_weights`. On meta no ledger counts them.
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape, or the quantization cannot be streamed.
@@ -86,6 +92,7 @@ def materialize(
     elif quantization != "none":
         raise UserError(f"quantization is {quantization!r}; weights are streamed as none or nf4.")
     _place_buffers(model, device)
+    at_home = {id(part) for layer in streamed_modules(model, host_layers) for part in layer.modules()}
     missing = set(expected_names(model))
     staging = _Staging(model, device, dtype)
     for name, tensor in source:
@@ -95,7 +102,7 @@ def materialize(
                 "beside it its own?"
             )
         missing.remove(name)
-        _place(model, name, tensor() if callable(tensor) else tensor, staging, keep_on_host)
+        _place(model, name, tensor() if callable(tensor) else tensor, staging, keep_on_host, at_home)
         # Or the last tensor would stay alive while the next is read.
         del tensor
     if missing:
@@ -172,9 +179,13 @@ def _is_4bit(module: nn.Module) -> bool:
     return hasattr(module, "weight") and hasattr(module.weight, "quant_state")
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor, staging: _Staging, keep_on_host: Iterable[str]) -> None:
+def _place(
+    model: nn.Module, name: str, tensor: Tensor, staging: _Staging, keep_on_host: Iterable[str], at_home: set[int]
+) -> None:
+    """`at_home`: ids of the modules whose weights go to host memory."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
+    waits = id(module) in at_home
     old = getattr(module, leaf)
     if tensor.shape != old.shape:
         raise UserError(
@@ -185,13 +196,17 @@ def _place(model: nn.Module, name: str, tensor: Tensor, staging: _Staging, keep_
         module._buffers[leaf] = tensor.to(staging.device, old.dtype)
     elif leaf == "weight" and _is_4bit(module):
         module.weight = quantize(module, staging(tensor))
+        if waits:
+            send_home(module)
         module.quant_state = module.weight.quant_state
     elif any(parent == kept or parent.startswith(kept + ".") for kept in keep_on_host):
         host = "meta" if tensor.is_meta else "cpu"
         module._parameters[leaf] = nn.Parameter(tensor.to(host, staging.dtype), requires_grad=False)
     else:
         # Never a view of the file: it may be trained, and the file may be replaced.
-        value = torch.empty(tensor.shape, dtype=staging.dtype, device=staging.device).copy_(tensor)
+        with _disable_current_modes() if waits else nullcontext():
+            place = host_of(staging.device) if waits else staging.device
+            value = torch.empty(tensor.shape, dtype=staging.dtype, device=place).copy_(tensor)
         module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
     getattr(module, leaf)._is_hf_initialized = True
 

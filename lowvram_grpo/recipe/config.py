@@ -24,6 +24,7 @@ from lowvram_grpo.recipe.notices import notices_of
 from lowvram_grpo.recipe.ranges import TRAINING_RANGES, check_numbers, check_ranges, settled_padding
 from lowvram_grpo.recipe.settings import check_built, check_choices, settle_best_model
 from lowvram_grpo.recipe.unknown_names import Arguments, check_names
+from lowvram_grpo.recipe.weight_offload import settled
 
 CORRECTION_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 _SWITCH = ("auto", "on", "off")
@@ -236,6 +237,7 @@ class GRPOConfig(TrainingArguments):
         "(ours) Where all weights are trained, keep the reference in pinned host memory and stream it layer by layer.",
         False,
     )
+    weight_offload: str = _help("(ours) Decoder layers streamed from host memory: off, a number, or auto.", "off")
     mlp_tile: int | None = _help("(ours) Run each MLP over this many tokens at a time; unset: all at once.")
     attention: str = _help(
         "(ours) What attends where prompts are shared or prefilled: sdpa (PyTorch's), xformers, or auto, which takes "
@@ -305,6 +307,7 @@ class GRPOConfig(TrainingArguments):
         # True and False are what TRL's first versions took.
         self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
         self.pad_to_multiple_of = settled_padding(self.pad_to_multiple_of)
+        self.weight_offload = settled(self.weight_offload)
         self._check_ranges()
         self._settle_vllm()
         if self.warmup_ratio is not None and not self.warmup_steps:
@@ -346,10 +349,8 @@ class GRPOConfig(TrainingArguments):
         need(not (self.generation_batch_size and self.steps_per_generation),
              "generation_batch_size and steps_per_generation say the same thing; set one of them.")  # fmt: skip
         cold = str(self.cold_start)
-        need(
-            cold in ("auto", "off") or cold.isdigit(),
-            f"cold_start is {cold!r}; it must be auto, off, or a number of steps.",
-        )
+        need(cold in ("auto", "off") or cold.isdigit(),
+             f"cold_start is {cold!r}; it must be auto, off, or a number of steps.")  # fmt: skip
         check_combinations(self)
 
     def _settle_vllm(self) -> None:

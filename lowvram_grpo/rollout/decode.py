@@ -21,6 +21,7 @@ from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy.attention import forward_with_layout
 from lowvram_grpo.policy.embeddings import host_inputs
 from lowvram_grpo.policy.head import head_of
+from lowvram_grpo.policy.weight_stream import stream_of
 from lowvram_grpo.policy.xformers_attention import Kernel
 from lowvram_grpo.rollout.appending import Appended, AppendLayout, packs_of
 from lowvram_grpo.rollout.attention import DecodeLayout, PrefillLayout
@@ -124,6 +125,7 @@ class Decoder:
         self._regular, self._most_members, self.computed = False, 0, 0
         self._look_up = host_inputs(causal_lm)
         self._inputs: dict[str, Tensor] = {}
+        self._weights = stream_of(causal_lm)
         self.continues, self._skipped = False, False
         self._graphs = StepGraphs(self._forward, rows, enabled=settings.graphs, put_back=self._put_states_back)
 
@@ -270,9 +272,22 @@ class Decoder:
                 if name not in self._inputs:
                     self._inputs[name] = found.new_empty(len(self.tokens), *found.shape[1:])
                 self._inputs[name][:width] = found
-        self._graphs(width)
+        self._run(width)
         self.computed += len(self._ages)
         self._ages = [age + 1 for age in self._ages]
+
+    def _run(self, width: int) -> None:
+        """A step. Where it may be a graph and weights are streamed, their copies are part of it: the graph brings each
+        layer into its slot and ends, as it begins, with the first two layers there."""
+        if self._weights is None or not self.captures:
+            self._graphs(width)
+            return
+        self._weights.settle()
+        try:
+            self._graphs(width)
+        except BaseException:
+            self._weights.forget()
+            raise
 
     def _forward(self, width: int) -> None:
         rows = _RowTable(*self._table[:, :width])
@@ -293,6 +308,8 @@ class Decoder:
         self.ids[rows.output, rows.age], self.logps[rows.output, rows.age] = drawn, logps
         self.finished[:width] |= (drawn[:, None] == self.sampler.ends).any(1)
         rows.age.add_(1)
+        if self._weights is not None and self.captures:
+            self._weights.settle()
 
     def _attention_rows(self, rows: _RowTable) -> Rows:
         fixed = {"slot": rows.slot, "age": rows.age, "rank": rows.rank}

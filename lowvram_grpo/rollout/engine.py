@@ -208,7 +208,7 @@ class RolloutEngine:
             usable("sample", self.device, self.fused_ops), usable("int8_head", self.device, self.fused_ops),
             kernel_of(self.attention, "prefill", getattr(causal_lm, causal_lm.base_model_prefix), self.device),
         )  # fmt: skip
-        scheduler = Scheduler([len(p) for p in prompts], group, rows)
+        scheduler = Scheduler([len(p) for p in prompts], group, rows, sampling.max_new_tokens)
         decoder = Decoder(
             causal_lm, sampling, scheduler, prompts, group, seed=seed, device=self.device, settings=settings
         )

@@ -37,7 +37,10 @@ HYBRIDS = {
     },
     "FalconH1": {**_MAMBA, "mamba_d_ssm": 64},
     "Bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    # transformers bounds a time step from below in passes over several tokens alone, so a bound makes them differ from
+    # its own steps by a token.
     "NemotronH": {
+        "time_step_min": 1e-9,
         "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention"], "mamba_num_heads": 4,
         "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8, "conv_kernel": 4,
     },
