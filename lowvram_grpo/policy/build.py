@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowvram_grpo.errors import UserError, counted, one_line
+from lowvram_grpo.policy.attention import keep_caps
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 from lowvram_grpo.policy.dropout import disable_dropout
 from lowvram_grpo.policy.embeddings import place_embeddings
@@ -82,6 +83,7 @@ def build_policy(
         # A GradScaler refuses float16 gradients, and small updates vanish in float16 weights.
         if p.requires_grad and p.dtype == torch.float16:
             p.data = p.data.float()
+    keep_caps(unwrap(model))
     stream_layers(model, args, tell)
     _choose_forwards(model, args)
     if args.max_prompt_length is not None:
