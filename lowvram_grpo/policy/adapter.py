@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,10 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     base = adapter_config(adapter).base_model_name_or_path
     try:
         names = {"is_trainable": True, "key_mapping": adapter_mapping(model)}
-        wrapped = PeftModel.from_pretrained(model, adapter, **names)
+        with warnings.catch_warnings():
+            # Of a language model that was taken out of a whole one: there are no towers to leave out.
+            warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+            wrapped = PeftModel.from_pretrained(model, adapter, **names)
         # Again, for its report: from_pretrained only warns of what it did not find.
         report = wrapped.load_adapter(adapter, wrapped.active_adapter, **names)
     except _UNLOADABLE as error:
