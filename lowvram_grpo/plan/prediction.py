@@ -8,14 +8,17 @@ model), and a prediction takes a second, not ten. What the ledger cannot see, `m
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from lowvram_grpo.memory.host import locked_size
 from lowvram_grpo.memory.ladder import PHASES
 from lowvram_grpo.memory.ledger import Peak
 from lowvram_grpo.memory.overheads import Overheads
 from lowvram_grpo.plan.counting import Blueprint, Counted, counted
 from lowvram_grpo.plan.depth import cut, period_of
+from lowvram_grpo.policy.packed import together
 from lowvram_grpo.policy.weight_stream import streamed_indices
 from lowvram_grpo.recipe.weight_offload import AUTO, streamed_layers
 
@@ -41,6 +44,7 @@ class Prediction:
         parts: what each of them is made of.
         host: bytes of host memory, by what they are; no part of the others.
         layers: where all decoder layers are streamed, what each of them would take on the device, and takes at home.
+        locked: what lies at home is page-locked, in pieces of PyTorch's.
     """
 
     phases: dict[str, int]
@@ -48,6 +52,7 @@ class Prediction:
     parts: dict[str, dict[str, int]] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
     layers: tuple[tuple[int, int], ...] = ()
+    locked: bool = False
 
     @property
     def on_host(self) -> int:
@@ -88,22 +93,50 @@ def predict(blueprint: Blueprint, args: GRPOConfig, *, exact: bool = False) -> P
     for part, phase in _PARTS.items():
         peaks[phase] = max(peaks.pop(part), peaks[phase], key=lambda peak: peak.bytes)
     whole = _with_overheads(peaks, blueprint.overheads, _widths(blueprint, args), depth)
-    whole = replace(whole, host=found.host, layers=found.layers)
+    whole = replace(whole, host=found.host, layers=found.layers, locked=blueprint.device == "cuda")
     return with_streamed(whole, streamed) if streamed and not exact else whole
 
 
 def with_streamed(whole: Prediction, count: int) -> Prediction:
     """Of a prediction with all decoder layers streamed, the one with so many (at least one): the others lie on the
     device in every phase, and no longer in host memory."""
-    waiting = set(streamed_indices(len(whole.layers), count))
-    size = sum(size for i, (size, _) in enumerate(whole.layers) if i not in waiting)
+    indices = streamed_indices(len(whole.layers), count)
+    size = sum(size for i, (size, _) in enumerate(whole.layers) if i not in set(indices))
+    homes = [_Home(home) for _, home in whole.layers]
+    waiting = [homes[i] for i in indices]
+    host = {**whole.host, "weights": _at_home(waiting, whole.locked)}
     if not size:
-        return whole
-    more = lambda parts: {**parts, "base weights": parts.get("base weights", 0) + size}
-    host = {**whole.host, "weights": _at_home(whole, waiting)}
-    phases = {name: peak + size for name, peak in whole.phases.items()}
-    parts = {name: more(made_of) for name, made_of in whole.parts.items()}
-    return replace(whole, phases=phases, categories=more(whole.categories), parts=parts, host=host, layers=())
+        return replace(whole, host=host)
+    window = _window(waiting) - _window(homes)  # which is less where a single layer is streamed, or smaller ones
+
+    def with_the_others(parts: dict[str, int]) -> dict[str, int]:
+        held = "streamed weights" in parts  # not while loading
+        more = {"streamed weights": parts["streamed weights"] + window} if held else {}
+        return {**parts, "base weights": parts.get("base weights", 0) + size, **more}
+
+    parts = {name: with_the_others(made_of) for name, made_of in whole.parts.items()}
+    phases = {
+        name: peak + size + window * ("streamed weights" in whole.parts[name]) for name, peak in whole.phases.items()
+    }
+    peak = max(phases, key=phases.__getitem__)
+    return replace(whole, phases=phases, categories=parts[peak], parts=parts, host=host, layers=())
+
+
+def _window(layers: Sequence[_Home]) -> int:
+    """Bytes of the slots on the device."""
+    return min(2, len(layers)) * max(layer.bytes for layer in layers)
+
+
+class _Home(NamedTuple):
+    """A streamed layer's bytes in host memory."""
+
+    bytes: int
+
+
+def _at_home(layers: Sequence[_Home], locked: bool) -> int:
+    """Bytes of the pieces of host memory that layers share."""
+    pieces = [sum(layer.bytes for layer in group) for group in together(layers)]
+    return sum(map(locked_size, pieces)) if locked else sum(pieces)
 
 
 def fewest_streamed(whole: Prediction, budget: int) -> int | None:

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -210,6 +210,23 @@ def _unknown_kinds(decoder: nn.Module) -> set[str]:
         for i, kind in enumerate(_kinds(decoder))
         if kind not in _KNOWN_KINDS and i not in states and (not states or i in attending)
     }
+
+
+def head_sizes(config: PreTrainedConfig) -> list[tuple[int, int]]:
+    """(KV heads, size of a head) of each layer whose keys are its own: not of Gemma 4's last ones, which attend to
+    others' keys."""
+    text = config.get_text_config()
+    own = text.num_hidden_layers - getattr(text, "num_kv_shared_layers", 0)
+    # Where layers differ, asking the whole configuration is an error of transformers.
+    by_layer = getattr(text, "per_layer_config", None)
+    layers = [text if by_layer is None else by_layer[i] for i in range(own)]
+    return [
+        (
+            getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
+            getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
+        )
+        for layer in layers
+    ]
 
 
 def check_calls(decoder: nn.Module, layout: Layout) -> None:

@@ -204,7 +204,7 @@ def _place(
         module._parameters[leaf] = nn.Parameter(tensor.to(host, staging.dtype), requires_grad=False)
     else:
         # Never a view of the file: it may be trained, and the file may be replaced.
-        with _disable_current_modes() if waits and tensor.is_meta else nullcontext():
+        with _disable_current_modes() if waits else nullcontext():
             place = host_of(staging.device) if waits else staging.device
             value = torch.empty(tensor.shape, dtype=staging.dtype, device=place).copy_(tensor)
         module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)

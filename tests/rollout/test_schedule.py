@@ -82,7 +82,8 @@ def test_slots_for_the_rows_and_two_more_prompts(rows, group, prompts, slots):
 
 
 @pytest.mark.parametrize(
-    "rows,prompt_length,length,slots", [(8, 12_288, 4_096, 2), (32, 12_288, 4_096, 6), (8, 512, 256, 3), (2, 8_192, 64, 2)]
+    "rows,prompt_length,length,slots",
+    [(8, 12_288, 4_096, 2), (32, 12_288, 4_096, 6), (8, 512, 256, 3), (2, 8_192, 64, 2)],
 )
 def test_of_long_prompts_few_are_held_that_nobody_needs_yet(rows, prompt_length, length, slots):
     assert slots_for(rows, 8, 64, prompt_length, length) == slots
