@@ -25,6 +25,7 @@ from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.hub import offline_where_unreachable
 from lowvram_grpo.policy.load import model_config
 from lowvram_grpo.policy.model_names import named
+from lowvram_grpo.policy.overflow import computes_in_float16, keep_where_needed
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.wrapper import is_peft, unwrap
 from lowvram_grpo.recipe.ranges import TRAINING_RANGES, Range, check_ranges
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
     from lowvram_grpo.recipe.config import GRPOConfig
 
+# What a model is run on once to see whether float16 is enough for it.
+_SHOWN = "Which numbers below one hundred are prime? Think step by step, then answer in one sentence."
 _ADAPTER_FILE, _MODEL_FILE = "adapter_config.json", "config.json"
 # What of a run's training settings says how its policy is loaded, prompted and scored. The rest (optimizer, batches,
 # logging) may not even be valid on the machine that only samples; temperature and filters are the caller's.
@@ -216,8 +219,14 @@ def load_policy(
     if not getattr(unwrap(model), "is_quantized", False):
         model.to(args.device)  # where from_pretrained loaded it, it is still on the host
     engine = engine_of(args, model, sampling_of(args, end_ids(model, tokenizer), tokenizer))
-    positions = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
-    return LoadedPolicy(recipe, args, model, tokenizer, engine, positions)
+    policy = LoadedPolicy(recipe, args, model, tokenizer, engine, _positions(model))
+    if computes_in_float16(model, args.fp16):
+        keep_where_needed(model, [tokenizer(_SHOWN).input_ids], policy.autocast, tell)
+    return policy
+
+
+def _positions(model: nn.Module) -> int | None:
+    return getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
 
 
 @dataclass

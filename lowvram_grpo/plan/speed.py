@@ -99,6 +99,7 @@ def shape_of(config: PretrainedConfig) -> Shape:
     """Read off a model on meta of as many layers as have kinds of their own."""
     import torch
 
+    from lowvram_grpo.policy.attention import head_sizes
     from lowvram_grpo.policy.stream import skeleton
 
     text = config.get_text_config()
@@ -110,12 +111,11 @@ def shape_of(config: PretrainedConfig) -> Shape:
         if isinstance(module, torch.nn.Linear) and module is not head:
             n, k = module.weight.shape
             found[n, k] += 1
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     vocab, width = head.weight.shape
     tied = bool(getattr(text, "tie_word_embeddings", False))
     linears = {shape: count * depth / period for shape, count in found.items()}
-    return Shape(depth, linears, vocab, width, 2 * depth * heads * size, tied)
+    cached = 2 * sum(heads * size for heads, size in head_sizes(text))
+    return Shape(depth, linears, vocab, width, cached, tied)
 
 
 class Speed:

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -24,6 +24,10 @@ from lowvram_grpo.policy.attend import attend_by_blocks, attend_causally
 from lowvram_grpo.policy.recurrent import Run, attending_layers, follow_layouts, recurrent_layers
 
 NAME = "lowvram"
+
+# How far apart a pass by a layout and a plain one may be, of the norm, when a model is asked whether it fits: much more
+# than 4-bit kernels for one row and for several are, much less than a wrong position, mask or state makes.
+TOLERANCE = 0.1
 
 
 class Unsupported(ValueError):
@@ -101,6 +105,13 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer."""
+    if query.dtype != key.dtype and {query.dtype, key.dtype} == {torch.float16, torch.float32}:
+        # Keys of another layer, of which one alone is kept in float32 (`overflow`).
+        out, weights = _attention(
+            module, query.to(key.dtype), key, value, attention_mask, dropout, scaling,
+            attention_layout=attention_layout, **kwargs,
+        )  # fmt: skip
+        return out.to(query.dtype), weights
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if attention_layout is None:
         if softcap is not None or sinks is not None:
@@ -199,6 +210,23 @@ def _unknown_kinds(decoder: nn.Module) -> set[str]:
         for i, kind in enumerate(_kinds(decoder))
         if kind not in _KNOWN_KINDS and i not in states and (not states or i in attending)
     }
+
+
+def head_sizes(config: PreTrainedConfig) -> list[tuple[int, int]]:
+    """(KV heads, size of a head) of each layer whose keys are its own: not of Gemma 4's last ones, which attend to
+    others' keys."""
+    text = config.get_text_config()
+    own = text.num_hidden_layers - getattr(text, "num_kv_shared_layers", 0)
+    # Where layers differ, asking the whole configuration is an error of transformers.
+    by_layer = getattr(text, "per_layer_config", None)
+    layers = [text if by_layer is None else by_layer[i] for i in range(own)]
+    return [
+        (
+            getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
+            getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
+        )
+        for layer in layers
+    ]
 
 
 def check_calls(decoder: nn.Module, layout: Layout) -> None:

@@ -16,6 +16,7 @@ from lowvram_grpo.policy.dropout import disable_dropout
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.load import compute_dtype, keep_differentiable, load_causal_lm
+from lowvram_grpo.policy.long_rope import settle_rotary
 from lowvram_grpo.policy.lora_targets import with_targets
 from lowvram_grpo.policy.text_model import save_under_whole_names
 from lowvram_grpo.policy.training_ops import fewer_launches
@@ -83,6 +84,13 @@ def build_policy(
             p.data = p.data.float()
     stream_layers(model, args, tell)
     _choose_forwards(model, args)
+    if args.max_prompt_length is not None:
+        longest = args.max_prompt_length + args.max_completion_length
+        if beyond := settle_rotary(unwrap(model), longest):
+            tell(
+                f"sequences of up to {longest} tokens are beyond the {beyond} that the model's rotary frequencies were "
+                "first made for, so all take those for long ones, short sequences too (as in vLLM)."
+            )
     return model
 
 

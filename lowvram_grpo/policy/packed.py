@@ -26,10 +26,16 @@ from lowvram_grpo.policy.embeddings import QuantizedTable
 _TOGETHER = 8
 _ALIGN = 256  # bytes: kernels read several numbers at once
 _GIB = 2**30
-# What bitsandbytes' state of a 4-bit weight consists of; `state2` is another such state.
-_STATE = ("absmax", "code", "offset")
+# What bitsandbytes' state of a 4-bit weight consists of, beside the table of its codes, which all weights share and
+# which stays on the device; `state2` is another such state.
+_STATE = ("absmax", "offset")
 # Copies of LLM.int8's weight and scales that a layer keeps from its first product on.
 _INT8_STATE = ("CB", "SCB")
+# With what bitsandbytes' parameters are made beside their numbers.
+_ARGUMENTS = (
+    "quant_state", "blocksize", "compress_statistics", "quant_type", "quant_storage", "module", "bnb_quantized",
+    "has_fp16_weights", "CB", "SCB",
+)  # fmt: skip
 
 
 class _Place(NamedTuple):
@@ -84,18 +90,19 @@ class PackedLayer:
         with _disable_current_modes(), torch.no_grad():
             self.tensors = [placed(t, home, start).copy_(t) for t, start in zip(self.tensors, self.starts)]
         self.home = home
-        self._at_home = self._placing(self.tensors)
+        self._at_home = self.placing(self.tensors)
         place(self._at_home)
 
     def visiting(self, flat: Tensor) -> Placing:
         """What `place` puts into the layer's modules so that they compute with the weights in `flat` (uint8)."""
-        return self._placing([placed(t, flat, start) for t, start in zip(self.tensors, self.starts)])
+        return self.placing([placed(t, flat, start) for t, start in zip(self.tensors, self.starts)])
 
     def leave(self) -> None:
         """Back to what is at home."""
         place(self._at_home)
 
-    def _placing(self, tensors: Sequence[Tensor]) -> Placing:
+    def placing(self, tensors: Sequence[Tensor]) -> Placing:
+        """What `place` puts into the layer's modules so that `tensors` stand for its own."""
         parameters: dict[int, nn.Parameter] = {}
         placing: Placing = []
         for holder, name, index, parameter in self._places:
@@ -125,12 +132,10 @@ def _held_by(module: nn.Module, skip: Collection[int]) -> Iterator[tuple[Any, st
         if p is None or p.requires_grad or id(p) in skip:
             continue
         yield module._parameters, name, p.detach(), p
-        state = getattr(p, "quant_state", None)
-        while state is not None:
+        for state in _states(p):
             for part in _STATE:
                 if isinstance(tensor := getattr(state, part, None), Tensor):
                     yield state, part, tensor, None
-            state = getattr(state, "state2", None)
         for holder in (p, getattr(module, "state", None)):
             for part in _INT8_STATE:
                 if isinstance(tensor := getattr(holder, "__dict__", {}).get(part), Tensor):
@@ -141,6 +146,14 @@ def _held_by(module: nn.Module, skip: Collection[int]) -> Iterator[tuple[Any, st
                 yield module._buffers, name, buffer, None
 
 
+def _states(parameter: nn.Parameter) -> Iterator[Any]:
+    """bitsandbytes' state of a 4-bit weight, and that of its scales."""
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        yield state
+        state = getattr(state, "state2", None)
+
+
 def _identity(tensor: Tensor) -> tuple:
     """The same for tensors that are the same numbers, as LLM.int8's weight and its `CB` are."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape
@@ -148,12 +161,8 @@ def _identity(tensor: Tensor) -> tuple:
 
 def _like(parameter: nn.Parameter, tensor: Tensor) -> nn.Parameter:
     """A frozen parameter of that kind, with these numbers; of bitsandbytes' kinds, with what hangs on it."""
-    if type(parameter) is nn.Parameter:
-        return nn.Parameter(tensor, requires_grad=False)
-    with _disable_current_modes():
-        made = torch.Tensor._make_subclass(type(parameter), tensor, False)
-    made.__dict__.update(vars(parameter))
-    return made
+    kept = {name: value for name, value in vars(parameter).items() if name in _ARGUMENTS}
+    return (type(parameter) if kept else nn.Parameter)(tensor, requires_grad=False, **kept)
 
 
 def settle_all(layers: Sequence[PackedLayer], device: torch.device, category: str) -> bool:
@@ -252,21 +261,23 @@ def send_home(module: nn.Module) -> None:
     for holder, name, tensor, parameter in list(_held_by(module, ())):
         with _disable_current_modes(), torch.no_grad():
             home = torch.empty(tensor.shape, dtype=tensor.dtype, device=host_of(tensor.device)).copy_(tensor)
-        if parameter is None:
-            place([(holder, name, home)])
-        else:
-            parameter.data = home
+        place([(holder, name, home if parameter is None else _like(parameter, home))])
 
 
 def bring_the_rest(model: nn.Module, device: torch.device) -> None:
-    """Move whatever of `model` is not on `device` there, tensor by tensor, as `Module.to` would."""
+    """Move whatever of `model` is not on `device` there, tensor by tensor, as `Module.to` would, which transformers
+    refuses for models in 8 bits."""
     if device.type == "meta":
         return
-    for module in list(model.modules()):
-        own = [*module._parameters.values(), *module._buffers.values()]
-        if all(t is None or t.device == device for t in own):
-            continue
-        if next(module.children(), None) is None:
-            module.to(device)  # bitsandbytes' layers have their own way to move
-        else:
-            module._apply(lambda t: t.to(device), recurse=False)
+    codes: dict[int, tuple[Tensor, Tensor]] = {}  # those from elsewhere too, which must not go while their ids count
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        for state in () if weight is None else _states(weight):
+            if (code := state.code).device != device:
+                if id(code) not in codes:
+                    codes[id(code)] = code, code.to(device)
+                state.code = codes[id(code)][1]
+        if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
+            layer = PackedLayer(module)
+            place(layer.placing([t.to(device) for t in layer.tensors]))
+    model._apply(lambda t: t if t.device == device else t.to(device))

@@ -2,7 +2,8 @@
 
 The completions of a micro-batch become ONE row without padding, [prompt 1, completion 1.1, 1.2, ..., prompt 2, ...], in
 which each completion's positions continue those of its prompt. Prompt tokens attend causally among themselves, a
-completion's tokens to their prompt and causally to themselves. All other modules of a decoder work on single tokens.
+completion's tokens to their prompt and causally to themselves. Layers with a state run over each prompt, and from the
+state at its end over its completions. All other modules of a decoder work on single tokens.
 
     tokens:    sum_g (P_g + sum_i T_gi)         instead of B (P + T) padded ones
     attention: O(P^2 + G T (P + T)) a group     instead of O(G (P + T)^2)
@@ -29,6 +30,7 @@ from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy.attend import attend_by_blocks, attend_causally, causal_bias
 from lowvram_grpo.policy.attention import (
     NAME,
+    TOLERANCE,
     AttentionParams,
     Layout,
     SupportCheck,
@@ -40,6 +42,14 @@ from lowvram_grpo.policy.attention import (
     ranges,
 )  # fmt: skip
 from lowvram_grpo.policy.gather_kv import KVCopies, gather_kv
+from lowvram_grpo.policy.recurrent import (
+    CONTINUES,
+    Run,
+    States,
+    continued,
+    recomputed_with_layout,
+    recurrent_layers,
+)  # fmt: skip
 from lowvram_grpo.policy.split_attention import Padding, attend_in_parts, takes, worth_while
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.policy.xformers_attention import Kernel, shared_blocks
@@ -148,14 +158,28 @@ class PrefixLayout(Layout):
         if self._packed is not None and self._packed.takes(query, value, params):
             keys, values = (gather_kv(x, self._keys, query.shape[1], self._copies)[None] for x in (key, value))
             return self._packed(query.transpose(1, 2), keys, values, params)
-        parts = [(query, key, value)]
-        if len(self._groups) > 1:
-            # Split and not sliced: in the backward pass the parts are put together in one launch.
-            sizes = [group.end - group.begin for group in self._groups]
-            parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
+        parts = zip(*(self._by_group(x, 2) for x in (query, key, value)))
         return torch.cat(
             [out for group, part in zip(self._groups, parts) for out in self._attend(group, *part, params)]
         )[None]
+
+    def _by_group(self, x: Tensor, dim: int) -> Sequence[Tensor]:
+        # Split and not sliced: in the backward pass the parts are put together in one launch.
+        sizes = [group.end - group.begin for group in self._groups]
+        return x.split(sizes, dim) if len(sizes) > 1 else [x]
+
+    def recur(self, layer: int, hidden: Tensor, run: Run) -> Tensor:
+        """As `Layout.recur`, with B = 1. Completions are padded on the right, where padding reaches no token that
+        counts."""
+        outs = []
+        for group, tokens in zip(self._groups, self._by_group(hidden[0], 0)):
+            prompt, behind = tokens.split([group.prompt, len(tokens) - group.prompt])
+            states = States()
+            outs.append(run(prompt[None], states)[0])
+            if group.longest:
+                rows = _PadQueries.apply(behind, group.pad, group.unpad).unflatten(0, (group.count, group.longest))
+                outs.append(continued(run, rows, states).flatten(0, 1).index_select(0, group.unpad))
+        return torch.cat(outs)[None]
 
     def _attend(
         self, group: _Group, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
@@ -229,8 +253,8 @@ def _group_indices(prompt: int, kept: list[int], starts: list[int], longest: int
 
 
 class _PadQueries(torch.autograd.Function):
-    """Queries (tokens, heads, d) as padded rows, whose gradient is that of the real ones: what comes out of a padded
-    row is dropped, so its gradient is 0."""
+    """Queries (tokens, heads, d), or hidden states (tokens, H), as padded rows, whose gradient is that of the real
+    ones: what comes out of padding is dropped and reaches nothing, so its gradient is 0."""
 
     @staticmethod
     def forward(ctx, x: Tensor, pad: Tensor, unpad: Tensor) -> Tensor:
@@ -260,10 +284,33 @@ def _check_packing(decoder: nn.Module, device: torch.device) -> None:
     # What sdpa does not know (soft-capping, sinks) is eager without anybody having asked for that.
     if asked not in ("sdpa", NAME) and not (asked == "eager" and not decoder._supports_sdpa):
         raise Unsupported(f"attn_implementation is {asked}, not sdpa")
-    layout = PrefixLayout([2, 2, 1], [3, 1, 2], [2, 1], width=5, prompt_width=2, device=device)
+    stateful = bool(recurrent_layers(decoder))
+    if stateful and not CONTINUES:
+        raise Unsupported("its layers with a state cannot go on from a prompt's before transformers 5.17")
+    if stateful and not recomputed_with_layout(decoder):
+        raise Unsupported("its layers do not hand on what they are told, and would be recomputed without it")
+    prompts, completions, p = [2, 2, 1], [3, 1, 2], 2
+    layout = PrefixLayout(prompts, completions, [2, 1], width=5, prompt_width=p, device=device)
+    ids = torch.ones(3, 5, dtype=torch.long, device=device)
     with layout_attention(decoder, keep=True):
-        packed_states(decoder, torch.ones(3, 5, dtype=torch.long, device=device), layout)
+        states = packed_states(decoder, ids, layout)
         check_calls(decoder, layout)
+        if stateful and not states.is_meta:
+            _check_states(decoder, ids, states[layout.scored], prompts, completions, p)
+
+
+def _check_states(
+    decoder: nn.Module, ids: Tensor, ours: Tensor, prompts: list[int], completions: list[int], p: int
+) -> None:
+    """Raises Unsupported where the states (N, H) before completion tokens are not those of each sequence alone."""
+    plain = []
+    for row, n, t in zip(ids, prompts, completions):
+        alone = decoder(input_ids=row[None, p - n : p + t], use_cache=False).last_hidden_state[0]
+        plain.append(alone[n - 1 : n - 1 + t])
+    expected = torch.cat(plain).float()
+    apart = (ours.float() - expected).norm() / expected.norm()
+    if not apart <= TOLERANCE:
+        raise Unsupported(f"its layers with a state give others behind a shared prompt (by {apart:.0%})")
 
 
 _SUPPORT = SupportCheck(_check_packing)

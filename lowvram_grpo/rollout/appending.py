@@ -45,7 +45,7 @@ class AppendLayout(Layout):
     def __init__(self, cache: GroupCache, pieces: Sequence[Appended]):
         super().__init__()
         self.cache, self.pieces = cache, list(pieces)
-        self._biases: dict[tuple[int, int, int | None], Tensor] = {}
+        self._biases: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
 
     def positions(self, device: torch.device) -> Tensor:
         """(1, L) int64."""
@@ -82,7 +82,7 @@ class AppendLayout(Layout):
             return attend_by_blocks(
                 q, k, v, scale=params.scale, softcap=params.softcap, sinks=params.sinks, before=before, window=window
             )
-        case = before, count, window
+        case = before, count, window, q.dtype
         if case not in self._biases:
             self._biases[case] = causal_bias(before, count, window, q.dtype, q.device)
         return attend_causally(q, k, v, self._biases[case], scale=params.scale, sinks=params.sinks)

@@ -40,7 +40,7 @@ class PrefillLayout(Layout):
         ends = list(accumulate(lengths))
         self.spans = list(zip([0, *ends[:-1]], ends))
         self._packed: Packed | None = None
-        self._biases: dict[tuple[int, int], Tensor] = {}
+        self._biases: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def positions(self, device: torch.device) -> Tensor:
         """(1, L) int64."""
@@ -84,9 +84,10 @@ class PrefillLayout(Layout):
             )
         bias = None
         if window is not None:
-            if (length, window) not in self._biases:
-                self._biases[length, window] = causal_bias(0, length, window, q.dtype, q.device)
-            bias = self._biases[length, window]
+            case = length, window, q.dtype  # layers may differ in it (`policy.overflow`)
+            if case not in self._biases:
+                self._biases[case] = causal_bias(0, length, window, q.dtype, q.device)
+            bias = self._biases[case]
         return attend_causally(q, k, v, bias, scale=params.scale, sinks=params.sinks)
 
 

@@ -20,6 +20,7 @@ from lowvram_grpo.kernels.decode.attention import settle
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 from lowvram_grpo.policy.attention import layout_attention
 from lowvram_grpo.policy.attention_choice import kernel_of
+from lowvram_grpo.policy.long_rope import settled_rotary
 from lowvram_grpo.policy.small_ops import fast_modules
 from lowvram_grpo.policy.trials import usable
 from lowvram_grpo.policy.wrapper import unwrap
@@ -213,6 +214,7 @@ class RolloutEngine:
         )
         try:
             with (
+                settled_rotary(causal_lm, max(map(len, prompts)) + sampling.max_new_tokens),
                 layout_attention(decoder.decoder),
                 fast_adapters(self.model, self.adapters, self.fused_ops),
                 fast_modules(self.model, self.fused_ops),

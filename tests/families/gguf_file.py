@@ -99,15 +99,16 @@ def _metadata(config: Any) -> dict[str, Any]:
             "ssm.group_count": config.linear_num_key_heads,
             "ssm.time_step_rank": values,
             "ssm.inner_size": values * config.linear_value_head_dim,
-            "rope.dimension_sections": [*_rotary(config)["mrope_section"], 0],
+            "rope.dimension_sections": [*_rotary(config).get("mrope_section", ()), 0],
         }
     return {key: value for key, value in found.items() if value is not None}
 
 
 def _full_layer(config: Any) -> Any:
     """Where layers differ, as Gemma 4's do, a file has the sizes of those with full attention."""
-    layers = getattr(config, "per_layer_config", None)
-    return layers[config.layer_types.index("full_attention")] if layers else config
+    if not getattr(config, "per_layer_attributes", None):
+        return config
+    return config.per_layer_config[config.layer_types.index("full_attention")]
 
 
 def _rotary(config: Any) -> dict[str, Any]:
@@ -151,7 +152,8 @@ def _tensors(architecture: str, model: nn.Module) -> dict[str, np.ndarray]:
     try:
         names = get_gguf_hf_weights_map(model, processor, kind)
     except NotImplementedError:
-        return {"token_embd.weight": np.zeros((4, 4))}
+        experts = any(name.endswith("experts") for name, _ in model.named_modules())
+        return {f"blk.0.ffn_{'gate_exps' if experts else 'gate'}.weight": np.zeros((4, 4))}
     tied = getattr(model, "all_tied_weights_keys", {})
     state = model.state_dict()
     found = {}

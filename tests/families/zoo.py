@@ -51,10 +51,10 @@ class Family:
 
     Attributes:
         name: for people.
-        members: ids on the hub, the smallest first.
+        members: names of the table of architectures, or else ids on the hub.
         config: name of the configuration's class in transformers.
         settings: what its tiny model has other than SIZES.
-        whole: its checkpoints are multimodal, of this class, and a sketch of what is beside the language model.
+        whole: its checkpoints are multimodal, `{whole}ForConditionalGeneration` of transformers.
     """
 
     name: str
@@ -69,66 +69,64 @@ class Family:
 
 
 FAMILIES = (
-    Family("Qwen2.5", ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"), "Qwen2Config",
+    Family("Qwen2.5", ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B", "Qwen2.5-14B"), "Qwen2Config",
            {"tie_word_embeddings": True}),
-    Family("Qwen3", ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3-14B"), "Qwen3Config",
+    Family("Qwen3", ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Qwen3-14B"), "Qwen3Config",
            {"tie_word_embeddings": True}),
-    Family("Qwen3.5", ("Qwen/Qwen3.5-0.8B", "Qwen/Qwen3.5-2B", "Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-9B"),
+    Family("Qwen3.5", ("Qwen3.5-0.8B", "Qwen3.5-2B", "Qwen3.5-4B", "Qwen3.5-9B", "Qwen3.5-27B"),
            "Qwen3_5TextConfig", {**GATED_DELTA, **MROPE, "tie_word_embeddings": True}, "Qwen3_5"),
-    Family("Qwen3.5 MoE", ("Qwen/Qwen3.5-35B-A3B",), "Qwen3_5MoeTextConfig",
+    Family("Qwen3.5 MoE", ("Qwen3.5-35B-A3B",), "Qwen3_5MoeTextConfig",
            {**GATED_DELTA, **EXPERTS, **MROPE, "shared_expert_intermediate_size": 64}, "Qwen3_5Moe"),
-    Family("Qwen3-Next", ("Qwen/Qwen3-Next-80B-A3B-Instruct",), "Qwen3NextConfig",
+    Family("Qwen3-Next", ("Qwen3-Next-80B-A3B",), "Qwen3NextConfig",
            {**GATED_DELTA, **EXPERTS, "shared_expert_intermediate_size": 64}),
-    Family("Qwen3 MoE", ("Qwen/Qwen3-30B-A3B-Instruct-2507",), "Qwen3MoeConfig", EXPERTS),
-    Family("Gemma 3", ("google/gemma-3-270m-it", "google/gemma-3-1b-it", "google/gemma-3-4b-it"), "Gemma3TextConfig",
+    Family("Qwen3 MoE", ("Qwen3-30B-A3B",), "Qwen3MoeConfig", EXPERTS),
+    Family("Gemma 3", ("Gemma-3-1B", "Gemma-3-4B"), "Gemma3TextConfig",
            {**WINDOWS, "query_pre_attn_scalar": 8}, "Gemma3"),
-    Family("Gemma 4 E", ("google/gemma-4-E2B-it", "google/gemma-4-E4B-it"), "Gemma4TextConfig",
+    Family("Gemma 4 E", ("Gemma-4-E2B", "Gemma-4-E4B"), "Gemma4TextConfig",
            {**WINDOWS, **GEMMA_4, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3,
             "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 96,
             "use_double_wide_mlp": True}, "Gemma4"),
-    Family("Gemma 4 dense", ("google/gemma-4-31B-it",), "Gemma4TextConfig",
+    Family("Gemma 4 dense", ("Gemma-4-31B",), "Gemma4TextConfig",
            {**WINDOWS, **GEMMA_4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}, "Gemma4"),
     Family("Gemma 4 unified", ("google/gemma-4-12B-it",), "Gemma4UnifiedTextConfig",
            {**WINDOWS, **GEMMA_4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}, "Gemma4Unified"),
-    Family("Gemma 4 MoE", ("google/gemma-4-26B-A4B-it",), "Gemma4TextConfig",
+    Family("Gemma 4 MoE", ("Gemma-4-26B-A4B",), "Gemma4TextConfig",
            {**WINDOWS, **GEMMA_4, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "enable_moe_block": True,
             "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}, "Gemma4"),
-    Family("LFM2", ("LiquidAI/LFM2-350M", "LiquidAI/LFM2-1.2B", "LiquidAI/LFM2.5-1.2B-Instruct"), "Lfm2Config",
+    Family("LFM2", ("LFM2-350M", "LFM2-700M", "LFM2-1.2B", "LFM2-2.6B", "LFM2.5-350M", "LFM2.5-1.2B"), "Lfm2Config",
            {**CONVOLUTIONS, "block_auto_adjust_ff_dim": False}),
-    Family("LFM2 MoE", ("LiquidAI/LFM2-8B-A1B",), "Lfm2MoeConfig", {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 2}),
-    Family("SmolLM3", ("HuggingFaceTB/SmolLM3-3B",), "SmolLM3Config",
+    Family("LFM2 MoE", ("LFM2-8B-A1B",), "Lfm2MoeConfig", {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 2}),
+    Family("SmolLM3", ("SmolLM3-3B",), "SmolLM3Config",
            {"num_hidden_layers": 4, "no_rope_layers": [1, 0] * 2}),
-    Family("gpt-oss", ("openai/gpt-oss-20b",), "GptOssConfig",
+    Family("gpt-oss", ("gpt-oss-20b",), "GptOssConfig",
            {**WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2,
             "rope_parameters": {**YARN, "factor": 4.0, "truncate": False, "original_max_position_embeddings": 32}}),
-    Family("OLMo 3", ("allenai/Olmo-3-7B-Instruct", "allenai/Olmo-3-7B-Think"), "Olmo3Config", WINDOWS),
-    Family("Ministral 3", ("mistralai/Ministral-3-3B-Instruct-2512-BF16",
-                           "mistralai/Ministral-3-8B-Instruct-2512-BF16"),
+    Family("OLMo 3", ("Olmo-3-7B", "Olmo-3-32B"), "Olmo3Config", WINDOWS),
+    Family("Ministral 3", ("Ministral-3-3B", "Ministral-3-8B", "Ministral-3-14B"),
            "Ministral3Config",
            {"tie_word_embeddings": True,
             "rope_parameters": {**YARN, "factor": 8.0, "original_max_position_embeddings": 16, "mscale": 1.0,
                                 "max_position_embeddings": 128, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
            "Mistral3"),
-    Family("Phi-4-mini", ("microsoft/Phi-4-mini-instruct",), "Phi3Config",
+    Family("Phi-4-mini", ("Phi-4-mini",), "Phi3Config",
            {"tie_word_embeddings": True, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64,
             "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}}),
-    Family("Granite 4 hybrid", ("ibm-granite/granite-4.0-h-350m", "ibm-granite/granite-4.0-h-1b",
-                                "ibm-granite/granite-4.0-h-micro"), "GraniteMoeHybridConfig",
-           {**MAMBA, **GRANITE, "num_local_experts": 0, "shared_intermediate_size": 128}),
-    Family("Granite 4 hybrid MoE", ("ibm-granite/granite-4.0-h-tiny",), "GraniteMoeHybridConfig",
+    Family("Granite 4 hybrid", ("Granite-4.0-H-350M", "Granite-4.0-H-1B", "Granite-4.0-H-Micro"),
+           "GraniteMoeHybridConfig", {**MAMBA, **GRANITE, "num_local_experts": 0, "shared_intermediate_size": 128}),
+    Family("Granite 4 hybrid MoE", ("Granite-4.0-H-Tiny", "Granite-4.0-H-Small"), "GraniteMoeHybridConfig",
            {**MAMBA, **GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64,
             "intermediate_size": 64}),
-    Family("Granite 4", ("ibm-granite/granite-4.0-350m", "ibm-granite/granite-4.0-1b", "ibm-granite/granite-4.0-micro"),
+    Family("Granite 4", ("Granite-4.0-350M", "Granite-4.0-1B", "Granite-4.0-Micro"),
            "GraniteMoeHybridConfig",
            {**MAMBA, **GRANITE, "num_hidden_layers": 2, "layer_types": ["attention"] * 2, "num_local_experts": 0,
             "shared_intermediate_size": 128, "position_embedding_type": "rope"}),
     Family("Granite 3", ("ibm-granite/granite-3.3-2b-instruct", "ibm-granite/granite-3.3-8b-instruct"), "GraniteConfig",
            GRANITE),
-    Family("Llama 3", ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"), "LlamaConfig",
+    Family("Llama 3", ("Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B"), "LlamaConfig",
            {"tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
                                 "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
-    Family("Mistral", ("mistralai/Mistral-7B-Instruct-v0.3",), "MistralConfig", {"sliding_window": WINDOW}),
+    Family("Mistral", ("Mistral-7B-v0.3",), "MistralConfig", {"sliding_window": WINDOW}),
 )  # fmt: skip
 NAMED = {family.name: family for family in FAMILIES}
 

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.policy import window
 from lowvram_grpo.policy.build import attach_lora
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
@@ -18,6 +19,8 @@ from lowvram_grpo.policy.fused_lora import fuse_lora
 from lowvram_grpo.policy.load import bitsandbytes_config, load_causal_lm
 from lowvram_grpo.policy.offload import offloaded_activations
 from lowvram_grpo.policy.reference import Reference
+from lowvram_grpo.policy.shared_prefix import why_not
+from lowvram_grpo.policy.stream import materialize, meta_source, skeleton
 from lowvram_grpo.policy.weight_stream import stream_of, stream_weights, streamed_indices
 from lowvram_grpo.policy.wrapper import unwrap
 
@@ -36,8 +39,7 @@ def poisoned(monkeypatch):
         was_in_use = self._using[i % 2] == i
         if was_in_use:
             self._using[i % 2] = None
-            with torch.no_grad():
-                self.slots[i % 2].fill_(0xFF)
+            self.slots[i % 2].data.fill_(0xFF)
             self._held[i % 2] = None
             self._using[i % 2] = i
         leave(self, i, **settings)
@@ -109,6 +111,7 @@ def test_whatever_else_saves_memory_goes_along(saved, settings):
     passes = []
     for count in (0, 5):
         model = policy(loaded(saved, "nf4", weight_offload=count or "off"), count, **settings)
+        assert not shared or why_not(model) is None
         with offloaded_activations(offload, [*model.parameters()], min_bytes=1):
             passes.append(training_pass(model, **keywords))
     assert_same_bits(passes[1], passes[0])
@@ -117,6 +120,7 @@ def test_whatever_else_saves_memory_goes_along(saved, settings):
 def test_without_checkpoints_a_layers_weights_are_there_again_for_its_backward_pass(saved):
     passes = []
     for count in (0, 3):
+        torch.manual_seed(7)
         model = adapted(loaded(saved, "nf4", weight_offload=count or "off"))
         if count:
             stream_weights(model, count, CPU)
@@ -213,6 +217,96 @@ def test_a_layer_is_copied_once_a_pass_and_backwards_on_the_way_back(saved, monk
             model(input_ids=micro_batch()[0])
     # Behind the last layers, those come that the next pass begins with.
     assert copied == [2, 3, 4, 1, 0] * 2
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "scoring"])
+def test_a_copy_that_fails_is_an_error_and_the_next_pass_is_right(saved, where, monkeypatch):
+    """Each copy of a pass in turn; whatever is copied instead would be another layer's weights."""
+    monkeypatch.undo()
+    expected = training_pass(policy(loaded(saved, "nf4")))
+    model = policy(loaded(saved, "nf4", weight_offload=5), 5)
+    training_pass(model)
+    copies, fetch = Failing(monkeypatch), 0
+    while True:
+        fetch += 1
+        copies.arm(fetch, only_back=where == "backward")
+        try:
+            if where == "scoring":
+                with torch.no_grad():
+                    model(input_ids=micro_batch()[0])
+            else:
+                training_pass(model)
+        except torch.OutOfMemoryError:
+            pass
+        failed = copies.failed
+        copies.disarm()
+        assert_same_bits(training_pass(model), expected)
+        if not failed:
+            break
+    assert fetch > 3
+
+
+class Failing:
+    """Has the n-th copy into a slot from now on raise, half done."""
+
+    def __init__(self, monkeypatch):
+        self.left, self.failed, self.only_back = None, False, False
+        fetch = window.Window._fetch
+
+        def failing(inner, i):
+            if inner._held[i % 2] != i and self.left is not None:
+                in_backward = torch._C._current_graph_task_id() != -1
+                self.left -= in_backward or not self.only_back
+                if self.left == 0:
+                    self.left, self.failed, copy = None, True, torch.Tensor.copy_
+
+                    def broken(to, source, *args, **kwargs):
+                        copy(to[: len(to) // 2], source[: len(to) // 2])
+                        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+                    with pytest.MonkeyPatch.context() as patch:
+                        patch.setattr(torch.Tensor, "copy_", broken)
+                        return fetch(inner, i)
+            return fetch(inner, i)
+
+        monkeypatch.setattr(window.Window, "_fetch", failing)
+
+    def arm(self, n, only_back):
+        self.left, self.failed, self.only_back = n, False, only_back
+
+    def disarm(self):
+        self.left = None
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_the_ledger_sees_the_rest_and_two_slots_and_the_host_apart(kind):
+    """On meta, where memory is planned: loading too, of which no moment holds more than that and a linear layer."""
+    config = tiny("Llama", **{**SIZES, "num_hidden_layers": 8, "tie_word_embeddings": True}).config
+    held, most, host = {}, {}, {}
+    for count in (0, 3, 8):
+        empty = skeleton(config, torch.bfloat16)
+        with Ledger() as ledger, ledger.making("base weights"):
+            with ledger.phase("load"):
+                model = materialize(
+                    empty, meta_source(empty), device="meta", dtype=torch.bfloat16, quantization=kind,
+                    host_layers=count,
+                )  # fmt: skip
+            most[count] = ledger.phases["load"].bytes
+            stream = stream_weights(model.requires_grad_(False), count, "meta") if count else None
+            held[count], host[count] = ledger.categories, dict(ledger.host)
+            with torch.no_grad():
+                model.model(torch.zeros(1, 3, dtype=torch.long, device="meta"))
+        if count:
+            assert len(stream.layers) == count and stream.locked and len(stream.parts) == len(stream.sizes) == count
+            assert host[count] == {"weights": stream.bytes}
+            assert held[count]["streamed weights"] == 2 * max(stream.sizes)
+            gone = sum(map(sum, stream.parts))
+            assert held[count]["base weights"] == held[0]["base weights"] - gone
+            # One linear layer at a time is on the device in 16 bits, and packed.
+            linear = 128 * 64 * 2
+            assert most[count] <= held[count]["base weights"] + 2 * linear
+            assert 0.95 * stream.bytes <= gone <= stream.bytes or kind == "nf4"
+    assert host[0] == {} and most[8] < most[3] < most[0]
 
 
 def test_layers_are_spread_evenly():
