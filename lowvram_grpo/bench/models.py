@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_grpo.policy.embeddings import stays_on_host
 from lowvram_grpo.policy.stream import expected_names, materialize, skeleton
+from lowvram_grpo.policy.weight_stream import layers_on_host
+from lowvram_grpo.recipe.weight_offload import OFF
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -40,6 +42,7 @@ def random_model(
     device: torch.device,
     head_dtype: str = "dense",
     embedding_offload: bool = False,
+    weight_offload: str | int = OFF,
     seed: int = 0,
 ) -> PreTrainedModel:
     """A causal language model on `device` whose weights are random, in eval mode.
@@ -47,7 +50,8 @@ def random_model(
     Args:
         quantization: none or nf4.
         dtype: of the weights that are not quantized.
-        head_dtype, embedding_offload: tables that these will make smaller are left in host memory, as a run does.
+        head_dtype, embedding_offload, weight_offload: tables that these will make smaller, and layers that wait there,
+            are left in host memory, as a run does.
 
     Raises:
         UserError: another quantization.
@@ -61,6 +65,7 @@ def random_model(
         dtype=dtype,
         quantization=quantization,
         keep_on_host=stays_on_host(empty, head_dtype, embedding_offload),
+        host_layers=layers_on_host(weight_offload, empty),
     )
     model.generation_config.eos_token_id = EOS
     return model

@@ -105,7 +105,8 @@ def _card(nvml, handle) -> Card:
     memory = ask(nvml.nvmlDeviceGetMemoryInfo, handle)
     display = ask(nvml.nvmlDeviceGetDisplayActive, handle)
     capability = ask(nvml.nvmlDeviceGetCudaComputeCapability, handle)
-    bus = (ask(nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle), ask(nvml.nvmlDeviceGetMaxPcieLinkWidth, handle))
+    names = ("nvmlDeviceGetMaxPcieLinkGeneration", "nvmlDeviceGetMaxPcieLinkWidth")
+    bus = [ask(getattr(nvml, name), handle) for name in names if hasattr(nvml, name)]
     uuid, name = nvml.nvmlDeviceGetUUID(handle), nvml.nvmlDeviceGetName(handle)
     return Card(
         _text(uuid),
@@ -114,7 +115,7 @@ def _card(nvml, handle) -> Card:
         None if memory is None else int(memory.free),
         None if display is None else bool(display),
         None if capability is None else tuple(capability),
-        (int(bus[0]), int(bus[1])) if all(bus) else None,
+        (int(bus[0]), int(bus[1])) if len(bus) == 2 and all(bus) else None,
     )
 
 

@@ -22,6 +22,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_grpo.memory.host import host_buffer
 from lowvram_grpo.memory.ledger import held_on_host
@@ -49,11 +50,9 @@ class _CopyStream:
         if self._free:
             # In its place, so that there are never more buffers than were in use at once.
             self._free.pop(min(range(len(self._free)), key=lambda i: self._free[i].numel()))
-        return host_buffer(self.room(size), pinned=self.stream is not None)
-
-    def room(self, size: int) -> int:
-        """Of the buffer for `size` bytes; whole MiB, so that it serves again, where it is page-locked."""
-        return size if self.device.type == "cpu" else 2**20 * math.ceil(size / 2**20)
+        room = 2**20 * math.ceil(size / 2**20) if self.stream else size
+        with _disable_current_modes():  # a ledger on a CPU would take it for the device's
+            return host_buffer(room, pinned=self.stream is not None)
 
     def give_back(self, buffer: Tensor | None) -> None:
         if buffer is not None:
@@ -87,7 +86,7 @@ class _Offloaded:
         self._back: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._buffer: Tensor | None = None
         self._buffer = stream.buffer(tensor.nbytes)
-        self._let_go = held_on_host("activations", stream.room(tensor.nbytes))
+        self._let_go = held_on_host("activations", tensor.nbytes)
         self.left = None if self._buffer is None else stream.copy(self._host(), tensor)
 
     def _host(self) -> Tensor:
