@@ -21,6 +21,7 @@ from lowvram_grpo.errors import UserError, is_out_of_memory, one_line
 from lowvram_grpo.policy.accounting import account, lacking
 from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source, converts, places
 from lowvram_grpo.policy.gguf import load_gguf
+from lowvram_grpo.policy.merged_experts import merge
 from lowvram_grpo.policy.quantization import check_stored, quantization_name, streamed_quantization
 from lowvram_grpo.policy.refusals import beside_a_model
 from lowvram_grpo.policy.stream import materialize, skeleton
@@ -88,6 +89,7 @@ def load_streamed(
     except (FileNotFoundError, ValueError):
         return None
     empty = skeleton(config, dtype, **_attention(kwargs))
+    source = merge(empty, source)
     names = can_stream(empty, source, quantization)
     if names is None:
         return None

@@ -9,6 +9,7 @@ which is how the memory of loading can be known before anything is loaded.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_grpo.errors import UserError, some
 from lowvram_grpo.kernels.quantized import quantize_statistics
+from lowvram_grpo.policy.merged_experts import MergedExperts
 from lowvram_grpo.policy.quantization import bitsandbytes_config
+from lowvram_grpo.policy.quantized_experts import empty_experts, fill, product_shape, quantized_experts
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Source = Iterable[tuple[str, Tensor | Callable[[], Tensor]]]
+Source = Iterable[tuple[str, Tensor | MergedExperts | Callable[[], Tensor | MergedExperts]]]
 
 
 @contextmanager
@@ -72,7 +75,8 @@ def materialize(
             Parameters that are tied to others are not expected.
         device: where the weights go; "meta" runs the same operators without computing anything.
         dtype: of all weights that are not quantized, and of what 4-bit layers compute in.
-        quantization: `none`, or `nf4`: every linear layer but the output head becomes a bitsandbytes Linear4bit.
+        quantization: `none`, or `nf4`: every linear layer but the output head becomes a bitsandbytes Linear4bit, and
+            experts in 3-D parameters go to `policy.quantized_experts`.
         keep_on_host: names of modules whose weights stay in host memory, dense and frozen, in `dtype`. They may be
             views of the source's memory. With `device` "meta" they are the source's meta tensors.
 
@@ -80,13 +84,14 @@ def materialize(
         UserError: a tensor is missing, unexpected or of another shape, or the quantization cannot be streamed.
     """
     device = torch.device(device)
-    quantizer = None
+    quantizer, experts = None, {}
     if quantization == "nf4":
         quantizer = _replace_linear_layers(model, device, dtype)
+        experts = empty_experts(model, device, dtype)
     elif quantization != "none":
         raise UserError(f"quantization is {quantization!r}; weights are streamed as none or nf4.")
     _place_buffers(model, device)
-    missing = set(expected_names(model))
+    missing = {*expected_names(model), *experts}
     staging = _Staging(model, device, dtype)
     for name, tensor in source:
         if name not in missing:
@@ -95,9 +100,13 @@ def materialize(
                 "beside it its own?"
             )
         missing.remove(name)
-        _place(model, name, tensor() if callable(tensor) else tensor, staging, keep_on_host)
+        value = tensor() if callable(tensor) else tensor
+        if name in experts:
+            _quantize_experts(name, *experts[name], value, staging)
+        else:
+            _place(model, name, value, staging, keep_on_host)
         # Or the last tensor would stay alive while the next is read.
-        del tensor
+        del tensor, value
     if missing:
         lacking = some(sorted(missing))
         raise UserError(f"The checkpoint lacks {lacking}; download it again, or check that it is complete.")
@@ -161,26 +170,54 @@ class _Staging:
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
-        largest = max((m.weight.numel() for m in model.modules() if _is_4bit(m)), default=0)
+        layers = (m.weight.numel() for m in model.modules() if _is_4bit(m))
+        experts = (m.expert_layout.largest for _, m in quantized_experts(model))
+        largest = max((*layers, *experts), default=0)
         self._buffer = torch.empty(largest, dtype=dtype, device=device)
+        self._float32 = _float32_names(model, dtype)
+
+    def kind(self, name: str) -> torch.dtype:
+        """Of a parameter that is not quantized: the model's class may want float32 for some."""
+        return torch.float32 if self._float32 is not None and self._float32.search(name) else self.dtype
 
     def __call__(self, tensor: Tensor) -> Tensor:
         return self._buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def _float32_names(model: nn.Module, dtype: torch.dtype) -> re.Pattern | None:
+    """As from_pretrained takes `_keep_in_fp32_modules` (where float16 is wanted) and `_keep_in_fp32_modules_strict`."""
+    wanted = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else []
+    if dtype == torch.float16:
+        wanted += getattr(model, "_keep_in_fp32_modules", None) or ()
+    return re.compile("|".join(name.replace("*", ".*") for name in wanted)) if wanted else None
 
 
 def _is_4bit(module: nn.Module) -> bool:
     return hasattr(module, "weight") and hasattr(module.weight, "quant_state")
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor, staging: _Staging, keep_on_host: Iterable[str]) -> None:
+def _quantize_experts(name: str, module: nn.Module, product: int, value: Any, staging: _Staging) -> None:
+    """`value`: (E, ...), read expert by expert."""
+    _check_shape(name, value.shape, product_shape(module, product))
+    for expert, weight in enumerate(value):
+        fill(module, product, expert, weight, staging)
+        if staging.device.type == "meta":  # one is like the other, and there may be thousands
+            break
+
+
+def _check_shape(name: str, found: Iterable[int], wanted: Iterable[int]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise UserError(
+            f"{name!r} is {tuple(found)} in the checkpoint and {tuple(wanted)} in the model; is the config.json beside "
+            "it its own?"
+        )
+
+
+def _place(model: nn.Module, name: str, tensor: Any, staging: _Staging, keep_on_host: Iterable[str]) -> None:
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     old = getattr(module, leaf)
-    if tensor.shape != old.shape:
-        raise UserError(
-            f"{name!r} is {tuple(tensor.shape)} in the checkpoint and {tuple(old.shape)} in the model; is the "
-            "config.json beside it its own?"
-        )
+    _check_shape(name, tensor.shape, old.shape)
     if leaf in module._buffers:
         module._buffers[leaf] = tensor.to(staging.device, old.dtype)
     elif leaf == "weight" and _is_4bit(module):
@@ -191,7 +228,12 @@ def _place(model: nn.Module, name: str, tensor: Tensor, staging: _Staging, keep_
         module._parameters[leaf] = nn.Parameter(tensor.to(host, staging.dtype), requires_grad=False)
     else:
         # Never a view of the file: it may be trained, and the file may be replaced.
-        value = torch.empty(tensor.shape, dtype=staging.dtype, device=staging.device).copy_(tensor)
+        value = torch.empty(tensor.shape, dtype=staging.kind(name), device=staging.device)
+        if isinstance(tensor, MergedExperts):
+            for i, expert in enumerate(tensor):
+                value[i].copy_(expert)
+        else:
+            value.copy_(tensor)
         module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
     getattr(module, leaf)._is_hf_initialized = True
 
