@@ -42,6 +42,7 @@ _ADAPTER_FILE, _MODEL_FILE = "adapter_config.json", "config.json"
 # logging) may not even be valid on the machine that only samples; temperature and filters are the caller's.
 _KEPT = {
     "use_cpu", "bf16", "fp16", "trust_remote_code", "model_init_kwargs", "head_dtype", "embedding_offload",
+    "expert_offload",
     "vram_gib", "workspace_mib", "rollout_batch_size", "kv_cache_dtype", "rollout_adapters", "fused_ops",
     "max_prompt_length", "max_completion_length", "chat_template_kwargs", "generation_kwargs", "seed",
     "reward_weights", "reward_timeout", "remove_unused_columns", "oom_step_down",

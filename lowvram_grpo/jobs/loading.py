@@ -168,5 +168,6 @@ def load_model_of(recipe: Recipe, args: GRPOConfig, tell: Callable[[str], None])
         init_kwargs=init,
         keep_on_host=lambda model: stays_on_host(model, args.head_dtype, args.embedding_offload),
         tell=tell,
+        expert_offload=args.expert_offload,
     )
     return load_adapter(model, recipe.adapter) if recipe.adapter else model

@@ -24,6 +24,7 @@ CATEGORIES = (
     "base weights",
     "head",
     "adapter",
+    "streamed weights",
     "reference",
     "gradients",
     "optimizer",

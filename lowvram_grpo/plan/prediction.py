@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Phases that are counted in two parts.
 _PARTS = {"adapter": "load", "prefill": "rollout"}
-WEIGHTS = ("base weights", "head", "adapter", "reference", "gradients", "optimizer")
+WEIGHTS = ("base weights", "head", "adapter", "streamed weights", "reference", "gradients", "optimizer")
 
 
 class CannotPredict(Exception):

@@ -1,9 +1,9 @@
 """How the weights of one expert lie in one piece of memory, in bitsandbytes' NF4.
 
 A record holds all that an expert multiplies by, one matrix after another, so that bringing an expert to the card is one
-copy. A matrix is quantized by itself, as bitsandbytes quantizes a linear layer: NF4 in blocks of 64 with doubly quantized
-scales (QLoRA, arXiv:2305.14314). gate and up that lie one above the other are two matrices, as they are in checkpoints:
-what such a checkpoint has in 4 bits is taken bit by bit, and what is made here is what others make.
+copy. A matrix is quantized by itself, as bitsandbytes quantizes a linear layer: NF4 in blocks of 64 with doubly
+quantized scales (QLoRA, arXiv:2305.14314). gate and up that lie one above the other are two matrices, as they are in
+checkpoints: what such a checkpoint has in 4 bits is taken bit by bit, and what is made here is what others make.
 
     matrix:  packed (n/2 bytes) | scales (n/64, uint8) | their scales (n/64/256, float32) | their offset (float32)
 

@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts, over all tokens of the decoder's pass.
+"""Mixtures of experts: what of their settings fits a model, and the load-balancing loss over all tokens of a pass.
 
     aux = E sum_e f_e P_e    f_e: how often a token chose expert e, over all layers; P_e: mean probability of the router
 
@@ -13,14 +13,50 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.policy.quantized_experts import UP, holds_experts, names
+from lowvram_grpo.policy.stream import skeleton
+from lowvram_grpo.recipe.expert_offload import OFF, settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# What configurations call the number of experts.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def check_experts(config: Any, quantization: str, offload: str | int) -> None:
+    """Whether the experts of a model of this configuration can be kept as asked for.
+
+    Raises:
+        UserError: int8, which leaves them in 16 bits, or experts in host memory that are not in 4 bits.
+    """
+    asks = settled(offload) != OFF and quantization != "nf4"
+    if not (asks or quantization == "int8") or not (count := experts_of(config)):
+        return
+    if quantization == "int8":
+        raise UserError(
+            f"quantization is int8, which is for linear layers: the {count} experts a layer of this model are no such "
+            "layers, and would stay in 16 bits; take nf4."
+        )
+    raise UserError(
+        f"expert_offload is {offload}, but experts wait in host memory in 4 bits only, and quantization is "
+        f"{quantization}; set it to nf4, or expert_offload to off."
+    )
+
+
+def experts_of(config: Any) -> int:
+    """How many experts a layer of a model of this configuration has in 3-D parameters; 0 where it has none."""
+    text = config.get_text_config()
+    if not any(getattr(text, name, None) for name in _COUNTS):
+        return 0
+    model = skeleton(config, torch.bfloat16)
+    return max((len(getattr(m, names(m)[UP])) for m in model.modules() if holds_experts(m)), default=0)
 
 
 class RouterLoss:

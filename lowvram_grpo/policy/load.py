@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.policy.experts import check_experts
 from lowvram_grpo.policy.gguf import gguf_config, gguf_parts, gguf_tokenizer
 from lowvram_grpo.policy.precision import auto_dtype
 from lowvram_grpo.policy.pretrained import hub_arguments, load_gguf_file, load_streamed, load_whole
-from lowvram_grpo.policy.quantization import bitsandbytes_config
+from lowvram_grpo.policy.quantization import bitsandbytes_config, quantization_name
 from lowvram_grpo.policy.refusals import (
     check_kind,
     check_rows,
@@ -26,6 +27,7 @@ from lowvram_grpo.policy.refusals import (
 )
 from lowvram_grpo.policy.text_model import mark_inside, text_or_whole
 from lowvram_grpo.policy.wrapper import unwrap
+from lowvram_grpo.recipe.expert_offload import OFF
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -148,6 +150,7 @@ def load_causal_lm(
     init_kwargs: dict[str, Any] | None = None,
     keep_on_host: Callable[[PreTrainedModel], tuple[str, ...]] = lambda model: (),
     tell: Callable[[str], None] = warnings.warn,
+    expert_offload: str | int = OFF,
 ) -> PreTrainedModel:
     """Load a causal language model from a folder, a hub id or a GGUF file.
 
@@ -162,6 +165,7 @@ def load_causal_lm(
         init_kwargs: arguments of from_pretrained.
         keep_on_host: names the modules (input embeddings, lm_head) of a model whose weights stay in host memory.
         tell: hears of weights in the checkpoint that the model has no place for.
+        expert_offload: of GRPOConfig; for experts in 4 bits, and without effect where the model has none.
 
     Raises:
         UserError: missing model, one that is no causal language model, one that is quantized in another way, or a
@@ -180,11 +184,14 @@ def load_causal_lm(
         else:
             stored = _stored_config(model, **hub_arguments(kwargs))
             config = text_or_whole(stored)
+            check_experts(config, quantization_name(kwargs.get("quantization_config")), expert_offload)
             kwargs["dtype"] = auto_dtype(kwargs["dtype"], config.dtype, device)
-            loaded = load_streamed(model, config, device, kwargs, keep_on_host)
+            loaded = load_streamed(model, config, device, kwargs, keep_on_host, expert_offload)
             if loaded is None:
                 inside = config is not stored
-                loaded = load_whole(model, config, device, kwargs, keep_on_host, tell, inside=inside)
+                loaded = load_whole(
+                    model, config, device, kwargs, keep_on_host, tell, inside=inside, expert_offload=expert_offload
+                )
             if config is not stored:
                 mark_inside(loaded, stored)
                 tell(f"of {model} the language model alone is loaded, without what sees or hears.")

@@ -23,9 +23,11 @@ from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source, conver
 from lowvram_grpo.policy.gguf import load_gguf
 from lowvram_grpo.policy.merged_experts import merge
 from lowvram_grpo.policy.quantization import check_stored, quantization_name, streamed_quantization
+from lowvram_grpo.policy.quantized_experts import quantize_experts
 from lowvram_grpo.policy.refusals import beside_a_model
 from lowvram_grpo.policy.stream import materialize, skeleton
 from lowvram_grpo.policy.text_model import KEY_MAPPING, text_name
+from lowvram_grpo.recipe.expert_offload import OFF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +65,12 @@ def _one_device(device_map: Any, default: torch.device) -> torch.device | None:
 
 
 def load_streamed(
-    model: str, config: Any, device: torch.device, kwargs: dict[str, Any], keep_on_host: HostNames
+    model: str,
+    config: Any,
+    device: torch.device,
+    kwargs: dict[str, Any],
+    keep_on_host: HostNames,
+    expert_offload: str | int = OFF,
 ) -> PreTrainedModel | None:
     """The model, or None where only from_pretrained knows how to load it as these arguments ask for.
 
@@ -100,6 +107,7 @@ def load_streamed(
         dtype=dtype,
         quantization=quantization,
         keep_on_host=keep_on_host(empty),
+        expert_offload=expert_offload,
     )
     # Without the file, the one that was made from the configuration stands.
     with suppress(OSError):
@@ -116,6 +124,7 @@ def load_whole(
     tell: Callable[[str], None],
     *,
     inside: bool = False,
+    expert_offload: str | int = OFF,
 ) -> PreTrainedModel:
     """The model by from_pretrained; `tell` hears of weights without a place. `inside`: `config` is that of the language
     model in a multimodal checkpoint, whose other parts have none.
@@ -138,6 +147,8 @@ def load_whole(
     account(model, loaded, report, tell)
     if stored is not None and isinstance(kwargs["dtype"], torch.dtype):
         _recast(loaded, kwargs["dtype"])
+    if quantization_name(kwargs.get("quantization_config")) == "nf4":
+        quantize_experts(loaded, device, loaded.dtype, expert_offload)
     for name in keep_on_host(loaded):
         loaded.get_submodule(name).to("cpu")
     return loaded

@@ -3,9 +3,9 @@ parameters, and those are most of such a model.
 
 Each expert is a record (`expert_records.Layout`); a pass brings one expert after another into a workspace in 16 bits,
 multiplies the tokens that chose it, and lets go of it. Router, activation and the weighing of outputs are transformers'
-own: `_apply_gate`, `act_fn` and the biases of the module, in the order of its eager forward, so the numbers are those of
-the eager forward with dequantized weights. Weights are frozen: the backward pass dequantizes them again, and keeps of a
-pass what went into the activation, 2I numbers for each token and expert.
+own: `_apply_gate`, `act_fn` and the biases of the module, in the order of its eager forward, so the numbers are those
+of the eager forward with dequantized weights. Weights are frozen: the backward pass dequantizes them again, and keeps
+of a pass what went into the activation, 2I numbers for each token and expert.
 
 The host must know how many tokens chose which expert: one wait a layer and pass, so a decode step is no CUDA graph.
 """
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.policy.expert_records import DOWN, UP, Layout, write
+from lowvram_grpo.policy.expert_store import ExpertStore
 from lowvram_grpo.policy.own_forward import give_forward, stands_in
+from lowvram_grpo.recipe.expert_offload import OFF, waiting_experts
 
 # Tokens of an expert that go through it together: what is held at once does not depend on what routers choose.
 TILE = 512
@@ -84,17 +86,21 @@ def layout_of(module: nn.Module) -> Layout:
     return Layout.of(matrices, tuple(down_shape), module.is_transposed)
 
 
-def empty_experts(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[nn.Module, int]]:
+def empty_experts(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, offload: str | int = OFF
+) -> dict[str, tuple[nn.Module, int]]:
     """Put experts in 4 bits, without weights yet, in the place of those of `model` (its parameters may be on meta).
 
     Args:
-        device: of the records.
+        device: of the records, or of those that have a place there.
         dtype: that they compute in.
+        offload: `expert_offload`.
 
     Returns:
         name of each parameter that is gone -> (module, UP or DOWN): `fill` gives it its weights.
     """
     places: dict[str, tuple[nn.Module, int]] = {}
+    store: ExpertStore | None = None
     for name, module in list(model.named_modules()):
         if not holds_experts(module):
             continue
@@ -103,13 +109,29 @@ def empty_experts(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
         for product, leaf in enumerate(names(module)):
             places[f"{name}.{leaf}"] = (module, product)
             delattr(module, leaf)
-        module.home = Resident(experts, module.expert_layout, device)
+        if waiting := waiting_experts(offload, experts):
+            store = store or ExpertStore(device)
+            module.home = store.add(experts, waiting, module.expert_layout)
+        else:
+            module.home = Resident(experts, module.expert_layout, device)
         give_forward(module, _forward)
     return places
 
 
+def quantize_experts(model: nn.Module, device: torch.device, dtype: torch.dtype, offload: str | int = OFF) -> None:
+    """Bring the experts of a loaded model to 4 bits, for a model that only from_pretrained could load: all of them were
+    in memory in 16 bits."""
+    for module in list(model.modules()):
+        if holds_experts(module):
+            weights = [getattr(module, leaf).detach() for leaf in names(module)]
+            empty_experts(module, device, dtype, offload)
+            for product in (UP, DOWN):
+                for expert, weight in enumerate(weights[product]):
+                    fill(module, product, expert, weight, lambda matrix: matrix.to(device, dtype))
+
+
 def fill(module: nn.Module, product: int, expert: int, weight: Tensor, stage: Any) -> None:
-    """Quantize one expert's weight of a product (as the model has it) to where it belongs; see `expert_records.write`."""
+    """Quantize one expert's weight of a product (as the model has it); see `expert_records.write`."""
     write(module.expert_layout, module.home.record(expert), product, weight, stage)
 
 
@@ -145,6 +167,7 @@ class _Chosen:
 
     def __init__(self, top_k_index: Tensor, experts: int):
         flat = top_k_index.reshape(-1)
+        self._alike = flat.is_meta
         self.place = torch.argsort(flat, stable=True)
         self.token = self.place // top_k_index.shape[-1]
         if flat.is_meta:  # nobody knows: that of one expert which is chosen by all
@@ -158,6 +181,8 @@ class _Chosen:
 
     def tiles(self, expert: int) -> Iterator[slice]:
         begin, end = self.rows[expert]
+        if self._alike:  # one tile takes what the next does
+            end = min(end, begin + TILE)
         return (slice(a, min(a + TILE, end)) for a in range(begin, end, TILE))
 
 

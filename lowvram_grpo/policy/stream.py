@@ -23,6 +23,7 @@ from lowvram_grpo.kernels.quantized import quantize_statistics
 from lowvram_grpo.policy.merged_experts import MergedExperts
 from lowvram_grpo.policy.quantization import bitsandbytes_config
 from lowvram_grpo.policy.quantized_experts import empty_experts, fill, product_shape, quantized_experts
+from lowvram_grpo.recipe.expert_offload import OFF
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit
@@ -66,6 +67,7 @@ def materialize(
     dtype: torch.dtype,
     quantization: str = "none",
     keep_on_host: Iterable[str] = (),
+    expert_offload: str | int = OFF,
 ) -> PreTrainedModel:
     """Give a model on meta its weights, tensor by tensor, and leave it as from_pretrained would (in eval mode).
 
@@ -79,6 +81,7 @@ def materialize(
             experts in 3-D parameters go to `policy.quantized_experts`.
         keep_on_host: names of modules whose weights stay in host memory, dense and frozen, in `dtype`. They may be
             views of the source's memory. With `device` "meta" they are the source's meta tensors.
+        expert_offload: of GRPOConfig: experts in 4 bits that wait in host memory.
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape, or the quantization cannot be streamed.
@@ -87,7 +90,7 @@ def materialize(
     quantizer, experts = None, {}
     if quantization == "nf4":
         quantizer = _replace_linear_layers(model, device, dtype)
-        experts = empty_experts(model, device, dtype)
+        experts = empty_experts(model, device, dtype, expert_offload)
     elif quantization != "none":
         raise UserError(f"quantization is {quantization!r}; weights are streamed as none or nf4.")
     _place_buffers(model, device)
@@ -119,11 +122,10 @@ def materialize(
     return model.eval()
 
 
-def meta_source(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def meta_source(model: nn.Module) -> list[tuple[str, Tensor]]:
     """(name, tensor) of what a checkpoint of this model on meta would hold, in its own order; no storage is made."""
     state = model.state_dict(keep_vars=True)
-    for name in expected_names(model):
-        yield name, state[name].detach()
+    return [(name, state[name].detach()) for name in expected_names(model)]
 
 
 def expected_names(model: nn.Module) -> list[str]:
