@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _WORTH = 0.002
 # Rungs that are tried before the bottom of the ladder is looked at.
 _PATIENCE = 3
+# Of the budget: what experts may take and leave room for the rest of a step.
+_EXPERTS = 0.9
 # Of the budget: where more is used, no rung is likely to be needless.
 _FULL = 0.9
 
@@ -40,10 +42,11 @@ class Descender:
 
     Args:
         predict: the planner's.
+        experts: bytes in 4 bits of those that can wait in host memory; 0 where the model has none.
     """
 
-    def __init__(self, predict: Callable[[Recipe], Prediction]):
-        self.predict = predict
+    def __init__(self, predict: Callable[[Recipe], Prediction], experts: int = 0):
+        self.predict, self.experts = predict, experts
         self._refused: dict[tuple[str, Any], bool] = {}
 
     def descend(self, recipe: Recipe, budget: int) -> Lowered:
@@ -56,7 +59,7 @@ class Descender:
         first, tried = recipe, 0
         rungs: tuple[Rung, ...] = ()
         while found.peak > budget:
-            rung = _next(recipe, found, left)
+            rung = self._hopeless(recipe, left, budget) or _next(recipe, found, left)
             # What is far too large is known at the bottom of the ladder, after a few rungs, not after all of them. And
             # where none relieves this phase by itself, all together may.
             if rung is None or tried == _PATIENCE:
@@ -75,8 +78,17 @@ class Descender:
                 rungs = (*rungs, rung)
         return self._without_needless(first, Lowered(recipe, found, rungs), budget)
 
+    def _hopeless(self, recipe: Recipe, left: list[Rung], budget: int) -> Rung | None:
+        """The rung of experts, where these alone fill the budget: no other gets anywhere without it."""
+        rung = next((rung for rung in left if rung.key == "expert_offload"), None)
+        if rung is None or self.experts < _EXPERTS * budget or not self._possible(recipe, rung):
+            return None
+        return rung if saves(rung.key, rung.value, setting(recipe, rung.key)) else None
+
     def _possible(self, recipe: Recipe, rung: Rung) -> bool:
-        """Whether the model has what the rung changes: MLPs that can be tiled, a head that NF4 can block."""
+        """Whether the model has what the rung changes: MLPs that can be tiled, a head that NF4 can block, experts."""
+        if rung.key == "expert_offload":
+            return self.experts > 0 and recipe.quantization == "nf4"
         if rung.key not in ("mlp_tile", "head_dtype"):
             return True
         kind = (rung.key, None if rung.key == "mlp_tile" else rung.value)

@@ -13,6 +13,7 @@ from lowvram_grpo.memory.ladder import RELIEVES, Rung, saves
 from lowvram_grpo.plan.descent import Descender
 from lowvram_grpo.plan.paper import OF_THE_ADAPTER, ladder_of, paper_config, setting, trains_all_weights, with_setting
 from lowvram_grpo.recipe import preset as presets
+from lowvram_grpo.recipe.expert_offload import OFF
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lowvram_grpo.memory.cards import Card
     from lowvram_grpo.memory.overheads import Overheads
     from lowvram_grpo.plan.climb import Climb
+    from lowvram_grpo.plan.experts import Fetching
     from lowvram_grpo.plan.prediction import Prediction
     from lowvram_grpo.plan.reward_models import Judge
     from lowvram_grpo.plan.streaming import Streaming
@@ -45,6 +47,7 @@ class Plan:
         time: of a step after the climbs, as a share of what it would be without, by counts and a card's numbers.
         card: whose numbers.
         streaming: what a reference in host memory costs, where there is one.
+        fetching: what experts in host memory cost, where there are some.
     """
 
     recipe: Recipe
@@ -56,6 +59,7 @@ class Plan:
     time: float = 1.0
     card: str = ""
     streaming: Streaming | None = None
+    fetching: Fetching | None = None
 
     @property
     def fits(self) -> bool:
@@ -80,6 +84,7 @@ class Plan:
             "modelled_card": self.card,
             "settings": {key: setting(self.recipe, key) for key in RELIEVES},
             "streaming": self.streaming and self.streaming.as_json(),
+            "experts": self.fetching and self.fetching.as_json(),
             "advice": list(self.advice),
         }
 
@@ -115,7 +120,10 @@ class Planner:
         self.longest_prompt, self.card = longest_prompt, card
         self._known: dict[str, Prediction] = {}
         self._judges: dict[tuple[str, int], Judge] = {}
-        self._descender = Descender(self.predict)
+        from lowvram_grpo.policy.experts import expert_layers
+
+        self.experts = expert_layers(self.config)
+        self._descender = Descender(self.predict, experts=sum(e.experts * e.bytes for e in self.experts))
 
     def predict(self, recipe: Recipe, *, exact: bool = False) -> Prediction:
         """Peaks of the longest step of `recipe`.
@@ -170,6 +178,10 @@ class Planner:
         where none is, the last one, with advice. Where much is left, settings rise (not on a CPU, whose memory the
         whole system lives in, and not with memory_plan savers)."""
         plan = self._planned(recipe, budget, advise)
+        if setting(plan.recipe, "expert_offload") != OFF:
+            from lowvram_grpo.plan.experts import fetching_of
+
+            plan = replace(plan, fetching=fetching_of(plan.recipe, self.experts))
         if self.card is None or not (trains_all_weights(plan.recipe) and setting(plan.recipe, "reference_offload")):
             return plan
         from lowvram_grpo.plan.streaming import streaming_of
@@ -177,11 +189,16 @@ class Planner:
         return replace(plan, streaming=streaming_of(plan.recipe, self.config, self.card, self.half))
 
     def _planned(self, recipe: Recipe, budget: int, advise: bool) -> Plan:
+        from lowvram_grpo.plan.experts import with_places
+
         lowered = self._descender.descend(recipe, budget)
-        plan = Plan(lowered.recipe, budget, lowered.prediction, lowered.rungs)
+        placed = with_places(lowered.recipe, lowered.prediction, self.experts, budget)
+        plan = Plan(placed[0], budget, placed[1], lowered.rungs)
         if not plan.fits:
             return replace(plan, advice=tuple(self._advice(plan))) if advise else plan
         if self.card is None or self.device != "cuda" or recipe.memory_plan == "savers":
+            return plan
+        if setting(plan.recipe, "expert_offload") != OFF:  # what is left has become places for experts
             return plan
         from lowvram_grpo.plan.climb import Climber
 

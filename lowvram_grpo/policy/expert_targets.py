@@ -42,12 +42,12 @@ def without_experts(model: nn.Module, config: PeftConfig) -> bool:
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         config.target_modules = {name for name, why in linear_layers(model).items() if why is None}
         return True
-    if in_4_bits and wanted and not isinstance(wanted, str):
-        if lacking := sorted(name for name in wanted if not _names(name, linear_layers(model))):
-            warnings.warn(
-                f"target_modules names {some(lacking)}, which are experts here: they are in 4 bits and get no adapter.",
-                stacklevel=2,
-            )
+    named = () if not in_4_bits or isinstance(wanted, str) else wanted or ()
+    if lacking := sorted(name for name in named if not _names(name, linear_layers(model))):
+        warnings.warn(
+            f"target_modules names {some(lacking)}, which are experts here: they are in 4 bits and get no adapter.",
+            stacklevel=2,
+        )
     return in_4_bits
 
 

@@ -13,21 +13,22 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.policy.quantized_experts import UP, holds_experts, names
+from lowvram_grpo.policy.quantized_experts import UP, holds_experts, layout_of, names
 from lowvram_grpo.policy.stream import skeleton
 from lowvram_grpo.recipe.expert_offload import OFF, settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What configurations call the number of experts.
+# What configurations call the number of experts, and of those that a token chooses.
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "experts_per_token")
 
 
 def check_experts(config: Any, quantization: str, offload: str | int) -> None:
@@ -50,13 +51,27 @@ def check_experts(config: Any, quantization: str, offload: str | int) -> None:
     )
 
 
-def experts_of(config: Any) -> int:
-    """How many experts a layer of a model of this configuration has in 3-D parameters; 0 where it has none."""
+class ExpertLayer(NamedTuple):
+    """Experts of a layer, how many a token chooses, and the bytes of one in 4 bits."""
+
+    experts: int
+    chosen: int
+    bytes: int
+
+
+def expert_layers(config: Any) -> list[ExpertLayer]:
+    """Of a model of this configuration, the layers whose experts are 3-D parameters that can be quantized."""
     text = config.get_text_config()
     if not any(getattr(text, name, None) for name in _COUNTS):
-        return 0
-    model = skeleton(config, torch.bfloat16)
-    return max((len(getattr(m, names(m)[UP])) for m in model.modules() if holds_experts(m)), default=0)
+        return []
+    chosen = next((n for n in (getattr(text, name, None) for name in _CHOSEN) if n), 1)
+    modules = [m for m in skeleton(config, torch.bfloat16).modules() if holds_experts(m)]
+    return [ExpertLayer(len(getattr(m, names(m)[UP])), chosen, layout_of(m).bytes) for m in modules]
+
+
+def experts_of(config: Any) -> int:
+    """How many such experts a layer has at most; 0 where there are none."""
+    return max((layer.experts for layer in expert_layers(config)), default=0)
 
 
 class RouterLoss:
