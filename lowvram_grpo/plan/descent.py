@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 _WORTH = 0.002
 # Rungs that are tried before the bottom of the ladder is looked at.
 _PATIENCE = 3
-# Of the budget: what experts may take and leave room for the rest of a step.
-_EXPERTS = 0.9
 # Of the budget: where more is used, no rung is likely to be needless.
 _FULL = 0.9
 
@@ -59,7 +57,7 @@ class Descender:
         first, tried = recipe, 0
         rungs: tuple[Rung, ...] = ()
         while found.peak > budget:
-            rung = self._hopeless(recipe, left, budget) or _next(recipe, found, left)
+            rung = self._hopeless(recipe, found, left, budget) or _next(recipe, found, left)
             # What is far too large is known at the bottom of the ladder, after a few rungs, not after all of them. And
             # where none relieves this phase by itself, all together may.
             if rung is None or tried == _PATIENCE:
@@ -78,12 +76,14 @@ class Descender:
                 rungs = (*rungs, rung)
         return self._without_needless(first, Lowered(recipe, found, rungs), budget)
 
-    def _hopeless(self, recipe: Recipe, left: list[Rung], budget: int) -> Rung | None:
-        """The rung of experts, where these alone fill the budget: no other gets anywhere without it."""
-        rung = next((rung for rung in left if rung.key == "expert_offload"), None)
-        if rung is None or self.experts < _EXPERTS * budget or not self._possible(recipe, rung):
-            return None
-        return rung if saves(rung.key, rung.value, setting(recipe, rung.key)) else None
+    def _hopeless(self, recipe: Recipe, found: Prediction, left: list[Rung], budget: int) -> Rung | None:
+        """The rung of what alone fills the budget, weights in 16 bits or experts: no other gets anywhere without it."""
+        for key, size in (("quantization", found.categories.get("base weights", 0)), ("expert_offload", self.experts)):
+            for rung in left:
+                needed = rung.key == key and size > _FULL * budget and self._possible(recipe, rung)
+                if needed and saves(key, rung.value, setting(recipe, key)):
+                    return rung
+        return None
 
     def _possible(self, recipe: Recipe, rung: Rung) -> bool:
         """Whether the model has what the rung changes: MLPs that can be tiled, a head that NF4 can block, experts."""

@@ -35,6 +35,7 @@ def measured(
                 folder, device=torch.device("cpu"), dtype=torch.float32,
                 quantization_config=bitsandbytes_config(quantization, torch.float32),
                 keep_on_host=lambda model: stays_on_host(model, args.head_dtype, args.embedding_offload),
+                expert_offload=args.expert_offload,
             )  # fmt: skip
             trainer = GRPOTrainer(
                 model, drawn, args, data, processing_class=tokenizer, observer=Quiet(),
