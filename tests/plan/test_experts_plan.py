@@ -70,7 +70,7 @@ def test_the_bytes_of_experts_in_4_bits_are_those_of_a_real_run(tmp_path, waitin
     knows how many tokens choose an expert, so a tile of them is counted, here a small one."""
     monkeypatch.setattr(quantized_experts, "TILE", 8)
     config = Qwen3MoeConfig(
-        vocab_size=1024, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=2048, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, num_experts=32, num_experts_per_tok=2, moe_intermediate_size=64,
         initializer_range=0.02, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
@@ -78,7 +78,8 @@ def test_the_bytes_of_experts_in_4_bits_are_those_of_a_real_run(tmp_path, waitin
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     args = settings(
         tmp_path / "run", num_generations=4, prompts_per_step=2, per_device_train_batch_size=4, max_prompt_length=40,
-        max_completion_length=24, optim="adamw_torch", workspace_mib=1, expert_offload=waiting,
+        max_completion_length=24, optim="adamw_torch", workspace_mib=1, router_aux_loss_coef=0.0,
+        expert_offload=waiting,
     )  # fmt: skip
     prompts = [" ".join("abcdefghij" * 4), " ".join("abcdefghijk" * 3 + "lmnopqr")]
     lora = {"r": 4, "target_modules": "all-linear"}
