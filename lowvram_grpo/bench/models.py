@@ -55,7 +55,7 @@ def random_model(
         UserError: another quantization.
     """
     with _disable_current_modes():  # built on the host, one layer at a time: nothing of it is on the device
-        empty = skeleton(config, dtype, attn_implementation="sdpa")
+        empty = skeleton(config, dtype)
     model = materialize(
         empty,
         _source(empty, expected_names(empty), dtype, seed),

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowvram_grpo.plan.paper import paper_config, setting, with_setting
-from lowvram_grpo.plan.speed import BUS
 from lowvram_grpo.policy.expert_store import CATEGORY
 from lowvram_grpo.recipe.expert_offload import AUTO, OFF, waiting_experts
 
 if TYPE_CHECKING:
+    from lowvram_grpo.memory.cards import Card
     from lowvram_grpo.plan.prediction import Prediction
     from lowvram_grpo.policy.experts import ExpertLayer
     from lowvram_grpo.recipe.resolve import Recipe
@@ -61,6 +61,7 @@ class Fetching(NamedTuple):
         training: bytes that a pass of training brings to the card, where it uses every expert.
         decoding: bytes that a token for each of `rows` completions brings, were experts chosen evenly.
         rows: completions that decode at once.
+        card: whose bus it is.
     """
 
     waiting: int
@@ -69,11 +70,12 @@ class Fetching(NamedTuple):
     training: float
     decoding: float
     rows: int
+    card: Card
 
     @property
     def tokens_a_second(self) -> float:
         """That the bus lets through while sampling."""
-        return self.rows * BUS / self.decoding if self.decoding else float("inf")
+        return self.rows * self.card.bus / self.decoding if self.decoding else float("inf")
 
     @property
     def words(self) -> str:
@@ -82,9 +84,10 @@ class Fetching(NamedTuple):
         return (
             f"expert_offload: {self.waiting} of {self.experts} experts a layer wait in host memory "
             f"({gib(self.host)} there); a training pass brings up to {gib(self.training)} over the bus "
-            f"({self.training / BUS:.1f} s), a token for each of {self.rows} completions {gib(self.decoding)} if "
+            f"({self.training / self.card.bus:.1f} s), a token for each of {self.rows} completions {gib(self.decoding)} if "
             f"experts are chosen evenly: {self.tokens_a_second:.0f} tokens a second at most, predicted at "
-            f"{BUS / 1e9:g} GB/s, not measured; more completions at once share what is fetched."
+            f"{self.card.bus / 1e9:.0f} GB/s ({self.card.bus_name}), not measured; more completions at once share what "
+            "is fetched."
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -96,7 +99,7 @@ class Fetching(NamedTuple):
         }  # fmt: skip
 
 
-def fetching_of(recipe: Recipe, layers: list[ExpertLayer]) -> Fetching | None:
+def fetching_of(recipe: Recipe, layers: list[ExpertLayer], card: Card) -> Fetching | None:
     """For a recipe whose experts wait in host memory; None for all others."""
     if setting(recipe, KEY) == OFF or recipe.quantization != "nf4" or not layers:
         return None
@@ -110,4 +113,4 @@ def fetching_of(recipe: Recipe, layers: list[ExpertLayer]) -> Fetching | None:
         training += waiting * size
         decoding += waiting * size * (1 - (1 - chosen / experts) ** rows)
     experts = max(layer.experts for layer in layers)
-    return Fetching(waiting_experts(args.expert_offload, experts), experts, host, training, decoding, rows)
+    return Fetching(waiting_experts(args.expert_offload, experts), experts, host, training, decoding, rows, card)

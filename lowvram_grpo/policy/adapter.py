@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.hub import way_to_the_hub
 from lowvram_grpo.policy.text_model import adapter_mapping, save_under_whole_names
 from lowvram_grpo.policy.variants import check_adapter
+from lowvram_grpo.policy.weight_stream import stream_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -99,7 +101,9 @@ def restore_adapter(model: PeftModel, checkpoint: str, name: str) -> None:
     changed = getattr(model, "changed_base", None)
     try:
         if changed is not None:
-            changed.restore(model, checkpoint)
+            stream = stream_of(model)
+            with stream.at_home() if stream else nullcontext():  # the base's weights may change
+                changed.restore(model, checkpoint)
             return
         # Into the dtype that it has: peft would make an adapter in 16 bits float32, which takes other steps.
         report = model.load_adapter(

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.host import host_buffer
-from lowvram_grpo.memory.ledger import counted_as
+from lowvram_grpo.memory.ledger import counted_as, held_on_host
 from lowvram_grpo.policy.expert_records import Layout
 
 CATEGORY = "streamed weights"
@@ -177,11 +177,14 @@ def _together(size: int, experts: int) -> int:
 def _piece(size: int, device: torch.device) -> Tensor:
     with _disable_current_modes():
         if device.type == "meta":
-            return torch.empty(size, dtype=torch.uint8, device=device)
-        if size > psutil.virtual_memory().available:
+            made = torch.empty(size, dtype=torch.uint8, device=device)
+        elif size > psutil.virtual_memory().available:
             raise UserError(
                 f"expert_offload keeps the experts in host memory, of which "
                 f"{psutil.virtual_memory().available / _GIB:.1f} GiB are left; close other programs, or take a smaller "
                 "model."
             )
-        return host_buffer(size, pinned=device.type == "cuda")
+        else:
+            made = host_buffer(size, pinned=device.type == "cuda")
+    held_on_host("weights", size, locked=device.type != "cuda" or made.is_pinned())
+    return made

@@ -151,7 +151,8 @@ def _family(causal_lm: nn.Module) -> tuple[Callable[..., Tensor], int, int] | No
     another kind (Doge's chooses by two keys)."""
     loss = getattr(sys.modules[type(causal_lm).__module__], "load_balancing_loss_func", None)
     experts, chosen = (getattr(causal_lm, name, None) for name in ("num_experts", "num_experts_per_tok"))
-    if loss is None or experts is None or chosen is None:
+    # 0: Granite 4's dense models, which have none of the experts that they could have.
+    if loss is None or not experts or chosen is None:
         return None
     takes = list(inspect.signature(loss).parameters)
     return (loss, experts, chosen) if takes == ["gate_logits", "num_experts", "top_k", "attention_mask"] else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +27,9 @@ from lowvram_grpo.policy.refusals import (
     no_tokenizer,
 )
 from lowvram_grpo.policy.text_model import mark_inside, text_or_whole
+from lowvram_grpo.policy.weight_stream import layers_on_host
 from lowvram_grpo.policy.wrapper import unwrap
-from lowvram_grpo.recipe.expert_offload import OFF
+from lowvram_grpo.recipe.weight_offload import OFF
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -149,6 +151,7 @@ def load_causal_lm(
     quantization_config: Any = None,
     init_kwargs: dict[str, Any] | None = None,
     keep_on_host: Callable[[PreTrainedModel], tuple[str, ...]] = lambda model: (),
+    weight_offload: str | int = OFF,
     tell: Callable[[str], None] = warnings.warn,
     expert_offload: str | int = OFF,
 ) -> PreTrainedModel:
@@ -164,6 +167,8 @@ def load_causal_lm(
         quantization_config: from `bitsandbytes_config`. A checkpoint that is quantized already is taken as it is.
         init_kwargs: arguments of from_pretrained.
         keep_on_host: names the modules (input embeddings, lm_head) of a model whose weights stay in host memory.
+        weight_offload: GRPOConfig's. Decoder layers that shall wait in host memory are left there, for
+            `stream_weights`; what has to go through from_pretrained is left there as a whole.
         tell: hears of weights in the checkpoint that the model has no place for.
         expert_offload: of GRPOConfig; for experts in 4 bits, and without effect where the model has none.
 
@@ -178,19 +183,20 @@ def load_causal_lm(
         kwargs["dtype"] = DTYPES[kwargs["dtype"]]
     if quantization_config is not None:
         kwargs.setdefault("quantization_config", quantization_config)
+    layers = partial(layers_on_host, weight_offload)
     try:
         if gguf := gguf_parts(model, kwargs.pop("gguf_file", None)):
-            loaded = load_gguf_file(*gguf, device, kwargs, keep_on_host, tell)
+            loaded = load_gguf_file(*gguf, device, kwargs, keep_on_host, tell, layers)
         else:
             stored = _stored_config(model, **hub_arguments(kwargs))
             config = text_or_whole(stored)
             check_experts(config, quantization_name(kwargs.get("quantization_config")), expert_offload)
             kwargs["dtype"] = auto_dtype(kwargs["dtype"], config.dtype, device)
-            loaded = load_streamed(model, config, device, kwargs, keep_on_host, expert_offload)
+            loaded = load_streamed(model, config, device, kwargs, keep_on_host, layers, expert_offload)
             if loaded is None:
-                inside = config is not stored
+                how = {"inside": config is not stored, "on_host": weight_offload != OFF}
                 loaded = load_whole(
-                    model, config, device, kwargs, keep_on_host, tell, inside=inside, expert_offload=expert_offload
+                    model, config, device, kwargs, keep_on_host, tell, **how, expert_offload=expert_offload
                 )
             if config is not stored:
                 mark_inside(loaded, stored)

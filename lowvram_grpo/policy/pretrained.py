@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HostNames = Callable[["PreTrainedModel"], tuple[str, ...]]
+# How many decoder layers of a model wait in host memory.
+LayersOf = Callable[["PreTrainedModel"], int]
+none_of: LayersOf = lambda model: 0
 
 # Others may change how the weights are read, which only from_pretrained knows.
 STREAMED_ARGUMENTS = {
@@ -70,6 +73,7 @@ def load_streamed(
     device: torch.device,
     kwargs: dict[str, Any],
     keep_on_host: HostNames,
+    host_layers: LayersOf = none_of,
     expert_offload: str | int = OFF,
 ) -> PreTrainedModel | None:
     """The model, or None where only from_pretrained knows how to load it as these arguments ask for.
@@ -107,6 +111,7 @@ def load_streamed(
         dtype=dtype,
         quantization=quantization,
         keep_on_host=keep_on_host(empty),
+        host_layers=host_layers(empty),
         expert_offload=expert_offload,
     )
     # Without the file, the one that was made from the configuration stands.
@@ -124,16 +129,21 @@ def load_whole(
     tell: Callable[[str], None],
     *,
     inside: bool = False,
+    on_host: bool = False,
     expert_offload: str | int = OFF,
 ) -> PreTrainedModel:
     """The model by from_pretrained; `tell` hears of weights without a place. `inside`: `config` is that of the language
-    model in a multimodal checkpoint, whose other parts have none.
+    model in a multimodal checkpoint, whose other parts have none. With `on_host` all of it is loaded, and quantized, in
+    host memory, whatever of it is to be on `device` later.
 
     Raises:
         UserError: the checkpoint is quantized already, and in another way than asked for; it is damaged, lacks weights
             or has them in other shapes.
     """
     stored = getattr(config, "quantization_config", None)
+    if on_host:
+        device = torch.device("cpu")
+        kwargs["device_map"] = {"": "cpu"}
     if stored is not None:
         check_stored(model, stored, kwargs.pop("quantization_config", None))
         _check_stored_names(model, config, kwargs)
@@ -218,6 +228,7 @@ def load_gguf_file(
     kwargs: dict[str, Any],
     keep_on_host: HostNames,
     tell: Callable[[str], None],
+    host_layers: LayersOf = none_of,
 ) -> PreTrainedModel:
     """The model in a GGUF file.
 
@@ -243,5 +254,6 @@ def load_gguf_file(
         keep_on_host=keep_on_host,
         attention=kwargs.get("attn_implementation"),
         tell=tell,
+        host_layers=host_layers,
         **_files_arguments(kwargs),
     )

@@ -12,12 +12,14 @@ The host must know how many tokens chose which expert: one wait a layer and pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_grpo.policy.expert_records import DOWN, UP, Layout, write
 from lowvram_grpo.policy.expert_store import ExpertStore
@@ -41,9 +43,11 @@ class Resident(nn.Module):
     """All records of a layer, (E, bytes) uint8, on the device. Out of state dicts: a checkpoint of 4-bit weights is
     nobody's, what is saved is the adapter."""
 
-    def __init__(self, experts: int, layout: Layout, device: torch.device):
+    def __init__(self, experts: int, layout: Layout, device: torch.device, waits: bool = False):
         super().__init__()
-        records = torch.zeros(experts, layout.bytes, dtype=torch.uint8, device=device)
+        with _disable_current_modes() if waits else nullcontext():
+            place = "cpu" if waits and device.type != "meta" else device
+            records = torch.zeros(experts, layout.bytes, dtype=torch.uint8, device=place)
         self.register_buffer("records", records, persistent=False)
 
     def visit(self, used: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
@@ -87,7 +91,11 @@ def layout_of(module: nn.Module) -> Layout:
 
 
 def empty_experts(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, offload: str | int = OFF
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: str | int = OFF,
+    at_home: Collection[int] = (),
 ) -> dict[str, tuple[nn.Module, int]]:
     """Put experts in 4 bits, without weights yet, in the place of those of `model` (its parameters may be on meta).
 
@@ -95,6 +103,7 @@ def empty_experts(
         device: of the records, or of those that have a place there.
         dtype: that they compute in.
         offload: `expert_offload`.
+        at_home: ids of modules whose weights are to lie in host memory with their whole layer (`weight_offload`).
 
     Returns:
         name of each parameter that is gone -> (module, UP or DOWN): `fill` gives it its weights.
@@ -113,7 +122,7 @@ def empty_experts(
             store = store or ExpertStore(device)
             module.home = store.add(experts, waiting, module.expert_layout)
         else:
-            module.home = Resident(experts, module.expert_layout, device)
+            module.home = Resident(experts, module.expert_layout, device, waits=id(module) in at_home)
         give_forward(module, _forward)
     return places
 

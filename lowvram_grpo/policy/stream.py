@@ -2,8 +2,9 @@
 
 `from_pretrained` may hold several 16-bit tensors on the device while it quantizes, and what a checkpoint needs on the
 way depends on its threads. Here a tensor is read, cast, moved, quantized and dropped before the next is touched: the
-device never holds more than the finished model and one linear layer in 16 bits. The same code runs on meta tensors,
-which is how the memory of loading can be known before anything is loaded.
+device never holds more than the finished model and one linear layer in 16 bits. Of layers that are to wait in host
+memory (`weight_stream`) it holds that one linear layer, and each weight goes home as soon as it is what it shall be.
+The same code runs on meta tensors, which is how the memory of loading can be known before anything is loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +22,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lowvram_grpo.errors import UserError, some
 from lowvram_grpo.kernels.quantized import quantize_statistics
 from lowvram_grpo.policy.merged_experts import MergedExperts
+from lowvram_grpo.policy.packed import host_of, send_home
 from lowvram_grpo.policy.quantization import bitsandbytes_config
 from lowvram_grpo.policy.quantized_experts import empty_experts, fill, product_shape, quantized_experts
+from lowvram_grpo.policy.weight_stream import streamed_modules
 from lowvram_grpo.recipe.expert_offload import OFF
 
 if TYPE_CHECKING:
@@ -67,6 +70,7 @@ def materialize(
     dtype: torch.dtype,
     quantization: str = "none",
     keep_on_host: Iterable[str] = (),
+    host_layers: int = 0,
     expert_offload: str | int = OFF,
 ) -> PreTrainedModel:
     """Give a model on meta its weights, tensor by tensor, and leave it as from_pretrained would (in eval mode).
@@ -81,6 +85,8 @@ def materialize(
             experts in 3-D parameters go to `policy.quantized_experts`.
         keep_on_host: names of modules whose weights stay in host memory, dense and frozen, in `dtype`. They may be
             views of the source's memory. With `device` "meta" they are the source's meta tensors.
+        host_layers: of so many decoder layers, those of `streamed_indices`, the weights go to host memory, quantized
+            like the others; for `stream_weights`. On meta no ledger counts them.
         expert_offload: of GRPOConfig: experts in 4 bits that wait in host memory.
 
     Raises:
@@ -90,10 +96,12 @@ def materialize(
     quantizer, experts = None, {}
     if quantization == "nf4":
         quantizer = _replace_linear_layers(model, device, dtype)
-        experts = empty_experts(model, device, dtype, expert_offload)
     elif quantization != "none":
         raise UserError(f"quantization is {quantization!r}; weights are streamed as none or nf4.")
     _place_buffers(model, device)
+    at_home = {id(part) for layer in streamed_modules(model, host_layers) for part in layer.modules()}
+    if quantizer is not None:
+        experts = empty_experts(model, device, dtype, expert_offload, at_home)
     missing = {*expected_names(model), *experts}
     staging = _Staging(model, device, dtype)
     for name, tensor in source:
@@ -107,7 +115,7 @@ def materialize(
         if name in experts:
             _quantize_experts(name, *experts[name], value, staging)
         else:
-            _place(model, name, value, staging, keep_on_host)
+            _place(model, name, value, staging, keep_on_host, at_home)
         # Or the last tensor would stay alive while the next is read.
         del tensor, value
     if missing:
@@ -215,27 +223,35 @@ def _check_shape(name: str, found: Iterable[int], wanted: Iterable[int]) -> None
         )
 
 
-def _place(model: nn.Module, name: str, tensor: Any, staging: _Staging, keep_on_host: Iterable[str]) -> None:
+def _place(
+    model: nn.Module, name: str, tensor: Any, staging: _Staging, keep_on_host: Iterable[str], at_home: set[int]
+) -> None:
+    """`at_home`: ids of the modules whose weights go to host memory."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
+    waits = id(module) in at_home
     old = getattr(module, leaf)
     _check_shape(name, tensor.shape, old.shape)
     if leaf in module._buffers:
         module._buffers[leaf] = tensor.to(staging.device, old.dtype)
     elif leaf == "weight" and _is_4bit(module):
         module.weight = quantize(module, staging(tensor))
+        if waits:
+            send_home(module)
         module.quant_state = module.weight.quant_state
     elif any(parent == kept or parent.startswith(kept + ".") for kept in keep_on_host):
         host = "meta" if tensor.is_meta else "cpu"
         module._parameters[leaf] = nn.Parameter(tensor.to(host, staging.dtype), requires_grad=False)
     else:
         # Never a view of the file: it may be trained, and the file may be replaced.
-        value = torch.empty(tensor.shape, dtype=staging.kind(name), device=staging.device)
-        if isinstance(tensor, MergedExperts):
-            for i, expert in enumerate(tensor):
-                value[i].copy_(expert)
-        else:
-            value.copy_(tensor)
+        with _disable_current_modes() if waits else nullcontext():
+            place = host_of(staging.device) if waits else staging.device
+            value = torch.empty(tensor.shape, dtype=staging.kind(name), device=place)
+            if isinstance(tensor, MergedExperts):
+                for i, expert in enumerate(tensor):
+                    value[i].copy_(expert)
+            else:
+                value.copy_(tensor)
         module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
     getattr(module, leaf)._is_hf_initialized = True
 

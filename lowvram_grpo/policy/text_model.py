@@ -3,8 +3,8 @@
 Qwen3.5, Gemma 3 and 4 and Ministral 3 are published as `...ForConditionalGeneration`: a language model and, beside it,
 towers for images and sound that GRPO on text never runs. The language model alone is loaded. An adapter of it is saved
 under the names that peft looks for on the published checkpoint: those of the whole model
-(`model.language_model.layers...`), and its own of Qwen3.5, which transformers' AutoModelForCausalLM takes apart too. One
-with either kind of names is taken up.
+(`model.language_model.layers...`), and its own of Qwen3.5, which transformers' AutoModelForCausalLM takes apart too.
+One with either kind of names is taken up.
 """
 
 from __future__ import annotations

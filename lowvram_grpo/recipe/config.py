@@ -25,6 +25,7 @@ from lowvram_grpo.recipe.notices import notices_of
 from lowvram_grpo.recipe.ranges import TRAINING_RANGES, check_numbers, check_ranges, settled_padding
 from lowvram_grpo.recipe.settings import check_built, check_choices, settle_best_model
 from lowvram_grpo.recipe.unknown_names import Arguments, check_names
+from lowvram_grpo.recipe.weight_offload import settled
 
 CORRECTION_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 _SWITCH = ("auto", "on", "off")
@@ -226,7 +227,9 @@ class GRPOConfig(TrainingArguments):
         "which takes those that must be faster by count and pass a trial on this card.",
         "auto",
     )
-    embedding_offload: bool = _help("(ours) Keep an untied input embedding in pinned host memory.", False)
+    embedding_offload: bool = _help(
+        "(ours) Keep an untied input embedding, and per-layer inputs (Gemma 3n, 4), in host memory.", False
+    )
     activation_offload: bool = _help(
         "(ours) Keep checkpointed activations in pinned host memory until the backward pass.", False
     )
@@ -236,6 +239,7 @@ class GRPOConfig(TrainingArguments):
         False,
     )
     expert_offload: str = _help("(ours) Experts of a layer without a place on the card: off, a number, or auto.", "off")
+    weight_offload: str = _help("(ours) Decoder layers streamed from host memory: off, a number, or auto.", "off")
     mlp_tile: int | None = _help("(ours) Run each MLP over this many tokens at a time; unset: all at once.")
     attention: str = _help(
         "(ours) What attends where prompts are shared or prefilled: sdpa (PyTorch's), xformers, or auto, which takes "
@@ -305,7 +309,7 @@ class GRPOConfig(TrainingArguments):
         # True and False are what TRL's first versions took.
         self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
         self.pad_to_multiple_of = settled_padding(self.pad_to_multiple_of)
-        self.expert_offload = settled_experts(self.expert_offload)
+        self.expert_offload, self.weight_offload = settled_experts(self.expert_offload), settled(self.weight_offload)
         self._check_ranges()
         self._settle_vllm()
         if self.warmup_ratio is not None and not self.warmup_steps:

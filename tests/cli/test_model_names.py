@@ -12,7 +12,7 @@ from lowvram_grpo.cli import app
 
 LINE = ["train", "--model", "Qwen2.5-0.5B", "--data", "./dataset/tldr"]
 SMALL = ["--max-steps", "2", "--num-generations", "4", "--max-completion-length", "4", "--cold-start", "off"]
-SAID = "model: Qwen2.5-0.5B is Qwen/Qwen2.5-0.5B on the hub."
+SAID = "model: Qwen2.5-0.5B is Qwen/Qwen2.5-0.5B on the hub, a base model (Qwen/Qwen2.5-0.5B-Instruct is tuned)."
 
 
 @pytest.fixture
