@@ -84,10 +84,10 @@ class Fetching(NamedTuple):
         return (
             f"expert_offload: {self.waiting} of {self.experts} experts a layer wait in host memory "
             f"({gib(self.host)} there); a training pass brings up to {gib(self.training)} over the bus "
-            f"({self.training / self.card.bus:.1f} s), a token for each of {self.rows} completions {gib(self.decoding)} if "
-            f"experts are chosen evenly: {self.tokens_a_second:.0f} tokens a second at most, predicted at "
-            f"{self.card.bus / 1e9:.0f} GB/s ({self.card.bus_name}), not measured; more completions at once share what "
-            "is fetched."
+            f"({self.training / self.card.bus:.1f} s), a token for each of {self.rows} completions "
+            f"{gib(self.decoding)} if experts are chosen evenly: {self.tokens_a_second:.0f} tokens a second at most, "
+            f"predicted at {self.card.bus / 1e9:.0f} GB/s ({self.card.bus_name}), not measured; more completions at "
+            "once share what is fetched."
         )
 
     def as_json(self) -> dict[str, Any]:

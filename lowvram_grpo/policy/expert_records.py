@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,14 +161,19 @@ def _tables(device: str) -> tuple[Tensor, Tensor]:
     return get_4bit_type("nf4", device=device), create_dynamic_map().to(device)
 
 
-def write(layout: Layout, record: Tensor, product: int, weight: Tensor, stage: Callable[[Tensor], Tensor]) -> None:
+def write(layout: Layout, record: Tensor, product: int, weight: Any, stage: Callable[[Tensor], Tensor]) -> None:
     """Quantize the weight of a product (as the model has it, one above the other) into a record.
 
     Args:
-        weight: on any device.
-        stage: brings a matrix to the record's device, in the dtype in which it is quantized.
+        weight: on any device; or a list of its matrices, stored in 4 bits (`stored_weights.StoredNF4`), or not.
+        stage: brings a matrix to a device, in the dtype in which it is quantized.
     """
-    top = 0
-    for matrix in layout.matrices[product]:
-        quantize(stage(weight[top : top + matrix.shape[0]]), *matrix.parts(record))
-        top += matrix.shape[0]
+    matrices = layout.matrices[product]
+    parts = weight.split([m.shape[0] for m in matrices]) if isinstance(weight, Tensor) else weight
+    for matrix, part in zip(matrices, parts, strict=True):
+        into, stored = matrix.parts(record), None if isinstance(part, Tensor) else part.parts()
+        if stored is None:
+            quantize(stage(part if isinstance(part, Tensor) else part.dense()), *into)
+            continue
+        for place, made in zip(into, stored):
+            place.copy_(made.view(place.shape))

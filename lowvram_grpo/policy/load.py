@@ -190,7 +190,8 @@ def load_causal_lm(
         else:
             stored = _stored_config(model, **hub_arguments(kwargs))
             config = text_or_whole(stored)
-            check_experts(config, quantization_name(kwargs.get("quantization_config")), expert_offload)
+            asked = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
+            check_experts(config, quantization_name(asked), expert_offload)
             kwargs["dtype"] = auto_dtype(kwargs["dtype"], config.dtype, device)
             loaded = load_streamed(model, config, device, kwargs, keep_on_host, layers, expert_offload)
             if loaded is None:

@@ -7,6 +7,7 @@ memory. Here its rules say what goes where, and what is merged is read one matri
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,27 @@ if TYPE_CHECKING:
 _INDEX = re.compile(r"\.(\d+)(?=\.)")
 
 
+class Stacked(ABC):
+    """A 3-D parameter (E, ...) that is read one expert at a time."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def expert(self, index: int) -> Any:
+        """(rows, columns) of one expert, on the CPU; or its matrices in 4 bits, where they are stored so."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.expert(i) for i in range(self.shape[0]))
+
+    def __call__(self) -> Stacked:
+        """Nothing is read yet."""
+        return self
+
+
 @dataclass(frozen=True)
-class MergedExperts:
-    """A 3-D parameter (E, ...) that is stored as matrices: of each expert one, or several one above the other."""
+class MergedExperts(Stacked):
+    """Stored as matrices: of each expert one, or several one above the other."""
 
     matrices: tuple[tuple[StoredTensor, ...], ...]
 
@@ -39,17 +58,11 @@ class MergedExperts:
         first = self.matrices[0]
         return (len(self.matrices), sum(m.shape[0] for m in first), *first[0].shape[1:])
 
-    def expert(self, index: int) -> Tensor:
-        """(rows, columns) of one expert, on the CPU; a view of the file where it is stored in one piece."""
+    def expert(self, index: int) -> Any:
         parts = [matrix() for matrix in self.matrices[index]]
+        if not all(isinstance(part, Tensor) for part in parts):
+            return parts
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self.expert(i) for i in range(len(self.matrices)))
-
-    def __call__(self) -> MergedExperts:
-        """Nothing is read yet."""
-        return self
 
 
 def merge(model: PreTrainedModel, source: CheckpointSource) -> CheckpointSource:

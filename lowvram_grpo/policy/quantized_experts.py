@@ -140,7 +140,8 @@ def quantize_experts(model: nn.Module, device: torch.device, dtype: torch.dtype,
 
 
 def fill(module: nn.Module, product: int, expert: int, weight: Tensor, stage: Any) -> None:
-    """Quantize one expert's weight of a product (as the model has it); see `expert_records.write`."""
+    """Quantize one expert's weight of a product (as the model has it, or its matrices as they are stored); see
+    `expert_records.write`."""
     write(module.expert_layout, module.home.record(expert), product, weight, stage)
 
 

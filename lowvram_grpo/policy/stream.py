@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_grpo.errors import UserError, some
 from lowvram_grpo.kernels.quantized import quantize_statistics
-from lowvram_grpo.policy.merged_experts import MergedExperts
+from lowvram_grpo.policy.merged_experts import Stacked
 from lowvram_grpo.policy.packed import host_of, send_home
 from lowvram_grpo.policy.quantization import bitsandbytes_config
 from lowvram_grpo.policy.quantized_experts import empty_experts, fill, product_shape, quantized_experts
+from lowvram_grpo.policy.stored_weights import StoredNF4
 from lowvram_grpo.policy.weight_stream import streamed_modules
 from lowvram_grpo.recipe.expert_offload import OFF
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Source = Iterable[tuple[str, Tensor | MergedExperts | Callable[[], Tensor | MergedExperts]]]
+Source = Iterable[tuple[str, Tensor | Stacked | Callable[[], Tensor | Stacked | StoredNF4]]]
 
 
 @contextmanager
@@ -72,6 +73,7 @@ def materialize(
     keep_on_host: Iterable[str] = (),
     host_layers: int = 0,
     expert_offload: str | int = OFF,
+    skip: Iterable[str] | None = None,
 ) -> PreTrainedModel:
     """Give a model on meta its weights, tensor by tensor, and leave it as from_pretrained would (in eval mode).
 
@@ -88,6 +90,7 @@ def materialize(
         host_layers: of so many decoder layers, those of `streamed_indices`, the weights go to host memory, quantized
             like the others; for `stream_weights`. On meta no ledger counts them.
         expert_offload: of GRPOConfig: experts in 4 bits that wait in host memory.
+        skip: names of linear layers that stay as they are in nf4, where a checkpoint says so.
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape, or the quantization cannot be streamed.
@@ -95,7 +98,7 @@ def materialize(
     device = torch.device(device)
     quantizer, experts = None, {}
     if quantization == "nf4":
-        quantizer = _replace_linear_layers(model, device, dtype)
+        quantizer = _replace_linear_layers(model, device, dtype, skip)
     elif quantization != "none":
         raise UserError(f"quantization is {quantization!r}; weights are streamed as none or nf4.")
     _place_buffers(model, device)
@@ -145,11 +148,14 @@ def expected_names(model: nn.Module) -> list[str]:
     return [name for name in model.state_dict() if name not in tied]
 
 
-def _replace_linear_layers(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Any:
+def _replace_linear_layers(
+    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, skip: Iterable[str] | None = None
+) -> Any:
     """transformers' quantizer, having put empty Linear4bit layers into the model."""
     from transformers.quantizers import AutoHfQuantizer
 
     config = bitsandbytes_config("nf4", dtype)
+    config.llm_int8_skip_modules = list(skip) if skip else None
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     device_map = {"": device.index or 0 if device.type == "cuda" else device.type}
     quantizer.validate_environment(device_map=device_map)
@@ -235,7 +241,8 @@ def _place(
     if leaf in module._buffers:
         module._buffers[leaf] = tensor.to(staging.device, old.dtype)
     elif leaf == "weight" and _is_4bit(module):
-        module.weight = quantize(module, staging(tensor))
+        stored = isinstance(tensor, StoredNF4)
+        module.weight = _stored(module, tensor, staging) if stored else quantize(module, staging(tensor))
         if waits:
             send_home(module)
         module.quant_state = module.weight.quant_state
@@ -247,13 +254,19 @@ def _place(
         with _disable_current_modes() if waits else nullcontext():
             place = host_of(staging.device) if waits else staging.device
             value = torch.empty(tensor.shape, dtype=staging.kind(name), device=place)
-            if isinstance(tensor, MergedExperts):
+            if isinstance(tensor, Stacked):
                 for i, expert in enumerate(tensor):
                     value[i].copy_(expert)
             else:
                 value.copy_(tensor)
         module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
     getattr(module, leaf)._is_hf_initialized = True
+
+
+def _stored(layer: Linear4bit, weight: StoredNF4, staging: _Staging) -> nn.Parameter:
+    from bitsandbytes.nn import Params4bit
+
+    return Params4bit.from_prequantized(weight.packed(), weight.statistics(), device=staging.device, module=layer)
 
 
 def quantize(layer: Linear4bit, weight: Tensor) -> nn.Parameter:

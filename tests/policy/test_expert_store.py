@@ -16,6 +16,7 @@ from lowvram_grpo.policy.checkpointing import checkpoint_activations
 from lowvram_grpo.policy.expert_records import Layout
 from lowvram_grpo.policy.expert_store import ExpertStore
 from lowvram_grpo.policy.quantized_experts import quantized_experts
+from lowvram_grpo.policy.weight_stream import stream_weights
 from lowvram_grpo.recipe.expert_offload import settled
 
 IDS = torch.arange(3, 30).view(3, 9)
@@ -144,3 +145,23 @@ def test_values_of_the_setting():
     assert [settled(v) for v in ("off", "0", "auto", "on", 3, "12")] == ["off", "off", "auto", "auto", 3, 12]
     with pytest.raises(UserError, match="expert_offload is 'half'; it must be off, auto, or a number of experts"):
         settled("half")
+
+
+@pytest.mark.parametrize("waiting", ["off", 4])
+def test_whole_layers_are_streamed_with_their_experts(folder, waiting):
+    """weight_offload takes a layer's 4-bit experts along; those that wait by themselves stay where they are."""
+    (loss, gradients), model = trained(loaded(folder)), loaded(folder, weight_offload=1, expert_offload=waiting)
+    model = attach_lora(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    stream = stream_weights(model, 1, CPU)
+    record = next(module for _, module in quantized_experts(model)).expert_layout.bytes
+    assert (stream.bytes > 6 * record) == (waiting == "off")
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    checkpoint_activations(model.train())
+    away = model(IDS).logits.log_softmax(-1)[..., 5].sum()
+    away.backward()
+    assert torch.equal(loss, away)
+    others = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
