@@ -344,7 +344,8 @@ def shared_groups(
     if setting == "auto":
         longest = max(prompt_lengths) + max(completion_lengths)
         padded = len(prompt_lengths) * longest
-        if longest < _LONG and packed_tokens(prompt_lengths, completion_lengths, group_sizes) > _MAX_PACKED_SHARE * padded:
+        packed = packed_tokens(prompt_lengths, completion_lengths, group_sizes)
+        if longest < _LONG and packed > _MAX_PACKED_SHARE * padded:
             return None
     reason = why_not(model)
     if reason and setting == "on":
