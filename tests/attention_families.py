@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import transformers
 from torch import nn
@@ -65,6 +68,19 @@ def tiny_family(family: str, **overrides) -> nn.Module:
             if name.endswith("sinks"):
                 p += 1.0  # else they take little of a softmax
     return model
+
+
+@contextmanager
+def as_transformers_has_it(model: nn.Module) -> Iterator[None]:
+    """With the attention that knows of everything: before 5.24 Gemma 2 gets sdpa, which leaves its caps out."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def with_adapter(model: nn.Module) -> nn.Module:

@@ -90,7 +90,8 @@ def tiles_of(cc: int, dtype: torch.dtype, width: int, queries: int) -> Tiles:
     """Tiles for compute capability `cc`, queries of `dtype`, heads of `width`, `queries` a prompt and KV head.
 
     None of them spills a register under Triton 3.8 and 3.9 (tests/kernels/gate.py; of heads wider than 128, 3.6 spills
-    16 bytes for sm_90 and 3.7 24 for sm_86 and sm_89), and but for those heads two programs fit into the 100 KB of
+    16 bytes for sm_90 and 3.7 24 for sm_86 and sm_89; of those wider than 256, which 3.7 and 3.8 have not compiled, 3.6
+    spills 8 for sm_86 and sm_89), and but for those heads two programs fit into the 100 KB of
     shared memory of a consumer card. Turing and float32 have no tensor cores in Triton: there products take their
     operands out of registers.
     """

@@ -192,6 +192,7 @@ def trainer_of(recipe: Recipe, steps: int, device: torch.device, folder: str, **
     model = random_model(
         config, quantization=recipe.quantization, dtype=dtype_of(recipe, device), device=device,
         head_dtype=args.head_dtype, embedding_offload=args.embedding_offload, weight_offload=args.weight_offload,
+        expert_offload=args.expert_offload,
     )  # fmt: skip
     return GRPOTrainer(
         model, drawn, args, data, processing_class=word_tokenizer(vocab), peft_config=fresh_lora(recipe),

@@ -166,7 +166,7 @@ def show(plan: Plan, card: float, source: str) -> None:
     console.print("savers taken on top of the preset: " + (", ".join(map(str, plan.rungs)) or "none"))
     if plan.climbs:
         raised(console, plan)
-    for price in filter(None, (plan.streaming, plan.layers)):
+    for price in filter(None, (plan.streaming, plan.layers, plan.fetching)):
         console.print(price.words)
     for sentence in plan.advice:
         console.print(f"instead: {sentence}")

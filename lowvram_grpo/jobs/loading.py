@@ -106,6 +106,11 @@ def adopt_stored_quantization(recipe: Recipe, config: PretrainedConfig, tell: Ca
     if stored is None or recipe.origin.get("quantization") in ("flag", "file"):
         return True
     kind = quantization_name(stored)
+    if kind == "mxfp4":  # experts of gpt-oss, which are brought to nf4 one by one, or to 16 bits
+        tell(
+            f"the checkpoint is stored in {kind}; its experts are brought to {recipe.quantization} as they are loaded."
+        )
+        return True
     recipe.quantization = kind if kind in ("nf4", "int8") else "none"
     recipe.origin["quantization"] = "checkpoint"
     counted = recipe.quantization != "none"
@@ -170,5 +175,6 @@ def load_model_of(recipe: Recipe, args: GRPOConfig, tell: Callable[[str], None])
         keep_on_host=lambda model: stays_on_host(model, args.head_dtype, args.embedding_offload),
         weight_offload=args.weight_offload,
         tell=tell,
+        expert_offload=args.expert_offload,
     )
     return load_adapter(model, recipe.adapter) if recipe.adapter else model

@@ -35,6 +35,7 @@ RELIEVES: dict[str, tuple[str, ...]] = {
     "workspace_mib": ("rollout", *_TRAINING),
     "optimizer_offload": ("rollout", *_TRAINING, "optimizer", REWARD),
     "reference_offload": (*PHASES, REWARD),
+    "expert_offload": (*PHASES, REWARD),
     "weight_offload": (*PHASES, REWARD),
 }
 
@@ -48,6 +49,7 @@ _WORDS = {
     "workspace_mib": "{} MiB of scratch memory for the vocabulary sweep",
     "optimizer_offload": "the optimizer's moments live in host memory",
     "reference_offload": "the reference of all weights is streamed from host memory, layer by layer",
+    "expert_offload": "experts wait in host memory, and come when tokens choose them ({} without a place on the card)",
     "embedding_offload": "the input embedding lives in host memory",
     "weight_offload": "{} decoder layers wait in host memory and are streamed in each pass",
     "kv_cache_dtype": "rollouts keep keys and values in {}",
@@ -57,7 +59,9 @@ _WORDS = {
 
 # Settings that are fixed once the weights are on the card; a rung of one of these means loading again. The KV cache
 # stays as it began too: what rounds the policy's samples is decided before a run, not in the middle of it.
-AT_LOAD = frozenset({"quantization", "head_dtype", "embedding_offload", "kv_cache_dtype", "weight_offload"})
+AT_LOAD = frozenset(
+    {"quantization", "head_dtype", "embedding_offload", "kv_cache_dtype", "expert_offload", "weight_offload"}
+)
 # From the largest to the smallest: what counts as a saving, where it is not a smaller number or a switch.
 _ORDERS = {
     "reward_model_device": ("cuda", "in_turn", "cpu"),
@@ -105,8 +109,8 @@ def saves(key: str, value: Any, current: Any) -> bool:
     if word in ("true", "false"):
         return word == "true" and str(current).lower() != "true"
     try:
-        if key == "weight_offload":
-            return _streamed(word) > _streamed(current)
+        if key in ("expert_offload", "weight_offload"):
+            return _elsewhere(word) > _elsewhere(current)
         if key in _ORDERS:
             order = _ORDERS[key]
             now = str(current or order[0])
@@ -119,8 +123,8 @@ def saves(key: str, value: Any, current: Any) -> bool:
         ) from error
 
 
-def _streamed(value: Any) -> float:
-    """Decoder layers in host memory, of which each saves; `auto` may become all."""
+def _elsewhere(value: Any) -> float:
+    """Experts or decoder layers in host memory, of which each saves; `auto` may become all."""
     word = str(value).lower()
     known = {"off": 0.0, "none": 0.0, "auto": math.inf}
     return known[word] if word in known else int(word)

@@ -170,6 +170,7 @@ def _base(empty: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig) -> Pre
         dtype=blueprint.stored,
         quantization=blueprint.quantization,
         keep_on_host=stays_on_host(empty, args.head_dtype, args.embedding_offload),
+        expert_offload=args.expert_offload,
         host_layers=layers_on_host(args.weight_offload, empty),
     )
 

@@ -105,6 +105,8 @@ def _chosen(plan: Plan) -> Iterator[str]:
     )
     if plan.prediction.on_host:
         yield f"host memory: {words(plan.prediction.host)} is predicted."
+    if plan.fetching:
+        yield plan.fetching.words
     if plan.layers:
         yield plan.layers.words
         if plan.climbs:

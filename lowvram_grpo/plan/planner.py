@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lowvram_grpo.memory.cards import Card
     from lowvram_grpo.memory.overheads import Overheads
     from lowvram_grpo.plan.climb import Climb
+    from lowvram_grpo.plan.experts import Fetching
     from lowvram_grpo.plan.prediction import Prediction
     from lowvram_grpo.plan.reward_models import Judge
     from lowvram_grpo.plan.streaming import Layers, Streaming
@@ -56,6 +57,7 @@ class Plan:
         time: of a step after the climbs, as a share of what it would be without, by counts and a card's numbers.
         card: whose numbers.
         streaming: what a reference in host memory costs, where there is one.
+        fetching: what experts in host memory cost, where there are some.
         layers: what decoder layers in host memory cost, where there are any.
     """
 
@@ -68,6 +70,7 @@ class Plan:
     time: float = 1.0
     card: str = ""
     streaming: Streaming | None = None
+    fetching: Fetching | None = None
     layers: Layers | None = None
 
     @property
@@ -94,6 +97,7 @@ class Plan:
             "settings": {key: setting(self.recipe, key) for key in RELIEVES},
             "host_gib": {"total": gib(found.on_host), **{name: gib(size) for name, size in found.host.items()}},
             "streaming": self.streaming and self.streaming.as_json(),
+            "experts": self.fetching and self.fetching.as_json(),
             "streamed_layers": self.layers and self.layers.as_json(),
             "advice": list(self.advice),
         }
@@ -130,7 +134,10 @@ class Planner:
         self.longest_prompt, self.card = longest_prompt, card
         self._known: dict[str, Prediction] = {}
         self._judges: dict[tuple[str, int], Judge] = {}
-        self._descender = Descender(self.predict)
+        from lowvram_grpo.policy.experts import expert_layers
+
+        self.experts = expert_layers(self.config)
+        self._descender = Descender(self.predict, experts=sum(e.experts * e.bytes for e in self.experts))
 
     def predict(self, recipe: Recipe, *, exact: bool = False) -> Prediction:
         """Peaks of the longest step of `recipe`.
@@ -189,6 +196,10 @@ class Planner:
         where none is, the last one, with advice. Where much is left, settings rise (not on a CPU, whose memory the
         whole system lives in, and not with memory_plan savers)."""
         plan = self._planned(recipe, budget, advise)
+        if setting(plan.recipe, "expert_offload") != OFF:
+            from lowvram_grpo.plan.experts import fetching_of
+
+            plan = replace(plan, fetching=fetching_of(plan.recipe, self.experts, self.card or typical(budget / GIB)))
         if self.card is None:
             return plan
         from lowvram_grpo.plan.streaming import layers_of, streaming_of
@@ -200,11 +211,13 @@ class Planner:
         return replace(plan, layers=layers_of(plan.recipe, self.config, self.card, self.half, self.longest_prompt))
 
     def _planned(self, recipe: Recipe, budget: int, advise: bool) -> Plan:
-        plan = self._lowered(recipe, budget)
+        plan = self._placed(self._lowered(recipe, budget))
         if not plan.fits:
             return replace(plan, advice=tuple(self._advice(plan))) if advise else plan
         streams = plan.recipe.origin.get("weight_offload") == PLANNED and setting(plan.recipe, "weight_offload") != OFF
         if self.card is None or self.device != "cuda" or recipe.memory_plan == "savers" or streams:
+            return plan
+        if setting(plan.recipe, "expert_offload") != OFF:  # what is left has become places for experts
             return plan
         from lowvram_grpo.plan.climb import Climber
 
@@ -218,6 +231,13 @@ class Planner:
         return replace(plan, recipe=raised.recipe, prediction=raised.prediction, climbs=raised.climbs,
                        time=raised.time, card=self.card.name)  # fmt: skip
 
+    def _placed(self, plan: Plan) -> Plan:
+        """With a number in the place of an automatic expert_offload."""
+        from lowvram_grpo.plan.experts import with_places
+
+        recipe, found = with_places(plan.recipe, plan.prediction, self.experts, plan.budget)
+        return replace(plan, recipe=recipe, prediction=found)
+
     def _lowered(self, recipe: Recipe, budget: int) -> Plan:
         """By the ladder; where that ends above the budget, with streamed layers, for which much of what the ladder has
         taken is given back. Where a person asks for as few of these as it takes, they come before the ladder."""
@@ -228,6 +248,7 @@ class Planner:
         lowered = Lowered(first, found, ())
         streams = may_stream(recipe)
         at_once = streams and (by_a_person(recipe, "weight_offload") or hopeless(first, found, budget))
+        at_once &= not self.experts  # which wait by themselves, one by one
         if found.peak > budget and not at_once:
             lowered = self._descender.descend(first, budget)
         if lowered.prediction.peak <= budget or not streams:

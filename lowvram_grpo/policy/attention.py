@@ -186,6 +186,15 @@ def layout_attention(decoder: nn.Module, *, keep: bool = False) -> Iterator[None
                 config._attn_implementation = old
 
 
+def keep_caps(causal_lm: nn.Module) -> None:
+    """Set our attention where a model's scores are capped and transformers would take sdpa all the same (before 5.24),
+    which leaves the cap out: a token would not be scored as it was sampled."""
+    config, decoder = causal_lm.config.get_text_config(), getattr(causal_lm, causal_lm.base_model_prefix)
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
+        with layout_attention(decoder, keep=True):
+            pass
+
+
 def layer_kinds(decoder: nn.Module) -> set[str]:
     """The kinds of attention that a decoder's layers have, by transformers' names."""
     return set(_kinds(decoder))

@@ -142,8 +142,6 @@ def can_stream(model: PreTrainedModel, source: CheckpointSource, quantization: s
 
     if quantization not in ("none", "nf4") or getattr(model.config, "quantization_config", None) is not None:
         return None
-    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
-        return None
     # GPT-2's layers hold their weights transposed.
     if any(isinstance(module, Conv1D) for module in model.modules()):
         return None

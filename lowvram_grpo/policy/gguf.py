@@ -121,9 +121,7 @@ def gguf_config(folder: str, file: str, **hub: Any) -> tuple[PretrainedConfig, A
     except (ValueError, NotImplementedError) as error:
         raise _unsupported(file, one_line(error)) from error
     if getattr(config, "per_layer_attributes", None):
-        raise _unsupported(
-            file, f"the sizes of {architecture}'s layers differ, which transformers' tables leave out"
-        )
+        raise _unsupported(file, f"the sizes of {architecture}'s layers differ, which transformers' tables leave out")
     # transformers' tables take the default of some architectures, which is right for the models they were made for.
     head_size = read_field(reader, f"{architecture}.attention.key_length")
     if head_size and hasattr(config, "head_dim"):

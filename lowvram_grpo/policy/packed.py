@@ -21,6 +21,7 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.host import host_buffer, placed, spans
 from lowvram_grpo.memory.ledger import held_on_host
 from lowvram_grpo.policy.embeddings import QuantizedTable
+from lowvram_grpo.policy.quantized_experts import Resident
 
 #: Page-locked memory comes in powers of two; as many neighbouring layers share a piece as leave least of it unused.
 _TOGETHER = 8
@@ -141,7 +142,7 @@ def _held_by(module: nn.Module, skip: Collection[int]) -> Iterator[tuple[Any, st
             for part in _INT8_STATE:
                 if isinstance(tensor := getattr(holder, "__dict__", {}).get(part), Tensor):
                     yield holder, part, tensor, None
-    if isinstance(module, QuantizedTable):
+    if isinstance(module, (QuantizedTable, Resident)):
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 yield module._buffers, name, buffer, None

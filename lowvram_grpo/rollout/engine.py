@@ -21,6 +21,7 @@ from lowvram_grpo.kernels.runtime import HAS_TRITON
 from lowvram_grpo.policy.attention import layout_attention
 from lowvram_grpo.policy.attention_choice import kernel_of
 from lowvram_grpo.policy.long_rope import settled_rotary
+from lowvram_grpo.policy.quantized_experts import quantized_experts
 from lowvram_grpo.policy.small_ops import fast_modules
 from lowvram_grpo.policy.trials import usable
 from lowvram_grpo.policy.wrapper import unwrap
@@ -202,7 +203,8 @@ class RolloutEngine:
         causal_lm = unwrap(self.model)
         if self.device.type == "cuda":
             settle(self.device, self._query_dtypes())
-        graphs = self.graphs and self.device.type == "cuda" and HAS_TRITON
+        # The host must see which of 4-bit experts were chosen.
+        graphs = self.graphs and self.device.type == "cuda" and HAS_TRITON and not any(quantized_experts(causal_lm))
         settings = DecodeSettings(
             self.workspace_mib, self.kv_dtype, graphs, self.attention_path,
             usable("sample", self.device, self.fused_ops), usable("int8_head", self.device, self.fused_ops),

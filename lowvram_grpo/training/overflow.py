@@ -13,7 +13,7 @@ from lowvram_grpo.policy.overflow import computes_in_float16, keep, keep_where_n
 if TYPE_CHECKING:
     from lowvram_grpo.training.learner import Learner
 
-_FILE = "float32_layers.json"
+FILE = "float32_layers.json"
 # A few prompts show it: activations are largest at the first tokens, whatever these are.
 _SEQUENCES, _TOKENS = 4, 1024
 
@@ -34,7 +34,7 @@ def look_for_overflow(learner: Learner, sequences: Sequence[list[int]], tell: Ca
 def save_kept(learner: Learner, folder: str) -> None:
     """Into a checkpoint: which layers these are, or that there are none."""
     if computes_in_float16(learner.model, learner.args.fp16):
-        (Path(folder) / _FILE).write_text(json.dumps(wide_layers(learner.model)), encoding="utf-8")
+        (Path(folder) / FILE).write_text(json.dumps(wide_layers(learner.model)), encoding="utf-8")
 
 
 def restore_kept(learner: Learner, folder: str | Path) -> bool:
@@ -42,7 +42,7 @@ def restore_kept(learner: Learner, folder: str | Path) -> bool:
     that there were none, so that a run that goes on computes what it would have."""
     if not computes_in_float16(learner.model, learner.args.fp16):
         return True
-    path = Path(folder) / _FILE
+    path = Path(folder) / FILE
     if not path.is_file():
         return False
     _keep_all(learner, json.loads(path.read_text(encoding="utf-8")))

@@ -78,7 +78,7 @@ def cells_of(page: str) -> dict[str, dict[str, str]]:
     lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     start = next(i for i, line in enumerate(lines) if line[:2] == ["family", next(iter(CELLS))])
     found = {}
-    for line in lines[start + 1 : start + 1 + len(FAMILIES)]:
+    for line in lines[start + 2 : start + 2 + len(FAMILIES)]:  # behind the rule
         found[line[0]] = {column: _long(cell, notes) for column, cell in zip(CELLS, line[1:])}
     return found
 

@@ -42,6 +42,7 @@ def ledger_of(
                 folder, device=torch.device("cpu"), dtype=torch.float32,
                 quantization_config=bitsandbytes_config(quantization, torch.float32),
                 keep_on_host=lambda model: stays_on_host(model, args.head_dtype, args.embedding_offload),
+                expert_offload=args.expert_offload,
                 weight_offload=args.weight_offload,
             )  # fmt: skip
             trainer = GRPOTrainer(

@@ -7,12 +7,12 @@ import torch
 from passes import GROUPS, adapted, assert_same, micro_batch, training_pass
 
 from lowvram_grpo.policy.attend import attend_by_blocks, attend_causally, causal_bias, causal_mask, repeat_kv
-from lowvram_grpo.policy.attention import NAME
+from lowvram_grpo.policy.attention import NAME, keep_caps
 from lowvram_grpo.policy.checkpointing import checkpoint_activations
 from lowvram_grpo.policy.shared_prefix import PrefixLayout, why_not
 from lowvram_grpo.rollout.engine import RolloutEngine
 from lowvram_grpo.rollout.sampler import Sampling
-from tests.attention_families import FAMILIES, tiny_family
+from tests.attention_families import FAMILIES, as_transformers_has_it, tiny_family
 
 # Where it is larger, gradients of Gemma 4 differ by 1e-3 for nothing but the order of sums (by 4e-5 in float64, in
 # which its norms stay float32).
@@ -24,7 +24,8 @@ def test_it_changes_neither_log_probs_nor_gradients(family):
     """With checkpointing and without; under our name the plain path is transformers' own, with sinks and caps."""
     model = adapted(tiny_family(family, **CALM))
     batch = micro_batch(vocab=97)
-    plain = training_pass(model, batch)
+    with as_transformers_has_it(model.get_base_model()):
+        plain = training_pass(model, batch)
     assert why_not(model) is None and model.get_base_model().config._attn_implementation == NAME
     assert_same(plain, training_pass(model, batch))
     assert_same(plain, training_pass(model, batch, group_sizes=GROUPS))
@@ -35,7 +36,8 @@ def test_it_changes_neither_log_probs_nor_gradients(family):
 @pytest.mark.parametrize("family", ["gpt-oss: sinks", "gemma2: soft-capping", "gemma4: shared keys"])
 def test_all_weights_get_their_gradients(family):
     model, batch = tiny_family(family, **CALM), micro_batch(vocab=97)
-    plain = training_pass(model, batch)
+    with as_transformers_has_it(model):
+        plain = training_pass(model, batch)
     assert why_not(model) is None
     for shared in (training_pass(model, batch), training_pass(model, batch, group_sizes=GROUPS)):
         assert_same(plain, shared)
@@ -50,7 +52,8 @@ def test_transformers_generate_goes_on_under_our_name():
         model = tiny_family(family)
         ids = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17, 18, 19, 20]])
         settings = {"max_new_tokens": 9, "do_sample": False, "attention_mask": (ids != 0).long()}
-        before = model.generate(ids, **settings)
+        with as_transformers_has_it(model):
+            before = model.generate(ids, **settings)
         assert why_not(model) is None
         assert torch.equal(model.generate(ids, **settings), before)
 
@@ -62,6 +65,20 @@ def test_sampled_is_scored_with_shared_prompts():
     before = engine.generate([[5, 6, 7], [8, 9]], 2, seed=3)
     assert why_not(model) is None
     assert engine.generate([[5, 6, 7], [8, 9]], 2, seed=3).completion_ids == before.completion_ids
+
+
+def test_caps_are_not_left_to_sdpa():
+    """Which drops them where transformers lets it (before 5.24)."""
+    model, ids = tiny_family("gemma2: soft-capping"), torch.arange(3, 20)[None]
+    with as_transformers_has_it(model):
+        right = model(ids).logits
+    model.config._attn_implementation = "sdpa"
+    keep_caps(model)
+    torch.testing.assert_close(model(ids).logits, right, rtol=1e-4, atol=1e-5)
+    model.config.attn_logit_softcapping = None
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert not torch.allclose(model(ids).logits, right, atol=1e-2)
 
 
 def test_eager_that_was_asked_for_is_kept():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowvram_grpo.plan.architectures import resolve_config
@@ -159,3 +159,13 @@ def test_exclusions_of_an_adapter_are_kept(tmp_path):
 )
 def test_names_of_its_weights(name, alone):
     assert text_name(name) == alone
+
+
+def test_what_the_class_has_no_use_for_is_left_in_the_file(tmp_path, monkeypatch):
+    """Qwen3.5's checkpoints hold layers that predict several tokens, which transformers does not run."""
+    _, folder = saved(NAMED["Qwen3.5"], tmp_path)
+    plain = logits(loaded(folder))
+    path = tmp_path / "model.safetensors"
+    save_file({**load_file(path), "mtp.layers.0.mlp.up_proj.weight": torch.ones(4, 4)}, path, metadata={"format": "pt"})
+    monkeypatch.setattr(load, "load_whole", None)
+    assert torch.equal(logits(loaded(folder)), plain)

@@ -9,21 +9,21 @@ from test_decode import LONG, check_logps, sampling
 from test_turns_kept import Script, check, expected_of, once
 from test_turns_kept import at as at_turns
 
+from lowvram_grpo.policy.attention import keep_caps
 from lowvram_grpo.policy.embeddings import HostEmbedding, place_embeddings
 from lowvram_grpo.rollout import attention as layouts
 from lowvram_grpo.rollout import decode, support
 from lowvram_grpo.rollout.engine import RolloutEngine
-from tests.attention_families import FAMILIES, tiny_family, with_adapter
+from tests.attention_families import FAMILIES, as_transformers_has_it, tiny_family, with_adapter
 
 ENDS = (1, 17, 40, 41, 42)
 SINKS, SHARED, PER_LAYER = "gpt-oss: sinks", "gemma4: shared keys", "gemma4: per-layer inputs, two head sizes"
 
 
 def generated(model, prompts=LONG, tokens=12):
-    found = [
-        model.generate(input_ids=torch.tensor([p]), max_new_tokens=tokens, do_sample=False, eos_token_id=list(ENDS))
-        for p in prompts
-    ]
+    at = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": list(ENDS)}
+    with as_transformers_has_it(model):
+        found = [model.generate(input_ids=torch.tensor([p]), **at) for p in prompts]
     return [ids[0, len(p) :].tolist() for p, ids in zip(prompts, found)]
 
 
@@ -37,6 +37,7 @@ def test_greedy_equals_generate(family):
     refilled. What is drawn has the log-probs of a plain pass."""
     model = with_adapter(tiny_family(family))
     assert support.why_not(model.get_base_model()) is None
+    keep_caps(model.get_base_model())  # as a run does
     expected = [c for c in generated(model) for _ in range(2)]
     for rows in (None, 3):
         batch = RolloutEngine(model, greedy(), rows).generate(LONG, 2, seed=0)
@@ -50,6 +51,7 @@ def test_greedy_equals_generate(family):
 @pytest.mark.parametrize("family", [SINKS, SHARED, "gemma2: soft-capping"])
 def test_turns_are_what_they_would_be_from_scratch(family):
     model, settings = with_adapter(tiny_family(family)), at_turns(temperature=1.3)
+    keep_caps(model.get_base_model())
     script, engine = Script(), RolloutEngine(model, settings, 3)
     batch = engine.converse(LONG, 2, seed=5, reply=script)
     check(batch, script.turns, expected_of(model, LONG, 2, 5, settings))

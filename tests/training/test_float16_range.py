@@ -11,8 +11,7 @@ from peft import LoraConfig
 
 from lowvram_grpo import GRPOTrainer
 from lowvram_grpo.policy.overflow import wide_layers
-
-FILE = "float32_layers.json"
+from lowvram_grpo.training.overflow import FILE
 
 
 def tiny(overflows: bool):
