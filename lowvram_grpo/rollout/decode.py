@@ -125,7 +125,9 @@ class Decoder:
         self._host_embedding = embedding if isinstance(embedding, HostEmbedding) else None
         self._inputs: Tensor | None = None
         self._weights = stream_of(causal_lm)
-        self._graphs = StepGraphs(self._forward, rows, enabled=settings.graphs)
+        # A graph takes no copies from memory that is not page-locked.
+        graphs = settings.graphs and (self._weights is None or self._weights.locked)
+        self._graphs = StepGraphs(self._forward, rows, enabled=graphs)
 
     # Between steps: the host moves rows and prompts about
 
