@@ -29,6 +29,7 @@ CATEGORIES = (
     "gradients",
     "optimizer",
     "KV cache",
+    "recurrent states",
     "workspace",
     "activations",
 )

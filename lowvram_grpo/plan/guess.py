@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 _KEPT = 3.3
 # Bytes a number, with the scales.
 _BYTES = {"none": 2.0, "dense": 2.0, "int8": 1.031, "nf4": 0.516}
+# Parts of a phase that grow with what is computed at once.
+_MOVING = ("activations", "KV cache", "recurrent states", "workspace", "fragmentation")
 
 
 class Guess:
@@ -45,7 +47,7 @@ class Guess:
         fixed, moving = {}, {}
         for name, size in self.found.phases.items():
             parts = self.found.parts.get(name, {})
-            moves = sum(parts.get(part, 0) for part in ("activations", "KV cache", "workspace", "fragmentation"))
+            moves = sum(parts.get(part, 0) for part in _MOVING)
             fixed[name], moving[name] = size - moves + more, float(moves)
             if name == "rollout":
                 moving[name] *= cached(choice) / cached(start)

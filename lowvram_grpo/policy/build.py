@@ -11,11 +11,16 @@ import torch
 from torch import nn
 
 from lowvram_grpo.errors import UserError, counted, one_line
+from lowvram_grpo.policy.attention import keep_caps
 from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
 from lowvram_grpo.policy.dropout import disable_dropout
 from lowvram_grpo.policy.embeddings import place_embeddings
+from lowvram_grpo.policy.expert_targets import names_as_they_are, without_experts
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.load import compute_dtype, keep_differentiable, load_causal_lm
+from lowvram_grpo.policy.long_rope import settle_rotary
+from lowvram_grpo.policy.lora_targets import with_targets
+from lowvram_grpo.policy.text_model import save_under_whole_names
 from lowvram_grpo.policy.training_ops import fewer_launches
 from lowvram_grpo.policy.variants import (
     ChangedBase,
@@ -59,7 +64,7 @@ def build_policy(
             )
         model = load_causal_lm(
             model, device=args.device, dtype=dtype, quantization_config=quantization_config, init_kwargs=init,
-            weight_offload=args.weight_offload, tell=tell,
+            weight_offload=args.weight_offload, expert_offload=args.expert_offload, tell=tell,
         )  # fmt: skip
     model = _with_adapter(model, args, peft_config)
     if is_peft(model) or args.head_dtype != "dense" or args.embedding_offload:
@@ -79,8 +84,16 @@ def build_policy(
         # A GradScaler refuses float16 gradients, and small updates vanish in float16 weights.
         if p.requires_grad and p.dtype == torch.float16:
             p.data = p.data.float()
+    keep_caps(unwrap(model))
     stream_layers(model, args, tell)
     _choose_forwards(model, args)
+    if args.max_prompt_length is not None:
+        longest = args.max_prompt_length + args.max_completion_length
+        if beyond := settle_rotary(unwrap(model), longest):
+            tell(
+                f"sequences of up to {longest} tokens are beyond the {beyond} that the model's rotary frequencies were "
+                "first made for, so all take those for long ones, short sequences too (as in vLLM)."
+            )
     return model
 
 
@@ -158,13 +171,17 @@ def attach_lora(model: PreTrainedModel, peft_config: PeftConfig) -> nn.Module:
             f"init_lora_weights {peft_config.init_lora_weights!r} changes weights of the base model, which are "
             "quantized; load the model unquantized, or take init_lora_weights True."
         )
+    # peft writes the names that it found into the configuration, which would then fit no other model.
+    peft_config = copy.deepcopy(peft_config)
+    plain = without_experts(model, peft_config)
     try:
-        # peft writes the names that it found into the configuration, which would then fit no other model.
-        wrapped = get_peft_model(model, copy.deepcopy(peft_config))
+        with names_as_they_are(plain):
+            wrapped = get_peft_model(model, with_targets(model, peft_config))
     except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, KeyError) as error:
         raise UserError(f"The LoRA configuration does not fit the model: {one_line(error)}.") from error
     if changed:
         ChangedBase(wrapped)
     check_tied_tokens(wrapped)
     head_of(wrapped.get_base_model())
+    save_under_whole_names(wrapped)
     return wrapped

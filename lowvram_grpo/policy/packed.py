@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import psutil  # comes with accelerate
 import torch
@@ -21,6 +21,7 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.host import host_buffer, placed, spans
 from lowvram_grpo.memory.ledger import held_on_host
 from lowvram_grpo.policy.embeddings import QuantizedTable
+from lowvram_grpo.policy.quantized_experts import Resident
 
 #: Page-locked memory comes in powers of two; as many neighbouring layers share a piece as leave least of it unused.
 _TOGETHER = 8
@@ -48,6 +49,11 @@ class _Place(NamedTuple):
     parameter: nn.Parameter | None = None
 
 
+class _Sized(Protocol):
+    bytes: int
+
+
+Packed = TypeVar("Packed", bound=_Sized)
 Placing = list[tuple[Any, str, Any]]
 
 
@@ -135,7 +141,7 @@ def _held_by(module: nn.Module, skip: Collection[int]) -> Iterator[tuple[Any, st
             for part in _INT8_STATE:
                 if isinstance(tensor := getattr(holder, "__dict__", {}).get(part), Tensor):
                     yield holder, part, tensor, None
-    if isinstance(module, QuantizedTable):
+    if isinstance(module, (QuantizedTable, Resident)):
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 yield module._buffers, name, buffer, None
@@ -164,7 +170,7 @@ def settle_all(layers: Sequence[PackedLayer], device: torch.device, category: st
     """Move layers to host memory, page-locked where `device` is CUDA, of that category of a ledger's. Whether all of it
     could be locked (on a CPU, True)."""
     locked = True
-    for group in _together(layers):
+    for group in together(layers):
         *starts, size = accumulate((layer.bytes for layer in group), initial=0)
         with _disable_current_modes():
             piece = _piece(size, device)
@@ -176,7 +182,7 @@ def settle_all(layers: Sequence[PackedLayer], device: torch.device, category: st
     return locked
 
 
-def _together(layers: Sequence[PackedLayer]) -> Iterator[Sequence[PackedLayer]]:
+def together(layers: Sequence[Packed]) -> Iterator[Sequence[Packed]]:
     """Neighbouring layers whose weights share a piece of host memory."""
     size = max(1, round(sum(layer.bytes for layer in layers) / len(layers)))
     waste = lambda n: (1 << (n * size - 1).bit_length()) / (n * size)

@@ -2,7 +2,8 @@
 
 The completions of a micro-batch become ONE row without padding, [prompt 1, completion 1.1, 1.2, ..., prompt 2, ...], in
 which each completion's positions continue those of its prompt. Prompt tokens attend causally among themselves, a
-completion's tokens to their prompt and causally to themselves. All other modules of a decoder work on single tokens.
+completion's tokens to their prompt and causally to themselves. Layers with a state run over each prompt, and from the
+state at its end over its completions. All other modules of a decoder work on single tokens.
 
     tokens:    sum_g (P_g + sum_i T_gi)         instead of B (P + T) padded ones
     attention: O(P^2 + G T (P + T)) a group     instead of O(G (P + T)^2)
@@ -12,7 +13,7 @@ The last token of each completion is left out: nothing attends to it, and no log
 The layout reaches each layer's attention by a keyword argument: see `attention.py`.
 
 Memory of a layer while it runs: K and V of a group expanded to P + G (P + T) tokens and to the heads of Q, and a
-(T, P + T) bias that all layers share.
+(T, P + T) bias that all layers share. Where these are large, completions attend in two parts: see `split_attention.py`.
 """
 
 from __future__ import annotations
@@ -26,21 +27,30 @@ from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.host import upload
+from lowvram_grpo.policy.attend import attend_by_blocks, attend_causally, causal_bias
 from lowvram_grpo.policy.attention import (
     NAME,
+    TOLERANCE,
     AttentionParams,
     Layout,
     SupportCheck,
     Unsupported,
-    attend_causally,
     attention_dtype,
-    causal_bias,
     check_calls,
     forward_with_layout,
     layout_attention,
     ranges,
 )  # fmt: skip
 from lowvram_grpo.policy.gather_kv import KVCopies, gather_kv
+from lowvram_grpo.policy.recurrent import (
+    CONTINUES,
+    Run,
+    States,
+    continued,
+    recomputed_with_layout,
+    recurrent_layers,
+)  # fmt: skip
+from lowvram_grpo.policy.split_attention import Padding, attend_in_parts, takes, worth_while
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.policy.xformers_attention import Kernel, shared_blocks
 
@@ -142,44 +152,76 @@ class PrefixLayout(Layout):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """As `Layout.attend`, with B = 1."""
-        if params.softcap is not None:
-            raise Unsupported("its attention has soft-capping")
         dtype = attention_dtype(query.device, query.dtype)
         # Before tokens are gathered: attention would cast the copies.
         query, key, value = (x.to(dtype) for x in (query, key, value))
         if self._packed is not None and self._packed.takes(query, value, params):
             keys, values = (gather_kv(x, self._keys, query.shape[1], self._copies)[None] for x in (key, value))
             return self._packed(query.transpose(1, 2), keys, values, params)
-        parts = [(query, key, value)]
-        if len(self._groups) > 1:
-            # Split and not sliced: in the backward pass the parts are put together in one launch.
-            sizes = [group.end - group.begin for group in self._groups]
-            parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
+        parts = zip(*(self._by_group(x, 2) for x in (query, key, value)))
         return torch.cat(
             [out for group, part in zip(self._groups, parts) for out in self._attend(group, *part, params)]
         )[None]
+
+    def _by_group(self, x: Tensor, dim: int) -> Sequence[Tensor]:
+        # Split and not sliced: in the backward pass the parts are put together in one launch.
+        sizes = [group.end - group.begin for group in self._groups]
+        return x.split(sizes, dim) if len(sizes) > 1 else [x]
+
+    def recur(self, layer: int, hidden: Tensor, run: Run) -> Tensor:
+        """As `Layout.recur`, with B = 1. Completions are padded on the right, where padding reaches no token that
+        counts."""
+        outs = []
+        for group, tokens in zip(self._groups, self._by_group(hidden[0], 0)):
+            prompt, behind = tokens.split([group.prompt, len(tokens) - group.prompt])
+            states = States()
+            outs.append(run(prompt[None], states)[0])
+            if group.longest:
+                rows = _PadQueries.apply(behind, group.pad, group.unpad).unflatten(0, (group.count, group.longest))
+                outs.append(continued(run, rows, states).flatten(0, 1).index_select(0, group.unpad))
+        return torch.cat(outs)[None]
 
     def _attend(
         self, group: _Group, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
     ) -> list[Tensor]:
         """(tokens, heads, d) of the prompt, and of the completions behind it."""
-        p, t, window = group.prompt, group.longest, params.window
-        settings = {"scale": params.scale, "dropout": params.dropout}
+        p, t = group.prompt, group.longest
+        if worth_while(p, group.count, t) and takes(query, value, params, p + t):
+            return self._attend_in_parts(group, query, key, value, params)
         # Heads that share keys get copies of them on the way, for the prompt and the completions alike.
         keys, values = (gather_kv(x, group.keys, query.shape[1], [group.copies]) for x in (key, value))
         shape = group.count, p + t
         prompt_kv, completion_kv = zip(*(x.split([p, group.count * (p + t)]) for x in (keys, values)))
         prompt_query, completion_query = query.split([p, group.end - group.begin - p], 2)
-        bias = None if window is None or window >= p else self._bias(0, p, window, query)
-        out = attend_causally(prompt_query, *(x.transpose(0, 1)[None] for x in prompt_kv), bias, **settings)
+        out = self._by_params(prompt_query, *(x.transpose(0, 1)[None] for x in prompt_kv), 0, params)
         outs = [out.squeeze(0).transpose(0, 1)]  # not out[0], whose way back fills zeros
         if t:
             q = _PadQueries.apply(completion_query.squeeze(0).transpose(0, 1), group.pad, group.unpad)
             q = q.unflatten(0, (group.count, t))
             kv = (x.unflatten(0, shape).transpose(1, 2) for x in completion_kv)
-            out = attend_causally(q.transpose(1, 2), *kv, self._bias(p, t, window, query), **settings)
+            out = self._by_params(q.transpose(1, 2), *kv, p, params)
             outs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, group.unpad))
         return outs
+
+    def _attend_in_parts(
+        self, group: _Group, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> list[Tensor]:
+        sizes = group.prompt, group.end - group.begin - group.prompt
+        (prompt, own), (pk, ok), (pv, ov) = (x.split(sizes, 2) for x in (query, key, value))
+        out = self._by_params(prompt, pk, pv, 0, params)
+        padding = Padding(group.count, group.longest, group.pad, group.unpad)
+        return [out.squeeze(0).transpose(0, 1), attend_in_parts(own, (pk, pv), (ok, ov), padding, params.scale)]
+
+    def _by_params(self, q: Tensor, k: Tensor, v: Tensor, before: int, params: AttentionParams) -> Tensor:
+        """(B, heads, t, Dv) of queries (B, heads, t, D) that come behind the first `before` of the keys."""
+        scale, dropout, window, softcap, sinks = params
+        if softcap is not None:
+            return attend_by_blocks(
+                q, k, v, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout, before=before, window=window
+            )
+        plain = not before and (window is None or window >= q.shape[2])
+        bias = None if plain else self._bias(before, q.shape[2], window, q)
+        return attend_causally(q, k, v, bias, scale=scale, dropout=dropout, sinks=sinks)
 
     def _bias(self, before: int, t: int, window: int | None, query: Tensor) -> Tensor:
         """One for all completions: in the padding, too, each token sees what is before it, but no token that counts
@@ -211,8 +253,8 @@ def _group_indices(prompt: int, kept: list[int], starts: list[int], longest: int
 
 
 class _PadQueries(torch.autograd.Function):
-    """Queries (tokens, heads, d) as padded rows, whose gradient is that of the real ones: what comes out of a padded
-    row is dropped, so its gradient is 0."""
+    """Queries (tokens, heads, d), or hidden states (tokens, H), as padded rows, whose gradient is that of the real
+    ones: what comes out of padding is dropped and reaches nothing, so its gradient is 0."""
 
     @staticmethod
     def forward(ctx, x: Tensor, pad: Tensor, unpad: Tensor) -> Tensor:
@@ -238,15 +280,37 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def _check_packing(decoder: nn.Module, device: torch.device) -> None:
-    config = decoder.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise Unsupported("its attention has soft-capping")
-    if config._attn_implementation not in ("sdpa", NAME):
-        raise Unsupported(f"attn_implementation is {config._attn_implementation}, not sdpa")
-    layout = PrefixLayout([2, 2, 1], [3, 1, 2], [2, 1], width=5, prompt_width=2, device=device)
+    asked = decoder.config.get_text_config()._attn_implementation
+    # What sdpa does not know (soft-capping, sinks) is eager without anybody having asked for that.
+    if asked not in ("sdpa", NAME) and not (asked == "eager" and not decoder._supports_sdpa):
+        raise Unsupported(f"attn_implementation is {asked}, not sdpa")
+    stateful = bool(recurrent_layers(decoder))
+    if stateful and not CONTINUES:
+        raise Unsupported("its layers with a state cannot go on from a prompt's before transformers 5.17")
+    if stateful and not recomputed_with_layout(decoder):
+        raise Unsupported("its layers do not hand on what they are told, and would be recomputed without it")
+    prompts, completions, p = [2, 2, 1], [3, 1, 2], 2
+    layout = PrefixLayout(prompts, completions, [2, 1], width=5, prompt_width=p, device=device)
+    ids = torch.ones(3, 5, dtype=torch.long, device=device)
     with layout_attention(decoder, keep=True):
-        packed_states(decoder, torch.ones(3, 5, dtype=torch.long, device=device), layout)
+        states = packed_states(decoder, ids, layout)
         check_calls(decoder, layout)
+        if stateful and not states.is_meta:
+            _check_states(decoder, ids, states[layout.scored], prompts, completions, p)
+
+
+def _check_states(
+    decoder: nn.Module, ids: Tensor, ours: Tensor, prompts: list[int], completions: list[int], p: int
+) -> None:
+    """Raises Unsupported where the states (N, H) before completion tokens are not those of each sequence alone."""
+    plain = []
+    for row, n, t in zip(ids, prompts, completions):
+        alone = decoder(input_ids=row[None, p - n : p + t], use_cache=False).last_hidden_state[0]
+        plain.append(alone[n - 1 : n - 1 + t])
+    expected = torch.cat(plain).float()
+    apart = (ours.float() - expected).norm() / expected.norm()
+    if not apart <= TOLERANCE:
+        raise Unsupported(f"its layers with a state give others behind a shared prompt (by {apart:.0%})")
 
 
 _SUPPORT = SupportCheck(_check_packing)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowvram_grpo.kernels.decode.kv import KV, spread_of, write
 from lowvram_grpo.memory.ledger import counted_as
+from lowvram_grpo.rollout.states import StateCache
 
 
 class LayerCache(NamedTuple):
@@ -67,12 +68,16 @@ class GroupCache:
         slots: S, of `prompt_length` tokens each.
         rows: R, of `completion_length` tokens each.
         dtype: `auto` keeps what the model computes; `int8` rounds, with a float32 scale a head and token.
+
+    Attributes:
+        states: of the layers that keep one, whatever `dtype` is.
     """
 
     def __init__(self, slots: int, prompt_length: int, rows: int, completion_length: int, dtype: str = "auto"):
         self.slots, self.prompt_length = slots, prompt_length
         self.rows, self.completion_length, self.dtype = rows, completion_length, dtype
         self._layers: dict[int, LayerCache] = {}
+        self.states = StateCache(slots, rows)
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> LayerCache:
         """That of a layer whose keys and values look like these, (B, KVH, L, D)."""
@@ -99,24 +104,27 @@ class GroupCache:
 
     @property
     def nbytes(self) -> int:
-        """Of all layers that have been seen."""
+        """Of keys and values of all layers that have been seen."""
         layers = self._layers.values()
         return sum(x.nbytes for layer in layers for x in (*layer.prompts, *layer.own, layer.spread) if x is not None)
 
     def move_slot(self, source: int, target: int) -> None:
         """Copy a prompt over another."""
+        self.states.move_slot(source, target)
         for layer in self._layers.values():
             _move(layer.prompts, source, target, self.prompt_length)
             if layer.spread is not None:
                 layer.spread[target] = layer.spread[source]
 
     def move_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of a row over another's."""
+        """Copy the first `length` tokens of a row over another's, and its states."""
+        self.states.move_row(source, target)
         for layer in self._layers.values():
             _move(layer.own, source, target, length)
 
     def close(self) -> None:
         """Free it, also where the frames of an error still hold the object."""
+        self.states.close()
         self._layers.clear()
 
 

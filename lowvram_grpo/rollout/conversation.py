@@ -23,6 +23,7 @@ class Conversations:
 
     def __init__(self, decoder: Decoder, reply: Reply):
         self.decoder, self.reply = decoder, reply
+        decoder.continues = True
         count = len(decoder.prompts) * decoder.group
         self._ids: list[list[int]] = [[] for _ in range(count)]
         self._mask: list[list[int]] = [[] for _ in range(count)]

@@ -19,7 +19,7 @@ from lowvram_grpo.kernels.decode.kv import Rows
 from lowvram_grpo.kernels.decode.logits import linear_logits
 from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy.attention import forward_with_layout
-from lowvram_grpo.policy.embeddings import HostEmbedding
+from lowvram_grpo.policy.embeddings import host_inputs
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.weight_stream import stream_of
 from lowvram_grpo.policy.xformers_attention import Kernel
@@ -87,6 +87,8 @@ class Decoder:
             end. The last row takes what rows write that nobody waits for.
         tokens: (R,) int64, the last token of each row.
         computed: tokens that went through the model, those of rows that nobody waits for left out.
+        continues: rows may go on by `insert`, so a row's states must stay where its turn ended, however much later the
+            host looks. To be set before the first step.
     """
 
     def __init__(
@@ -121,13 +123,13 @@ class Decoder:
         self._members = torch.full((slots, min(group, rows)), -1, dtype=torch.long, device=device)
         self._ages: list[int] = []
         self._regular, self._most_members, self.computed = False, 0, 0
-        embedding = causal_lm.get_input_embeddings()
-        self._host_embedding = embedding if isinstance(embedding, HostEmbedding) else None
-        self._inputs: Tensor | None = None
+        self._look_up = host_inputs(causal_lm)
+        self._inputs: dict[str, Tensor] = {}
         self._weights = stream_of(causal_lm)
+        self.continues, self._skipped = False, False
         # A graph takes no copies from memory that is not page-locked.
         graphs = settings.graphs and (self._weights is None or self._weights.locked)
-        self._graphs = StepGraphs(self._forward, rows, enabled=graphs)
+        self._graphs = StepGraphs(self._forward, rows, enabled=graphs, put_back=self._put_states_back)
 
     # Between steps: the host moves rows and prompts about
 
@@ -151,6 +153,20 @@ class Decoder:
         ids = [[i for _, prompt in pack for i in self._prefilled(prompt)] for pack in packs]
         for pack, found in zip(packs, self._upload(prompts, ids)):
             self.prefill(pack, found[None])
+        self._begin_states(sorted(prompts))
+
+    def _begin_states(self, rows: Iterable[int]) -> None:
+        """Put rows' states behind all but the last tokens of their prompts."""
+        prompts = [(row, self.scheduler.running[row].prompt) for row in rows]
+        held = {prompt: slot for slot, prompt in enumerate(self.scheduler.held)}
+        self.cache.states.begin([(row, held[p] if len(self.prompts[p]) > 1 else None) for row, p in prompts])
+
+    def _put_states_back(self) -> None:
+        """To where they were before a step that failed on its way, which may be the first alone: that is when an
+        operation that waits is found."""
+        if self.cache.states.nbytes and any(self._ages) and not self._skipped:
+            raise RuntimeError("a decode step failed half-way, and states of its layers have gone on")
+        self._begin_states(range(len(self.scheduler.running)))
 
     def insert(self, behind: Mapping[int, tuple[list[int], list[int]]]) -> None:
         """Put tokens behind those of rows that go on: what the rows have cached is kept, and the rest goes through the
@@ -253,11 +269,11 @@ class Decoder:
     def step(self) -> None:
         """Feed the last token of each row and draw the next."""
         width = self._graphs.width(len(self.scheduler.running), self.sampling.max_new_tokens - min(self._ages))
-        if self._host_embedding is not None:
-            embedded = self._host_embedding(self.tokens[:width, None])
-            if self._inputs is None:
-                self._inputs = embedded.new_empty(len(self.tokens), *embedded.shape[1:])
-            self._inputs[:width] = embedded
+        if self._look_up is not None:
+            for name, found in self._look_up(self.tokens[:width, None]).items():
+                if name not in self._inputs:
+                    self._inputs[name] = found.new_empty(len(self.tokens), *found.shape[1:])
+                self._inputs[name][:width] = found
         self._run(width)
         self.computed += len(self._ages)
         self._ages = [age + 1 for age in self._ages]
@@ -277,11 +293,13 @@ class Decoder:
 
     def _forward(self, width: int) -> None:
         rows = _RowTable(*self._table[:, :width])
-        layout = DecodeLayout(self.cache, self._attention_rows(rows), self.settings.attention_path)
+        # What is drawn behind a turn's end is dropped, and a state cannot be cut back.
+        frozen = self.finished[:width] if self.continues else None
+        layout = DecodeLayout(self.cache, self._attention_rows(rows), self.settings.attention_path, frozen)
         positions = (self._prefix[rows.slot] + rows.age)[:, None]
         inputs = {"input_ids": self.tokens[:width, None]}
-        if self._host_embedding is not None:
-            inputs = {"inputs_embeds": self._inputs[:width]}
+        if self._look_up is not None:
+            inputs = {name: kept[:width] for name, kept in self._inputs.items()}
         hidden = forward_with_layout(self.decoder, layout, positions, **inputs)[:, -1]
         self._graphs.enabled &= layout.fixed
         logits = linear_logits(
@@ -328,7 +346,7 @@ class Decoder:
 
     def skip(self, tokens: int) -> None:
         """Go on as if so many tokens had been drawn in each row. For rehearsals."""
-        self._ages = [age + tokens for age in self._ages]
+        self._ages, self._skipped = [age + tokens for age in self._ages], True
         self._upload({})
 
     def rehearse_insert(self) -> None:

@@ -44,10 +44,18 @@ class StepGraphs:
         step: launches the step's work for a number of rows; depends on tensors alone.
         max_rows: rows at most.
         enabled: False runs every step as it is.
+        put_back: called before a step is run again that failed on its way, to undo what would not come out the same.
     """
 
-    def __init__(self, step: Callable[[int], None], max_rows: int, *, enabled: bool):
-        self.step, self.max_rows, self.enabled = step, max_rows, enabled
+    def __init__(
+        self,
+        step: Callable[[int], None],
+        max_rows: int,
+        *,
+        enabled: bool,
+        put_back: Callable[[], None] = lambda: None,
+    ):
+        self.step, self.max_rows, self.enabled, self.put_back = step, max_rows, enabled, put_back
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         self._pool = None
 
@@ -88,6 +96,7 @@ class StepGraphs:
                 "and rollouts launch every operation on its own, which is slower.",
                 stacklevel=2,
             )
+        self.put_back()
         self.step(rows)
 
     def _capture(self, rows: int) -> None:
@@ -109,5 +118,5 @@ class StepGraphs:
         """Free the graphs and their memory, and let go of whoever steps: a circle would keep his tensors until Python
         looks for circles."""
         self._graphs.clear()
-        self.step = None
+        self.step = self.put_back = None
         self._pool = None

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.kernels.decode.attention import Rows
-from lowvram_grpo.policy.attention import SupportCheck, Unsupported, check_calls, forward_with_layout, layout_attention
+from lowvram_grpo.policy.attention import (
+    TOLERANCE,
+    SupportCheck,
+    Unsupported,
+    check_calls,
+    forward_with_layout,
+    layout_attention,
+)
 from lowvram_grpo.rollout.attention import DecodeLayout, PrefillLayout
 from lowvram_grpo.rollout.cache import GroupCache
-
-# How far the two may be apart, of the norm: much more than 4-bit kernels for one row and for several are, much less
-# than a wrong position or mask makes.
-_TOLERANCE = 0.1
 
 
 def why_not(causal_lm: nn.Module) -> str | None:
@@ -31,7 +34,7 @@ def _check_decoding(decoder: nn.Module, device: torch.device) -> None:
         return
     plain = decoder(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
     apart = (ours.float() - plain.float()).norm() / plain.float().norm()
-    if not apart <= _TOLERANCE:
+    if not apart <= TOLERANCE:
         raise Unsupported(f"it decodes differently in the engine than in a plain pass (by {apart:.0%})")
 
 
@@ -42,6 +45,7 @@ def _decoded(decoder: nn.Module, ids: Tensor) -> Tensor:
     prefill = PrefillLayout(cache, [before], [0])
     forward_with_layout(decoder, prefill, prefill.positions(device), input_ids=ids[:, :before])
     check_calls(decoder, prefill)
+    cache.states.begin([(0, 0), (1, 0)])
     indices = lambda *values: torch.tensor(values, device=device)
     for age in range(2):
         rows = Rows(
