@@ -269,7 +269,7 @@ def _check_packing(decoder: nn.Module, device: torch.device) -> None:
         raise Unsupported(f"attn_implementation is {config._attn_implementation}, not sdpa")
     stateful = bool(recurrent_layers(decoder))
     if stateful and not CONTINUES:
-        raise Unsupported("its layers with a state cannot go on from a prompt's before transformers 5.17")
+        raise Unsupported("in this transformers its layers cannot go on from a prompt's state (5.17 can)")
     if stateful and not recomputed_with_layout(decoder):
         raise Unsupported("its layers do not hand on what they are told, and would be recomputed without it")
     prompts, completions, p = [2, 2, 1], [3, 1, 2], 2

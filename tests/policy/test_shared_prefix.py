@@ -121,8 +121,9 @@ def test_models_that_cannot_share_say_why():
     assert soft.config._attn_implementation != NAME
     eager = tiny("Llama", attn_implementation="eager")
     assert "eager, not sdpa" in why_not(eager)
-    mixed = tiny("Lfm2", layer_types=["conv", "full_attention"])
-    assert "conv" in why_not(mixed)
+    mixed = tiny("Qwen3")
+    mixed.config.layer_types = ["chunked_attention", "full_attention"]
+    assert "layers of the kind chunked_attention" in why_not(mixed)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     alibi = FalconForCausalLM(FalconConfig(vocab_size=41, alibi=True, **small))
     assert why_not(alibi) and alibi.config._attn_implementation == "sdpa"
