@@ -41,7 +41,7 @@ DATA = ("demo", "presets")
 # Rooms that may know fewer than those below them.
 ONLY = {"kernels": {"objective", "errors"}}
 # Wings of a room that do not know each other.
-APART = ("kernels.sweep", "kernels.decode", "kernels.layer")
+APART = ("kernels.sweep", "kernels.decode", "kernels.layer", "kernels.recurrent")
 
 
 class Arrow(NamedTuple):

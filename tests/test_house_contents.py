@@ -18,10 +18,11 @@ else:
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 80
 # Tests that belong to no room.
-BESIDE = ("examples", "gpu", "house", "invariants", "masked_cuda")
+BESIDE = ("examples", "families", "gpu", "house", "invariants", "masked_cuda")
 # Tests that take their room's code by another way than an import.
 BY_ANOTHER_WAY = {
     "cli/test_best_command.py": "the command line, by the helpers of test_errors.py",
+    "cli/test_hub_reachable.py": "a process of its own",
     "cli/test_push_command.py": "the command line, by the helpers of test_errors.py",
     "cli/test_demo_assets.py": "what `lowvram-grpo demo` trains",
     "cli/test_resume_command.py": "the command line, by the helpers of test_errors.py",

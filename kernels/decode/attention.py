@@ -45,6 +45,7 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     spread: Tensor | None = None,
     path: str | None = None,
 ) -> Tensor:
@@ -57,6 +58,7 @@ def decode_attention(
         own: of at least R rows.
         window: how many tokens a token sees, itself included.
         softcap: c of scores c * tanh(score / c) (Gemma 2).
+        sinks: (heads,), one more logit in the softmax of each head, which gives nothing (gpt-oss).
         spread: float32 (N, KVH, D), z of each prompt slot; the keys of `prompts` and `own` have been divided by it.
         path: see `launch.decode_path`. On meta tensors only bytes count: those of a GPU unless it is "torch".
 
@@ -69,17 +71,18 @@ def decode_attention(
         query = (query.unflatten(1, (key.shape[1], -1)) * z[:, :, None]).flatten(1, 2).to(query.dtype)
     if usable_path(query, key, value, path) == "triton":
         return decode_attention_triton(
-            query, key, value, prompts, own, rows, scale=scale, window=window, softcap=softcap
+            query, key, value, prompts, own, rows, scale=scale, window=window, softcap=softcap, sinks=sinks
         )
     append(own, rows, key, value)
     return decode_attention_ref(
-        query, prompts, own.first(len(query)), rows, scale=scale, window=window, softcap=softcap
+        query, prompts, own.first(len(query)), rows, scale=scale, window=window, softcap=softcap, sinks=sinks
     )
 
 
 def usable_path(query: Tensor, key: Tensor, value: Tensor, path: str | None = None) -> str:
     """`decode_path` for these (R, heads, D) tensors, where Triton's was not asked for only if it works here."""
-    found = decode_path(query.device, query.shape[1], key.shape[1], query.shape[2], value.shape[2], path)
+    heads, kv_heads = query.shape[1], key.shape[1]
+    found = decode_path(query.device, heads, kv_heads, query.shape[2], value.shape[2], path, query.dtype)
     if path is None and found == "triton" and query.is_cuda and not _works(query.device, query.dtype):
         return "torch"
     return found

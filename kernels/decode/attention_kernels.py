@@ -222,7 +222,8 @@ def own_kernel(
 
 @jit
 def merge_kernel(
-    parts, lse, rank_ptr, out, prefix_splits, splits, BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    parts, lse, rank_ptr, sinks, out, prefix_splits, splits, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = row * tl.num_programs(1) + tl.program_id(1)
@@ -232,6 +233,9 @@ def merge_kernel(
     # Split 0 of its own tokens never is empty.
     m = tl.full([], _LOWEST, tl.float32)
     s = tl.zeros([], tl.float32)
+    if sinks is not None:
+        m = tl.load(sinks + tl.program_id(1)).to(tl.float32) * _LOG2E
+        s += 1.0
     acc = tl.zeros([WIDE], tl.float32)
     i = 0
     while i < splits:

@@ -19,6 +19,7 @@ def decode_attention_ref(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The PyTorch path; the new keys and values are in `own` (R slots) already."""
     r, heads = query.shape[:2]
@@ -37,7 +38,10 @@ def decode_attention_ref(
     mask = rows.mask(window)
     if mask is not None:
         scores.masked_fill_(~mask, -torch.inf)
-    weights = scores.softmax(3)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, kv_heads, -1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], 3)
+    weights = scores.softmax(3)[..., : p + t]
     out = _weighted(weights[..., p:], own, r, t, query.dtype)
     if p:
         shared = rows.grouped(weights[..., :p]).transpose(1, 2)

@@ -4,7 +4,8 @@
              `members`, against one of `splits.prefix` ranges of the keys that any of them sees
     own      (row, KV head, split): a row's queries against one of `splits.own` ranges of its own cached tokens. Split 0
              writes the new token to the cache and attends to what it has of it in registers: nobody reads it back
-    merge    (row, head): the ranges' outputs o_i, weighted by their log-sum-exps: sum_i e^(lse_i - lse) o_i
+    merge    (row, head): the ranges' outputs o_i, weighted by their log-sum-exps: sum_i e^(lse_i - lse) o_i. A sink is
+             one more part, whose output is 0: no other launch knows of it
 
 What changes from step to step (prefix, age, members, rank) is read from device tensors, so that a step can be captured
 in a CUDA graph; nothing is read back. Each range is an even share of the keys that there are, not of the buffer's
@@ -22,7 +23,7 @@ import torch
 from lowvram_grpo.kernels.card import card, power_of_2
 from lowvram_grpo.kernels.decode.attention_kernels import merge_kernel, own_kernel, prefix_kernel
 from lowvram_grpo.kernels.decode.kv import KV, Rows
-from lowvram_grpo.kernels.decode.launch import Splits, Tiles, ranges, tiles_of
+from lowvram_grpo.kernels.decode.launch import WIDEST_FLOAT32, Splits, Tiles, ranges, tiles_of
 from lowvram_grpo.kernels.runtime import CompileCase, compile_case, device_guard, interpreted
 from torch import Tensor
 
@@ -41,6 +42,7 @@ def decode_attention_triton(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`decode_attention` in three launches; on meta tensors only what they allocate.
 
@@ -86,7 +88,7 @@ def decode_attention_triton(
             *value.stride()[:2], *_strides(own), sum(splits), *numbers, **own_tiles.constants(), **fixed,
         )  # fmt: skip
         merge_kernel[(r, heads)](
-            parts, lse, rows.rank, out, splits.prefix, sum(splits), BLOCK=_MERGED, WIDTH=width,
+            parts, lse, rows.rank, sinks, out, splits.prefix, sum(splits), BLOCK=_MERGED, WIDTH=width,
             WIDE=wide, num_warps=2,
         )  # fmt: skip
     return out
@@ -103,17 +105,21 @@ def compile_cases(cc: int) -> list[CompileCase]:
     half = torch.float16 if cc < 80 else torch.bfloat16
     # What may be asked for by name (fp16 = true), where bfloat16 is what is taken: the same tiles.
     cases = _cases(cc, torch.float16, 64, (64,), int8=False, masks=False) if cc >= 80 else []
-    for width in (64, 80, 256):
+    for width in (64, 80, 256, 512):
         cases += _cases(cc, half, width, (64,), int8=False, masks=False)
         cases += _cases(cc, half, width, (64, 32, 16), int8=True, masks=True)
-        cases += _cases(cc, torch.float32, width, (64,), int8=False, masks=True)
+        if width <= WIDEST_FLOAT32:
+            cases += _cases(cc, torch.float32, width, (64,), int8=False, masks=True)
         for out in (half, torch.float16, torch.float32) if half != torch.float16 else (half, torch.float32):
             types = {
                 "parts": "*fp32:16", "lse": "*fp32:16", "rank_ptr": "*i64:16", "out": _KINDS[out],
                 "prefix_splits": "i32", "splits": "i32",
             }  # fmt: skip
             sizes = {"BLOCK": _MERGED, "WIDTH": width, "WIDE": power_of_2(width)}
-            cases.append(compile_case(f"merge {_KINDS[out][1:5]} D={width}", merge_kernel, types, sizes, 2, 1))
+            for name, sinks in (("", None), (" sinks", _KINDS[out])):
+                given = {**types, "sinks": sinks}
+                name = f"merge {_KINDS[out][1:5]} D={width}{name}"
+                cases.append(compile_case(name, merge_kernel, given, sizes, 2, 1))
     return cases
 
 

@@ -13,7 +13,8 @@ from lowvram_grpo.kernels.card import power_of_2
 from lowvram_grpo.kernels.runtime import HAS_TRITON, interpreted
 
 PATHS = ("triton", "torch")
-WIDEST = 256  # head: the accumulators of a wider one would spill
+# Head: the accumulators of a wider one would spill, and float32 keys of 512 are more than Turing's shared memory.
+WIDEST, WIDEST_FLOAT32 = 512, 256
 MOST_QUERIES = 16  # heads a KV head: the smallest tile of a tensor core
 
 
@@ -48,9 +49,15 @@ class Splits(NamedTuple):
 
 
 def decode_path(
-    device: torch.device, heads: int, kv_heads: int, width: int, value_width: int, path: str | None = None
+    device: torch.device,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    value_width: int,
+    path: str | None = None,
+    dtype: torch.dtype = torch.float16,
 ) -> str:
-    """One of PATHS for heads of `width` whose values are `value_width` wide.
+    """One of PATHS for heads of `width` whose values are `value_width` wide, and queries of `dtype`.
 
     On meta tensors it is that of this machine's GPU, or of any: who counts the bytes of a CPU says "torch".
 
@@ -62,13 +69,14 @@ def decode_path(
     """
     if path is not None and path not in PATHS:
         raise ValueError(f"unknown path {path!r}; it is one of {', '.join(PATHS)}")
-    covered = width == value_width <= WIDEST and heads <= MOST_QUERIES * kv_heads
+    widest = WIDEST_FLOAT32 if dtype == torch.float32 else WIDEST
+    covered = width == value_width <= widest and heads <= MOST_QUERIES * kv_heads
     if path != "triton":
         can = covered and HAS_TRITON and device.type in ("cuda", "meta")
         return "triton" if path is None and can else "torch"
     if not covered:
         raise ValueError(
-            f"path 'triton' needs keys and values of one width up to {WIDEST} and at most {MOST_QUERIES} heads a KV "
+            f"path 'triton' needs keys and values of one width up to {widest} and at most {MOST_QUERIES} heads a KV "
             f"head, not widths of {width} and {value_width} and {heads // kv_heads} heads"
         )
     if not HAS_TRITON:
@@ -82,11 +90,15 @@ def tiles_of(cc: int, dtype: torch.dtype, width: int, queries: int) -> Tiles:
     """Tiles for compute capability `cc`, queries of `dtype`, heads of `width`, `queries` a prompt and KV head.
 
     None of them spills a register under Triton 3.8 and 3.9 (tests/kernels/gate.py; of heads wider than 128, 3.6 spills
-    16 bytes for sm_90 and 3.7 24 for sm_86 and sm_89), and but for those heads two programs fit into the 100 KB of
+    16 bytes for sm_90 and 3.7 24 for sm_86 and sm_89; of those wider than 256, which 3.7 and 3.8 have not compiled, 3.6
+    spills 8 for sm_86 and sm_89), and but for those heads two programs fit into the 100 KB of
     shared memory of a consumer card. Turing and float32 have no tensor cores in Triton: there products take their
     operands out of registers.
     """
     wide = power_of_2(width)
+    if wide > 256:
+        # Four warps spill. On Turing it takes all of 64 KB of shared memory, elsewhere two programs fit into 100.
+        return Tiles(16, 16, 8, 2)
     if cc < 80 or dtype == torch.float32:
         if wide > 128:
             # ptxas of Triton 3.8 spills 16 bytes of 32 keys for sm_80, and that of 3.9 8 bytes of 16 keys for sm_120.

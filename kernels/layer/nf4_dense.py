@@ -36,16 +36,17 @@ def fits(packed: Tensor, state: QuantState) -> bool:
     return whole and state.absmax.dtype == torch.uint8 and inner.blocksize == STATISTICS_BLOCK
 
 
-def dense_nf4(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
+def dense_nf4(packed: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The weight of shape `state.shape` in `dtype`, by the kernel: see `fits`.
 
     Args:
         packed: uint8, two codes a byte, the first in the high bits.
+        out: contiguous, of that shape and dtype; fresh memory if left out.
     """
     require_triton("dense_nf4", packed, "bitsandbytes.functional.dequantize_4bit")
     if dtype not in _DTYPES:
         raise ValueError(f"a 4-bit weight is made float32, bfloat16 or float16, not {dtype}")
-    out = torch.empty(state.shape, dtype=dtype, device=packed.device)
+    out = torch.empty(state.shape, dtype=dtype, device=packed.device) if out is None else out
     inner = (state.state2.absmax, state.state2.code, state.offset) if state.nested else (None, None, None)
     blocks = out.numel() // BLOCK
     if blocks:

@@ -115,6 +115,7 @@ class OnDevice:
             "context_mib": _mib(context),
             "context_known": self._free_before is not None and not beside,
             "cap_mib": _mib(self.cap),
+            "host_mib": _locked(),
         }
 
 
@@ -135,7 +136,15 @@ class ByLedger:
         return {
             "phases_mib": {name: {"allocated": _mib(peak.bytes)} for name, peak in peaks.items()},
             "peak_allocated_mib": _mib(self.ledger.peak),
+            "host_mib": {name: _mib(size) for name, size in self.ledger.host.items()},
         }
+
+
+def _locked() -> dict[str, float]:
+    """MiB of page-locked host memory at its peak, where this PyTorch counts it."""
+    stats = getattr(torch.cuda, "host_memory_stats", dict)()
+    peak = stats.get("allocated_bytes.peak", 0)
+    return {"page-locked": _mib(peak)} if peak else {}
 
 
 def _mib(size: float) -> float:
@@ -182,7 +191,8 @@ def trainer_of(recipe: Recipe, steps: int, device: torch.device, folder: str, **
     args = GRPOConfig(**{**settings, **more, "output_dir": folder})
     model = random_model(
         config, quantization=recipe.quantization, dtype=dtype_of(recipe, device), device=device,
-        head_dtype=args.head_dtype, embedding_offload=args.embedding_offload,
+        head_dtype=args.head_dtype, embedding_offload=args.embedding_offload, weight_offload=args.weight_offload,
+        expert_offload=args.expert_offload,
     )  # fmt: skip
     return GRPOTrainer(
         model, drawn, args, data, processing_class=word_tokenizer(vocab), peft_config=fresh_lora(recipe),

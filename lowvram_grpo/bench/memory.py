@@ -28,7 +28,7 @@ DEVICES = ("auto", "cuda", "cpu", "none")
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B", "Qwen3-8B")
 # Parts of a prediction that are no tensors, and those that stay where they are.
 BESIDE = ("CUDA context", "CUDA graphs", "fragmentation")
-LASTING = ("base weights", "head", "adapter", "gradients", "optimizer")
+LASTING = ("base weights", "streamed weights", "head", "adapter", "gradients", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def predicted(case: Case, plan: Plan) -> dict[str, Any]:
         "predicted_parts_mib": {phase: mib(found.parts[phase]) for phase in phases},
         "predicted_peak_mib": round(found.peak / MIB, 1),
         "predicted_peak_phase": found.peak_phase,
+        "predicted_host_mib": mib(found.host),
     }
 
 

@@ -10,7 +10,7 @@ in training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_grpo.policy.embeddings import stays_on_host
 from lowvram_grpo.policy.stream import expected_names, materialize, skeleton
+from lowvram_grpo.policy.weight_stream import layers_on_host
+from lowvram_grpo.recipe.weight_offload import OFF
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -40,6 +42,8 @@ def random_model(
     device: torch.device,
     head_dtype: str = "dense",
     embedding_offload: bool = False,
+    weight_offload: str | int = OFF,
+    expert_offload: str | int = OFF,
     seed: int = 0,
 ) -> PreTrainedModel:
     """A causal language model on `device` whose weights are random, in eval mode.
@@ -47,30 +51,42 @@ def random_model(
     Args:
         quantization: none or nf4.
         dtype: of the weights that are not quantized.
-        head_dtype, embedding_offload: tables that these will make smaller are left in host memory, as a run does.
+        head_dtype, embedding_offload, weight_offload: tables that these will make smaller, and layers that wait there,
+            are left in host memory, as a run does.
+        expert_offload: of GRPOConfig.
 
     Raises:
         UserError: another quantization.
     """
     with _disable_current_modes():  # built on the host, one layer at a time: nothing of it is on the device
-        empty = skeleton(config, dtype, attn_implementation="sdpa")
+        empty = skeleton(config, dtype)
     model = materialize(
         empty,
-        _source(empty, dtype, seed),
+        _source(empty, expected_names(empty), dtype, seed),
         device=device,
         dtype=dtype,
         quantization=quantization,
         keep_on_host=stays_on_host(empty, head_dtype, embedding_offload),
+        host_layers=layers_on_host(weight_offload, empty),
+        expert_offload=expert_offload,
     )
     model.generation_config.eos_token_id = EOS
     return model
 
 
-def _source(model: nn.Module, dtype: torch.dtype, seed: int) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """(name, function that makes it) of all weights that `materialize` expects."""
-    state, text = model.state_dict(keep_vars=True), model.config.get_text_config()
+def _source(
+    model: nn.Module, names: list[str], dtype: torch.dtype, seed: int
+) -> Iterable[tuple[str, Callable[[], Tensor]]]:
+    """(name, function that makes it) of all weights that `materialize` expects, whatever it makes of the model."""
+    return _made(model, model.state_dict(keep_vars=True), names, dtype, seed)
+
+
+def _made(
+    model: nn.Module, state: dict[str, Any], names: list[str], dtype: torch.dtype, seed: int
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    text = model.config.get_text_config()
     kinds = {f"{name}.": type(module).__name__.lower() for name, module in model.named_modules()}
-    numbers = sum(state[name].numel() for name in expected_names(model))
+    numbers = sum(state[name].numel() for name in names)
     # As a file's pages are, what is read is nothing that a ledger should count.
     with _disable_current_modes():
         pool = torch.randn(min(_POOL, numbers), generator=torch.Generator().manual_seed(seed)).mul_(WEIGHT_STD)
@@ -80,7 +96,7 @@ def _source(model: nn.Module, dtype: torch.dtype, seed: int) -> Iterator[tuple[s
     final_gain = LOGIT_STD / (WEIGHT_STD * math.sqrt(text.hidden_size))
     final = next(name for name in reversed(list(state)) if name.endswith("norm.weight"))
     at = 0
-    for name in expected_names(model):
+    for name in names:
         like = state[name]
         parent, _, leaf = name.rpartition(".")
         if name == final:

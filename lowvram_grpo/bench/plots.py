@@ -13,7 +13,8 @@ from lowvram_grpo.memory.ledger import CATEGORIES
 
 # From the bottom up: what stays, then what comes and goes, then what is no tensor.
 COLOURS = {
-    "CUDA context": "#5b6470", "CUDA graphs": "#8c95a0", "base weights": "#16355c", "head": "#2f6db3",
+    "CUDA context": "#5b6470", "CUDA graphs": "#8c95a0", "base weights": "#16355c", "streamed weights": "#3d7c98",
+    "head": "#2f6db3",
     "adapter": "#7fb2e5", "reference": "#4a6fa5", "optimizer": "#b7d4f0", "gradients": "#f2c14e", "KV cache": "#2a9d8f",
     "recurrent states": "#1d6f66", "workspace": "#8ab17d", "activations": "#e07a3f", "fragmentation": "#c9c9c9",
 }  # fmt: skip

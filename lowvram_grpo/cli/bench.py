@@ -153,6 +153,15 @@ def show(rows: list[dict[str, Any]]) -> None:
                 "" if said is None or seen is None else f"{seen - said:+,.0f} ({seen / said - 1:+.1%})",
             )  # fmt: skip
         console.print(parts)
+        said, seen = row.get("predicted_host_mib") or {}, row.get("host_mib") or {}
+        if said or seen:
+            console.print(f"host memory, apart: predicted {_host(said)}; measured {_host(seen) if seen else 'nothing'}")
+
+
+def _host(sizes: dict[str, float]) -> str:
+    """`171 MiB (weights 120, activations 51)`."""
+    parts = ", ".join(f"{name} {size:,.1f}" for name, size in sizes.items())
+    return f"{sum(sizes.values()):,.1f} MiB ({parts})"
 
 
 def _number(value: float | None, digits: int) -> str:

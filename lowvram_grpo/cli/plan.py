@@ -45,9 +45,10 @@ def start(
         UserError: an unknown model, preset or flag.
     """
     hush()
+    from lowvram_grpo.jobs.loading import adopt_stored_quantization
     from lowvram_grpo.plan.architectures import resolve_config
     from lowvram_grpo.plan.fitting import plan_on_paper
-    from lowvram_grpo.policy.known_models import named
+    from lowvram_grpo.policy.model_names import told_of_shape
     from lowvram_grpo.recipe import preset as presets
     from lowvram_grpo.recipe.resolve import resolve
 
@@ -61,8 +62,14 @@ def start(
     if not model:
         raise UserError("No model given; pass --model with a well-known name, a folder or a config.json.")
     say = (lambda sentence: None) if as_json else lambda sentence: print(f"[lowvram-grpo] {sentence}")
-    named(model, say)  # the table knows its shape by either name
+    told_of_shape(model, say)
     resolved, source = resolve_config(model, **recipes[0].hub_arguments)
+    for number, recipe in enumerate(recipes):
+        if not adopt_stored_quantization(recipe, resolved, (lambda sentence: None) if number else say):
+            raise UserError(
+                f"{model!r} is stored in a format whose memory is not counted; plan for the model that it was made "
+                "from, as in --model Qwen2.5-7B --quantization nf4."
+            )
     cards = [vram if vram is not None else presets.load(recipe.preset).vram_gib for recipe in recipes]
     if None in cards:
         raise UserError(f"Preset {chosen} has no card to plan for; take one of 4gb to 24gb, or pass --vram.")
@@ -106,10 +113,13 @@ _HOW = (
 
 def raised(console: Console, plan: Plan) -> None:
     """What went up from the preset, and what each of it buys."""
-    console.print(
-        f"climbed from the preset, as memory is left: a step takes {plan.time:.0%} of the preset's time (modelled by "
-        f"counts for {plan.card}, not measured)"
-    )
+    if plan.layers is not None:
+        console.print("raised from the preset, as layers come over the bus once a pass, whatever it is for (modelled):")
+    else:
+        console.print(
+            f"climbed from the preset, as memory is left: a step takes {plan.time:.0%} of the preset's time (modelled "
+            f"by counts for {plan.card}, not measured)"
+        )
     for climb in plan.climbs:
         share = f" ({climb.share:+.0%} without)" if climb.share >= 0.005 else ""
         before, now = (str(value).lower() for value in (climb.before, climb.rung.value))
@@ -125,6 +135,7 @@ def _name(plan: Plan, source: str) -> str:
 
 def show(plan: Plan, card: float, source: str) -> None:
     """The plan in full, for people."""
+    from lowvram_grpo.memory.ram import words
     from lowvram_grpo.plan.paper import setting
 
     console, found = Console(highlight=False), plan.prediction
@@ -150,10 +161,12 @@ def show(plan: Plan, card: float, source: str) -> None:
     for name, size in sorted(found.categories.items(), key=lambda item: -item[1]):
         parts.add_row(name, f"{size / 2**20:,.0f}")
     console.print(parts)
+    if found.on_host:
+        console.print(f"host memory: {words(found.host)}, beside Python's own; page-locked, but for an embedding")
     console.print("savers taken on top of the preset: " + (", ".join(map(str, plan.rungs)) or "none"))
     if plan.climbs:
         raised(console, plan)
-    if plan.streaming:
-        console.print(plan.streaming.words)
+    for price in filter(None, (plan.streaming, plan.layers, plan.fetching)):
+        console.print(price.words)
     for sentence in plan.advice:
         console.print(f"instead: {sentence}")

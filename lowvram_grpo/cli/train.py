@@ -123,7 +123,7 @@ def start(options: dict[str, Any], extra: list[str], *, config: Path | None, res
     notice = prepare_cuda()
     hush()
     from lowvram_grpo.policy.hub import offline_where_unreachable
-    from lowvram_grpo.policy.known_models import named
+    from lowvram_grpo.policy.model_names import named
     from lowvram_grpo.recipe.resolve import resolve
     from lowvram_grpo.run.directory import RunDirectory
 

@@ -98,7 +98,7 @@ def adopt_stored_quantization(recipe: Recipe, config: PretrainedConfig, tell: Ca
     """Write the quantization of a checkpoint that has one already into `recipe`, unless a person set it.
 
     Returns:
-        whether the memory of the model can be counted; `tell` hears why where it cannot.
+        whether the memory of the model can be counted; `tell` hears what was taken, and why where it cannot.
     """
     from lowvram_grpo.policy.quantization import quantization_name
 
@@ -106,12 +106,18 @@ def adopt_stored_quantization(recipe: Recipe, config: PretrainedConfig, tell: Ca
     if stored is None or recipe.origin.get("quantization") in ("flag", "file"):
         return True
     kind = quantization_name(stored)
+    if kind == "mxfp4":  # experts of gpt-oss, which are brought to nf4 one by one, or to 16 bits
+        tell(
+            f"the checkpoint is stored in {kind}; its experts are brought to {recipe.quantization} as they are loaded."
+        )
+        return True
     recipe.quantization = kind if kind in ("nf4", "int8") else "none"
     recipe.origin["quantization"] = "checkpoint"
-    if recipe.quantization == "none":
-        tell(f"no memory plan: the checkpoint is stored in {kind}, which is not counted.")
-        return False
-    return True
+    counted = recipe.quantization != "none"
+    tell(
+        f"the checkpoint is stored in {kind}, which is taken as it is{'' if counted else '; no memory plan counts it'}."
+    )
+    return counted
 
 
 def fresh_lora(recipe: Recipe) -> LoraConfig:
@@ -167,6 +173,8 @@ def load_model_of(recipe: Recipe, args: GRPOConfig, tell: Callable[[str], None])
         quantization_config=quantization,
         init_kwargs=init,
         keep_on_host=lambda model: stays_on_host(model, args.head_dtype, args.embedding_offload),
+        weight_offload=args.weight_offload,
         tell=tell,
+        expert_offload=args.expert_offload,
     )
     return load_adapter(model, recipe.adapter) if recipe.adapter else model

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from lowvram_grpo.memory import nvml
+
 
 class Card(NamedTuple):
-    """Multiprocessors, boost clock in GHz, GB/s of its memory, compute capability, and the CUDA device that it is (None
-    where it is not there)."""
+    """Multiprocessors, boost clock in GHz, GB/s of its memory, compute capability, the CUDA device that it is (None
+    where it is not there), and the PCI Express generation and lanes between it and the host."""
 
     name: str
     multiprocessors: int
@@ -18,6 +20,18 @@ class Card(NamedTuple):
     gbs: float
     capability: tuple[int, int]
     index: int | None = None
+    pcie: tuple[int, int] = (4, 8)
+
+    @property
+    def bus(self) -> float:
+        """Bytes a second from page-locked memory."""
+        generation, lanes = self.pcie
+        return _LANE.get(generation, _LANE[max(_LANE)]) * lanes * 1e9 * _REACHED
+
+    @property
+    def bus_name(self) -> str:
+        """`PCIe 4.0 x8`, and whether that is known or taken to be so."""
+        return f"PCIe {self.pcie[0]}.0 x{self.pcie[1]}" + (", assumed" if self.index is None else "")
 
     @property
     def flops(self) -> float:
@@ -31,14 +45,19 @@ class Card(NamedTuple):
 _GEFORCE = 512
 _FLOP_PER_CLOCK = {(7, 0): 1024, (8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}
 
-# What is sold most of each size, with the numbers that NVIDIA publishes; the one of 4 GB is a laptop's.
+# GB/s of a lane, and what of it copies reach: 12 GB/s are seen over PCIe 3.0 x16 and 4.0 x8.
+_LANE = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
+_REACHED = 12 / (1.969 * 8)
+
+# What is sold most of each size, with the numbers that NVIDIA publishes; those of 4 and 6 GB are laptops', whose boards
+# wire eight lanes. A 3060 and a 3090 have sixteen, which in boards of their time are of the third generation.
 _TYPICAL = {
     4: Card("RTX 3050 Laptop", 16, 1.740, 192, (8, 6)),
     6: Card("RTX 3060 Laptop", 30, 1.703, 336, (8, 6)),
     8: Card("RTX 4060", 24, 2.460, 272, (8, 9)),
-    12: Card("RTX 3060", 28, 1.777, 360, (8, 6)),
+    12: Card("RTX 3060", 28, 1.777, 360, (8, 6), pcie=(3, 16)),
     16: Card("RTX 4060 Ti", 34, 2.535, 288, (8, 9)),
-    24: Card("RTX 3090", 82, 1.695, 936, (8, 6)),
+    24: Card("RTX 3090", 82, 1.695, 936, (8, 6), pcie=(3, 16)),
 }
 
 
@@ -47,8 +66,9 @@ def typical(gib: float) -> Card:
     return _TYPICAL[max((size for size in _TYPICAL if size <= gib * 1.05), default=min(_TYPICAL))]
 
 
-def present(index: int, gib: float) -> Card:
-    """The CUDA device `index`, by its own properties; what it does not say is taken from a typical card of its size."""
+def present(index: int, gib: float, uuid: str = "") -> Card:
+    """The CUDA device `index`, by its own properties; what it does not say is taken from a typical card of its size.
+    The driver is asked for the bus, which knows the card by its `uuid`."""
     likely = typical(gib)
     try:
         import torch
@@ -67,6 +87,7 @@ def present(index: int, gib: float) -> Card:
             2 * memory * 1e3 * bus / 8 / 1e9 or likely.gbs,
             (found.major, found.minor),
             index,
+            next((card.pcie for card in nvml.cards() if card.uuid == uuid and card.pcie), likely.pcie),
         )
     except Exception:  # an estimate of speed is no reason for a run not to begin
         return likely

@@ -31,6 +31,11 @@ def host_buffer(size: int, *, pinned: bool) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
 
+def locked_size(size: int) -> int:
+    """Bytes that PyTorch takes for a piece of page-locked memory of `size` bytes."""
+    return 1 << (size - 1).bit_length() if size > 1 else size
+
+
 def spans(tensors: Sequence[Tensor], align: int = _ALIGN) -> tuple[list[int], int]:
     """Where each tensor begins if all are laid one after another, and the bytes of all of them."""
     ends = list(accumulate((-(-t.nbytes // align) * align for t in tensors), initial=0))

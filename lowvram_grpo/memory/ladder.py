@@ -8,6 +8,7 @@ comes back by the same way first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ RELIEVES: dict[str, tuple[str, ...]] = {
     "workspace_mib": ("rollout", *_TRAINING),
     "optimizer_offload": ("rollout", *_TRAINING, "optimizer", REWARD),
     "reference_offload": (*PHASES, REWARD),
+    "expert_offload": (*PHASES, REWARD),
+    "weight_offload": (*PHASES, REWARD),
 }
 
 _WORDS = {
@@ -46,7 +49,9 @@ _WORDS = {
     "workspace_mib": "{} MiB of scratch memory for the vocabulary sweep",
     "optimizer_offload": "the optimizer's moments live in host memory",
     "reference_offload": "the reference of all weights is streamed from host memory, layer by layer",
+    "expert_offload": "experts wait in host memory, and come when tokens choose them ({} without a place on the card)",
     "embedding_offload": "the input embedding lives in host memory",
+    "weight_offload": "{} decoder layers wait in host memory and are streamed in each pass",
     "kv_cache_dtype": "rollouts keep keys and values in {}",
     "head_dtype": "lm_head is kept in {}",
     "quantization": "the base is kept in {}",
@@ -54,7 +59,9 @@ _WORDS = {
 
 # Settings that are fixed once the weights are on the card; a rung of one of these means loading again. The KV cache
 # stays as it began too: what rounds the policy's samples is decided before a run, not in the middle of it.
-AT_LOAD = frozenset({"quantization", "head_dtype", "embedding_offload", "kv_cache_dtype"})
+AT_LOAD = frozenset(
+    {"quantization", "head_dtype", "embedding_offload", "kv_cache_dtype", "expert_offload", "weight_offload"}
+)
 # From the largest to the smallest: what counts as a saving, where it is not a smaller number or a switch.
 _ORDERS = {
     "reward_model_device": ("cuda", "in_turn", "cpu"),
@@ -102,6 +109,8 @@ def saves(key: str, value: Any, current: Any) -> bool:
     if word in ("true", "false"):
         return word == "true" and str(current).lower() != "true"
     try:
+        if key in ("expert_offload", "weight_offload"):
+            return _elsewhere(word) > _elsewhere(current)
         if key in _ORDERS:
             order = _ORDERS[key]
             now = str(current or order[0])
@@ -112,6 +121,13 @@ def saves(key: str, value: Any, current: Any) -> bool:
             f"{key}={value} is no rung of a ladder after {key}={current}; a rung is a smaller whole number, true, or "
             f"a smaller kind of {' or '.join(_ORDERS)}."
         ) from error
+
+
+def _elsewhere(value: Any) -> float:
+    """Experts or decoder layers in host memory, of which each saves; `auto` may become all."""
+    word = str(value).lower()
+    known = {"off": 0.0, "none": 0.0, "auto": math.inf}
+    return known[word] if word in known else int(word)
 
 
 def _halvings(now: int) -> Iterator[int]:

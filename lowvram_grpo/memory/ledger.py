@@ -24,6 +24,7 @@ CATEGORIES = (
     "base weights",
     "head",
     "adapter",
+    "streamed weights",
     "reference",
     "gradients",
     "optimizer",
@@ -63,6 +64,16 @@ def counted_as(category: str) -> AbstractContextManager:
     return _counting[-1].making(category) if _counting else nullcontext()
 
 
+def held_on_host(category: str, size: int, locked: bool = True) -> Callable[[], None]:
+    """Count a piece of `size` bytes of host memory (`weights`, `activations`, ...) in the ledger that counts, apart
+    from the device's; what is returned ends it. Nothing where no ledger is.
+
+    Args:
+        locked: it is page-locked where there is CUDA.
+    """
+    return _counting[-1].hold_on_host(category, size, locked) if _counting else lambda: None
+
+
 class Ledger(TorchDispatchMode):
     """Bytes of storages made inside the context.
 
@@ -70,19 +81,29 @@ class Ledger(TorchDispatchMode):
         block: sizes are rounded up to multiples of it (512 in CUDA's caching allocator).
         device: type of the device whose memory is counted; all if left out.
         hidden: of (operator, its arguments), the bytes that it makes for itself and frees before it returns.
+        locked: of a piece of host memory, the bytes that are taken for it where it is page-locked.
 
     Attributes:
         live: bytes that are held now.
         phases: the peak of each phase, by name.
+        host: the most bytes of host memory that were held at once, by category, as far as whoever keeps them says so
+            (`held_on_host`); no part of `live` and `phases`.
     """
 
     def __init__(
-        self, *, block: int = 1, device: str | None = None, hidden: Callable[[Any, tuple], int] = lambda func, args: 0
+        self,
+        *,
+        block: int = 1,
+        device: str | None = None,
+        hidden: Callable[[Any, tuple], int] = lambda func, args: 0,
+        locked: Callable[[int], int] = lambda size: size,
     ):
         super().__init__()
-        self.block, self.device, self.hidden = block, device, hidden
+        self.block, self.device, self.hidden, self.locked = block, device, hidden, locked
         self.live = 0
         self.phases: dict[str, Peak] = {}
+        self.host: dict[str, int] = {}
+        self._on_host: dict[str, int] = {}
         self._held: dict[str, int] = {}
         self._known: dict[int, _Entry] = {}
         self._whole = self._peak = Peak()
@@ -105,6 +126,22 @@ class Ledger(TorchDispatchMode):
     def categories(self) -> dict[str, int]:
         """Bytes that are held now, by category."""
         return {name: size for name, size in self._held.items() if size}
+
+    def hold_on_host(self, category: str, size: int, locked: bool = True) -> Callable[[], None]:
+        """See `held_on_host`."""
+        size = self.locked(size) if locked else size
+        left = [size]
+
+        def add(more: int) -> None:
+            self._on_host[category] = self._on_host.get(category, 0) + more
+            self.host[category] = max(self.host.get(category, 0), self._on_host[category])
+
+        def end() -> None:
+            add(-left[0])
+            left[0] = 0
+
+        add(size)
+        return end
 
     def ignore(self, *tensors: Tensor) -> None:
         """Leave these tensors out: they were there before, or are not in the device's memory."""

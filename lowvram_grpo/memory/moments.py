@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.memory.host import host_buffer, placed, spans
+from lowvram_grpo.memory.ledger import held_on_host
 
 _BATCH = 2**24
 _ALIGN = 256  # bytes: bitsandbytes' kernels read several elements at once
@@ -30,6 +31,7 @@ class HostMoments:
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
         self._homes: dict[tuple[int, ...], Tensor] = {}
+        self._let_go: dict[tuple[int, ...], Callable[[], None]] = {}
         self._landed: torch.cuda.Event | None = None
         optimizer.register_state_dict_post_hook(self._plain)
 
@@ -101,7 +103,9 @@ class HostMoments:
                 # Other batches than before: theirs go once nobody's moments lie in them.
                 for name in [name for name in self._homes if not {*name}.isdisjoint(_name(batch))]:
                     del self._homes[name]
+                    self._let_go.pop(name)()
                 mine = self._homes[_name(batch)] = host_buffer(size, pinned=batch[0].is_cuda)
+                self._let_go[_name(batch)] = held_on_host("moments", size)
             return mine
 
         self._move(batch, flat, home)

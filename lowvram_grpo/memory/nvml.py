@@ -12,6 +12,7 @@ import subprocess
 from dataclasses import dataclass
 
 _FIELDS = ("uuid", "name", "memory.total", "memory.free", "display_active", "compute_cap")
+_BUS_FIELDS = ("pcie.link.gen.max", "pcie.link.width.max")
 _SECONDS = 10.0  # a driver that wakes up takes one or two
 
 
@@ -24,6 +25,7 @@ class Card:
         total_bytes, free_bytes: None where the driver does not say (memory shared with the host).
         display: a screen is lit on this card; None where the driver does not say.
         capability: CUDA compute capability; None where the driver does not say.
+        pcie: the most that card and board can do: generation of PCI Express, and lanes. (Now it may be asleep.)
     """
 
     uuid: str
@@ -32,6 +34,7 @@ class Card:
     free_bytes: int | None
     display: bool | None
     capability: tuple[int, int] | None
+    pcie: tuple[int, int] | None = None
 
 
 def cards() -> list[Card]:
@@ -47,16 +50,18 @@ def cards() -> list[Card]:
 
 
 def parse(table: str) -> list[Card]:
-    """The cards in nvidia-smi's csv of `_FIELDS`, without header and units (MiB)."""
+    """The cards in nvidia-smi's csv of `_FIELDS`, and of `_BUS_FIELDS` if they are there, without header and units
+    (MiB)."""
     found = []
     for line in table.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) == len(_FIELDS):
-            uuid, name, total, free, display, capability = cells
+        if len(cells) in (len(_FIELDS), len(_FIELDS) + len(_BUS_FIELDS)):
+            uuid, name, total, free, display, capability, *bus = cells
             lit = {"enabled": True, "disabled": False}.get(display.lower())
             major, _, minor = capability.partition(".")
             known = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
-            found.append(Card(uuid, name, _mib(total), _mib(free), lit, known))
+            pcie = (int(bus[0]), int(bus[1])) if bus and all(cell.isdigit() for cell in bus) else None
+            found.append(Card(uuid, name, _mib(total), _mib(free), lit, known, pcie))
     return found
 
 
@@ -68,14 +73,18 @@ def _from_smi() -> list[Card]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    try:
-        answer = subprocess.run(
-            [tool, f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=_SECONDS, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return parse(answer.stdout)
+    for fields in ((*_FIELDS, *_BUS_FIELDS), _FIELDS):
+        try:
+            answer = subprocess.run(
+                [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"],
+                capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=_SECONDS, check=True,
+            )  # fmt: skip
+        except subprocess.CalledProcessError:  # a driver that does not know one of them
+            continue
+        except (OSError, subprocess.SubprocessError):
+            return []
+        return parse(answer.stdout)
+    return []
 
 
 def _from_library(nvml) -> list[Card]:
@@ -96,6 +105,8 @@ def _card(nvml, handle) -> Card:
     memory = ask(nvml.nvmlDeviceGetMemoryInfo, handle)
     display = ask(nvml.nvmlDeviceGetDisplayActive, handle)
     capability = ask(nvml.nvmlDeviceGetCudaComputeCapability, handle)
+    names = ("nvmlDeviceGetMaxPcieLinkGeneration", "nvmlDeviceGetMaxPcieLinkWidth")
+    bus = [ask(getattr(nvml, name), handle) for name in names if hasattr(nvml, name)]
     uuid, name = nvml.nvmlDeviceGetUUID(handle), nvml.nvmlDeviceGetName(handle)
     return Card(
         _text(uuid),
@@ -104,6 +115,7 @@ def _card(nvml, handle) -> Card:
         None if memory is None else int(memory.free),
         None if display is None else bool(display),
         None if capability is None else tuple(capability),
+        (int(bus[0]), int(bus[1])) if len(bus) == 2 and all(bus) else None,
     )
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.plan.guess import Guess
-from lowvram_grpo.plan.paper import by_a_person, paper_config, setting, trains_all_weights, with_its_batch, with_setting
-from lowvram_grpo.plan.speed import Choice, Shape, Speed, shape_of
+from lowvram_grpo.plan.paper import by_a_person, paper_config, trains_all_weights, with_its_batch, with_setting
+from lowvram_grpo.plan.speed import Choice, Shape, Speed, choice_of, shape_of
 from lowvram_grpo.policy.trials import wanted
 from lowvram_grpo.training.rehearsal import workload
 
@@ -126,10 +126,12 @@ class Climber:
         if found.peak > room or (args := _climbable(recipe)) is None:
             return None
         kept = [key for key in RAISES if by_a_person(recipe, key) or any(rung.key == key for rung in taken)]
+        if args.weight_offload != "off":  # layers that have left the card have nothing to keep activations for
+            kept.append("gradient_checkpointing")
         if recipe.adapter:  # it goes on on the base that it had (implied.adopt_adapter), or that nobody knows
             kept += ["quantization", "head_dtype"]
         speed = self._speed(args, recipe)
-        start = Choice(*(_value(recipe, args, key) for key in Choice._fields))
+        start = choice_of(recipe, args, speed.shape.layers)
         guess = Guess(speed, start, found)
         cost = lambda c: speed.step(c) * _weight(c, start)
         possible = sorted(_choices(start, speed, frozenset(kept)), key=cost)
@@ -190,22 +192,12 @@ def _climbable(recipe: Recipe) -> GRPOConfig | None:
     return None if args.use_vllm and args.vllm_mode == "colocate" else args
 
 
-def _value(recipe: Recipe, args: GRPOConfig, key: str) -> Any:
-    """Of a setting, as it takes effect."""
-    if key == "rollout_batch_size":
-        completions = args.batch_plan().completions_per_rollout
-        return min(args.rollout_batch_size or completions, completions)
-    if key == "per_device_train_batch_size":
-        return args.batch_plan().micro_batch_size
-    return setting(recipe, key)
-
-
 def _choices(start: Choice, speed: Speed, kept: frozenset[str]) -> Iterator[Choice]:
     """`start`, and what may stand in its place."""
 
     def options(key: str) -> list:
         now = getattr(start, key)
-        if key in kept:
+        if key in kept or key == "weight_offload":  # of which there are as few as may be
             return [now]
         if key == "per_device_train_batch_size":
             # Smaller ones where that is what it takes to recompute nothing.
@@ -238,7 +230,7 @@ def _changed(choice: Choice, key: str, value: Any) -> Choice:
 
 
 def _rank(key: str, value: Any) -> int:
-    return _ORDERS[key].index(value) if key in _ORDERS else value
+    return _ORDERS[key].index(value) if key in _ORDERS else -value if key == "weight_offload" else value
 
 
 def _below(small: Choice, large: Choice) -> bool:

@@ -10,15 +10,17 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lowvram_grpo.memory.host import locked_size
 from lowvram_grpo.memory.ledger import ACTIVATIONS, Ledger, Peak
 from lowvram_grpo.memory.overheads import Overheads, on
 from lowvram_grpo.plan.four_bit import hidden_copy
 from lowvram_grpo.plan.stand_in import StandIn
+from lowvram_grpo.policy.weight_stream import layers_on_host, stream_of
 from lowvram_grpo.policy.wrapper import is_peft
 from lowvram_grpo.training.learner import Learner, learner_of
 
@@ -70,21 +72,41 @@ class Blueprint:
         return on(self.device, self.card)
 
 
+class Counted(NamedTuple):
+    """What a ledger has seen of a step, tensors only.
+
+    Attributes:
+        phases: the peak of each.
+        host: bytes of host memory, by what they are.
+        layers: of each decoder layer that is streamed, the bytes that it would take on the device, and takes at home.
+    """
+
+    phases: dict[str, Peak]
+    host: dict[str, int]
+    layers: tuple[tuple[int, int], ...]
+
+
 def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
-    """Peak of each phase as the ledger counts it: tensors only."""
+    """Peak of each phase as the ledger counts it."""
+    return counted(blueprint, args).phases
+
+
+def counted(blueprint: Blueprint, args: GRPOConfig) -> Counted:
+    """The longest step of `args` under the ledger."""
     from lowvram_grpo.policy.stream import skeleton
     from lowvram_grpo.training.rehearsal import Rehearsal, workload
 
     half = str(blueprint.dtype).removeprefix("torch.")
     block = blueprint.overheads.block
     if blueprint.device == "cuda":
-        ledger = Ledger(block=block, hidden=hidden_copy(blueprint.card, half))
+        ledger = Ledger(block=block, hidden=hidden_copy(blueprint.card, half), locked=locked_size)
     else:
         ledger = Ledger(block=block)
     stand_in = StandIn(blueprint.device, None if blueprint.dtype == torch.float32 else blueprint.dtype)
     work = workload(args, blueprint.config, blueprint.longest_prompt)
-    attention = "eager" if blueprint.attention == "eager" else "sdpa"
-    empty = skeleton(blueprint.config, blueprint.stored, attn_implementation=attention)
+    # Else what transformers chooses: sdpa, or eager of a model that sdpa does not know enough for.
+    asked = {"attn_implementation": "eager"} if blueprint.attention == "eager" else {}
+    empty = skeleton(blueprint.config, blueprint.stored, **asked)
     args = copy.copy(args)
     args.gradient_checkpointing_kwargs = {"context_fn": stand_in.recompute}
     with stand_in, stand_in.for_libraries(), ledger:
@@ -100,7 +122,9 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
             rehearsal.blank_gradients()
             rehearsal.optimizer(optimizer)
             if args.optimizer_offload:
-                ledger.ignore(*(x for state in optimizer.state.values() for x in state.values() if _many(x)))
+                moments = [x for state in optimizer.state.values() for x in state.values() if _many(x)]
+                ledger.ignore(*moments)
+                ledger.hold_on_host("moments", sum(x.nbytes for x in moments), locked=False)
             model.zero_grad()
             if args.use_vllm:  # completions come from elsewhere, and what is held in the meantime is still held
                 for phase in ("prefill", "rollout"):
@@ -112,7 +136,16 @@ def count(blueprint: Blueprint, args: GRPOConfig) -> dict[str, Peak]:
             rehearsal.optimizer(optimizer)
     if blueprint.device == "cuda":
         _keep_the_graphs(ledger.phases)
-    return ledger.phases
+    return Counted(ledger.phases, ledger.host, _streamed(model, ledger))
+
+
+def _streamed(model: nn.Module, ledger: Ledger) -> tuple[tuple[int, int], ...]:
+    """Of each streamed layer, what it would take on the device, and what it takes at home."""
+    stream = stream_of(model)
+    if stream is None:
+        return ()
+    alone = (sum(-(-size // ledger.block) * ledger.block for size in parts) for parts in stream.parts)
+    return tuple(zip(alone, stream.sizes))
 
 
 def _keep_the_graphs(phases: dict[str, Peak]) -> None:
@@ -137,6 +170,8 @@ def _base(empty: PreTrainedModel, blueprint: Blueprint, args: GRPOConfig) -> Pre
         dtype=blueprint.stored,
         quantization=blueprint.quantization,
         keep_on_host=stays_on_host(empty, args.head_dtype, args.embedding_offload),
+        expert_offload=args.expert_offload,
+        host_layers=layers_on_host(args.weight_offload, empty),
     )
 
 

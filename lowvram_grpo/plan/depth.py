@@ -11,10 +11,18 @@ if TYPE_CHECKING:
 
 def period_of(config: PretrainedConfig) -> int:
     """After how many layers their kinds repeat; all of them where they do not."""
-    kinds = getattr(config, "layer_types", None)
-    if not kinds:
-        return 1
-    return next(p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:])))
+    kinds = _kinds(config)
+    return next((p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:]))), 1)
+
+
+def _kinds(config: PretrainedConfig) -> list[tuple]:
+    """What tells decoder layers apart that are not alike: how they attend, whether they take an earlier layer's keys
+    (Gemma 4), and whether they are dense where the others have experts (LFM2)."""
+    layers = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or [""] * layers
+    keys = layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    dense = getattr(config, "num_dense_layers", None) or 0
+    return [(kind, index >= keys, index < dense) for index, kind in enumerate(kinds)]
 
 
 def cut(config: PretrainedConfig, layers: int) -> PretrainedConfig:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _WORTH = 0.002
 # Rungs that are tried before the bottom of the ladder is looked at.
 _PATIENCE = 3
+# Of the budget: where a peak is above, the bottom is looked at before any rung.
+_FAR = 1.3
 # Of the budget: where more is used, no rung is likely to be needless.
 _FULL = 0.9
 
@@ -40,10 +42,11 @@ class Descender:
 
     Args:
         predict: the planner's.
+        experts: bytes in 4 bits of those that can wait in host memory; 0 where the model has none.
     """
 
-    def __init__(self, predict: Callable[[Recipe], Prediction]):
-        self.predict = predict
+    def __init__(self, predict: Callable[[Recipe], Prediction], experts: int = 0):
+        self.predict, self.experts = predict, experts
         self._refused: dict[tuple[str, Any], bool] = {}
 
     def descend(self, recipe: Recipe, budget: int) -> Lowered:
@@ -56,10 +59,12 @@ class Descender:
         first, tried = recipe, 0
         rungs: tuple[Rung, ...] = ()
         while found.peak > budget:
-            rung = _next(recipe, found, left)
+            needed = self._hopeless(recipe, found, left, budget)
+            rung = needed or _next(recipe, found, left)
             # What is far too large is known at the bottom of the ladder, after a few rungs, not after all of them. And
             # where none relieves this phase by itself, all together may.
-            if rung is None or tried == _PATIENCE:
+            far = tried == _PATIENCE or (not tried and found.peak > _FAR * budget)
+            if rung is None or (far and not needed):
                 bottom = self._bottom(recipe, left, rungs)
                 if rung is None or bottom.prediction.peak > budget:
                     return bottom
@@ -75,8 +80,24 @@ class Descender:
                 rungs = (*rungs, rung)
         return self._without_needless(first, Lowered(recipe, found, rungs), budget)
 
+    def _hopeless(self, recipe: Recipe, found: Prediction, left: list[Rung], budget: int) -> Rung | None:
+        """The rung of what alone fills the budget, weights in 16 bits or experts: no other gets anywhere without it."""
+        for key, size in (("quantization", found.categories.get("base weights", 0)), ("expert_offload", self.experts)):
+            for rung in left:
+                needed = rung.key == key and size > _FULL * budget and self._possible(recipe, rung)
+                if needed and saves(key, rung.value, setting(recipe, key)):
+                    return rung
+        return None
+
+    def bottom(self, recipe: Recipe) -> Lowered:
+        """With every rung of its ladder that saves something."""
+        recipe = with_its_batch(recipe)
+        return self._bottom(recipe, _ladder(recipe), ())
+
     def _possible(self, recipe: Recipe, rung: Rung) -> bool:
-        """Whether the model has what the rung changes: MLPs that can be tiled, a head that NF4 can block."""
+        """Whether the model has what the rung changes: MLPs that can be tiled, a head that NF4 can block, experts."""
+        if rung.key == "expert_offload":
+            return self.experts > 0 and recipe.quantization == "nf4"
         if rung.key not in ("mlp_tile", "head_dtype"):
             return True
         kind = (rung.key, None if rung.key == "mlp_tile" else rung.value)
@@ -121,7 +142,8 @@ def _ladder(recipe: Recipe) -> list[Rung]:
     """The preset's rungs; where there are reward models, bringing them to the card in turn comes before, since it costs
     next to nothing, and scoring on the CPU behind. What a person has set is no rung."""
     models = any(map(is_model, recipe.reward)) and not by_a_person(recipe, IN_TURN.key)
-    return [*([IN_TURN] * models), *ladder_on_paper(recipe), *([ON_CPU] * models)]
+    rungs = [rung for rung in ladder_on_paper(recipe) if rung.key != "weight_offload"]  # `on_host` weighs that one
+    return [*([IN_TURN] * models), *rungs, *([ON_CPU] * models)]
 
 
 def _next(recipe: Recipe, found: Prediction, left: list[Rung]) -> Rung | None:

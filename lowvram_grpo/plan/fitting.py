@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.memory.budget import budget, gib
+from lowvram_grpo.memory.ram import check_host, words
+from lowvram_grpo.memory.ram import present as host_of
 from lowvram_grpo.recipe.preset import card_budget
 
 if TYPE_CHECKING:
@@ -15,6 +17,12 @@ if TYPE_CHECKING:
     from lowvram_grpo.memory.devices import Device
     from lowvram_grpo.plan.planner import Plan, Planner
     from lowvram_grpo.recipe.resolve import Recipe
+
+
+_LESS_ON_THE_HOST = (
+    "take a smaller model, set weight_offload, embedding_offload or activation_offload to off, or try all the same "
+    "with --memory-plan off"
+)
 
 
 def fit(
@@ -53,7 +61,7 @@ def fit(
     half = "bfloat16" if device.bf16 else "float16"
     # The context is there already, and the prediction counts one.
     room = ours.allocator_bytes + CUDA.context
-    card = present(device.index, device.total_bytes / 2**30)
+    card = present(device.index, device.total_bytes / 2**30, device.uuid)
     planner = Planner(config, half=half, cold_start=cold_start, longest_prompt=longest_prompt, card=card)
     plan = _planned(planner, recipe, room, tell)
     if plan is None:
@@ -64,6 +72,7 @@ def fit(
             f"there is room for {gib(room)} on {device.name}. What would: {'; '.join(plan.advice)}. "
             "(--memory-plan off tries anyway.)"
         )
+    check_host(plan.prediction.host, host_of(device.system), _LESS_ON_THE_HOST)
     for sentence in _chosen(plan):
         tell(sentence)
     return plan.recipe
@@ -94,7 +103,15 @@ def _chosen(plan: Plan) -> Iterator[str]:
         f"memory plan: a peak of {gib(plan.prediction.peak)} of {gib(plan.budget)} is predicted, in the "
         f"{plan.prediction.peak_phase} phase{taken}."
     )
-    if plan.climbs:
+    if plan.prediction.on_host:
+        yield f"host memory: {words(plan.prediction.host)} is predicted."
+    if plan.fetching:
+        yield plan.fetching.words
+    if plan.layers:
+        yield plan.layers.words
+        if plan.climbs:
+            yield f"raised for it: {', '.join(climb.words for climb in plan.climbs)}."
+    elif plan.climbs:
         yield f"climbed: {climbed(plan)}. --memory-plan savers keeps the preset's settings."
         if any(climb.rung.key in ("quantization", "head_dtype") for climb in plan.climbs):
             yield (

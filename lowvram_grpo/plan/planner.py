@@ -9,10 +9,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lowvram_grpo.memory.cards import typical
 from lowvram_grpo.memory.ladder import RELIEVES, Rung, saves
-from lowvram_grpo.plan.descent import Descender
-from lowvram_grpo.plan.paper import OF_THE_ADAPTER, ladder_of, paper_config, setting, trains_all_weights, with_setting
+from lowvram_grpo.plan.descent import Descender, Lowered
+from lowvram_grpo.plan.paper import (
+    OF_THE_ADAPTER,
+    PLANNED,
+    by_a_person,
+    ladder_of,
+    paper_config,
+    setting,
+    trains_all_weights,
+    with_setting,
+)
 from lowvram_grpo.recipe import preset as presets
+from lowvram_grpo.recipe.weight_offload import AUTO, OFF, streamed_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -20,9 +31,10 @@ if TYPE_CHECKING:
     from lowvram_grpo.memory.cards import Card
     from lowvram_grpo.memory.overheads import Overheads
     from lowvram_grpo.plan.climb import Climb
+    from lowvram_grpo.plan.experts import Fetching
     from lowvram_grpo.plan.prediction import Prediction
     from lowvram_grpo.plan.reward_models import Judge
-    from lowvram_grpo.plan.streaming import Streaming
+    from lowvram_grpo.plan.streaming import Layers, Streaming
     from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.recipe.resolve import Recipe
 
@@ -45,6 +57,8 @@ class Plan:
         time: of a step after the climbs, as a share of what it would be without, by counts and a card's numbers.
         card: whose numbers.
         streaming: what a reference in host memory costs, where there is one.
+        fetching: what experts in host memory cost, where there are some.
+        layers: what decoder layers in host memory cost, where there are any.
     """
 
     recipe: Recipe
@@ -56,6 +70,8 @@ class Plan:
     time: float = 1.0
     card: str = ""
     streaming: Streaming | None = None
+    fetching: Fetching | None = None
+    layers: Layers | None = None
 
     @property
     def fits(self) -> bool:
@@ -79,7 +95,10 @@ class Plan:
             "modelled_time": round(self.time, 3),
             "modelled_card": self.card,
             "settings": {key: setting(self.recipe, key) for key in RELIEVES},
+            "host_gib": {"total": gib(found.on_host), **{name: gib(size) for name, size in found.host.items()}},
             "streaming": self.streaming and self.streaming.as_json(),
+            "experts": self.fetching and self.fetching.as_json(),
+            "streamed_layers": self.layers and self.layers.as_json(),
             "advice": list(self.advice),
         }
 
@@ -115,7 +134,10 @@ class Planner:
         self.longest_prompt, self.card = longest_prompt, card
         self._known: dict[str, Prediction] = {}
         self._judges: dict[tuple[str, int], Judge] = {}
-        self._descender = Descender(self.predict)
+        from lowvram_grpo.policy.experts import expert_layers
+
+        self.experts = expert_layers(self.config)
+        self._descender = Descender(self.predict, experts=sum(e.experts * e.bytes for e in self.experts))
 
     def predict(self, recipe: Recipe, *, exact: bool = False) -> Prediction:
         """Peaks of the longest step of `recipe`.
@@ -126,10 +148,14 @@ class Planner:
         """
         import torch
 
-        from lowvram_grpo.plan.prediction import Blueprint, predict
+        from lowvram_grpo.plan.prediction import Blueprint, predict, with_streamed
         from lowvram_grpo.policy.load import DTYPES
 
         args = paper_config(recipe)
+        if isinstance(args.weight_offload, int) and not exact:
+            whole = self.predict(with_setting(recipe, "weight_offload", "auto"))
+            of = self.config.get_text_config().num_hidden_layers
+            return with_streamed(whole, streamed_layers(args.weight_offload, of))
         key = repr((exact, self.card, sorted(vars(args).items(), key=lambda kv: kv[0]), _of_the_job(recipe)))
         if key not in self._known:
             plain = "float32" if self.device == "cpu" else self.half
@@ -170,18 +196,28 @@ class Planner:
         where none is, the last one, with advice. Where much is left, settings rise (not on a CPU, whose memory the
         whole system lives in, and not with memory_plan savers)."""
         plan = self._planned(recipe, budget, advise)
-        if self.card is None or not (trains_all_weights(plan.recipe) and setting(plan.recipe, "reference_offload")):
-            return plan
-        from lowvram_grpo.plan.streaming import streaming_of
+        if setting(plan.recipe, "expert_offload") != OFF:
+            from lowvram_grpo.plan.experts import fetching_of
 
-        return replace(plan, streaming=streaming_of(plan.recipe, self.config, self.card, self.half))
+            plan = replace(plan, fetching=fetching_of(plan.recipe, self.experts, self.card or typical(budget / GIB)))
+        if self.card is None:
+            return plan
+        from lowvram_grpo.plan.streaming import layers_of, streaming_of
+
+        if trains_all_weights(plan.recipe) and setting(plan.recipe, "reference_offload"):
+            return replace(plan, streaming=streaming_of(plan.recipe, self.config, self.card, self.half))
+        if setting(plan.recipe, "weight_offload") == OFF:
+            return plan
+        return replace(plan, layers=layers_of(plan.recipe, self.config, self.card, self.half, self.longest_prompt))
 
     def _planned(self, recipe: Recipe, budget: int, advise: bool) -> Plan:
-        lowered = self._descender.descend(recipe, budget)
-        plan = Plan(lowered.recipe, budget, lowered.prediction, lowered.rungs)
+        plan = self._placed(self._lowered(recipe, budget))
         if not plan.fits:
             return replace(plan, advice=tuple(self._advice(plan))) if advise else plan
-        if self.card is None or self.device != "cuda" or recipe.memory_plan == "savers":
+        streams = plan.recipe.origin.get("weight_offload") == PLANNED and setting(plan.recipe, "weight_offload") != OFF
+        if self.card is None or self.device != "cuda" or recipe.memory_plan == "savers" or streams:
+            return plan
+        if setting(plan.recipe, "expert_offload") != OFF:  # what is left has become places for experts
             return plan
         from lowvram_grpo.plan.climb import Climber
 
@@ -194,6 +230,38 @@ class Planner:
             return plan
         return replace(plan, recipe=raised.recipe, prediction=raised.prediction, climbs=raised.climbs,
                        time=raised.time, card=self.card.name)  # fmt: skip
+
+    def _placed(self, plan: Plan) -> Plan:
+        """With a number in the place of an automatic expert_offload."""
+        from lowvram_grpo.plan.experts import with_places
+
+        recipe, found = with_places(plan.recipe, plan.prediction, self.experts, plan.budget)
+        return replace(plan, recipe=recipe, prediction=found)
+
+    def _lowered(self, recipe: Recipe, budget: int) -> Plan:
+        """By the ladder; where that ends above the budget, with streamed layers, for which much of what the ladder has
+        taken is given back. Where a person asks for as few of these as it takes, they come before the ladder."""
+        from lowvram_grpo.plan.on_host import Balance, hopeless, may_stream, resident
+
+        first = resident(recipe)
+        found = self.predict(first)
+        lowered = Lowered(first, found, ())
+        streams = may_stream(recipe)
+        at_once = streams and (by_a_person(recipe, "weight_offload") or hopeless(first, found, budget))
+        at_once &= not self.experts  # which wait by themselves, one by one
+        if found.peak > budget and not at_once:
+            lowered = self._descender.descend(first, budget)
+        if lowered.prediction.peak <= budget or not streams:
+            return Plan(lowered.recipe, budget, lowered.prediction, lowered.rungs)
+        card = self.card or typical(budget / GIB)
+        balance = Balance(self.config, card, self.half, self.longest_prompt, self.predict)
+        best = balance.settle(first, budget)
+        if best is not None:
+            return Plan(best.recipe, budget, best.prediction, best.lowered, climbs=best.raised)
+        lowered = self._descender.bottom(first)
+        all_streamed = with_setting(lowered.recipe, "weight_offload", AUTO)
+        rungs = (*lowered.rungs, Rung("weight_offload", AUTO))
+        return Plan(all_streamed, budget, self.predict(all_streamed), rungs)
 
     def _advice(self, plan: Plan) -> Iterator[str]:
         """What would fit, at the bottom of the ladder: shorter completions or prompts, a smaller model or card."""

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lowvram_grpo.plan import four_bit
 from lowvram_grpo.plan.depth import cut, period_of
+from lowvram_grpo.plan.paper import setting
+from lowvram_grpo.recipe.weight_offload import streamed_layers
 from lowvram_grpo.rollout.graphs import bucket
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from lowvram_grpo.memory.cards import Card
     from lowvram_grpo.recipe.config import GRPOConfig
+    from lowvram_grpo.recipe.resolve import Recipe
     from lowvram_grpo.training.rehearsal import Workload
 
 # Seconds: a launch by PyTorch's host code (11,000 are 70 to 90 ms on Linux, more on Windows), a node of a CUDA graph, a
@@ -29,13 +32,12 @@ if TYPE_CHECKING:
 LAUNCH, NODE, WAIT = 7e-6, 2e-6, 60e-6
 # Of a card's best: what products and what reading weights reach.
 ARITHMETIC, STREAM = 0.5, 0.8
-# Bytes a second from page-locked memory to a card: what PCIe 3.0 x16 and 4.0 x8 reach of their 15.75 GB/s, the slower
-# of what cards of 8 to 16 GB sit in.
-BUS = 12e9
 # Launches a layer, and beside the layers.
 DECODE, FORWARD, REFERENCE, BACKWARD, BESIDE = 51, 101, 60, 190, 230
 # Launches of a tile of a quantized head in a decode step.
 TILE = 5
+# Bytes a weight of a layer, as it is kept.
+_BYTES = {"none": 2.0, "int8": 1.0, "nf4": four_bit.PACKED}
 # Bytes a weight that a decode step moves: an int8 head by its kernel, and by tiles that are written and read again.
 _INT8, _TILES = 1 + 2 / 64, 4
 
@@ -50,6 +52,19 @@ class Choice(NamedTuple):
     per_device_train_batch_size: int
     gradient_checkpointing: bool
     workspace_mib: int
+    weight_offload: int = 0  # decoder layers
+
+
+def choice_of(recipe: Recipe, args: GRPOConfig, layers: int) -> Choice:
+    """The settings of a recipe as they take effect; `args` are its own, `layers` those of its decoder."""
+    plan = args.batch_plan()
+    completions = plan.completions_per_rollout
+    taken = {
+        "rollout_batch_size": min(args.rollout_batch_size or completions, completions),
+        "per_device_train_batch_size": plan.micro_batch_size,
+        "weight_offload": streamed_layers(args.weight_offload, layers),
+    }
+    return Choice(*(taken[key] if key in taken else setting(recipe, key) for key in Choice._fields))
 
 
 @dataclass(frozen=True)
@@ -84,23 +99,23 @@ def shape_of(config: PretrainedConfig) -> Shape:
     """Read off a model on meta of as many layers as have kinds of their own."""
     import torch
 
+    from lowvram_grpo.policy.attention import head_sizes
     from lowvram_grpo.policy.stream import skeleton
 
     text = config.get_text_config()
     depth, period = text.num_hidden_layers, min(period_of(text), text.num_hidden_layers)
-    model = skeleton(cut(config, period), torch.bfloat16, attn_implementation="sdpa")
+    model = skeleton(cut(config, period), torch.bfloat16)
     head = model.get_output_embeddings()
     found: Counter[tuple[int, int]] = Counter()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
             n, k = module.weight.shape
             found[n, k] += 1
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     vocab, width = head.weight.shape
     tied = bool(getattr(text, "tie_word_embeddings", False))
     linears = {shape: count * depth / period for shape, count in found.items()}
-    return Shape(depth, linears, vocab, width, 2 * depth * heads * size, tied)
+    cached = 2 * sum(heads * size for heads, size in head_sizes(text))
+    return Shape(depth, linears, vocab, width, cached, tied)
 
 
 class Speed:
@@ -140,7 +155,7 @@ class Speed:
         if self.elsewhere:
             return 0.0
         rows = min(choice.rollout_batch_size, self.work.completions)
-        key = (rows, choice.quantization, choice.head_dtype, choice.embedding_offload, choice.workspace_mib)
+        key = (rows, *choice._replace(rollout_batch_size=0, per_device_train_batch_size=0))
         if key not in self._known:
             steps = self.length * (self.work.completions / rows + 1)
             self._known[key] = steps * self.decode(rows, choice)
@@ -162,7 +177,8 @@ class Speed:
         moved += head + self.kv_bytes * shape.keys * (rows * self.length / 2 + prompts * self.work.prompt)
         multiplied = 2 * rows * (shape.weights + shape.table) / self._flops
         waits = WAIT if choice.embedding_offload and not shape.tied else 0.0
-        return (nodes + launches) * NODE + max(moved / self._reads, multiplied) + waits
+        own = (nodes + launches) * NODE + max(moved / self._reads, multiplied) + waits
+        return max(own, self.over_the_bus(choice))
 
     def _head(self, choice: Choice) -> tuple[float, int]:
         """(bytes, launches) of lm_head in a decode step."""
@@ -178,7 +194,7 @@ class Speed:
     def update(self, choice: Choice) -> float:
         """Seconds of the micro-batches of an optimizer step."""
         size = min(choice.per_device_train_batch_size, self.per_update)
-        key = (size, choice.quantization, choice.gradient_checkpointing)
+        key = (size, choice.quantization, choice.gradient_checkpointing, choice.weight_offload)
         if key not in self._known:
             whole, rest = divmod(self.per_update, size)
             one = lambda rows: self.micro_batch(rows, choice)
@@ -203,7 +219,17 @@ class Speed:
         host, device = launches * LAUNCH, multiplied + moved / self._reads
         if self.streamed:
             device += self.exposed(rows)
-        return max(host, device) + 0.1 * min(host, device)
+        own = max(host, device) + 0.1 * min(host, device)
+        # Layers come again for the backward pass, where they are recomputed and read once more.
+        return max(own, (2 + self.reference + ranked) * self.over_the_bus(choice))
+
+    def layer_bytes(self, choice: Choice) -> float:
+        """Of a streamed layer."""
+        return self.shape.weights / self.shape.layers * _BYTES[choice.quantization]
+
+    def over_the_bus(self, choice: Choice) -> float:
+        """Seconds that the streamed layers of a pass are on their way."""
+        return choice.weight_offload * self.layer_bytes(choice) / self.card.bus
 
     @property
     def streamed_bytes(self) -> float:
@@ -213,9 +239,9 @@ class Speed:
     def exposed(self, rows: int) -> float:
         """Seconds that a pass of a streamed reference over `rows` completions is longer than one on the card: what its
         own products do not hide. Layers arrive beside them, tiles of lm_head before them."""
-        over = 4 * self.shape.weights / BUS
+        over = 4 * self.shape.weights / self.card.bus
         beside = 2 * self.tokens(rows, self.length) * self.shape.weights / self._flops
-        return max(0.0, over - beside) + 4 * self.shape.table / BUS
+        return max(0.0, over - beside) + 4 * self.shape.table / self.card.bus
 
     def tokens(self, rows: int, length: float) -> float:
         """That go through the decoder in a micro-batch of completions of this length."""

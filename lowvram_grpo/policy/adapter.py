@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from lowvram_grpo.errors import UserError, one_line, some
+from lowvram_grpo.policy.expert_targets import names_as_they_are, was_without_experts
 from lowvram_grpo.policy.head import head_of
 from lowvram_grpo.policy.hub import way_to_the_hub
+from lowvram_grpo.policy.text_model import adapter_mapping, save_under_whole_names
 from lowvram_grpo.policy.variants import check_adapter
+from lowvram_grpo.policy.weight_stream import stream_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -72,15 +77,21 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     """
     from peft import PeftModel
 
-    base = adapter_config(adapter).base_model_name_or_path
+    config = adapter_config(adapter)
+    base = config.base_model_name_or_path
     try:
-        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-        # Again, for its report: from_pretrained only warns of what it did not find.
-        report = wrapped.load_adapter(adapter, wrapped.active_adapter, is_trainable=True)
+        names = {"is_trainable": True, "key_mapping": adapter_mapping(model)}
+        with warnings.catch_warnings(), names_as_they_are(was_without_experts(model, config)):
+            # Of a language model that was taken out of a whole one: there are no towers to leave out.
+            warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+            wrapped = PeftModel.from_pretrained(model, adapter, **names)
+            # Again, for its report: from_pretrained only warns of what it did not find.
+            report = wrapped.load_adapter(adapter, wrapped.active_adapter, **names)
     except _UNLOADABLE as error:
         raise _misfit(f"The adapter {adapter}", error, base) from error
     check_whole(f"The adapter {adapter}", report, base)
     head_of(wrapped.get_base_model())
+    save_under_whole_names(wrapped)
     return wrapped
 
 
@@ -93,10 +104,14 @@ def restore_adapter(model: PeftModel, checkpoint: str, name: str) -> None:
     changed = getattr(model, "changed_base", None)
     try:
         if changed is not None:
-            changed.restore(model, checkpoint)
+            stream = stream_of(model)
+            with stream.at_home() if stream else nullcontext():  # the base's weights may change
+                changed.restore(model, checkpoint)
             return
         # Into the dtype that it has: peft would make an adapter in 16 bits float32, which takes other steps.
-        report = model.load_adapter(checkpoint, name, is_trainable=True, autocast_adapter_dtype=False)
+        report = model.load_adapter(
+            checkpoint, name, is_trainable=True, autocast_adapter_dtype=False, key_mapping=adapter_mapping(model)
+        )
     except _UNLOADABLE as error:
         raise _misfit(f"The checkpoint {checkpoint}", error) from error
     check_whole(f"The checkpoint {checkpoint}", report)

@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lowvram_grpo.errors import is_out_of_memory, one_line
+from lowvram_grpo.policy.attend import attend_by_blocks, attend_causally
 from lowvram_grpo.policy.recurrent import Run, attending_layers, follow_layouts, recurrent_layers
 
 NAME = "lowvram"
@@ -36,12 +36,14 @@ class Unsupported(ValueError):
 
 class AttentionParams(NamedTuple):
     """What a layer asks of its attention: the factor on its scores, the share of weights to drop, how many tokens a
-    token sees (itself included; None: all), and c of scores c * tanh(score / c)."""
+    token sees (itself included; None: all), c of scores c * tanh(score / c), and sinks (heads,), one more logit in each
+    softmax, which gives nothing."""
 
     scale: float
     dropout: float
     window: int | None
     softcap: float | None
+    sinks: Tensor | None = None
 
 
 class Layout:
@@ -55,6 +57,16 @@ class Layout:
 
     def __init__(self):
         self.calls, self.recurrences, self.windows = 0, 0, set()
+        self._owners: dict[int, tuple[ref[Tensor], int]] = {}
+
+    def owner(self, layer: int, key: Tensor) -> int:
+        """The number of the layer that keys are kept for: the first one of this pass that was given this very tensor.
+        Layers that share keys (Gemma 4's last) hand it on, and one cache serves them all."""
+        known, first = self._owners.get(id(key), (None, layer))
+        if known is not None and known() is key:
+            return first
+        self._owners[id(key)] = ref(key), layer
+        return layer
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """Attention of query (B, heads, L, d) of layer number `layer` by its new key and value (B, KV heads, L, d);
@@ -73,53 +85,11 @@ def ranges(pairs: Sequence[tuple[int, int]]) -> Tensor:
     return torch.cat(found) if found else torch.empty(0, dtype=torch.long, device="cpu")
 
 
-def causal_mask(before: int, t: int, window: int | None, device: torch.device) -> Tensor:
-    """(t, before + t) bool: which keys t tokens behind `before` others see, each itself and what is before it, within
-    `window`."""
-    mask = torch.ones(t, before + t, dtype=torch.bool, device=device).tril_(before)
-    return mask if window is None else mask.triu_(before - window + 1)
-
-
-def causal_bias(before: int, t: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`causal_mask` as what CUDA's memory-efficient kernel adds to its scores: (t, before + t), 0 or -inf, rows 16
-    entries aligned. A mask of bools would be converted, and one of other strides padded, in every layer's call."""
-    padded = -(-(before + t) // 16) * 16
-    bias = torch.zeros(t, padded, dtype=dtype, device=device)[:, : before + t]
-    return bias.masked_fill_(~causal_mask(before, t, window, device), -torch.inf)
-
-
 def attention_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """In which attention of tensors of `dtype` is computed: autocast's, where it is on."""
     if dtype != torch.float64 and device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return dtype
-
-
-def repeat_kv(x: Tensor, heads: int) -> Tensor:
-    """Keys or values (B, KV heads, L, d), each head as often as `heads` query heads share it."""
-    repeats = heads // x.shape[1]
-    return x if repeats == 1 else x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2)
-
-
-def attend_causally(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float | None, dropout: float = 0.0
-) -> Tensor:
-    """softmax(scale q k^T) v, causal where there is no mask (bool, or a bias in the dtype of q). Only without a mask do
-    CUDA's kernels know of grouped heads, and not all of them, so K and V are repeated.
-
-    On meta it is the kernel that CUDA takes: PyTorch would count the T x T tensors of its plain formula.
-    """
-    k, v = (repeat_kv(x, q.shape[1]) for x in (k, v))
-    if q.is_meta:
-        # CUDA's kernel adds its mask, one of the dtype of q.
-        bias = mask
-        if mask is not None and mask.dtype == torch.bool:
-            bias = torch.empty_like(mask, dtype=q.dtype)
-        bias = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
-        saves = torch.is_grad_enabled()
-        fused = torch.ops.aten._scaled_dot_product_efficient_attention
-        return fused(q, k, v, bias, saves, dropout, is_causal=mask is None, scale=scale)[0]
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale)
 
 
 def _attention(
@@ -135,7 +105,19 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer."""
+    if query.dtype != key.dtype and {query.dtype, key.dtype} == {torch.float16, torch.float32}:
+        # Keys of another layer, of which one alone is kept in float32 (`overflow`).
+        out, weights = _attention(
+            module, query.to(key.dtype), key, value, attention_mask, dropout, scaling,
+            attention_layout=attention_layout, **kwargs,
+        )  # fmt: skip
+        return out.to(query.dtype), weights
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if attention_layout is None:
+        if softcap is not None or sinks is not None:
+            params = AttentionParams(_scale(query, scaling), dropout, None, softcap, sinks)
+            causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
+            return _beyond_sdpa(query, key, value, attention_mask, params, causal).transpose(1, 2).contiguous(), None
         if query.is_meta:
             out = attend_causally(query, key, value, attention_mask, scale=scaling, dropout=dropout)
             return out.transpose(1, 2).contiguous(), None
@@ -144,16 +126,34 @@ def _attention(
         )
     if getattr(module, "layer_idx", None) is None or module.layer_idx < 0:
         raise Unsupported("its layers do not say which they are")
-    for name, what in (("s_aux", "sinks"), ("position_bias", "a position bias")):
-        if kwargs.get(name) is not None:
-            raise Unsupported(f"its attention has {what}")
+    if kwargs.get("position_bias") is not None:
+        raise Unsupported("its attention has a position bias")
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise Unsupported("its attention is not causal")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    params = AttentionParams(scale, dropout, kwargs.get("sliding_window"), kwargs.get("softcap"))
+    params = AttentionParams(_scale(query, scaling), dropout, kwargs.get("sliding_window"), softcap, sinks)
     attention_layout.calls += 1
     attention_layout.windows.add(params.window)
     return attention_layout.attend(module.layer_idx, query, key, value, params).contiguous(), None
+
+
+def _scale(query: Tensor, scaling: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
+def _beyond_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, params: AttentionParams, causal: bool) -> Tensor:
+    """(B, heads, L, Dv) with soft-capping or sinks where there is no layout: transformers' sdpa would not know of
+    them. Its conventions for a pass without a mask: one query sees all keys, several the keys of as many tokens."""
+    dtype = attention_dtype(q.device, q.dtype)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    queries = q.shape[2]
+    if mask is None and causal and queries > 1:
+        k, v = k[:, :, :queries], v[:, :, :queries]
+    elif mask is None:
+        mask = torch.ones(queries, k.shape[2], dtype=torch.bool, device=q.device)
+    scale, dropout, _, softcap, sinks = params
+    if softcap is None:
+        return attend_causally(q, k, v, mask, scale=scale, dropout=dropout, sinks=sinks)
+    return attend_by_blocks(q, k, v, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout, mask=mask)
 
 
 AttentionInterface.register(NAME, _attention)
@@ -161,8 +161,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def forward_with_layout(decoder: nn.Module, layout: Layout, positions: Tensor, **inputs: Tensor) -> Tensor:
-    """(B, L, H) last hidden states of a pass by a layout, at positions (B, L). `inputs`: input_ids (B, L) or
-    inputs_embeds (B, L, H). The attention must be set to `NAME`."""
+    """(B, L, H) last hidden states of a pass by a layout, at positions (B, L). `inputs`: input_ids (B, L), or
+    what `embeddings.host_inputs` makes of them. The attention must be set to `NAME`."""
     # A mask of four dimensions is handed through as it is, so no model spends time on making one.
     unused = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=positions.device)
     out = decoder(**inputs, attention_mask=unused, position_ids=positions, use_cache=False, attention_layout=layout)
@@ -184,6 +184,15 @@ def layout_attention(decoder: nn.Module, *, keep: bool = False) -> Iterator[None
         if not (done and keep):
             for config, old in zip(configs, before):
                 config._attn_implementation = old
+
+
+def keep_caps(causal_lm: nn.Module) -> None:
+    """Set our attention where a model's scores are capped and transformers would take sdpa all the same (before 5.24),
+    which leaves the cap out: a token would not be scored as it was sampled."""
+    config, decoder = causal_lm.config.get_text_config(), getattr(causal_lm, causal_lm.base_model_prefix)
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
+        with layout_attention(decoder, keep=True):
+            pass
 
 
 def layer_kinds(decoder: nn.Module) -> set[str]:
@@ -210,6 +219,23 @@ def _unknown_kinds(decoder: nn.Module) -> set[str]:
         for i, kind in enumerate(_kinds(decoder))
         if kind not in _KNOWN_KINDS and i not in states and (not states or i in attending)
     }
+
+
+def head_sizes(config: PreTrainedConfig) -> list[tuple[int, int]]:
+    """(KV heads, size of a head) of each layer whose keys are its own: not of Gemma 4's last ones, which attend to
+    others' keys."""
+    text = config.get_text_config()
+    own = text.num_hidden_layers - getattr(text, "num_kv_shared_layers", 0)
+    # Where layers differ, asking the whole configuration is an error of transformers.
+    by_layer = getattr(text, "per_layer_config", None)
+    layers = [text if by_layer is None else by_layer[i] for i in range(own)]
+    return [
+        (
+            getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
+            getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
+        )
+        for layer in layers
+    ]
 
 
 def check_calls(decoder: nn.Module, layout: Layout) -> None:

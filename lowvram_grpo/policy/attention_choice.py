@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError, is_out_of_memory, one_line
-from lowvram_grpo.policy.attention import attention_dtype, causal_mask
+from lowvram_grpo.policy.attend import causal_mask
+from lowvram_grpo.policy.attention import attention_dtype, head_sizes
 from lowvram_grpo.policy.xformers_attention import Blocks, Case, Kernel, bias_of, library, packed_attention
 
 # Compute capabilities where `auto` takes xformers, for each kind of pass. Modelled, not measured: on 7.5 every training
@@ -120,10 +121,15 @@ def kernel_of(setting: str, kind: str, decoder: nn.Module, device: torch.device)
 def cases_of(decoder: nn.Module, kind: str, device: torch.device) -> list[Case]:
     """What a decoder's layers need; its first is that of layers without a window."""
     config = decoder.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype = attention_dtype(device, next(p.dtype for p in decoder.parameters() if p.is_floating_point()))
-    windows = [False] if getattr(config, "sliding_window", None) is None else [False, True]
-    return [Case(device, dtype, head, head, kind == "training", windowed) for windowed in windows]
+    sizes, kinds = [size for _, size in head_sizes(config)], getattr(config, "layer_types", None)
+    if len(set(sizes)) > 1 and kinds:
+        found = [(size, kind == "sliding_attention") for size, kind in zip(sizes, kinds)]
+    else:
+        windows = [False] if getattr(config, "sliding_window", None) is None else [False, True]
+        found = [(sizes[0], windowed) for windowed in windows]
+    found = sorted(dict.fromkeys(found), key=lambda case: case[1])
+    return [Case(device, dtype, size, size, kind == "training", windowed) for size, windowed in found]
 
 
 def check_asked(setting: str, device: torch.device) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.policy.stream import expected_names
+from lowvram_grpo.policy.text_model import text_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,42 +142,58 @@ def can_stream(model: PreTrainedModel, source: CheckpointSource, quantization: s
 
     if quantization not in ("none", "nf4") or getattr(model.config, "quantization_config", None) is not None:
         return None
-    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
-        return None
     # GPT-2's layers hold their weights transposed.
     if any(isinstance(module, Conv1D) for module in model.modules()):
         return None
-    if renames(model, source):
+    if converts(model, source):
         return None
     return _match(model, source)
 
 
-def renames(model: PreTrainedModel, source: CheckpointSource) -> bool:
-    """Whether transformers would rename a tensor of the checkpoint, or make another of it."""
-    return any(_converts(rule, source) for rule in _conversions(model))
+def converts(model: PreTrainedModel, source: CheckpointSource) -> bool:
+    """Whether transformers would make another tensor of one of the checkpoint's, or of several."""
+    return any(rule.rename_source_key(name)[1] for rule in _rules(model, renaming=False) for name in source.tensors)
 
 
-def _conversions(model: PreTrainedModel) -> list[Any]:
+def _rules(model: PreTrainedModel, *, renaming: bool) -> list[Any]:
+    """transformers' rules for this kind of model: those that only rename, or the others."""
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
 
-    return get_model_conversion_mapping(model)
+    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming) == renaming]
 
 
-def _converts(rule: Any, source: CheckpointSource) -> bool:
-    """Whether transformers would rename a tensor by this rule, or make another of it."""
-    return any(rule.rename_source_key(name)[1] is not None for name in source.tensors)
+def places(model: PreTrainedModel, source: CheckpointSource) -> dict[str, str]:
+    """What the model calls each tensor of the checkpoint, by the tensor's name; the name itself where it calls none so.
+
+    Left out are other parts of a multimodal model, and what the model's class says that it has no use for.
+    """
+    known, prefix = set(model.state_dict()), f"{getattr(model, 'base_model_prefix', '')}."
+    rules = _rules(model, renaming=True)
+    unused = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    inside = any((text := text_name(name)) in known and text != name for name in source.tensors)
+    found = {}
+    for name in source.tensors:
+        renamed = name
+        for rule in rules:
+            renamed = rule.rename_source_key(renamed)[0]
+        text = text_name(name)
+        candidates = (renamed, prefix + renamed, name, prefix + name, text)
+        place = next((place for place in candidates if place in known), None)
+        if place is None and ((inside and text is None) or any(pattern.search(name) for pattern in unused)):
+            continue
+        found[name] = place or name
+    return found
 
 
 def _match(model: PreTrainedModel, source: CheckpointSource) -> dict[str, str] | None:
     expected, tied = set(expected_names(model)), getattr(model, "all_tied_weights_keys", {})
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    prefix = getattr(model, "base_model_prefix", "") + "."
     names: dict[str, str] = {}
     copies: list[tuple[str, str]] = []
-    for name in source.tensors:
+    for name, place in places(model, source).items():
         if name.endswith(COMPUTED) and name not in shapes:
             continue
-        place = name if name in shapes else prefix + name
         if shapes.get(place) != source.tensors[name].shape:
             return None
         if place in tied:

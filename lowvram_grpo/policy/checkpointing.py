@@ -23,6 +23,8 @@ from lowvram_grpo.policy.own_forward import bound
 from lowvram_grpo.policy.wrapper import unwrap
 
 _MLP_NAMES = ("mlp", "feed_forward")
+# Tiles at each end that are run on meta tensors.
+_COUNTED = 2
 
 
 def checkpoint_activations(model: nn.Module, kwargs: dict[str, Any] | None = None) -> None:
@@ -91,9 +93,16 @@ def _tiled_forward(self: nn.Module, hidden: Tensor) -> Tensor:
     rows = hidden.flatten(0, -2)
     if len(rows) <= self._tile_tokens:
         return run(hidden)
-    tiles = rows[None].split(self._tile_tokens, 1)
     if torch.is_grad_enabled():
-        outs = [checkpoint(run, tile, use_reentrant=False, context_fn=self._tile_contexts) for tile in tiles]
+        run = partial(checkpoint, run, use_reentrant=False, context_fn=self._tile_contexts)
+    sizes = [min(self._tile_tokens, len(rows) - i) for i in range(0, len(rows), self._tile_tokens)]
+    if hidden.is_meta and len(sizes) > 2 * _COUNTED + 1:
+        # Where bytes are counted: tiles hold most at both ends, where all outputs or all gradients are there.
+        sizes[_COUNTED:-_COUNTED] = [sum(sizes[_COUNTED:-_COUNTED])]
+        tiles = rows[None].split(sizes, 1)
+        first, middle, last = tiles[:_COUNTED], tiles[_COUNTED], tiles[_COUNTED + 1 :]
+        begun = [run(tile) for tile in first]
+        outs = [*begun, middle.to(begun[0].dtype, copy=True), *(run(tile) for tile in last)]
     else:
-        outs = [run(tile) for tile in tiles]
+        outs = [run(tile) for tile in rows[None].split(sizes, 1)]
     return torch.cat(outs, 1).view(*hidden.shape[:-1], -1)

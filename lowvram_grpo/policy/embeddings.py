@@ -5,13 +5,16 @@ trains, both are frozen, so
 
 * a `QuantizedTable` in int8 or NF4 serves lm_head (`QuantizedHead`) and, where the two are tied, the input embedding
   (`QuantizedEmbedding`) too: one table in memory, read a tile or some rows at a time, by rollouts and training alike;
-* an untied input embedding can stay in host memory (`HostEmbedding`): a step needs the rows of its tokens only.
+* an untied input embedding can stay in host memory (`HostEmbedding`): a step needs the rows of its tokens only. So can,
+  tied or not, a table of what each layer is given of a token (Gemma 3n and 4): in Gemma 4 E2B it is 4.7 GB of 16-bit
+  weights, most of the model.
 
 A model with a quantized table computes what the plain model would compute with that table's dequantized weights.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -24,6 +27,7 @@ from lowvram_grpo.kernels.decode.logits import linear_logits
 from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
 from lowvram_grpo.memory.host import host_buffer
+from lowvram_grpo.memory.ledger import held_on_host
 
 KINDS = {"int8": Int8Weight, "nf4": NF4Weight}
 
@@ -148,6 +152,7 @@ class HostEmbedding(_Scaled):
         super().__init__(scale)
         self.num_embeddings, self.embedding_dim = weight.shape
         self.dtype = dtype
+        held_on_host("embedding", weight.numel() * dtype.itemsize, locked=False)
         self.table: Tensor | None = None if weight.is_meta else weight.detach().to("cpu", dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -166,6 +171,33 @@ class HostEmbedding(_Scaled):
         return self.scaled(rows)
 
 
+PER_LAYER = "embed_tokens_per_layer"
+
+
+def per_layer_owner(causal_lm: nn.Module) -> nn.Module | None:
+    """The module that has a table of per-layer inputs, under the name PER_LAYER; None of most models."""
+    return next((m for m in causal_lm.modules() if PER_LAYER in m._modules), None)
+
+
+def host_inputs(causal_lm: nn.Module) -> Callable[[Tensor], dict[str, Tensor]] | None:
+    """Where a table is in host memory: from ids (B, L), what a decoder takes in their place, so that its pass does not
+    wait for the host. None where ids will do."""
+    embedding, owner = causal_lm.get_input_embeddings(), per_layer_owner(causal_lm)
+    tables = (embedding, None if owner is None else getattr(owner, PER_LAYER))
+    if not any(isinstance(table, HostEmbedding) for table in tables):
+        return None
+
+    def look_up(ids: Tensor) -> dict[str, Tensor]:
+        found = {"inputs_embeds": embedding(ids)}
+        if owner is not None:
+            # Gemma 4 could make up for ids that it is not given.
+            given = inspect.signature(owner.get_per_layer_inputs).parameters
+            found["per_layer_inputs"] = owner.get_per_layer_inputs(ids, *[None] * (len(given) - 1))
+        return found
+
+    return look_up
+
+
 def stays_on_host(causal_lm: nn.Module, head_dtype: str, embedding_offload: bool) -> tuple[str, ...]:
     """Names of the modules whose weights `place_embeddings` wants to find in host memory: those that it quantizes from
     there, and the one that stays."""
@@ -174,6 +206,8 @@ def stays_on_host(causal_lm: nn.Module, head_dtype: str, embedding_offload: bool
     wanted = [head] if head_dtype != "dense" else []
     if (embedding_offload and not tied) or (head_dtype != "dense" and tied):
         wanted.append(embedding)
+    if embedding_offload and (owner := per_layer_owner(causal_lm)) is not None:
+        wanted.append(getattr(owner, PER_LAYER))
     return tuple(name for name, module in causal_lm.named_modules() if any(module is table for table in wanted))
 
 
@@ -191,7 +225,7 @@ def place_embeddings(
 
     Args:
         head_dtype: `dense`, `int8` or `nf4`; an input embedding that is tied to lm_head is quantized with it.
-        embedding_offload: keep an untied input embedding in host memory.
+        embedding_offload: keep an untied input embedding, and a table of per-layer inputs, in host memory.
         device: of the computation. Dense tables that lie on the CPU are moved there; quantized ones are made there
             block by block, and so the dense table never is. meta: nothing but shapes.
         dtype: of the embedding's output; that of its weight if left out.
@@ -208,7 +242,9 @@ def place_embeddings(
     quantize = head_dtype != "dense" and not isinstance(head, QuantizedHead)
     offload = embedding_offload and not tied and not isinstance(embedding, (HostEmbedding, QuantizedEmbedding))
     said = []
-    if embedding_offload and tied:
+    if embedding_offload:
+        said += _offload_per_layer_inputs(causal_lm, device)
+    if embedding_offload and tied and per_layer_owner(causal_lm) is None:
         said.append("embedding_offload has no effect: the input embedding is lm_head, which every token needs.")
     if quantize:
         _check(head, "lm_head", nn.Linear, f"set head_dtype to dense, not {head_dtype}")
@@ -224,10 +260,24 @@ def place_embeddings(
         weight = embedding.weight
         causal_lm.set_input_embeddings(HostEmbedding(weight, dtype, scale))
         said.append(f"the input embedding ({_mib(weight.numel() * dtype.itemsize)} MiB) stays in host memory.")
-    for layer in (causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()):
+    owner = per_layer_owner(causal_lm)
+    per_layer = None if owner is None else getattr(owner, PER_LAYER)
+    for layer in (causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings(), per_layer):
         if layer is not None and any(p.device.type == "cpu" for p in layer.parameters()):
             layer.to(device)
     return said
+
+
+def _offload_per_layer_inputs(causal_lm: nn.Module, device: torch.device) -> list[str]:
+    owner = per_layer_owner(causal_lm)
+    if owner is None or isinstance(table := getattr(owner, PER_LAYER), HostEmbedding):
+        return []
+    remedy = "set embedding_offload to false"
+    _check(table, "the table of per-layer inputs", nn.Embedding, remedy)
+    weight, scale = table.weight, _scale_of(table, remedy, device)
+    setattr(owner, PER_LAYER, HostEmbedding(weight, weight.dtype, scale))
+    size = _mib(weight.numel() * weight.element_size())
+    return [f"the table of per-layer inputs ({size} MiB) stays in host memory."]
 
 
 def _quantize_head(

@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts, over all tokens of the decoder's pass.
+"""Mixtures of experts: what of their settings fits a model, and the load-balancing loss over all tokens of a pass.
 
     aux = E sum_e f_e P_e    f_e: how often a token chose expert e, over all layers; P_e: mean probability of the router
 
@@ -13,14 +13,65 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.policy.quantized_experts import UP, holds_experts, layout_of, names
+from lowvram_grpo.policy.stream import skeleton
+from lowvram_grpo.recipe.expert_offload import OFF, settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# What configurations call the number of experts, and of those that a token chooses.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "experts_per_token")
+
+
+def check_experts(config: Any, quantization: str, offload: str | int) -> None:
+    """Whether the experts of a model of this configuration can be kept as asked for.
+
+    Raises:
+        UserError: int8, which leaves them in 16 bits, or experts in host memory that are not in 4 bits.
+    """
+    asks = settled(offload) != OFF and quantization != "nf4"
+    if not (asks or quantization == "int8") or not (count := experts_of(config)):
+        return
+    if quantization == "int8":
+        raise UserError(
+            f"quantization is int8, which is for linear layers: the {count} experts a layer of this model are no such "
+            "layers, and would stay in 16 bits; take nf4."
+        )
+    raise UserError(
+        f"expert_offload is {offload}, but experts wait in host memory in 4 bits only, and quantization is "
+        f"{quantization}; set it to nf4, or expert_offload to off."
+    )
+
+
+class ExpertLayer(NamedTuple):
+    """Experts of a layer, how many a token chooses, and the bytes of one in 4 bits."""
+
+    experts: int
+    chosen: int
+    bytes: int
+
+
+def expert_layers(config: Any) -> list[ExpertLayer]:
+    """Of a model of this configuration, the layers whose experts are 3-D parameters that can be quantized."""
+    text = config.get_text_config()
+    if not any(getattr(text, name, None) for name in _COUNTS):
+        return []
+    chosen = next((n for n in (getattr(text, name, None) for name in _CHOSEN) if n), 1)
+    modules = [m for m in skeleton(config, torch.bfloat16).modules() if holds_experts(m)]
+    return [ExpertLayer(len(getattr(m, names(m)[UP])), chosen, layout_of(m).bytes) for m in modules]
+
+
+def experts_of(config: Any) -> int:
+    """How many such experts a layer has at most; 0 where there are none."""
+    return max((layer.experts for layer in expert_layers(config)), default=0)
 
 
 class RouterLoss:
@@ -100,7 +151,8 @@ def _family(causal_lm: nn.Module) -> tuple[Callable[..., Tensor], int, int] | No
     another kind (Doge's chooses by two keys)."""
     loss = getattr(sys.modules[type(causal_lm).__module__], "load_balancing_loss_func", None)
     experts, chosen = (getattr(causal_lm, name, None) for name in ("num_experts", "num_experts_per_tok"))
-    if loss is None or experts is None or chosen is None:
+    # 0: Granite 4's dense models, which have none of the experts that they could have.
+    if loss is None or not experts or chosen is None:
         return None
     takes = list(inspect.signature(loss).parameters)
     return (loss, experts, chosen) if takes == ["gate_logits", "num_experts", "top_k", "attention_mask"] else None

@@ -6,25 +6,25 @@ Names and layouts are mapped by transformers' own tables. What a file was quanti
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowvram_grpo.errors import UserError, one_line
 from lowvram_grpo.policy.accounting import left_over
+from lowvram_grpo.policy.gguf_rotary import TENSORS, read_rotary, scale_rotary
 from lowvram_grpo.policy.stream import materialize, skeleton
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-# Computed from the configuration, or used by `_scale_rotary`.
-_ROTARY = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
 def gguf_parts(model: str, gguf_file: str | None = None) -> tuple[str, str] | None:
@@ -79,6 +79,7 @@ def load_gguf(
     keep_on_host: Callable[[PreTrainedModel], tuple[str, ...]] = lambda model: (),
     attention: str | None = None,
     tell: Callable[[str], None] = warnings.warn,
+    host_layers: Callable[[PreTrainedModel], int] = lambda model: 0,
     **hub: Any,
 ) -> PreTrainedModel:
     """The model in a GGUF file of a folder or hub id; `hub` has its revision, token or cache_dir, and `tell` hears of
@@ -91,9 +92,11 @@ def load_gguf(
     config, reader = gguf_config(folder, file, **hub)
     model = skeleton(config, dtype, **({"attn_implementation": attention} if attention else {}))
     source = gguf_source(file, model, reader, tell)
-    kept = keep_on_host(model)
-    materialize(model, source, device=device, dtype=dtype, quantization=quantization, keep_on_host=kept)
-    _scale_rotary(model, reader)
+    materialize(
+        model, source, device=device, dtype=dtype, quantization=quantization, keep_on_host=keep_on_host(model),
+        host_layers=host_layers(model),
+    )  # fmt: skip
+    scale_rotary(model, reader)
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = _special_token(reader, "eos")
     model.config._name_or_path = model.name_or_path = os.path.join(folder, file)
@@ -107,16 +110,24 @@ def gguf_config(folder: str, file: str, **hub: Any) -> tuple[PretrainedConfig, A
     from transformers.modeling_gguf_pytorch_utils import read_field
     from transformers.utils.hub import cached_file
 
-    path = cached_file(folder, file, **hub)
+    reader = GGUFReader(cached_file(folder, file, **hub))
+    architecture = read_field(reader, "general.architecture")[0]
+    if any("_exps" in tensor.name for tensor in reader.tensors):
+        raise _unsupported(file, f"{architecture} has mixture-of-experts layers")
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=file, **hub)
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except KeyError as error:
+        raise _unsupported(file, f"it lacks the key {one_line(error)}") from error
+    except (ValueError, NotImplementedError) as error:
         raise _unsupported(file, one_line(error)) from error
-    reader = GGUFReader(path)
+    if getattr(config, "per_layer_attributes", None):
+        raise _unsupported(file, f"the sizes of {architecture}'s layers differ, which transformers' tables leave out")
     # transformers' tables take the default of some architectures, which is right for the models they were made for.
-    head_size = read_field(reader, f"{read_field(reader, 'general.architecture')[0]}.attention.key_length")
+    head_size = read_field(reader, f"{architecture}.attention.key_length")
     if head_size and hasattr(config, "head_dim"):
         config.head_dim = head_size[0]
+    if _rules(architecture, config) is None:
+        read_rotary(config, reader)
     return config, reader
 
 
@@ -144,8 +155,8 @@ def gguf_source(
 
     reader = reader or GGUFReader(path)
     architecture = read_field(reader, "general.architecture")[0]
-    if any("_exps" in tensor.name for tensor in reader.tensors):
-        raise _unsupported(path, f"{architecture} has mixture-of-experts layers")
+    if (rules := _rules(architecture, model.config)) is not None:
+        return _converted(path, model, reader, rules, tell)
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
     try:
         names = get_gguf_hf_weights_map(model, processor)
@@ -153,7 +164,7 @@ def gguf_source(
         raise _unsupported(path, one_line(error)) from error
     tied = getattr(model, "all_tied_weights_keys", {})
     stored = {tensor.name for tensor in reader.tensors}
-    if strangers := sorted(stored - names.keys() - _ROTARY):
+    if strangers := sorted(stored - names.keys() - TENSORS):
         tell(left_over(path, strangers))
     return _tensors(reader, processor, {theirs: ours for theirs, ours in names.items() if ours not in tied})
 
@@ -175,17 +186,46 @@ def _tensors(reader: Any, processor: Any, names: dict[str, str]) -> Iterator[tup
             yield names[stored.name], read
 
 
-def _scale_rotary(model: nn.Module, reader: Any) -> None:
-    """Llama 3's scaled rotary frequencies: a GGUF file has their divisors as a tensor, transformers' tables skip it."""
-    from gguf import dequantize
+def _rules(architecture: str, config: PretrainedConfig) -> list[Any] | None:
+    """transformers' newer rules for an architecture, tensor by tensor; None where it has none, or only older tables."""
+    try:
+        from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+    except ImportError:  # before 5.24
+        return None
+    return GGUF_ARCHS[architecture](config) if architecture in GGUF_ARCHS else None
 
+
+def _converted(
+    path: str, model: PreTrainedModel, reader: Any, rules: list[Any], tell: Callable[[str], None]
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """As `gguf_source`, by rules that each make one tensor of one."""
+    from gguf import dequantize
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    known, unused = set(model.state_dict()), getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    strangers = []
     for stored in reader.tensors:
-        if stored.name != "rope_freqs.weight":
+        name, pattern = rename_source_key(stored.name, renamings, converters)
+        if name not in known:
+            if stored.name not in TENSORS and not any(re.search(p, name) for p in unused):
+                strangers.append(stored.name)
             continue
-        divisors = torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32))
-        for name, buffer in model.named_buffers():
-            if name.endswith("inv_freq") and buffer.shape == divisors.shape:
-                buffer.div_(divisors.to(buffer.device))
+
+        def read(stored=stored, name=name, pattern=pattern) -> Tensor:
+            tensor = torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32))
+            if pattern is None:
+                return tensor
+            rule = copy.deepcopy(by_pattern[pattern])
+            rule.add_tensor(name, stored.name, pattern, tensor)
+            made = rule.convert(name, model=model, config=model.config)[name]
+            return (made[0] if isinstance(made, list) else made).float()
+
+        yield name, read
+    if strangers:
+        tell(left_over(path, sorted(strangers)))
 
 
 def _unsupported(file: str, reason: str) -> UserError:

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -23,6 +24,26 @@ def cached(model: str) -> str | None:
         return snapshot_download(model, local_files_only=True)
     except (OSError, ValueError):
         return None
+
+
+def kept(name: str) -> list[str]:
+    """The ids of the models in the local cache that are called `name` (in any case), whoever owns them: those whose
+    configuration is there. The network is not asked, and no weights are looked at."""
+    from huggingface_hub import constants
+
+    found = []
+    for folder in sorted(Path(constants.HF_HUB_CACHE).glob("models--*")):
+        model = "/".join(folder.name.split("--")[1:])
+        if model.rsplit("/", 1)[-1].lower() == name.lower() and any(folder.glob("snapshots/*/config.json")):
+            found.append(model)
+    return found
+
+
+def only_the_cache() -> bool:
+    """Whether the hub is not asked, by a person's choice or since it did not answer."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def way_to_the_hub() -> str:

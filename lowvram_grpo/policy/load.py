@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,11 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowvram_grpo.errors import UserError, did_you_mean
+from lowvram_grpo.policy.experts import check_experts
 from lowvram_grpo.policy.gguf import gguf_config, gguf_parts, gguf_tokenizer
 from lowvram_grpo.policy.precision import auto_dtype
 from lowvram_grpo.policy.pretrained import hub_arguments, load_gguf_file, load_streamed, load_whole
-from lowvram_grpo.policy.quantization import bitsandbytes_config
+from lowvram_grpo.policy.quantization import bitsandbytes_config, quantization_name
 from lowvram_grpo.policy.refusals import (
     check_kind,
     check_rows,
@@ -24,7 +26,10 @@ from lowvram_grpo.policy.refusals import (
     lacks_vocabulary,
     no_tokenizer,
 )
+from lowvram_grpo.policy.text_model import mark_inside, text_or_whole
+from lowvram_grpo.policy.weight_stream import layers_on_host
 from lowvram_grpo.policy.wrapper import unwrap
+from lowvram_grpo.recipe.weight_offload import OFF
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -44,11 +49,16 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def model_config(model: str, gguf_file: str | None = None, **hub: Any) -> PretrainedConfig:
-    """The configuration of a model: folder, hub id or GGUF file; `hub` has its revision or trust_remote_code.
+    """The configuration of a model: folder, hub id or GGUF file; `hub` has its revision or trust_remote_code. Of a
+    multimodal model it is that of the language model inside of it.
 
     Raises:
         UserError: no such model, or one that is no causal language model.
     """
+    return text_or_whole(_stored_config(model, gguf_file, **hub))
+
+
+def _stored_config(model: str, gguf_file: str | None = None, **hub: Any) -> PretrainedConfig:
     try:
         if gguf := gguf_parts(model, gguf_file):
             config = gguf_config(*gguf, **{k: v for k, v in hub.items() if k != "trust_remote_code"})[0]
@@ -141,7 +151,9 @@ def load_causal_lm(
     quantization_config: Any = None,
     init_kwargs: dict[str, Any] | None = None,
     keep_on_host: Callable[[PreTrainedModel], tuple[str, ...]] = lambda model: (),
+    weight_offload: str | int = OFF,
     tell: Callable[[str], None] = warnings.warn,
+    expert_offload: str | int = OFF,
 ) -> PreTrainedModel:
     """Load a causal language model from a folder, a hub id or a GGUF file.
 
@@ -155,7 +167,10 @@ def load_causal_lm(
         quantization_config: from `bitsandbytes_config`. A checkpoint that is quantized already is taken as it is.
         init_kwargs: arguments of from_pretrained.
         keep_on_host: names the modules (input embeddings, lm_head) of a model whose weights stay in host memory.
+        weight_offload: GRPOConfig's. Decoder layers that shall wait in host memory are left there, for
+            `stream_weights`; what has to go through from_pretrained is left there as a whole.
         tell: hears of weights in the checkpoint that the model has no place for.
+        expert_offload: of GRPOConfig; for experts in 4 bits, and without effect where the model has none.
 
     Raises:
         UserError: missing model, one that is no causal language model, one that is quantized in another way, or a
@@ -168,15 +183,25 @@ def load_causal_lm(
         kwargs["dtype"] = DTYPES[kwargs["dtype"]]
     if quantization_config is not None:
         kwargs.setdefault("quantization_config", quantization_config)
+    layers = partial(layers_on_host, weight_offload)
     try:
         if gguf := gguf_parts(model, kwargs.pop("gguf_file", None)):
-            loaded = load_gguf_file(*gguf, device, kwargs, keep_on_host, tell)
+            loaded = load_gguf_file(*gguf, device, kwargs, keep_on_host, tell, layers)
         else:
-            config = model_config(model, **hub_arguments(kwargs))
+            stored = _stored_config(model, **hub_arguments(kwargs))
+            config = text_or_whole(stored)
+            asked = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
+            check_experts(config, quantization_name(asked), expert_offload)
             kwargs["dtype"] = auto_dtype(kwargs["dtype"], config.dtype, device)
-            loaded = load_streamed(model, config, device, kwargs, keep_on_host)
+            loaded = load_streamed(model, config, device, kwargs, keep_on_host, layers, expert_offload)
             if loaded is None:
-                loaded = load_whole(model, config, device, kwargs, keep_on_host, tell)
+                how = {"inside": config is not stored, "on_host": weight_offload != OFF}
+                loaded = load_whole(
+                    model, config, device, kwargs, keep_on_host, tell, **how, expert_offload=expert_offload
+                )
+            if config is not stored:
+                mark_inside(loaded, stored)
+                tell(f"of {model} the language model alone is loaded, without what sees or hears.")
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:

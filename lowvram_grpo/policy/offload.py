@@ -22,8 +22,10 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_grpo.memory.host import host_buffer
+from lowvram_grpo.memory.ledger import held_on_host
 
 #: Tensors below this stay where they are: the copy would cost more than the memory is worth.
 MIN_BYTES = 2**18
@@ -49,7 +51,8 @@ class _CopyStream:
             # In its place, so that there are never more buffers than were in use at once.
             self._free.pop(min(range(len(self._free)), key=lambda i: self._free[i].numel()))
         room = 2**20 * math.ceil(size / 2**20) if self.stream else size
-        return host_buffer(room, pinned=self.stream is not None)
+        with _disable_current_modes():  # a ledger on a CPU would take it for the device's
+            return host_buffer(room, pinned=self.stream is not None)
 
     def give_back(self, buffer: Tensor | None) -> None:
         if buffer is not None:
@@ -83,6 +86,7 @@ class _Offloaded:
         self._back: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._buffer: Tensor | None = None
         self._buffer = stream.buffer(tensor.nbytes)
+        self._let_go = held_on_host("activations", tensor.nbytes)
         self.left = None if self._buffer is None else stream.copy(self._host(), tensor)
 
     def _host(self) -> Tensor:
@@ -105,6 +109,7 @@ class _Offloaded:
         if self._back is not None:  # a backward pass that was broken off: nobody has waited for the copy
             self.stream.wait(self._back[1])
         self.stream.give_back(self._buffer)
+        self._let_go()
 
 
 class Offload(torch.autograd.graph.saved_tensors_hooks):

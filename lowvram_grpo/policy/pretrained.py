@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,16 +20,25 @@ from transformers.utils import find_adapter_config_file
 
 from lowvram_grpo.errors import UserError, is_out_of_memory, one_line
 from lowvram_grpo.policy.accounting import account, lacking
-from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source, renames
+from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source, converts, places
+from lowvram_grpo.policy.experts import experts_of
 from lowvram_grpo.policy.gguf import load_gguf
+from lowvram_grpo.policy.merged_experts import merge
 from lowvram_grpo.policy.quantization import check_stored, quantization_name, streamed_quantization
+from lowvram_grpo.policy.quantized_experts import quantize_experts
 from lowvram_grpo.policy.refusals import beside_a_model
+from lowvram_grpo.policy.stored_weights import unpacked
 from lowvram_grpo.policy.stream import materialize, skeleton
+from lowvram_grpo.policy.text_model import KEY_MAPPING, text_name
+from lowvram_grpo.recipe.expert_offload import OFF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HostNames = Callable[["PreTrainedModel"], tuple[str, ...]]
+# How many decoder layers of a model wait in host memory.
+LayersOf = Callable[["PreTrainedModel"], int]
+none_of: LayersOf = lambda model: 0
 
 # Others may change how the weights are read, which only from_pretrained knows.
 STREAMED_ARGUMENTS = {
@@ -61,7 +71,13 @@ def _one_device(device_map: Any, default: torch.device) -> torch.device | None:
 
 
 def load_streamed(
-    model: str, config: Any, device: torch.device, kwargs: dict[str, Any], keep_on_host: HostNames
+    model: str,
+    config: Any,
+    device: torch.device,
+    kwargs: dict[str, Any],
+    keep_on_host: HostNames,
+    host_layers: LayersOf = none_of,
+    expert_offload: str | int = OFF,
 ) -> PreTrainedModel | None:
     """The model, or None where only from_pretrained knows how to load it as these arguments ask for.
 
@@ -74,6 +90,9 @@ def load_streamed(
         raise beside_a_model(model, os.path.dirname(adapter))
     if dtype == "auto":
         dtype = config.dtype
+    stored = _streamed_as(config)
+    if stored == "nf4":
+        check_stored(model, config.quantization_config, kwargs.get("quantization_config"))
     target = _one_device(kwargs.get("device_map"), device)
     quantization = streamed_quantization(kwargs.get("quantization_config"), dtype)
     if set(kwargs) - STREAMED_ARGUMENTS or target is None or quantization is None or not isinstance(dtype, torch.dtype):
@@ -86,7 +105,14 @@ def load_streamed(
         raise
     except (FileNotFoundError, ValueError):
         return None
+    skip = None
+    if stored is not None:
+        config = copy.deepcopy(config)
+        skip = _settings(config.quantization_config).get("llm_int8_skip_modules")
+        del config.quantization_config
+        source, quantization = unpacked(source, stored), "nf4" if stored == "nf4" else quantization
     empty = skeleton(config, dtype, **_attention(kwargs))
+    source = merge(empty, source)
     names = can_stream(empty, source, quantization)
     if names is None:
         return None
@@ -97,11 +123,25 @@ def load_streamed(
         dtype=dtype,
         quantization=quantization,
         keep_on_host=keep_on_host(empty),
+        host_layers=host_layers(empty),
+        expert_offload=expert_offload,
+        skip=skip,
     )
     # Without the file, the one that was made from the configuration stands.
     with suppress(OSError):
         loaded.generation_config = GenerationConfig.from_pretrained(model, **hub)
     return loaded
+
+
+def _streamed_as(config: Any) -> str | None:
+    """The format of a checkpoint in fewer bits whose experts are read one at a time; None of all others."""
+    settings = _settings(getattr(config, "quantization_config", None))
+    kind = quantization_name(settings) if settings else "none"
+    return kind if kind in ("nf4", "mxfp4") and experts_of(config) else None
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return config if isinstance(config, dict) else {} if config is None else config.to_dict()
 
 
 def load_whole(
@@ -111,23 +151,38 @@ def load_whole(
     kwargs: dict[str, Any],
     keep_on_host: HostNames,
     tell: Callable[[str], None],
+    *,
+    inside: bool = False,
+    on_host: bool = False,
+    expert_offload: str | int = OFF,
 ) -> PreTrainedModel:
-    """The model by from_pretrained; `tell` hears of weights without a place.
+    """The model by from_pretrained; `tell` hears of weights without a place. `inside`: `config` is that of the language
+    model in a multimodal checkpoint, whose other parts have none. With `on_host` all of it is loaded, and quantized, in
+    host memory, whatever of it is to be on `device` later.
 
     Raises:
         UserError: the checkpoint is quantized already, and in another way than asked for; it is damaged, lacks weights
             or has them in other shapes.
     """
     stored = getattr(config, "quantization_config", None)
+    if on_host:
+        device = torch.device("cpu")
+        kwargs["device_map"] = {"": "cpu"}
     if stored is not None:
         check_stored(model, stored, kwargs.pop("quantization_config", None))
         _check_stored_names(model, config, kwargs)
     if stored is not None or "quantization_config" in kwargs:
         kwargs.setdefault("device_map", {"": device.index or 0 if device.type == "cuda" else device.type})
+    if inside:
+        kwargs |= {"config": config, "key_mapping": KEY_MAPPING}
     loaded, report = _reported(model, kwargs)
+    if inside:
+        report["unexpected_keys"] = {name for name in report["unexpected_keys"] if text_name(name) is not None}
     account(model, loaded, report, tell)
     if stored is not None and isinstance(kwargs["dtype"], torch.dtype):
         _recast(loaded, kwargs["dtype"])
+    if quantization_name(kwargs.get("quantization_config")) == "nf4":
+        quantize_experts(loaded, device, loaded.dtype, expert_offload)
     for name in keep_on_host(loaded):
         loaded.get_submodule(name).to("cpu")
     return loaded
@@ -149,11 +204,11 @@ def _check_stored_names(model: str, config: Any, kwargs: dict[str, Any]) -> None
     except (FileNotFoundError, ValueError):
         return
     empty = skeleton(config, torch.float32)
-    if renames(empty, source):
+    if converts(empty, source):
         return
-    head, prefix = empty.get_output_embeddings(), f"{empty.base_model_prefix}."
+    head = empty.get_output_embeddings()
     packed = {f"{n}.weight" for n, m in empty.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    found = {name if name in packed else prefix + name for name in source.tensors}
+    found = set(places(empty, source).values())
     if missing := sorted(packed - found):
         raise lacking(model, missing, sorted(source.tensors.keys() - {*empty.state_dict()}), empty)
 
@@ -197,6 +252,7 @@ def load_gguf_file(
     kwargs: dict[str, Any],
     keep_on_host: HostNames,
     tell: Callable[[str], None],
+    host_layers: LayersOf = none_of,
 ) -> PreTrainedModel:
     """The model in a GGUF file.
 
@@ -222,5 +278,6 @@ def load_gguf_file(
         keep_on_host=keep_on_host,
         attention=kwargs.get("attn_implementation"),
         tell=tell,
+        host_layers=host_layers,
         **_files_arguments(kwargs),
     )

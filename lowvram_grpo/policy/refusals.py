@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowvram_grpo.errors import UserError, did_you_mean, one_line, some
+from lowvram_grpo.errors import UserError, one_line, some
 from lowvram_grpo.policy.hub import cached, way_to_the_hub
-from lowvram_grpo.policy.known_models import names, repositories
+from lowvram_grpo.policy.known_models import near, repositories
+from lowvram_grpo.policy.text_model import language_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -68,7 +69,7 @@ def _not_on_the_hub(model: str, error: Exception, wanted: str) -> UserError:
     if folder or found:
         return UserError(f"The {wanted} of {model!r} on the hub can't be loaded: {one_line(error)}.")
     known = repositories(model)
-    hint = f" (by name there are {', '.join(known)})" if known else "" if "/" in model else did_you_mean(model, names())
+    hint = f" (by name there are {', '.join(known)})" if known else "" if "/" in model else near(model)
     return UserError(
         f"Model {model!r} is neither a local folder nor reachable on the hub, nor in this machine's cache of it{hint}; "
         f"check the name, pass a local folder, or {way_to_the_hub()}."
@@ -125,14 +126,14 @@ def adapter_base(folder: str) -> str | None:
 def check_kind(model: str, config: PretrainedConfig) -> None:
     """Whether a model of this configuration writes text on from the left, as GRPO needs it.
 
-    Multimodal models that transformers loads as causal language models (Gemma 3) do.
+    So does the language model inside of a multimodal one, where transformers has a class for it alone.
 
     Raises:
         UserError: it does not; the sentence says what it is.
     """
     from transformers.models.auto import modeling_auto as auto
 
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) or language_model(config) is not None:
         return
     kind, declared = config.model_type, [str(name) for name in config.architectures or []]
     tasks = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM")

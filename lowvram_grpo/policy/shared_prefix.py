@@ -13,7 +13,7 @@ The last token of each completion is left out: nothing attends to it, and no log
 The layout reaches each layer's attention by a keyword argument: see `attention.py`.
 
 Memory of a layer while it runs: K and V of a group expanded to P + G (P + T) tokens and to the heads of Q, and a
-(T, P + T) bias that all layers share.
+(T, P + T) bias that all layers share. Where these are large, completions attend in two parts: see `split_attention.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.host import upload
+from lowvram_grpo.policy.attend import attend_by_blocks, attend_causally, causal_bias
 from lowvram_grpo.policy.attention import (
     NAME,
     TOLERANCE,
@@ -34,9 +35,7 @@ from lowvram_grpo.policy.attention import (
     Layout,
     SupportCheck,
     Unsupported,
-    attend_causally,
     attention_dtype,
-    causal_bias,
     check_calls,
     forward_with_layout,
     layout_attention,
@@ -51,6 +50,7 @@ from lowvram_grpo.policy.recurrent import (
     recomputed_with_layout,
     recurrent_layers,
 )  # fmt: skip
+from lowvram_grpo.policy.split_attention import Padding, attend_in_parts, takes, worth_while
 from lowvram_grpo.policy.wrapper import unwrap
 from lowvram_grpo.policy.xformers_attention import Kernel, shared_blocks
 
@@ -152,8 +152,6 @@ class PrefixLayout(Layout):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """As `Layout.attend`, with B = 1."""
-        if params.softcap is not None:
-            raise Unsupported("its attention has soft-capping")
         dtype = attention_dtype(query.device, query.dtype)
         # Before tokens are gathered: attention would cast the copies.
         query, key, value = (x.to(dtype) for x in (query, key, value))
@@ -187,23 +185,43 @@ class PrefixLayout(Layout):
         self, group: _Group, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
     ) -> list[Tensor]:
         """(tokens, heads, d) of the prompt, and of the completions behind it."""
-        p, t, window = group.prompt, group.longest, params.window
-        settings = {"scale": params.scale, "dropout": params.dropout}
+        p, t = group.prompt, group.longest
+        if worth_while(p, group.count, t) and takes(query, value, params, p + t):
+            return self._attend_in_parts(group, query, key, value, params)
         # Heads that share keys get copies of them on the way, for the prompt and the completions alike.
         keys, values = (gather_kv(x, group.keys, query.shape[1], [group.copies]) for x in (key, value))
         shape = group.count, p + t
         prompt_kv, completion_kv = zip(*(x.split([p, group.count * (p + t)]) for x in (keys, values)))
         prompt_query, completion_query = query.split([p, group.end - group.begin - p], 2)
-        bias = None if window is None or window >= p else self._bias(0, p, window, query)
-        out = attend_causally(prompt_query, *(x.transpose(0, 1)[None] for x in prompt_kv), bias, **settings)
+        out = self._by_params(prompt_query, *(x.transpose(0, 1)[None] for x in prompt_kv), 0, params)
         outs = [out.squeeze(0).transpose(0, 1)]  # not out[0], whose way back fills zeros
         if t:
             q = _PadQueries.apply(completion_query.squeeze(0).transpose(0, 1), group.pad, group.unpad)
             q = q.unflatten(0, (group.count, t))
             kv = (x.unflatten(0, shape).transpose(1, 2) for x in completion_kv)
-            out = attend_causally(q.transpose(1, 2), *kv, self._bias(p, t, window, query), **settings)
+            out = self._by_params(q.transpose(1, 2), *kv, p, params)
             outs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, group.unpad))
         return outs
+
+    def _attend_in_parts(
+        self, group: _Group, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> list[Tensor]:
+        sizes = group.prompt, group.end - group.begin - group.prompt
+        (prompt, own), (pk, ok), (pv, ov) = (x.split(sizes, 2) for x in (query, key, value))
+        out = self._by_params(prompt, pk, pv, 0, params)
+        padding = Padding(group.count, group.longest, group.pad, group.unpad)
+        return [out.squeeze(0).transpose(0, 1), attend_in_parts(own, (pk, pv), (ok, ov), padding, params.scale)]
+
+    def _by_params(self, q: Tensor, k: Tensor, v: Tensor, before: int, params: AttentionParams) -> Tensor:
+        """(B, heads, t, Dv) of queries (B, heads, t, D) that come behind the first `before` of the keys."""
+        scale, dropout, window, softcap, sinks = params
+        if softcap is not None:
+            return attend_by_blocks(
+                q, k, v, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout, before=before, window=window
+            )
+        plain = not before and (window is None or window >= q.shape[2])
+        bias = None if plain else self._bias(before, q.shape[2], window, q)
+        return attend_causally(q, k, v, bias, scale=scale, dropout=dropout, sinks=sinks)
 
     def _bias(self, before: int, t: int, window: int | None, query: Tensor) -> Tensor:
         """One for all completions: in the padding, too, each token sees what is before it, but no token that counts
@@ -262,11 +280,10 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def _check_packing(decoder: nn.Module, device: torch.device) -> None:
-    config = decoder.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise Unsupported("its attention has soft-capping")
-    if config._attn_implementation not in ("sdpa", NAME):
-        raise Unsupported(f"attn_implementation is {config._attn_implementation}, not sdpa")
+    asked = decoder.config.get_text_config()._attn_implementation
+    # What sdpa does not know (soft-capping, sinks) is eager without anybody having asked for that.
+    if asked not in ("sdpa", NAME) and not (asked == "eager" and not decoder._supports_sdpa):
+        raise Unsupported(f"attn_implementation is {asked}, not sdpa")
     stateful = bool(recurrent_layers(decoder))
     if stateful and not CONTINUES:
         raise Unsupported("in this transformers its layers cannot go on from a prompt's state (5.17 can)")

@@ -2,15 +2,17 @@
 
 `from_pretrained` may hold several 16-bit tensors on the device while it quantizes, and what a checkpoint needs on the
 way depends on its threads. Here a tensor is read, cast, moved, quantized and dropped before the next is touched: the
-device never holds more than the finished model and one linear layer in 16 bits. The same code runs on meta tensors,
-which is how the memory of loading can be known before anything is loaded.
+device never holds more than the finished model and one linear layer in 16 bits. Of layers that are to wait in host
+memory (`weight_stream`) it holds that one linear layer, and each weight goes home as soon as it is what it shall be.
+The same code runs on meta tensors, which is how the memory of loading can be known before anything is loaded.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +21,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_grpo.errors import UserError, some
 from lowvram_grpo.kernels.quantized import quantize_statistics
+from lowvram_grpo.policy.merged_experts import Stacked
+from lowvram_grpo.policy.packed import host_of, send_home
 from lowvram_grpo.policy.quantization import bitsandbytes_config
+from lowvram_grpo.policy.quantized_experts import empty_experts, fill, product_shape, quantized_experts
+from lowvram_grpo.policy.stored_weights import StoredNF4
+from lowvram_grpo.policy.weight_stream import streamed_modules
+from lowvram_grpo.recipe.expert_offload import OFF
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Source = Iterable[tuple[str, Tensor | Callable[[], Tensor]]]
+Source = Iterable[tuple[str, Tensor | Stacked | Callable[[], Tensor | Stacked | StoredNF4]]]
 
 
 @contextmanager
@@ -63,6 +71,9 @@ def materialize(
     dtype: torch.dtype,
     quantization: str = "none",
     keep_on_host: Iterable[str] = (),
+    host_layers: int = 0,
+    expert_offload: str | int = OFF,
+    skip: Iterable[str] | None = None,
 ) -> PreTrainedModel:
     """Give a model on meta its weights, tensor by tensor, and leave it as from_pretrained would (in eval mode).
 
@@ -72,21 +83,29 @@ def materialize(
             Parameters that are tied to others are not expected.
         device: where the weights go; "meta" runs the same operators without computing anything.
         dtype: of all weights that are not quantized, and of what 4-bit layers compute in.
-        quantization: `none`, or `nf4`: every linear layer but the output head becomes a bitsandbytes Linear4bit.
+        quantization: `none`, or `nf4`: every linear layer but the output head becomes a bitsandbytes Linear4bit, and
+            experts in 3-D parameters go to `policy.quantized_experts`.
         keep_on_host: names of modules whose weights stay in host memory, dense and frozen, in `dtype`. They may be
             views of the source's memory. With `device` "meta" they are the source's meta tensors.
+        host_layers: of so many decoder layers, those of `streamed_indices`, the weights go to host memory, quantized
+            like the others; for `stream_weights`. On meta no ledger counts them.
+        expert_offload: of GRPOConfig: experts in 4 bits that wait in host memory.
+        skip: names of linear layers that stay as they are in nf4, where a checkpoint says so.
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape, or the quantization cannot be streamed.
     """
     device = torch.device(device)
-    quantizer = None
+    quantizer, experts = None, {}
     if quantization == "nf4":
-        quantizer = _replace_linear_layers(model, device, dtype)
+        quantizer = _replace_linear_layers(model, device, dtype, skip)
     elif quantization != "none":
         raise UserError(f"quantization is {quantization!r}; weights are streamed as none or nf4.")
     _place_buffers(model, device)
-    missing = set(expected_names(model))
+    at_home = {id(part) for layer in streamed_modules(model, host_layers) for part in layer.modules()}
+    if quantizer is not None:
+        experts = empty_experts(model, device, dtype, expert_offload, at_home)
+    missing = {*expected_names(model), *experts}
     staging = _Staging(model, device, dtype)
     for name, tensor in source:
         if name not in missing:
@@ -95,9 +114,13 @@ def materialize(
                 "beside it its own?"
             )
         missing.remove(name)
-        _place(model, name, tensor() if callable(tensor) else tensor, staging, keep_on_host)
+        value = tensor() if callable(tensor) else tensor
+        if name in experts:
+            _quantize_experts(name, *experts[name], value, staging)
+        else:
+            _place(model, name, value, staging, keep_on_host, at_home)
         # Or the last tensor would stay alive while the next is read.
-        del tensor
+        del tensor, value
     if missing:
         lacking = some(sorted(missing))
         raise UserError(f"The checkpoint lacks {lacking}; download it again, or check that it is complete.")
@@ -110,11 +133,10 @@ def materialize(
     return model.eval()
 
 
-def meta_source(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def meta_source(model: nn.Module) -> list[tuple[str, Tensor]]:
     """(name, tensor) of what a checkpoint of this model on meta would hold, in its own order; no storage is made."""
     state = model.state_dict(keep_vars=True)
-    for name in expected_names(model):
-        yield name, state[name].detach()
+    return [(name, state[name].detach()) for name in expected_names(model)]
 
 
 def expected_names(model: nn.Module) -> list[str]:
@@ -126,11 +148,14 @@ def expected_names(model: nn.Module) -> list[str]:
     return [name for name in model.state_dict() if name not in tied]
 
 
-def _replace_linear_layers(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Any:
+def _replace_linear_layers(
+    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, skip: Iterable[str] | None = None
+) -> Any:
     """transformers' quantizer, having put empty Linear4bit layers into the model."""
     from transformers.quantizers import AutoHfQuantizer
 
     config = bitsandbytes_config("nf4", dtype)
+    config.llm_int8_skip_modules = list(skip) if skip else None
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     device_map = {"": device.index or 0 if device.type == "cuda" else device.type}
     quantizer.validate_environment(device_map=device_map)
@@ -161,39 +186,87 @@ class _Staging:
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
-        largest = max((m.weight.numel() for m in model.modules() if _is_4bit(m)), default=0)
+        layers = (m.weight.numel() for m in model.modules() if _is_4bit(m))
+        experts = (m.expert_layout.largest for _, m in quantized_experts(model))
+        largest = max((*layers, *experts), default=0)
         self._buffer = torch.empty(largest, dtype=dtype, device=device)
+        self._float32 = _float32_names(model, dtype)
+
+    def kind(self, name: str) -> torch.dtype:
+        """Of a parameter that is not quantized: the model's class may want float32 for some."""
+        return torch.float32 if self._float32 is not None and self._float32.search(name) else self.dtype
 
     def __call__(self, tensor: Tensor) -> Tensor:
         return self._buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def _float32_names(model: nn.Module, dtype: torch.dtype) -> re.Pattern | None:
+    """As from_pretrained takes `_keep_in_fp32_modules` (where float16 is wanted) and `_keep_in_fp32_modules_strict`."""
+    wanted = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else []
+    if dtype == torch.float16:
+        wanted += getattr(model, "_keep_in_fp32_modules", None) or ()
+    return re.compile("|".join(name.replace("*", ".*") for name in wanted)) if wanted else None
 
 
 def _is_4bit(module: nn.Module) -> bool:
     return hasattr(module, "weight") and hasattr(module.weight, "quant_state")
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor, staging: _Staging, keep_on_host: Iterable[str]) -> None:
+def _quantize_experts(name: str, module: nn.Module, product: int, value: Any, staging: _Staging) -> None:
+    """`value`: (E, ...), read expert by expert."""
+    _check_shape(name, value.shape, product_shape(module, product))
+    for expert, weight in enumerate(value):
+        fill(module, product, expert, weight, staging)
+        if staging.device.type == "meta":  # one is like the other, and there may be thousands
+            break
+
+
+def _check_shape(name: str, found: Iterable[int], wanted: Iterable[int]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise UserError(
+            f"{name!r} is {tuple(found)} in the checkpoint and {tuple(wanted)} in the model; is the config.json beside "
+            "it its own?"
+        )
+
+
+def _place(
+    model: nn.Module, name: str, tensor: Any, staging: _Staging, keep_on_host: Iterable[str], at_home: set[int]
+) -> None:
+    """`at_home`: ids of the modules whose weights go to host memory."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
+    waits = id(module) in at_home
     old = getattr(module, leaf)
-    if tensor.shape != old.shape:
-        raise UserError(
-            f"{name!r} is {tuple(tensor.shape)} in the checkpoint and {tuple(old.shape)} in the model; is the "
-            "config.json beside it its own?"
-        )
+    _check_shape(name, tensor.shape, old.shape)
     if leaf in module._buffers:
         module._buffers[leaf] = tensor.to(staging.device, old.dtype)
     elif leaf == "weight" and _is_4bit(module):
-        module.weight = quantize(module, staging(tensor))
+        stored = isinstance(tensor, StoredNF4)
+        module.weight = _stored(module, tensor, staging) if stored else quantize(module, staging(tensor))
+        if waits:
+            send_home(module)
         module.quant_state = module.weight.quant_state
     elif any(parent == kept or parent.startswith(kept + ".") for kept in keep_on_host):
         host = "meta" if tensor.is_meta else "cpu"
         module._parameters[leaf] = nn.Parameter(tensor.to(host, staging.dtype), requires_grad=False)
     else:
         # Never a view of the file: it may be trained, and the file may be replaced.
-        value = torch.empty(tensor.shape, dtype=staging.dtype, device=staging.device).copy_(tensor)
+        with _disable_current_modes() if waits else nullcontext():
+            place = host_of(staging.device) if waits else staging.device
+            value = torch.empty(tensor.shape, dtype=staging.kind(name), device=place)
+            if isinstance(tensor, Stacked):
+                for i, expert in enumerate(tensor):
+                    value[i].copy_(expert)
+            else:
+                value.copy_(tensor)
         module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
     getattr(module, leaf)._is_hf_initialized = True
+
+
+def _stored(layer: Linear4bit, weight: StoredNF4, staging: _Staging) -> nn.Parameter:
+    from bitsandbytes.nn import Params4bit
+
+    return Params4bit.from_prequantized(weight.packed(), weight.statistics(), device=staging.device, module=layer)
 
 
 def quantize(layer: Linear4bit, weight: Tensor) -> nn.Parameter:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.policy.text_model import adapter_mapping
 from lowvram_grpo.policy.wrapper import unwrap
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class ChangedBase:
         """Take up the adapter that `save` left, and the start that it is the difference from."""
         from peft.utils import load_peft_weights
 
-        saved = load_peft_weights(folder, device="cpu")
+        saved = load_peft_weights(folder, device="cpu", key_mapping=adapter_mapping(model))
         starts: dict[str, Tensor] = {}
         for name, p in self._factors(model):
             both = saved[name.replace(f".{self.adapter}.", ".")]

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.errors import one_line
-from lowvram_grpo.policy.attention import AttentionParams, ranges, repeat_kv
+from lowvram_grpo.policy.attend import repeat_kv
+from lowvram_grpo.policy.attention import AttentionParams, ranges
 from lowvram_grpo.policy.gather_kv import KVCopies
 
 
@@ -155,10 +156,11 @@ class Packed:
 
     def takes(self, query: Tensor, value: Tensor, params: AttentionParams) -> bool:
         """Whether it attends in this layer: query and value (1, heads, L, d) in the dtype of the attention.
-        Soft-capping and dropout are sdpa's."""
+        Soft-capping, sinks and dropout are left to `attend.py`."""
         windowed = self._window(params) is not None
         case = Case(query.device, query.dtype, query.shape[3], value.shape[3], self.kernel.training, windowed)
-        return case in self.kernel.cases and params.softcap is None and not params.dropout
+        plain = params.softcap is None and params.sinks is None and not params.dropout
+        return plain and case in self.kernel.cases
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         """As `packed_attention`."""

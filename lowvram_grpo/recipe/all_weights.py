@@ -9,7 +9,10 @@ from lowvram_grpo.errors import UserError
 # Who set a value, as the resolved recipe records it.
 OF_ALL_WEIGHTS = "training of all weights"
 # What a frozen base may be, and a trained one must.
-_TRAINED = {"quantization": "none", "head_dtype": "dense", "embedding_offload": False}
+_TRAINED = {
+    "quantization": "none", "head_dtype": "dense", "embedding_offload": False, "weight_offload": "off",
+    "expert_offload": "off",
+}  # fmt: skip
 
 
 def settle_all_weights(values: dict[str, Any], origin: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.objective import CLIPPED
+from lowvram_grpo.recipe.weight_offload import check_weight_offload
 
 # Which losses read a setting of the ratio, and what the others do instead.
 _READ_BY = {
@@ -36,6 +37,7 @@ def check_combinations(args: Any) -> None:
         raise UserError(
             "log_completions_hub_repo is set, but log_completions is off; set it too, or drop log_completions_hub_repo."
         )
+    check_weight_offload(args)
     mode = args.vllm_importance_sampling_mode
     if (
         args.loss_type == "vespo"

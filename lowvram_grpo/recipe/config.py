@@ -19,11 +19,13 @@ from lowvram_grpo.errors import UserError, did_you_mean, one_line
 from lowvram_grpo.objective import LOSS_TYPES
 from lowvram_grpo.recipe.batch_plan import BatchPlan
 from lowvram_grpo.recipe.combinations import check_combinations
+from lowvram_grpo.recipe.expert_offload import settled as settled_experts
 from lowvram_grpo.recipe.generation_kwargs import settle_generation_kwargs
 from lowvram_grpo.recipe.notices import notices_of
 from lowvram_grpo.recipe.ranges import TRAINING_RANGES, check_numbers, check_ranges, settled_padding
 from lowvram_grpo.recipe.settings import check_built, check_choices, settle_best_model
 from lowvram_grpo.recipe.unknown_names import Arguments, check_names
+from lowvram_grpo.recipe.weight_offload import settled
 
 CORRECTION_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 _SWITCH = ("auto", "on", "off")
@@ -225,7 +227,9 @@ class GRPOConfig(TrainingArguments):
         "which takes those that must be faster by count and pass a trial on this card.",
         "auto",
     )
-    embedding_offload: bool = _help("(ours) Keep an untied input embedding in pinned host memory.", False)
+    embedding_offload: bool = _help(
+        "(ours) Keep an untied input embedding, and per-layer inputs (Gemma 3n, 4), in host memory.", False
+    )
     activation_offload: bool = _help(
         "(ours) Keep checkpointed activations in pinned host memory until the backward pass.", False
     )
@@ -234,6 +238,8 @@ class GRPOConfig(TrainingArguments):
         "(ours) Where all weights are trained, keep the reference in pinned host memory and stream it layer by layer.",
         False,
     )
+    expert_offload: str = _help("(ours) Experts of a layer without a place on the card: off, a number, or auto.", "off")
+    weight_offload: str = _help("(ours) Decoder layers streamed from host memory: off, a number, or auto.", "off")
     mlp_tile: int | None = _help("(ours) Run each MLP over this many tokens at a time; unset: all at once.")
     attention: str = _help(
         "(ours) What attends where prompts are shared or prefilled: sdpa (PyTorch's), xformers, or auto, which takes "
@@ -303,6 +309,7 @@ class GRPOConfig(TrainingArguments):
         # True and False are what TRL's first versions took.
         self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
         self.pad_to_multiple_of = settled_padding(self.pad_to_multiple_of)
+        self.expert_offload, self.weight_offload = settled_experts(self.expert_offload), settled(self.weight_offload)
         self._check_ranges()
         self._settle_vllm()
         if self.warmup_ratio is not None and not self.warmup_steps:
@@ -344,18 +351,15 @@ class GRPOConfig(TrainingArguments):
         need(not (self.generation_batch_size and self.steps_per_generation),
              "generation_batch_size and steps_per_generation say the same thing; set one of them.")  # fmt: skip
         cold = str(self.cold_start)
-        need(
-            cold in ("auto", "off") or cold.isdigit(),
-            f"cold_start is {cold!r}; it must be auto, off, or a number of steps.",
-        )
+        need(cold in ("auto", "off") or cold.isdigit(),
+             f"cold_start is {cold!r}; it must be auto, off, or a number of steps.")  # fmt: skip
         check_combinations(self)
 
     def _settle_vllm(self) -> None:
         """TRL's earlier names become the later ones; the bounds of the correction must leave room between them."""
         if self.vllm_importance_sampling_cap is not None:
             self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
-        if self.vllm_max_model_length is None:
-            self.vllm_max_model_length = self.vllm_max_model_len
+        self.vllm_max_model_length = self.vllm_max_model_length or self.vllm_max_model_len
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high:
             raise UserError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.policy.text_model import rename_saved
 from lowvram_grpo.policy.wrapper import is_peft
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class AdapterVersions:
         self.model.save_pretrained(str(folder), selected_adapters=[self.adapter], save_embedding_layers=False)
         if self.adapter != "default":  # peft gives any other adapter a folder inside
             folder = folder / self.adapter
+        rename_saved(folder, self.model)
         self.current, self._digest = Version(number, name, folder), digest
         return self.current
 

@@ -23,6 +23,7 @@ from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.host import HostBytes
 from lowvram_grpo.memory.ledger import counted_as
 from lowvram_grpo.policy.fused_lora import forget_copies
+from lowvram_grpo.policy.overflow import is_wide
 from lowvram_grpo.policy.own_forward import replace_forward
 from lowvram_grpo.policy.plain_lora import PlainLora, has_plain_base, plain_groups
 from lowvram_grpo.rollout.siblings import FusedLinears, OutputCache, StackedLoraA, fused_linears
@@ -89,6 +90,8 @@ def _fuse_all(model: nn.Module, groups: list[list[PlainLora]], fused_ops: str, u
         kind = weight.device.type
         if kind == "meta":  # where autocast does not count: it is what a GPU's would be
             dtype = weight.dtype if has_plain_base(loras[0].layer) else model_dtype
+        elif is_wide(loras[0].layer):  # where autocast is off
+            dtype = torch.float32
         else:  # what training computes the adapter in
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else loras[0].a.dtype
         lora_a = StackedLoraA([lora.a for lora in loras], dtype)

@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 from lowvram_grpo.memory.host import upload
-from lowvram_grpo.policy.attention import (
-    AttentionParams,
-    Layout,
-    attend_causally,
-    attention_dtype,
-    causal_bias,
-    ranges,
-)  # fmt: skip
+from lowvram_grpo.policy.attend import attend_by_blocks, attend_causally, causal_bias
+from lowvram_grpo.policy.attention import AttentionParams, Layout, attention_dtype, ranges
 from lowvram_grpo.policy.recurrent import CONTINUES, Run
-from lowvram_grpo.rollout.attention import attend_capped
 from lowvram_grpo.rollout.cache import GroupCache
 
 
@@ -52,18 +45,20 @@ class AppendLayout(Layout):
     def __init__(self, cache: GroupCache, pieces: Sequence[Appended]):
         super().__init__()
         self.cache, self.pieces = cache, list(pieces)
-        self._biases: dict[tuple[int, int, int | None], Tensor] = {}
+        self._biases: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
 
     def positions(self, device: torch.device) -> Tensor:
         """(1, L) int64."""
         return upload([ranges([(p.before + p.age, p.count) for p in self.pieces])], device)[0][None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        layer_cache, outs, end = self.cache.layer(layer, key, value), [], 0
+        owner, outs, end = self.owner(layer, key), [], 0
+        layer_cache = self.cache.layer(owner, key, value)
         dtype = attention_dtype(query.device, query.dtype)
         for row, slot, before, age, count in self.pieces:
             begin, end = end, end + count
-            layer_cache.keep_own(row, age, slot, key[0, :, begin:end], value[0, :, begin:end])
+            if owner == layer:
+                layer_cache.keep_own(row, age, slot, key[0, :, begin:end], value[0, :, begin:end])
             keys, values = layer_cache.sequence(slot, before, row, age + count, dtype)
             q = query[:, :, begin:end].to(dtype)
             outs.append(self._behind(before + age, q, keys[None], values[None], params))
@@ -84,11 +79,13 @@ class AppendLayout(Layout):
         count = q.shape[2]
         window = None if params.window is None or params.window >= before + count else params.window
         if params.softcap is not None:
-            return attend_capped(q, k, v, params, window, before)
-        case = before, count, window
+            return attend_by_blocks(
+                q, k, v, scale=params.scale, softcap=params.softcap, sinks=params.sinks, before=before, window=window
+            )
+        case = before, count, window, q.dtype
         if case not in self._biases:
             self._biases[case] = causal_bias(before, count, window, q.dtype, q.device)
-        return attend_causally(q, k, v, self._biases[case], scale=params.scale)
+        return attend_causally(q, k, v, self._biases[case], scale=params.scale, sinks=params.sinks)
 
 
 def packs_of(pieces: Sequence[tuple[Appended, list[int]]], tokens: int) -> list[list[tuple[Appended, list[int]]]]:

@@ -12,22 +12,16 @@ from torch import Tensor
 from lowvram_grpo.kernels.decode.attention import decode_attention, usable_path
 from lowvram_grpo.kernels.decode.kv import Rows
 from lowvram_grpo.memory.host import upload
+from lowvram_grpo.policy.attend import attend_by_blocks, attend_causally, causal_bias, repeat_kv
 from lowvram_grpo.policy.attention import (
     AttentionParams,
     Layout,
-    attend_causally,
     attention_dtype,
-    causal_bias,
-    causal_mask,
     ranges,
-    repeat_kv,
 )
 from lowvram_grpo.policy.recurrent import Run, States
 from lowvram_grpo.policy.xformers_attention import Blocks, Kernel, Packed
 from lowvram_grpo.rollout.cache import GroupCache
-
-# Queries at a time where scores must be made, as no fused kernel knows of soft-capping.
-_BLOCK = 256
 
 
 class PrefillLayout(Layout):
@@ -46,15 +40,16 @@ class PrefillLayout(Layout):
         ends = list(accumulate(lengths))
         self.spans = list(zip([0, *ends[:-1]], ends))
         self._packed: Packed | None = None
-        self._biases: dict[tuple[int, int], Tensor] = {}
+        self._biases: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def positions(self, device: torch.device) -> Tensor:
         """(1, L) int64."""
         return upload([ranges([(0, b - a) for a, b in self.spans])], device)[0][None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        layer_cache = self.cache.layer(layer, key, value)
-        for slot, (a, b) in zip(self.slots, self.spans):
+        owner = self.owner(layer, key)
+        layer_cache = self.cache.layer(owner, key, value)
+        for slot, (a, b) in zip(self.slots, self.spans) if owner == layer else ():
             layer_cache.keep_prompt(slot, key[0, :, a:b], value[0, :, a:b])
         dtype = attention_dtype(query.device, query.dtype)
         query, key, value = (x.to(dtype) for x in (query, key, value))
@@ -84,28 +79,16 @@ class PrefillLayout(Layout):
         length = q.shape[2]
         window = None if params.window is None or params.window >= length else params.window
         if params.softcap is not None:
-            return attend_capped(q, k, v, params, window, 0)
+            return attend_by_blocks(
+                q, k, v, scale=params.scale, softcap=params.softcap, sinks=params.sinks, window=window
+            )
         bias = None
         if window is not None:
-            if (length, window) not in self._biases:
-                self._biases[length, window] = causal_bias(0, length, window, q.dtype, q.device)
-            bias = self._biases[length, window]
-        return attend_causally(q, k, v, bias, scale=params.scale)
-
-
-def attend_capped(q: Tensor, k: Tensor, v: Tensor, params: AttentionParams, window: int | None, before: int) -> Tensor:
-    """(1, heads, L, Dv) of L queries behind `before` other tokens, whose keys come first."""
-    length = q.shape[2]
-    q = q.unflatten(1, (k.shape[1], -1))  # (1, KVH, heads / KVH, L, D)
-    outs = []
-    for first in range(0, length, _BLOCK):
-        last = min(first + _BLOCK, length)
-        seen = before + last
-        scores = (q[..., first:last, :] @ k[:, :, None, :seen].transpose(3, 4) * params.scale).float()
-        scores = scores.div_(params.softcap).tanh_().mul_(params.softcap)
-        scores.masked_fill_(~causal_mask(before + first, last - first, window, q.device), -torch.inf)
-        outs.append(scores.softmax(-1).to(v.dtype) @ v[:, :, None, :seen])
-    return torch.cat(outs, 3).flatten(1, 2)
+            case = length, window, q.dtype  # layers may differ in it (`policy.overflow`)
+            if case not in self._biases:
+                self._biases[case] = causal_bias(0, length, window, q.dtype, q.device)
+            bias = self._biases[case]
+        return attend_causally(q, k, v, bias, scale=params.scale, sinks=params.sinks)
 
 
 class DecodeLayout(Layout):
@@ -124,13 +107,15 @@ class DecodeLayout(Layout):
         self.cache, self.rows, self.path, self.frozen, self.fixed = cache, rows, path, frozen, True
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        layer_cache = self.cache.layer(layer, key, value)
+        # Of shared keys each layer writes the new token, the same numbers to the same place.
+        layer_cache = self.cache.layer(self.owner(layer, key), key, value)
         q, k, v = (x[:, :, 0] for x in (query, key, value))
         path = usable_path(q, k, v, self.path)
         self.fixed &= path == "triton"
         out = decode_attention(
             q, k, v, layer_cache.prompts, layer_cache.own, self.rows,
-            scale=params.scale, window=params.window, softcap=params.softcap, spread=layer_cache.spread, path=path,
+            scale=params.scale, window=params.window, softcap=params.softcap, sinks=params.sinks,
+            spread=layer_cache.spread, path=path,
         )  # fmt: skip
         return out[:, None]
 

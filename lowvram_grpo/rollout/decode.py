@@ -19,8 +19,9 @@ from lowvram_grpo.kernels.decode.kv import Rows
 from lowvram_grpo.kernels.decode.logits import linear_logits
 from lowvram_grpo.memory.host import upload
 from lowvram_grpo.policy.attention import forward_with_layout
-from lowvram_grpo.policy.embeddings import HostEmbedding
+from lowvram_grpo.policy.embeddings import host_inputs
 from lowvram_grpo.policy.head import head_of
+from lowvram_grpo.policy.weight_stream import stream_of
 from lowvram_grpo.policy.xformers_attention import Kernel
 from lowvram_grpo.rollout.appending import Appended, AppendLayout, packs_of
 from lowvram_grpo.rollout.attention import DecodeLayout, PrefillLayout
@@ -122,9 +123,9 @@ class Decoder:
         self._members = torch.full((slots, min(group, rows)), -1, dtype=torch.long, device=device)
         self._ages: list[int] = []
         self._regular, self._most_members, self.computed = False, 0, 0
-        embedding = causal_lm.get_input_embeddings()
-        self._host_embedding = embedding if isinstance(embedding, HostEmbedding) else None
-        self._inputs: Tensor | None = None
+        self._look_up = host_inputs(causal_lm)
+        self._inputs: dict[str, Tensor] = {}
+        self._weights = stream_of(causal_lm)
         self.continues, self._skipped = False, False
         self._graphs = StepGraphs(self._forward, rows, enabled=settings.graphs, put_back=self._put_states_back)
 
@@ -266,14 +267,27 @@ class Decoder:
     def step(self) -> None:
         """Feed the last token of each row and draw the next."""
         width = self._graphs.width(len(self.scheduler.running), self.sampling.max_new_tokens - min(self._ages))
-        if self._host_embedding is not None:
-            embedded = self._host_embedding(self.tokens[:width, None])
-            if self._inputs is None:
-                self._inputs = embedded.new_empty(len(self.tokens), *embedded.shape[1:])
-            self._inputs[:width] = embedded
-        self._graphs(width)
+        if self._look_up is not None:
+            for name, found in self._look_up(self.tokens[:width, None]).items():
+                if name not in self._inputs:
+                    self._inputs[name] = found.new_empty(len(self.tokens), *found.shape[1:])
+                self._inputs[name][:width] = found
+        self._run(width)
         self.computed += len(self._ages)
         self._ages = [age + 1 for age in self._ages]
+
+    def _run(self, width: int) -> None:
+        """A step. Where it may be a graph and weights are streamed, their copies are part of it: the graph brings each
+        layer into its slot and ends, as it begins, with the first two layers there."""
+        if self._weights is None or not self.captures:
+            self._graphs(width)
+            return
+        self._weights.settle()
+        try:
+            self._graphs(width)
+        except BaseException:
+            self._weights.forget()
+            raise
 
     def _forward(self, width: int) -> None:
         rows = _RowTable(*self._table[:, :width])
@@ -282,8 +296,8 @@ class Decoder:
         layout = DecodeLayout(self.cache, self._attention_rows(rows), self.settings.attention_path, frozen)
         positions = (self._prefix[rows.slot] + rows.age)[:, None]
         inputs = {"input_ids": self.tokens[:width, None]}
-        if self._host_embedding is not None:
-            inputs = {"inputs_embeds": self._inputs[:width]}
+        if self._look_up is not None:
+            inputs = {name: kept[:width] for name, kept in self._inputs.items()}
         hidden = forward_with_layout(self.decoder, layout, positions, **inputs)[:, -1]
         self._graphs.enabled &= layout.fixed
         logits = linear_logits(
@@ -294,6 +308,8 @@ class Decoder:
         self.ids[rows.output, rows.age], self.logps[rows.output, rows.age] = drawn, logps
         self.finished[:width] |= (drawn[:, None] == self.sampler.ends).any(1)
         rows.age.add_(1)
+        if self._weights is not None and self.captures:
+            self._weights.settle()
 
     def _attention_rows(self, rows: _RowTable) -> Rows:
         fixed = {"slot": rows.slot, "age": rows.age, "rank": rows.rank}

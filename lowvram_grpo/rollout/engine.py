@@ -20,6 +20,8 @@ from lowvram_grpo.kernels.decode.attention import settle
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 from lowvram_grpo.policy.attention import layout_attention
 from lowvram_grpo.policy.attention_choice import kernel_of
+from lowvram_grpo.policy.long_rope import settled_rotary
+from lowvram_grpo.policy.quantized_experts import quantized_experts
 from lowvram_grpo.policy.small_ops import fast_modules
 from lowvram_grpo.policy.trials import usable
 from lowvram_grpo.policy.wrapper import unwrap
@@ -201,18 +203,20 @@ class RolloutEngine:
         causal_lm = unwrap(self.model)
         if self.device.type == "cuda":
             settle(self.device, self._query_dtypes())
-        graphs = self.graphs and self.device.type == "cuda" and HAS_TRITON
+        # The host must see which of 4-bit experts were chosen.
+        graphs = self.graphs and self.device.type == "cuda" and HAS_TRITON and not any(quantized_experts(causal_lm))
         settings = DecodeSettings(
             self.workspace_mib, self.kv_dtype, graphs, self.attention_path,
             usable("sample", self.device, self.fused_ops), usable("int8_head", self.device, self.fused_ops),
             kernel_of(self.attention, "prefill", getattr(causal_lm, causal_lm.base_model_prefix), self.device),
         )  # fmt: skip
-        scheduler = Scheduler([len(p) for p in prompts], group, rows)
+        scheduler = Scheduler([len(p) for p in prompts], group, rows, sampling.max_new_tokens)
         decoder = Decoder(
             causal_lm, sampling, scheduler, prompts, group, seed=seed, device=self.device, settings=settings
         )
         try:
             with (
+                settled_rotary(causal_lm, max(map(len, prompts)) + sampling.max_new_tokens),
                 layout_attention(decoder.decoder),
                 fast_adapters(self.model, self.adapters, self.fused_ops),
                 fast_modules(self.model, self.fused_ops),

@@ -36,11 +36,16 @@ class ScheduleUpdate:
     admitted: list[int] = field(default_factory=list)
 
 
-def slots_for(rows: int, group: int, prompts: int) -> int:
+def slots_for(rows: int, group: int, prompts: int, prompt_length: int = 0, length: int = 0) -> int:
     """How many prompts are held for `rows` rows: those of their groups, and two more, so that the next groups can begin
     while the last rows of others go on (one takes 5 to 15 % more steps on lengths with a long tail, three 2 % less).
-    Never more than rows: each needs but one."""
-    return min(prompts, rows, -(-rows // group) + 2) if rows < prompts * group else prompts
+    Never more than rows: each needs but one. Where prompts are long, no more than half as many tokens are held for that
+    as the rows have room for, but one prompt always; `prompt_length` and `length` are those of the longest prompt and
+    completion, 0 where that does not count."""
+    if rows >= prompts * group:
+        return prompts
+    spare = max(1, min(2, rows * length // (2 * prompt_length))) if prompt_length and length else 2
+    return min(prompts, rows, -(-rows // group) + spare)
 
 
 def rows_within(rows: int, planned_group: int, group: int, prompts: int, prompt_length: int, length: int) -> int:
@@ -49,8 +54,8 @@ def rows_within(rows: int, planned_group: int, group: int, prompts: int, prompt_
     Args:
         prompt_length, length: the longest prompt and completion, in tokens.
     """
-    tokens = lambda n, g: n * length + slots_for(n, g, prompts) * prompt_length
-    budget = rows * length + slots_for(rows, planned_group, rows) * prompt_length
+    tokens = lambda n, g: n * length + slots_for(n, g, prompts, prompt_length, length) * prompt_length
+    budget = rows * length + slots_for(rows, planned_group, rows, prompt_length, length) * prompt_length
     return next((n for n in range(rows, 1, -1) if tokens(n, group) <= budget), 1)
 
 
@@ -62,17 +67,18 @@ class Scheduler:
 
     Args:
         lengths: tokens of each prompt.
+        longest: tokens of the longest completion, where long prompts are to be held sparingly.
 
     Attributes:
         running: the request of each live row.
         held: the prompt in each live slot.
     """
 
-    def __init__(self, lengths: Sequence[int], group: int, rows: int | None = None):
+    def __init__(self, lengths: Sequence[int], group: int, rows: int | None = None, longest: int = 0):
         order = sorted(range(len(lengths)), key=lambda p: -lengths[p])
         self.waiting = deque(Request(p, g) for p in order for g in range(group))
         self.rows = min(rows or len(self.waiting), len(self.waiting))
-        self.slots = slots_for(self.rows, group, len(lengths))
+        self.slots = slots_for(self.rows, group, len(lengths), max(lengths, default=0), longest)
         self.running: list[Request] = []
         self.held: list[int] = []
         self._unfinished = Counter({p: group for p in order})  # requests, a prompt

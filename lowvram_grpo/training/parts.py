@@ -20,8 +20,8 @@ from lowvram_grpo.errors import UserError, WrongType
 from lowvram_grpo.memory.guard import Guard, cap
 from lowvram_grpo.policy.attention_choice import check as check_attention
 from lowvram_grpo.policy.build import build_policy
-from lowvram_grpo.policy.known_models import named
 from lowvram_grpo.policy.load import check_tokens, compute_dtype, load_tokenizer_for
+from lowvram_grpo.policy.model_names import named
 from lowvram_grpo.policy.precision import slow_dtype
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.reward_model import load_reward_model

@@ -26,6 +26,7 @@ from lowvram_grpo.training import continuation
 from lowvram_grpo.training.best_model import restore_callbacks
 from lowvram_grpo.training.continuation import Made
 from lowvram_grpo.training.experience import MicroBatch, load_updates, save_updates
+from lowvram_grpo.training.overflow import save_kept
 from lowvram_grpo.training.streaming import StreamProgress, found_place
 
 if TYPE_CHECKING:
@@ -327,6 +328,7 @@ class ResumableTrainer(Trainer):
     def _save_beside(self, folder: str) -> None:
         """What a checkpoint has beside transformers' files; they come after: it is not taken for whole before."""
         self._made_with(self.optimizer).save(folder)
+        save_kept(self.learner, folder)
         if self.stream is not None and self.stream.place is not None:
             self.stream.place.save(folder)
         if self.reference is not None and (self.reference.moved or self.grpo_args.sync_ref_model):

@@ -40,6 +40,7 @@ from lowvram_grpo.training.experience import MicroBatch, Rollout, split
 from lowvram_grpo.training.gradient_check import GradientCheck, could_teach
 from lowvram_grpo.training.loaders import Loaders
 from lowvram_grpo.training.metrics import MetricBook, UpdateSums, complete_row, rollout_metrics
+from lowvram_grpo.training.overflow import restore_kept
 from lowvram_grpo.training.pushing import HubPushes
 from lowvram_grpo.training.reference_sync import ReferenceSync
 from lowvram_grpo.training.resampling import resampling_of
@@ -201,6 +202,8 @@ class GRPOTrainer(TrlNames, TrlHooks, HubPushes, Evaluates, Loaders, ResumableTr
             save=lambda: self._save(os.path.join(self.args.output_dir, "cold_start")),
         )
         longest = warm_up.check_settings()
+        if checkpoint is None or not restore_kept(self.learner, checkpoint):
+            warm_up.look_for_overflow()
         if not self._checked:
             warm_up.probe(longest, backward=self.accelerator.backward, moments=self.optimizer is not None)
             if checkpoint is None:

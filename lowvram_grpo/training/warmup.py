@@ -32,6 +32,7 @@ from lowvram_grpo.training.continuation import planned_steps
 from lowvram_grpo.training.early_checks import check_lengths, prompt_lengths
 from lowvram_grpo.training.experience import Rollout
 from lowvram_grpo.training.learner import Learner
+from lowvram_grpo.training.overflow import look_for_overflow
 from lowvram_grpo.training.pace import pace_of, timed
 from lowvram_grpo.training.probe import probe
 from lowvram_grpo.training.savers import TrainerGuard
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 Rows = list[dict[str, Any]]
 
 _PROBE_EVERY = 4
+_LOOKED_AT = 4
 # Columns that rewards judge by, most likely first.
 _ANSWERS = ("answer", "solution", "ground_truth", "target", "label", REFERENCE_COLUMN)
 
@@ -96,6 +98,14 @@ class WarmUp:
         known = self.whole and (agents is None or agents.environments is None)
         return longest if known else max(longest, args.max_prompt_length or 0)
 
+    def look_for_overflow(self) -> None:
+        """Keep the layers in float32 that leave float16's range on the first prompts, before anything is sampled."""
+        agents = self.collector.agents
+        if agents is None or agents.environments is None:
+            rows = [self.data[i] for i in range(min(_LOOKED_AT, len(self.data)))]
+            prompts = self.collector.encode([row["prompt"] for row in rows])
+            look_for_overflow(self.learner, prompts, self.observer.notice)
+
     def probe(self, longest_prompt: int, *, backward: Callable[[Tensor], None], moments: bool) -> None:
         """Rehearse the longest step, where `memory_probe` wants that; see `probe.probe`."""
         args = self.learner.args
@@ -127,6 +137,10 @@ class WarmUp:
             notice=None if str(args.cold_start) == "off" else notice,
         )
         rollout, signal = self._probed(rows)
+        batch = rollout.batch
+        whole = [prompt + ids for prompt, ids in zip(batch.prompt_ids, batch.completion_ids)]
+        if look_for_overflow(self.learner, whole, notice):
+            rollout, signal = self._probed(rows)
         if args.signal_check:
             notice(signal.sentence(has_references=len(references) >= FEWEST_REFERENCES))
         if steps := self._cold_steps(signal, references):

@@ -91,7 +91,7 @@ class Problem:
         )  # fmt: skip
         return out.cpu(), KV(*(None if x is None else x.cpu() for x in own))
 
-    def exact(self, own: KV, window=None, softcap=None) -> torch.Tensor:
+    def exact(self, own: KV, window=None, softcap=None, sinks=None) -> torch.Tensor:
         """float64, row by row, from the appended cache."""
 
         def dense(cache, n, length):
@@ -109,7 +109,9 @@ class Problem:
                 scores = softcap * torch.tanh(scores / softcap)
             if window:
                 scores[..., : max(0, keys.shape[1] - window)] = -torch.inf
-            out[r] = (scores.softmax(-1) @ values).reshape(out[r].shape)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.cpu().double().view(*scores.shape[:2], 1)], -1)
+            out[r] = (scores.softmax(-1)[..., : keys.shape[1]] @ values).reshape(out[r].shape)
         return out
 
     def errors(self, **masks):

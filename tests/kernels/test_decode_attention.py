@@ -47,6 +47,7 @@ def test_ragged_rows_against_float64(masks, int8):
         (1, 16, torch.float16, True), (1, 64, torch.bfloat16, False), (7, 96, torch.float16, False),
         (7, 96, torch.bfloat16, True), (16, 40, torch.float32, True), (16, 40, torch.float16, True),
         (16, 40, torch.bfloat16, False), (5, 256, torch.float32, False), (5, 256, torch.bfloat16, True),
+        (4, 512, torch.float16, True), (3, 384, torch.bfloat16, False),
     ],
     ids=str,
 )  # fmt: skip
@@ -72,6 +73,29 @@ def test_ranges_are_merged(masks, dtype):
     finally:
         kernels.Splits = original
     assert min(made[0]) >= 3 or DEVICE != "cpu"
+
+
+SINKS = torch.tensor([3.0, -2.0, 0.5, 8.0, -30.0, 1.0])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masks", [{}, {"window": 4}, {"softcap": 1.5, "window": 25}], ids=str)
+def test_sinks_against_float64(masks, dtype):
+    """The cap is for scores, not for sinks; a row without a prompt has them too."""
+    sinks = SINKS.to(DEVICE, dtype)
+    problem = Problem(**RAGGED, int8=dtype != torch.float32, dtype=dtype, dead=2)
+    assert_no_worse(problem.errors(sinks=sinks, **masks), dtype)
+    plain, _ = problem.run("triton", **masks)
+    found, _ = problem.run("triton", sinks=sinks, **masks)
+    assert (found - plain)[problem.live].abs().max() > 0.1
+
+
+@needs_triton
+def test_a_sink_is_taken_once_however_many_ranges_there_are(monkeypatch):
+    monkeypatch.setattr(Tiles, "least", 1)
+    monkeypatch.setattr(kernels, "tiles_of", lambda *a: Tiles(16, 16, 4, 1))
+    assert_no_worse(Problem([2], [157], [150, 70], kv_heads=1).errors(sinks=SINKS[:3].to(DEVICE)))
 
 
 @needs_triton
@@ -219,6 +243,8 @@ def test_the_path_follows_device_and_heads(monkeypatch):
     assert decode_path(cuda, 14, 2, 64, 64) == decode_path(meta, 14, 2, 64, 64) == ("triton" if HAS_TRITON else "torch")
     assert decode_path(cuda, 14, 2, 64, 64, "torch") == "torch"
     assert decode_path(cuda, 16, 16, 192, 128) == decode_path(cuda, 71, 1, 64, 64) == "torch"
+    wide = [decode_path(cuda, 8, 1, width, width, dtype=x) for width, x in ((512, torch.float16), (512, torch.float32))]
+    assert wide == ["triton" if HAS_TRITON else "torch", "torch"] and decode_path(cuda, 8, 1, 640, 640) == "torch"
     for wrong, what in (((14, 2, 64, 64, "cuda"), "unknown path"), ((16, 16, 192, 128, "triton"), "one width")):
         with pytest.raises(ValueError, match=what):
             decode_path(cuda, *wrong)

@@ -10,6 +10,7 @@ INSIDE = functions(
         "tests/masked_cuda/check_baseline.py",
         "tests/masked_cuda/check_trainer.py",
         "tests/masked_cuda/check_streamed_reference.py",
+        "tests/masked_cuda/check_streamed_weights.py",
     ]
 )
 there, test_on_the_mask, test_every_launch_is_a_case_of_the_compile_gate, test_all_cases_on_the_mask = masked(

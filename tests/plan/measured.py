@@ -24,6 +24,13 @@ def measured(
 ) -> dict[str, Peak]:
     """Peaks of a run on `prompts`, over and over, whose completions are all of full length. Without `lora` all weights
     are trained."""
+    return ledger_of(folder, args, tokenizer, prompts, quantization, lora).phases
+
+
+def ledger_of(
+    folder: str, args: GRPOConfig, tokenizer, prompts: list[str], quantization: str, lora: dict | None
+) -> Ledger:
+    """The ledger of such a run."""
     from datasets import Dataset
     from peft import LoraConfig
 
@@ -35,6 +42,8 @@ def measured(
                 folder, device=torch.device("cpu"), dtype=torch.float32,
                 quantization_config=bitsandbytes_config(quantization, torch.float32),
                 keep_on_host=lambda model: stays_on_host(model, args.head_dtype, args.embedding_offload),
+                expert_offload=args.expert_offload,
+                weight_offload=args.weight_offload,
             )  # fmt: skip
             trainer = GRPOTrainer(
                 model, drawn, args, data, processing_class=tokenizer, observer=Quiet(),
@@ -42,7 +51,7 @@ def measured(
             )  # fmt: skip
         trainer.guard.watch = ledger.phase
         trainer.train()
-    return ledger.phases
+    return ledger
 
 
 def settings(folder: Path, **overrides) -> GRPOConfig:

@@ -11,7 +11,6 @@ from lowvram_grpo.memory.ladder import Rung
 from lowvram_grpo.plan.architectures import resolve_config
 from lowvram_grpo.plan.paper import ladder_on_paper, setting, trains_all_weights, with_setting
 from lowvram_grpo.plan.planner import GIB, Planner
-from lowvram_grpo.plan.speed import BUS
 from lowvram_grpo.plan.streaming import streaming_of
 from lowvram_grpo.recipe.preset import card_budget
 from lowvram_grpo.recipe.resolve import resolve
@@ -87,9 +86,9 @@ def test_streaming_takes_the_bus_for_what_products_do_not_hide():
     few, many = cost(per_device_train_batch_size=1), cost(per_device_train_batch_size=16)
     assert few.passes == 32 and many.passes == 2 and few.bytes == many.bytes
     # Nothing hides more than there is, and lm_head is not hidden.
-    table = 4 * 151_936 * 896 / BUS
+    table = 4 * 151_936 * 896 / typical(8).bus
     for each in (few, many):
-        assert each.passes * table <= each.seconds <= each.passes * each.bytes / BUS
+        assert each.passes * table <= each.seconds <= each.passes * each.bytes / typical(8).bus
     assert few.seconds > many.seconds
     # A rollout is scored once, however many steps it serves.
     assert cost(num_iterations=2, per_device_train_batch_size=16).passes == many.passes / 2

@@ -46,6 +46,31 @@ def test_a_small_card_takes_rungs_and_says_which():
     assert taken and all(key in said for key in taken)
 
 
+@pytest.mark.parametrize(
+    "system,total,free,said",
+    [
+        ("linux", 16, 2.5, r"in host memory, of which 2\.5 GiB are free"),
+        ("windows", 2, 6, "page-locked host memory, of which Windows grants half of its 2 GiB"),
+    ],
+)
+def test_streamed_layers_need_host_memory(monkeypatch, system, total, free, said):
+    """Refused before anything is loaded, with what would help."""
+    from lowvram_grpo.memory import ram
+
+    lockable = None if system == "linux" else total * GIB // 2
+    monkeypatch.setattr(
+        "lowvram_grpo.plan.fitting.host_of", lambda name: ram.Host(int(total * GIB), int(free * GIB), lockable, name)
+    )
+    device = card(8, 7.4, system=system, nvml_free_bytes=int(7.4 * GIB))
+    flags = {"weight_offload": 36, "memory_plan": "savers"}
+    with pytest.raises(UserError, match=said + r".*weight_offload.*--memory-plan off"):
+        fitted(device, model="Qwen2.5-3B", **flags)
+    monkeypatch.setattr("lowvram_grpo.plan.fitting.host_of", lambda name: ram.Host(32 * GIB, 16 * GIB, None, name))
+    recipe, heard = fitted(device, model="Qwen2.5-3B", **flags)
+    assert recipe.training["weight_offload"] == "36"
+    assert "host memory: " in heard and "36 of 36 layers wait in host memory" in heard
+
+
 @pytest.mark.full  # 30 predictions; test_planner.py has advice of fewer
 def test_a_card_that_cannot_hold_it_gets_advice():
     with pytest.raises(UserError, match=r"does not fit.*What would:.*Qwen2.5-0.5B fits.*GiB free.*memory-plan off"):

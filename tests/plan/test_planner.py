@@ -10,7 +10,7 @@ from lowvram_grpo.cli.app import app
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ladder import AT_LOAD, RELIEVES, Rung, next_rung
 from lowvram_grpo.plan.architectures import resolve_config
-from lowvram_grpo.plan.paper import ladder_of, setting
+from lowvram_grpo.plan.paper import ladder_of, setting, with_setting
 from lowvram_grpo.plan.planner import GIB, Planner
 from lowvram_grpo.plan.prediction import Prediction
 from lowvram_grpo.recipe import preset as presets
@@ -30,6 +30,10 @@ class Told(Planner):
     def __init__(self, config=None, **kwargs):
         super().__init__(config)
         self.asked = 0
+
+    def plan(self, recipe, budget, **kwargs):
+        """The ladder alone: what is streamed is weighed by real predictions (test_streamed_layers.py)."""
+        return super().plan(with_setting(recipe, "weight_offload", "off", "flag"), budget, **kwargs)
 
     def predict(self, recipe, *, exact=False):
         self.asked += 1

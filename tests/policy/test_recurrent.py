@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -39,7 +40,9 @@ def test_padded_rows_are_what_each_is_alone(kind):
     together, _ = training_pass(model, batch)
     for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS)):
         ids, mask, more, seen = (x[i : i + 1] for x in batch)
-        alone, _ = training_pass(model, [ids[:, -prompt:], mask[:, -prompt:], more[:, :completion], seen[:, :completion]])
+        alone, _ = training_pass(
+            model, [ids[:, -prompt:], mask[:, -prompt:], more[:, :completion], seen[:, :completion]]
+        )
         torch.testing.assert_close(together.logps[i, :completion], alone.logps[0], rtol=0, atol=1e-4)
 
 
@@ -55,8 +58,9 @@ def test_recomputed_layers_go_by_the_same_layout(kind, shared):
     runs, inner = [], recurrent._by_layout
     assert_same(training_pass(checkpointed, **lengths), expected)
     layers = len(recurrent_layers(unwrap(checkpointed).model))
+    counted = lambda layer, *a, **k: runs.append(layer) or inner(layer, *a, **k)
     for layer in recurrent_layers(unwrap(checkpointed).model):
-        layer.forward = (lambda layer: lambda *a, **k: runs.append(layer) or inner(layer, *a, **k))(layer)
+        layer.forward = partial(counted, layer)
     training_pass(checkpointed, **lengths)
     assert len(runs) == 2 * layers
 

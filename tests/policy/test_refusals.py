@@ -37,7 +37,6 @@ def configured(folder, **config):
         ({"model_type": "bart", "architectures": ["BartForConditionalGeneration"]}, "an encoder-decoder model"),
         ({"model_type": "whisper"}, "an encoder-decoder model"),
         ({"model_type": "qwen2_5_vl"}, "a vision-language model"),
-        ({"model_type": "llava"}, "a vision-language model"),
         ({"model_type": "bert", "architectures": ["BertModel"]}, "an encoder, as embedding models are"),
         ({"model_type": "xlm-roberta", "architectures": ["XLMRobertaModel"]}, "an encoder, as embedding models are"),
         (
@@ -66,7 +65,6 @@ def test_other_kinds_of_models(tmp_path, config, words):
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_type": "gemma3"},
         {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]},
         {"model_type": "llama"},
         {"model_type": "qwen2", "architectures": ["Qwen2Model"]},
@@ -79,6 +77,13 @@ def test_other_kinds_of_models(tmp_path, config, words):
 )
 def test_what_writes_text_on_is_taken(tmp_path, config):
     assert model_config(configured(tmp_path / "m", **config)).model_type == config["model_type"]
+
+
+@pytest.mark.parametrize("kind,inside", [("gemma3", "gemma3_text"), ("llava", "llama"), ("mistral3", "mistral")])
+def test_of_a_multimodal_model_the_language_model_is_taken(tmp_path, kind, inside):
+    folder = configured(tmp_path / "m", model_type=kind)
+    config = model_config(folder)
+    assert config.model_type == inside and config._name_or_path == folder
 
 
 def test_a_model_with_code_of_its_own(tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ladder import Rung, next_rung
 from lowvram_grpo.memory.ledger import Ledger
-from lowvram_grpo.policy import streamed
+from lowvram_grpo.policy import streamed, window
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.shared_prefix import why_not
 from lowvram_grpo.training.scoring import last_hidden_state, score
@@ -86,29 +86,29 @@ def test_two_slots_in_turn_hold_the_layers_ahead_of_their_use(layers, monkeypatc
     model = tiny_model("qwen3", num_hidden_layers=layers)
     reference = Reference(model, offload=True)
     events = []
-    fetch, enter, leave = streamed._Window.fetch, streamed._Window.enter, streamed._Window.exit
+    fetch, enter, leave = window.Window._fetch, window.Window.enter, window.Window.leave
 
     def spying(name, inner):
-        def spy(self, i):
+        def spy(self, i, **settings):
             before = list(self._held)
-            out = inner(self, i)
+            out = inner(self, i, **settings)
             if name != "fetch" or self._held != before:
                 events.append((name, i))
             return out
 
         return spy
 
-    for name, inner in (("fetch", fetch), ("enter", enter), ("exit", leave)):
-        monkeypatch.setattr(streamed._Window, name, spying(name, inner))
+    for name, inner in (("_fetch", fetch), ("enter", enter), ("leave", leave)):
+        monkeypatch.setattr(window.Window, name, spying(name.strip("_"), inner))
     with reference.active() as visiting:
         scored(visiting)
     assert [i for name, i in events if name == "fetch"] == list(range(layers))
     for i in range(layers):
-        arrived, left = events.index(("fetch", i)), events.index(("exit", i))
+        arrived, left = events.index(("fetch", i)), events.index(("leave", i))
         assert arrived < events.index(("enter", i)) < left
         if i >= 2:
             # Between the exit of the layer before last, whose slot it takes, and that of the layer before it.
-            assert events.index(("enter", i - 2)) < arrived < events.index(("exit", i - 1))
+            assert events.index(("enter", i - 2)) < arrived < events.index(("leave", i - 1))
 
 
 def test_between_passes_all_layers_are_home_even_after_an_error():

@@ -78,7 +78,7 @@ def test_without_a_reference_there_is_one_sentence(reward):
 def test_a_comparison_that_does_not_end_is_wrong_in_any_thread(monkeypatch):
     worker = symbolic._Worker()
     monkeypatch.setattr(symbolic, "_worker", worker)
-    monkeypatch.setattr(symbolic, "SECONDS", 0.4)
+    monkeypatch.setattr(symbolic, "SECONDS", 2.0)
     assert accuracy_reward([r"\boxed{1}"], ["1"]) == [1.0]  # the helper has started
     found, start = [], time.monotonic()
     replies = [r"\boxed{(x+1)^{9999}}", r"\boxed{3x}"]
@@ -86,4 +86,4 @@ def test_a_comparison_that_does_not_end_is_wrong_in_any_thread(monkeypatch):
     thread.start()
     thread.join()
     worker.stop()
-    assert found == [0.0, 1.0] and time.monotonic() - start < 15
+    assert found == [0.0, 1.0] and time.monotonic() - start < 30

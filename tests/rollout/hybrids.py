@@ -81,9 +81,7 @@ def with_adapter(model: nn.Module) -> nn.Module:
     # peft refuses it for some families, whose kernels read its weight past the module.
     left_out = ["out_proj"] if model.config.model_type in ("falcon_h1", "nemotron_h") else None
     torch.manual_seed(1)
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=left_out, task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=left_out, task_type="CAUSAL_LM")
     model = attach_lora(model, config)
     for name, p in model.named_parameters():
         if "lora_B" in name:

@@ -185,5 +185,3 @@ def test_a_step_that_fails_on_its_way_is_run_again_from_the_same_states(monkeypa
     with pytest.warns(UserWarning, match="waits for the GPU"):
         found = RolloutEngine(model, sampling(temperature=0)).generate(PROMPTS, 2, seed=0)
     assert failed and found.completion_ids == expected.completion_ids
-
-

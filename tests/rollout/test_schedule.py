@@ -81,8 +81,17 @@ def test_slots_for_the_rows_and_two_more_prompts(rows, group, prompts, slots):
     assert slots_for(rows, group, prompts) == slots
 
 
+@pytest.mark.parametrize(
+    "rows,prompt_length,length,slots",
+    [(8, 12_288, 4_096, 2), (32, 12_288, 4_096, 6), (8, 512, 256, 3), (2, 8_192, 64, 2)],
+)
+def test_of_long_prompts_few_are_held_that_nobody_needs_yet(rows, prompt_length, length, slots):
+    assert slots_for(rows, 8, 64, prompt_length, length) == slots
+    assert Scheduler([prompt_length] * 64, 8, rows, length).slots == slots
+
+
 def test_fewer_completions_a_prompt_take_fewer_rows_in_the_same_cache():
-    tokens = lambda rows, group: rows * 30 + slots_for(rows, group, 64) * 100
+    tokens = lambda rows, group: rows * 30 + slots_for(rows, group, 64, 100, 30) * 100
     for rows in (1, 3, 16, 32):
         for group in (1, 2, 4):
             fewer = rows_within(rows, 8, group, 64, 100, 30)
