@@ -82,12 +82,11 @@ class Descender:
 
     def _hopeless(self, recipe: Recipe, found: Prediction, left: list[Rung], budget: int) -> Rung | None:
         """The rung of what alone fills the budget, weights in 16 bits or experts: no other gets anywhere without it."""
-        for key, size in (("quantization", found.categories.get("base weights", 0)), ("expert_offload", self.experts)):
-            for rung in left:
-                needed = rung.key == key and size > _FULL * budget and self._possible(recipe, rung)
-                if needed and saves(key, rung.value, setting(recipe, key)):
-                    return rung
-        return None
+        if found.categories.get("base weights", 0) <= _FULL * budget:
+            return None
+        rungs = [rung for rung in left if rung.key in ("quantization", "expert_offload")]
+        possible = (rung for rung in rungs if saves(rung.key, rung.value, setting(recipe, rung.key)))
+        return next((rung for rung in possible if self._possible(recipe, rung)), None)
 
     def bottom(self, recipe: Recipe) -> Lowered:
         """With every rung of its ladder that saves something."""

@@ -128,7 +128,7 @@ class Balance:
     def _with_savers(self, base: Recipe, rungs: tuple[Rung, ...]) -> tuple[Recipe, Prediction]:
         """`base` with those that its model has, and the prediction with all layers streamed."""
         first = {rung.key: rung for rung in reversed(rungs)}
-        taken = [first[key] for key in _EXACT if key in first and saves(*first[key], setting(base, key))]
+        taken = [first[key] for key in _EXACT if key in first and saves(key, first[key].value, setting(base, key))]
         for savers in (taken, taken[:1]):
             try:
                 return _with(base, savers), self.predict(_with(base, [*savers, _ALL]))

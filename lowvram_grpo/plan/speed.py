@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowvram_grpo.plan import four_bit
 from lowvram_grpo.plan.depth import cut, period_of
@@ -64,7 +64,8 @@ def choice_of(recipe: Recipe, args: GRPOConfig, layers: int) -> Choice:
         "per_device_train_batch_size": plan.micro_batch_size,
         "weight_offload": streamed_layers(args.weight_offload, layers),
     }
-    return Choice(*(taken[key] if key in taken else setting(recipe, key) for key in Choice._fields))
+    values: list[Any] = [taken[key] if key in taken else setting(recipe, key) for key in Choice._fields]
+    return Choice(*values)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Layers(NamedTuple):
     """Of decoder layers that are streamed.
 
     Attributes:
-        count, of: so many of how many layers.
+        streamed, of: so many of how many layers.
         bytes: that each pass brings to the card.
         seconds: that they are on their way.
         rows: completions that decode at once.
@@ -62,7 +62,7 @@ class Layers(NamedTuple):
         card: behind whose bus.
     """
 
-    count: int
+    streamed: int
     of: int
     bytes: float
     seconds: float
@@ -82,7 +82,7 @@ class Layers(NamedTuple):
         else:
             worth = "products take longer than the bus, so streaming costs nothing"
         return (
-            f"weight_offload: {self.count} of {self.of} layers wait in host memory, {self.bytes / _GIB:.2f} GiB over "
+            f"weight_offload: {self.streamed} of {self.of} layers wait in host memory, {self.bytes / _GIB:.2f} GiB over "
             f"the bus in each pass ({self.seconds:.2f} s at {_speed(self.card)}). Modelled, not measured: {self.rows} "
             f"completions at once are sampled at {self.tokens:.0f} tokens a second; {worth}. A step takes about "
             f"{self.step:.0f} s, {self.resident:.0f} s on a card that held all layers."
@@ -90,7 +90,7 @@ class Layers(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "layers": self.count,
+            "layers": self.streamed,
             "of": self.of,
             "gib_a_pass": round(self.bytes / _GIB, 3),
             "bus": self.card.bus_name,

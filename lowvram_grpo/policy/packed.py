@@ -50,7 +50,8 @@ class _Place(NamedTuple):
 
 
 class _Sized(Protocol):
-    bytes: int
+    @property
+    def bytes(self) -> int: ...
 
 
 Packed = TypeVar("Packed", bound=_Sized)

@@ -56,6 +56,8 @@ from lowvram_grpo.policy.xformers_attention import Kernel, shared_blocks
 
 # Packing is worth a change of path where it leaves out at least a tenth of the tokens.
 _MAX_PACKED_SHARE = 0.9
+# And where a padded row has so many tokens, for its mask is the square of that: 150 MiB for 12,288, twice as a bias.
+_LONG = 4096
 
 
 class _Group(NamedTuple):
@@ -332,7 +334,7 @@ def shared_groups(
     """The `group_sizes` that scoring should share prompts by; None for the plain path.
 
     Args:
-        setting: `on`, `off`, or `auto`: where it leaves out a tenth of the tokens, and the model can.
+        setting: `on`, `off`, or `auto`: where it leaves out a tenth of the tokens or rows are long, and the model can.
 
     Raises:
         UserError: `on` for a model that cannot.
@@ -340,8 +342,10 @@ def shared_groups(
     if setting == "off" or not (prompt_lengths and completion_lengths and group_sizes):
         return None
     if setting == "auto":
-        padded = len(prompt_lengths) * (max(prompt_lengths) + max(completion_lengths))
-        if packed_tokens(prompt_lengths, completion_lengths, group_sizes) > _MAX_PACKED_SHARE * padded:
+        longest = max(prompt_lengths) + max(completion_lengths)
+        padded = len(prompt_lengths) * longest
+        packed = packed_tokens(prompt_lengths, completion_lengths, group_sizes)
+        if longest < _LONG and packed > _MAX_PACKED_SHARE * padded:
             return None
     reason = why_not(model)
     if reason and setting == "on":

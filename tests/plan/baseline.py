@@ -51,8 +51,9 @@ class Row(NamedTuple):
 
 
 # Small and tied, large and untied, layers of two kinds, an 8B that a 16 GB card is bought for, a base in 16 bits; and
-# what the ladder's other end does.
+# what the ladder's other end does; a model larger than its card, and 16K tokens of context.
 SAVERS = {"kv_cache_dtype": "int8", "activation_offload": True, "mlp_tile": 512, "head_dtype": "nf4"}
+LONG = {"max_prompt_length": 12_288, "max_completion_length": 4_096, "rollout_batch_size": 8, "kv_cache_dtype": "int8"}
 ROWS = (
     Row("6gb", "Qwen2.5-0.5B"),
     Row("8gb", "Qwen2.5-7B"),
@@ -60,6 +61,8 @@ ROWS = (
     Row("16gb", "Qwen3-8B"),
     Row("24gb", "Llama-3.1-8B"),
     Row("6gb", "Llama-3.2-3B", SAVERS),
+    Row("8gb", "Qwen3-14B", {"weight_offload": 24}),
+    Row("8gb", "Qwen3-0.6B", LONG),
 )
 Phases = dict[str, dict[str, int]]  # phase -> category -> bytes
 

@@ -153,7 +153,7 @@ def test_the_targets(plans, model):
     assert setting(plan.recipe, "head_dtype") == "int8"
     # And the price is said, in words and numbers.
     price = plan.layers
-    assert price.count == count and price.bytes == pytest.approx(plan.prediction.host["weights"], rel=0.2)
+    assert price.streamed == count and price.bytes == pytest.approx(plan.prediction.host["weights"], rel=0.2)
     assert price.seconds == pytest.approx(price.bytes / typical(card).bus)
     assert price.step > price.resident and price.free > price.rows
     for words in (f"{count} of {price.of} layers", "PCIe 4.0 x8, assumed", "tokens a second", "not measured"):
@@ -172,12 +172,12 @@ def test_streaming_asked_for_comes_before_the_ladder(tmp_path):
     tight = roomy.prediction.peak - 2**22
     plan = planner.plan(recipe, tight, advise=False)
     count = setting(plan.recipe, "weight_offload")
-    assert plan.fits and isinstance(count, int) and plan.layers.count == count
+    assert plan.fits and isinstance(count, int) and plan.layers.streamed == count
     # One layer less does not fit, and nothing grew beyond the preset, as savers asks.
     assert count == 1 or planner.predict(with_setting(plan.recipe, "weight_offload", count - 1)).peak > tight
     assert not plan.climbs
     fixed = planner.plan(resolve({**short, "weight_offload": 3}), tight, advise=False)
-    assert setting(fixed.recipe, "weight_offload") == "3" and fixed.layers.count == 3
+    assert setting(fixed.recipe, "weight_offload") == "3" and fixed.layers.streamed == 3
     none = resolve({**short, "weight_offload": "off"})
     assert setting(planner.plan(none, tight, advise=False).recipe, "weight_offload") == "off"
 

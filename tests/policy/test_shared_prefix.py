@@ -143,6 +143,9 @@ def test_auto_shares_where_it_saves_a_tenth():
     assert shared_groups("auto", model, [5, 5], [9, 9], [2]) == [2]
     assert shared_groups("auto", model, [1, 1], [90, 90], [2]) is None
     assert shared_groups("on", model, [1, 1], [90, 90], [2]) == [2]
+    # A single completion leaves out next to nothing, but a padded row's mask is the square of its length.
+    assert shared_groups("auto", model, [90], [90], [1]) is None
+    assert shared_groups("auto", model, [4000], [200], [1]) == [1]
     assert shared_groups("off", model, [5, 5], [9, 9], [2]) is None
     assert shared_groups("on", model, None, None, None) is None
     layout = PrefixLayout(PROMPTS, COMPLETIONS, GROUPS, width=12, prompt_width=5, device=torch.device("cpu"))
