@@ -29,6 +29,8 @@ _SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("query", "key", "value"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )

@@ -124,18 +124,27 @@ def test_bytes_of_states(monkeypatch):
 
 @pytest.mark.parametrize("kind", FEW)
 @pytest.mark.parametrize("converses", [False, True])
-def test_a_rehearsal_on_meta_counts_what_a_rollout_holds(kind, converses):
+def test_a_rehearsal_on_meta_counts_what_a_rollout_holds(kind, converses, monkeypatch):
     model = build_hybrid(kind)
     every = tuple(range(97))
     engine = RolloutEngine(model, sampling(max_new_tokens=60, eos_ids=every if converses else ()), 6)
     engine.attention_path, engine.converses = "torch", converses
     prompts = [[3] * 30, [4] * 30]
 
+    engine.generate([[3, 4]], 2, seed=0)  # asks whether the model fits
+    step, caches = engine_module.Decoder.step, set()
+    held = lambda: [ledger.categories[name] for name in (CATEGORY, "KV cache")]
+    look = lambda self: (step(self), caches.add((*held(), self.continues)))
+    monkeypatch.setattr(engine_module.Decoder, "step", look)
+
     def peak(run):
-        with Ledger() as ledger, ledger.phase("it") as found:
+        nonlocal ledger
+        with Ledger() as ledger:
             ledger.ignore(*model.parameters(), *model.buffers())
             run()
-        return found
+        return ledger.peak
+
+    ledger = None
 
     def real():
         if converses:
@@ -146,9 +155,8 @@ def test_a_rehearsal_on_meta_counts_what_a_rollout_holds(kind, converses):
     expected = peak(real)
     model.to("meta")
     found = peak(lambda: engine.rehearse(30, 60, 6, 3, prompts=2))
-    assert found.categories[CATEGORY] == expected.categories[CATEGORY]
-    assert found.categories["KV cache"] == expected.categories["KV cache"]
-    assert found.bytes == pytest.approx(expected.bytes, rel=0.05)
+    assert len(caches) == 1  # at any step of both
+    assert found == pytest.approx(expected, rel=0.05)
 
 
 def test_a_step_that_fails_on_its_way_is_run_again_from_the_same_states(monkeypatch):
