@@ -42,10 +42,10 @@ class Descender:
 
     Args:
         predict: the planner's.
-        experts: bytes in 4 bits of those that can wait in host memory; 0 where the model has none.
+        experts: whether the model has some that can wait in host memory.
     """
 
-    def __init__(self, predict: Callable[[Recipe], Prediction], experts: int = 0):
+    def __init__(self, predict: Callable[[Recipe], Prediction], experts: Callable[[], bool] = lambda: False):
         self.predict, self.experts = predict, experts
         self._refused: dict[tuple[str, Any], bool] = {}
 
@@ -82,12 +82,11 @@ class Descender:
 
     def _hopeless(self, recipe: Recipe, found: Prediction, left: list[Rung], budget: int) -> Rung | None:
         """The rung of what alone fills the budget, weights in 16 bits or experts: no other gets anywhere without it."""
-        for key, size in (("quantization", found.categories.get("base weights", 0)), ("expert_offload", self.experts)):
-            for rung in left:
-                needed = rung.key == key and size > _FULL * budget and self._possible(recipe, rung)
-                if needed and saves(key, rung.value, setting(recipe, key)):
-                    return rung
-        return None
+        if found.categories.get("base weights", 0) <= _FULL * budget:
+            return None
+        rungs = [rung for rung in left if rung.key in ("quantization", "expert_offload")]
+        possible = (rung for rung in rungs if saves(rung.key, rung.value, setting(recipe, rung.key)))
+        return next((rung for rung in possible if self._possible(recipe, rung)), None)
 
     def bottom(self, recipe: Recipe) -> Lowered:
         """With every rung of its ladder that saves something."""
@@ -97,7 +96,7 @@ class Descender:
     def _possible(self, recipe: Recipe, rung: Rung) -> bool:
         """Whether the model has what the rung changes: MLPs that can be tiled, a head that NF4 can block, experts."""
         if rung.key == "expert_offload":
-            return self.experts > 0 and recipe.quantization == "nf4"
+            return recipe.quantization == "nf4" and self.experts()
         if rung.key not in ("mlp_tile", "head_dtype"):
             return True
         kind = (rung.key, None if rung.key == "mlp_tile" else rung.value)

@@ -35,7 +35,9 @@ def with_places(recipe: Recipe, found: Prediction, layers: list[ExpertLayer], bu
     # What a place takes in every phase; the second is of a layer that has no experts left without one.
     size = lambda places: sum(min(places, layer.experts) * layer.bytes for layer in layers)
     if found.peak + size(experts) <= budget:
-        return with_setting(recipe, KEY, OFF), _with(found, size(experts))
+        whole = _with(found, size(experts))
+        host = {name: size for name, size in found.host.items() if name != "weights"}
+        return with_setting(recipe, KEY, OFF), replace(whole, host=host)
     room = max(found.peak, _FULL * budget)
     places = next(n for n in range(experts, -1, -1) if found.peak + size(n) <= room)
     return with_setting(recipe, KEY, experts - places), _with(found, size(places))

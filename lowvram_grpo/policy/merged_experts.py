@@ -7,14 +7,13 @@ memory. Here its rules say what goes where, and what is merged is read one matri
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lowvram_grpo.policy.stored_weights import STATE, MXFP4Experts, Stacked, StoredNF4
 from lowvram_grpo.policy.text_model import text_name
 
 if TYPE_CHECKING:
@@ -23,24 +22,6 @@ if TYPE_CHECKING:
     from lowvram_grpo.policy.checkpoint import CheckpointSource, StoredTensor
 
 _INDEX = re.compile(r"\.(\d+)(?=\.)")
-
-
-class Stacked(ABC):
-    """A 3-D parameter (E, ...) that is read one expert at a time."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @abstractmethod
-    def expert(self, index: int) -> Any:
-        """(rows, columns) of one expert, on the CPU; or its matrices in 4 bits, where they are stored so."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self.expert(i) for i in range(self.shape[0]))
-
-    def __call__(self) -> Stacked:
-        """Nothing is read yet."""
-        return self
 
 
 @dataclass(frozen=True)
@@ -97,6 +78,23 @@ def merge(model: PreTrainedModel, source: CheckpointSource) -> CheckpointSource:
             merged[place] = made
             gone.update(name for each in names for name in each)
     return type(source)({**{n: t for n, t in source.tensors.items() if n not in gone}, **merged})
+
+
+def unpacked(source: CheckpointSource, kind: str) -> CheckpointSource:
+    """`source`, which is stored in `kind` (nf4 or mxfp4), with each of its weights under its own name."""
+    tensors: dict[str, Any] = dict(source.tensors)
+    for name in source.tensors:
+        if kind == "nf4" and name.endswith(STATE):
+            weight = name.removesuffix(STATE)
+            beside = {n[len(weight) + 1 :]: t for n, t in source.tensors.items() if n.startswith(f"{weight}.")}
+            for part in beside:
+                del tensors[f"{weight}.{part}"]
+            tensors[weight] = StoredNF4(source.tensors[weight], beside)
+        elif kind == "mxfp4" and name.endswith("_blocks"):
+            weight = name.removesuffix("_blocks")
+            blocks, scales = tensors.pop(name), tensors.pop(f"{weight}_scales")
+            tensors[weight] = MXFP4Experts(blocks, scales)
+    return type(source)(tensors)
 
 
 def _stacks(rule: Any) -> bool:

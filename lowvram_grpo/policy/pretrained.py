@@ -23,11 +23,10 @@ from lowvram_grpo.policy.accounting import account, lacking
 from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source, converts, places
 from lowvram_grpo.policy.experts import experts_of
 from lowvram_grpo.policy.gguf import load_gguf
-from lowvram_grpo.policy.merged_experts import merge
+from lowvram_grpo.policy.merged_experts import merge, unpacked
 from lowvram_grpo.policy.quantization import check_stored, quantization_name, streamed_quantization
 from lowvram_grpo.policy.quantized_experts import quantize_experts
 from lowvram_grpo.policy.refusals import beside_a_model
-from lowvram_grpo.policy.stored_weights import unpacked
 from lowvram_grpo.policy.stream import materialize, skeleton
 from lowvram_grpo.policy.text_model import KEY_MAPPING, text_name
 from lowvram_grpo.recipe.expert_offload import OFF

@@ -18,9 +18,11 @@ Memory of a layer while it runs: K and V of a group expanded to P + G (P + T) to
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -288,12 +290,12 @@ def _check_packing(decoder: nn.Module, device: torch.device) -> None:
         raise Unsupported(f"attn_implementation is {asked}, not sdpa")
     stateful = bool(recurrent_layers(decoder))
     if stateful and not CONTINUES:
-        raise Unsupported("its layers with a state cannot go on from a prompt's before transformers 5.17")
+        raise Unsupported("in this transformers its layers cannot go on from a prompt's state (5.17 can)")
     if stateful and not recomputed_with_layout(decoder):
         raise Unsupported("its layers do not hand on what they are told, and would be recomputed without it")
     prompts, completions, p = [2, 2, 1], [3, 1, 2], 2
     layout = PrefixLayout(prompts, completions, [2, 1], width=5, prompt_width=p, device=device)
-    ids = torch.ones(3, 5, dtype=torch.long, device=device)
+    ids = torch.arange(1, 6, device=device).expand(3, 5) % decoder.config.get_text_config().vocab_size
     with layout_attention(decoder, keep=True):
         states = packed_states(decoder, ids, layout)
         check_calls(decoder, layout)
@@ -316,6 +318,7 @@ def _check_states(
 
 
 _SUPPORT = SupportCheck(_check_packing)
+_TOLD: WeakSet[nn.Module] = WeakSet()  # models that cannot, of which `auto` has said so
 
 
 def packed_tokens(prompt_lengths: Sequence[int], completion_lengths: Sequence[int], group_sizes: Sequence[int]) -> int:
@@ -350,4 +353,9 @@ def shared_groups(
     reason = why_not(model)
     if reason and setting == "on":
         raise UserError(f"shared_prefix is on, but {reason}; set it to auto or off.")
+    if reason and model not in _TOLD and not next(model.parameters()).is_meta:
+        _TOLD.add(model)
+        warnings.warn(
+            f"each prompt goes through the model once for each of its completions, because {reason}.", stacklevel=2
+        )
     return None if reason else group_sizes

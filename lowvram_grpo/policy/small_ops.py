@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from lowvram_grpo.errors import UserError
+from lowvram_grpo.policy.delta_rule import replace_recurrences
 from lowvram_grpo.policy.gated_mlps import give_mlps, replace_mlps
 from lowvram_grpo.policy.norms import give_norms, replace_norms
 from lowvram_grpo.policy.rotary import give_ropes, replace_ropes
-from lowvram_grpo.policy.trials import MODES, passes_trial, wanted
+from lowvram_grpo.policy.trials import MODES, model_dtypes, passes_trial, wanted
 
 KINDS = ("rms_norm", "swiglu", "rope")
 # A kind's two ways in: for a block, to be undone at its end; and for the model's life, with a gradient.
@@ -50,6 +51,7 @@ def fast_modules(model: nn.Module, enabled: str = "auto") -> Iterator[dict[str, 
         with torch.no_grad():
             for kind in _kinds(model, enabled):
                 counts[kind] = _REPLACE[kind](model, undo)
+            replace_recurrences(model, enabled, undo)
         yield counts
 
 
@@ -75,8 +77,6 @@ def _kinds(model: nn.Module, enabled: str, autocast: torch.dtype | None = None, 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if enabled == "off" or (enabled == "auto" and device.type != "cuda"):
         return []
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} | ({autocast} - {None})
-    if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        dtypes.add(torch.get_autocast_dtype("cuda"))
+    dtypes = model_dtypes(model, device, autocast)
     asked = [kind for kind in KINDS if wanted(kind + suffix, enabled)]
     return [kind for kind in asked if all(passes_trial(kind + suffix, device, dtype) for dtype in dtypes)]

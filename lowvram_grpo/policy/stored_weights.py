@@ -10,34 +10,59 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lowvram_grpo.kernels.quantized import BLOCK, STATISTICS_BLOCK
-from lowvram_grpo.policy.merged_experts import Stacked
 
-if TYPE_CHECKING:
-    from lowvram_grpo.policy.checkpoint import CheckpointSource, StoredTensor
-
-_STATE = ".quant_state.bitsandbytes__nf4"
+STATE = ".quant_state.bitsandbytes__nf4"
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _BIAS = 127  # of the exponents
+
+
+class Stored(Protocol):
+    """A tensor in a file, read when it is called."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __call__(self) -> Tensor: ...
+
+
+class Stacked(ABC):
+    """A 3-D parameter (E, ...) that is read one expert at a time."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def expert(self, index: int) -> Any:
+        """(rows, columns) of one expert, on the CPU; or its matrices in 4 bits, where they are stored so."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.expert(i) for i in range(self.shape[0]))
+
+    def __call__(self) -> Stacked:
+        """Nothing is read yet."""
+        return self
 
 
 @dataclass(frozen=True)
 class StoredNF4:
     """A matrix in bitsandbytes' NF4: its packed bytes, and by bitsandbytes' names what belongs to them."""
 
-    packed: StoredTensor
-    beside: dict[str, StoredTensor]
+    packed: Stored
+    beside: dict[str, Stored]
 
     @cached_property
     def _numbers(self) -> dict[str, Any]:
-        return json.loads(bytes(self.beside[_STATE[1:]]().tolist()))
+        return json.loads(bytes(self.beside[STATE[1:]]().tolist()))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,7 +99,7 @@ class MXFP4Experts(Stacked):
     """A 3-D parameter (E, in, out) that is stored as blocks (E, out, in / 32, 16), two numbers a byte, the first in the
     low bits, and their exponents (E, out, in / 32)."""
 
-    def __init__(self, blocks: StoredTensor, scales: StoredTensor):
+    def __init__(self, blocks: Stored, scales: Stored):
         self.blocks, self.scales = blocks, scales
         count, rows, groups, size = blocks.shape
         self.shape, self.dtype = (count, groups * size * 2, rows), torch.bfloat16
@@ -84,20 +109,3 @@ class MXFP4Experts(Stacked):
         blocks, exponents = self.blocks()[index], self.scales()[index].to(torch.int32) - _BIAS
         numbers = torch.stack([table[(blocks & 15).long()], table[(blocks >> 4).long()]], -1)
         return torch.ldexp(numbers.flatten(2), exponents[..., None]).flatten(1).t().contiguous()
-
-
-def unpacked(source: CheckpointSource, kind: str) -> CheckpointSource:
-    """`source`, which is stored in `kind` (nf4 or mxfp4), with each of its weights under its own name."""
-    tensors: dict[str, Any] = dict(source.tensors)
-    for name in source.tensors:
-        if kind == "nf4" and name.endswith(_STATE):
-            weight = name.removesuffix(_STATE)
-            beside = {n[len(weight) + 1 :]: t for n, t in source.tensors.items() if n.startswith(f"{weight}.")}
-            for part in beside:
-                del tensors[f"{weight}.{part}"]
-            tensors[weight] = StoredNF4(source.tensors[weight], beside)
-        elif kind == "mxfp4" and name.endswith("_blocks"):
-            weight = name.removesuffix("_blocks")
-            blocks, scales = tensors.pop(name), tensors.pop(f"{weight}_scales")
-            tensors[weight] = MXFP4Experts(blocks, scales)
-    return type(source)(tensors)

@@ -21,11 +21,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_grpo.errors import UserError, some
 from lowvram_grpo.kernels.quantized import quantize_statistics
-from lowvram_grpo.policy.merged_experts import Stacked
 from lowvram_grpo.policy.packed import host_of, send_home
 from lowvram_grpo.policy.quantization import bitsandbytes_config
 from lowvram_grpo.policy.quantized_experts import empty_experts, fill, product_shape, quantized_experts
-from lowvram_grpo.policy.stored_weights import StoredNF4
+from lowvram_grpo.policy.stored_weights import Stacked, StoredNF4
 from lowvram_grpo.policy.weight_stream import streamed_modules
 from lowvram_grpo.recipe.expert_offload import OFF
 

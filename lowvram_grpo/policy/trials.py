@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowvram_grpo.errors import is_out_of_memory
 from lowvram_grpo.kernels.card import card
@@ -22,6 +22,15 @@ from lowvram_grpo.kernels.layer import ops as layer_ops
 from lowvram_grpo.kernels.layer.nf4_dense import dense_nf4
 from lowvram_grpo.kernels.layer.ops import rms_norm, rms_norm_ref, rope, rope_ref, swiglu, swiglu_ref
 from lowvram_grpo.kernels.quantized import Int8Weight, NF4Weight
+from lowvram_grpo.kernels.recurrent.delta_chunks import Inputs, delta_rule_tokens
+from lowvram_grpo.kernels.recurrent.delta_rule import gated_delta_rule
+from lowvram_grpo.kernels.recurrent.delta_step import gated_delta_step, gated_delta_step_ref
+from lowvram_grpo.kernels.recurrent.short_conv import (
+    causal_conv,
+    causal_conv_ref,
+    causal_conv_step,
+    causal_conv_step_ref,
+)
 from lowvram_grpo.kernels.runtime import trial
 
 MODES = ("auto", "on", "off")
@@ -29,10 +38,14 @@ MODES = ("auto", "on", "off")
 # that no card can overturn. int8_head moves 1 byte a weight where the product by tiles moves 5; rms_norm is one launch
 # for 7, swiglu one for 2, rope one for 10, and sample two for some hundred, which read the logits once where operators
 # read them some eight times.
+# A gated delta rule keeps a few states where transformers' function keeps some thirty tensors of the size of queries,
+# in any form of ours, and 2 launches a segment are for 6 a chunk and forty more; its step is one launch for thirty and
+# moves a state twice where they move it eight times; a short convolution is one for five.
 # Whether a product of ours is faster than bitsandbytes' or cuBLAS' own does not follow from counting, so those wait for
 # a card: benchmarks/calibrate.py proposes changes to this list from measured rows.
 EXPECTED_FASTER: tuple[str, ...] = (
     "int8_head", "rms_norm", "swiglu", "rope", "sample", "rms_norm_grad", "swiglu_grad", "rope_grad", "nf4_dense",
+    "delta_rule", "delta_rule_grad", "delta_step", "short_conv", "short_conv_grad",
 )  # fmt: skip
 
 
@@ -47,6 +60,14 @@ def usable(kind: str, device: torch.device, enabled: str) -> bool:
     if device.type == "meta" and enabled == "auto":
         return False
     return wanted(kind, enabled) and passes_trial(kind, device, torch.float32 if kind == "sample" else _half(device))
+
+
+def model_dtypes(model: nn.Module, device: torch.device, autocast: torch.dtype | None) -> set[torch.dtype]:
+    """Those that passes of a model on `device` are computed in, by its weights and autocast (or the one that is on)."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} | ({autocast} - {None})
+    if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        dtypes.add(torch.get_autocast_dtype("cuda"))
+    return dtypes
 
 
 def _half(device: torch.device) -> torch.dtype:
@@ -146,6 +167,8 @@ def _and_gradients(function: Callable, arguments: tuple, trained: int) -> Tensor
     inputs = [x.detach().clone().requires_grad_() for x in arguments[:trained]]
     outs = function(*inputs, *arguments[trained:])
     outs = [outs] if isinstance(outs, Tensor) else list(outs)
+    if not trained:
+        return torch.cat([out.flatten().float() for out in outs])
     dys = [out.detach().flip(0) for out in outs]
     return torch.cat([x.detach().flatten().float() for x in (*outs, *torch.autograd.grad(outs, inputs, dys))])
 
@@ -155,6 +178,53 @@ def _nf4_dense(x: Tensor) -> tuple[Tensor, Tensor]:
 
     packed, state = quantize_4bit(x[0].flatten(), quant_type="nf4", blocksize=64, compress_statistics=True)
     return dense_nf4(packed, state, x.dtype), dequantize_4bit(packed, state).view(state.shape)
+
+
+def _delta_rule(x: Tensor, *, trained: bool) -> tuple[Tensor, Tensor]:
+    """Both tiles, over more chunks than a segment has, the last one short, and two value heads a key head."""
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for width, seed in ((48, 1), (128, 2)):
+        q, k, v, state = (random_numbers(1, *s, seed=seed + i).to(x) for i, s in enumerate(_delta_shapes(width)))
+        gates = random_numbers(1, 75, 2, 2, seed=seed).to(x)
+        given = q, k, v, -gates[..., 0].float().abs() / 8, gates[..., 1].sigmoid(), state.float()
+        for results, function in zip(found, (gated_delta_rule, _tokens)):
+            results.append(_and_gradients(function, given, 6 if trained else 0))
+    return torch.cat(found[0]), torch.cat(found[1])
+
+
+def _delta_shapes(width: int) -> list[tuple[int, ...]]:
+    return [(75, 1, width), (75, 1, width), (75, 2, 40), (2, width, 40)]
+
+
+def _tokens(*given: Tensor) -> tuple[Tensor, Tensor]:
+    return delta_rule_tokens(Inputs(*given[:5]), given[5])
+
+
+def _delta_step(x: Tensor) -> tuple[Tensor, Tensor]:
+    """States of two sizes; what was read of each, and what has become of it."""
+    found: list[list[Tensor]] = [[], []]
+    for width in (64, 128):
+        q, k, v = (random_numbers(3, heads, width, seed=heads).to(x) for heads in (1, 1, 2))
+        gates, state = random_numbers(3, 2, 2, seed=5).to(x), random_numbers(3, 2, width, width, seed=6).to(x.device)
+        for results, step in zip(found, (gated_delta_step, gated_delta_step_ref)):
+            own = state.clone()
+            out = step(q, k + q, v, -gates[..., 0].float().abs(), gates[..., 1].sigmoid(), own)
+            results += [out.flatten().float(), own.flatten()]
+    return torch.cat(found[0]), torch.cat(found[1])
+
+
+def _short_conv(x: Tensor, *, trained: bool) -> tuple[Tensor, Tensor]:
+    """Filters of 3 and 4 taps over tokens in both orders of memory; and the step, which has no gradient."""
+    found: list[list[Tensor]] = [[], []]
+    for taps, act in ((3, None), (4, "silu")):
+        weight, state = random_numbers(64, taps, seed=taps).to(x), x[1, :, :taps].mT.contiguous()
+        for seen in (x[0].mT, x[0].mT.contiguous()):
+            for results, conv in zip(found, (causal_conv, causal_conv_ref)):
+                results.append(_and_gradients(conv, (seen, weight, None, act), 1 if trained else 0))
+        for results, step in zip(found, (causal_conv_step, causal_conv_step_ref)):
+            own = state.clone()
+            results += [step(x[0, :, 0], own, weight, weight[:, 0], act).flatten().float(), own.flatten().float()]
+    return torch.cat(found[0]), torch.cat(found[1])
 
 
 # Of each kind, from random numbers (3, 4, 5, 64) of the device and dtype in question: what the kernel finds, and what
@@ -171,4 +241,9 @@ TRIALS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "swiglu_grad": _with_gradients(layer_gradients.swiglu, swiglu_ref, lambda x: (x, x + 1), 2),
     "rope_grad": _with_gradients(layer_gradients.rope, rope_ref, lambda x: (x, x[:, :1], x[:, 0], x[:, 1]), 2),
     "nf4_dense": _nf4_dense,
+    "delta_rule": partial(_delta_rule, trained=False),
+    "delta_rule_grad": partial(_delta_rule, trained=True),
+    "delta_step": _delta_step,
+    "short_conv": partial(_short_conv, trained=False),
+    "short_conv_grad": partial(_short_conv, trained=True),
 }

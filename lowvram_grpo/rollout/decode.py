@@ -127,7 +127,9 @@ class Decoder:
         self._inputs: dict[str, Tensor] = {}
         self._weights = stream_of(causal_lm)
         self.continues, self._skipped = False, False
-        self._graphs = StepGraphs(self._forward, rows, enabled=settings.graphs, put_back=self._put_states_back)
+        # A graph takes no copies from memory that is not page-locked.
+        graphs = settings.graphs and (self._weights is None or self._weights.locked)
+        self._graphs = StepGraphs(self._forward, rows, enabled=graphs, put_back=self._put_states_back)
 
     # Between steps: the host moves rows and prompts about
 

@@ -22,6 +22,7 @@ from lowvram_grpo.policy.attention import layout_attention
 from lowvram_grpo.policy.attention_choice import kernel_of
 from lowvram_grpo.policy.long_rope import settled_rotary
 from lowvram_grpo.policy.quantized_experts import quantized_experts
+from lowvram_grpo.policy.recurrent import recurrent_layers
 from lowvram_grpo.policy.small_ops import fast_modules
 from lowvram_grpo.policy.trials import usable
 from lowvram_grpo.policy.wrapper import unwrap
@@ -176,7 +177,10 @@ class RolloutEngine:
         if self.rows is None or self.group is None or group >= self.group:
             return self.rows
         longest = max(map(len, prompts))
-        return rows_within(self.rows, self.group, group, len(prompts), longest, sampling.max_new_tokens)
+        return rows_within(
+            self.rows, self.group, group, len(prompts), longest, sampling.max_new_tokens,
+            states=bool(recurrent_layers(unwrap(self.model))),
+        )  # fmt: skip
 
     def stream(self, prompt_ids: list[int], *, seed: int, sampling: Sampling | None = None) -> Iterator[int]:
         """The ids of one completion as they are drawn, its end token included. The KV cache is gone when the iterator

@@ -48,15 +48,23 @@ def slots_for(rows: int, group: int, prompts: int, prompt_length: int = 0, lengt
     return min(prompts, rows, -(-rows // group) + spare)
 
 
-def rows_within(rows: int, planned_group: int, group: int, prompts: int, prompt_length: int, length: int) -> int:
+def rows_within(
+    rows: int, planned_group: int, group: int, prompts: int, prompt_length: int, length: int, *, states: bool = False
+) -> int:
     """How many rows take no more of a cache with `group` completions a prompt than `rows` do with `planned_group`.
 
     Args:
         prompt_length, length: the longest prompt and completion, in tokens.
+        states: prompts and rows have a state each, too, which is as large as any other.
     """
-    tokens = lambda n, g: n * length + slots_for(n, g, prompts, prompt_length, length) * prompt_length
-    budget = rows * length + slots_for(rows, planned_group, rows, prompt_length, length) * prompt_length
-    return next((n for n in range(rows, 1, -1) if tokens(n, group) <= budget), 1)
+
+    def held(n: int, g: int, of: int) -> tuple[int, int]:
+        slots = slots_for(n, g, of, prompt_length, length)
+        return n * length + slots * prompt_length, states * (n + slots)
+
+    budget = held(rows, planned_group, rows)
+    fits = lambda n: all(need <= given for need, given in zip(held(n, group, prompts), budget))
+    return next((n for n in range(rows, 1, -1) if fits(n)), 1)
 
 
 class Scheduler:

@@ -119,7 +119,7 @@ def test_layers_are_known_by_what_they_ask_of_a_cache(kind):
 
 def test_what_cannot_go_on_from_a_state_takes_the_plain_path(monkeypatch):
     monkeypatch.setattr("lowvram_grpo.policy.shared_prefix.CONTINUES", False)
-    assert "cannot go on from a prompt's" in why_not(build_hybrid("Qwen3_5"))
+    assert "cannot go on from a prompt's state" in why_not(build_hybrid("Qwen3_5"))
 
 
 def test_a_state_that_is_dropped_is_noticed(monkeypatch):

@@ -124,7 +124,9 @@ def test_models_that_cannot_share_say_why():
     alibi = FalconForCausalLM(FalconConfig(vocab_size=41, alibi=True, **small))
     assert why_not(alibi) and alibi.config._attn_implementation == "sdpa"
     asked = [5, 5], [9, 9], [2]
-    assert shared_groups("auto", eager, *asked) is None
+    with pytest.warns(UserWarning, match=r"once for each of its completions, because .* eager, not sdpa") as said:
+        assert shared_groups("auto", eager, *asked) is shared_groups("auto", eager, *asked) is None
+    assert len(said) == 1
     with pytest.raises(UserError, match=r"shared_prefix is on, but .* eager, not sdpa; set it to auto or off"):
         shared_groups("on", eager, *asked)
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from passes import adapted, micro_batch, tiny, training_pass
 from peft import LoraConfig
+from streamed_policies import CPU, SIZES, assert_same_bits, loaded, policy, saved_model
 from torch import nn
 
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.policy import window
+from lowvram_grpo.policy.adapter import restore_adapter
 from lowvram_grpo.policy.build import attach_lora
-from lowvram_grpo.policy.checkpointing import checkpoint_activations, tile_mlps
+from lowvram_grpo.policy.checkpointing import checkpoint_activations
 from lowvram_grpo.policy.embeddings import QuantizedTable
-from lowvram_grpo.policy.fused_lora import fuse_lora
-from lowvram_grpo.policy.load import bitsandbytes_config, load_causal_lm
 from lowvram_grpo.policy.offload import offloaded_activations
 from lowvram_grpo.policy.reference import Reference
 from lowvram_grpo.policy.shared_prefix import why_not
@@ -24,8 +24,6 @@ from lowvram_grpo.policy.stream import materialize, meta_source, skeleton
 from lowvram_grpo.policy.weight_stream import stream_of, stream_weights, streamed_indices
 from lowvram_grpo.policy.wrapper import unwrap
 
-CPU = torch.device("cpu")
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 5}
 KINDS = ("float32", "bfloat16", "nf4", "int8")
 COUNTS = (1, 2, 3, 5)
 
@@ -49,37 +47,7 @@ def poisoned(monkeypatch):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny("Llama", **SIZES).save_pretrained(folder)
-    return str(folder)
-
-
-def loaded(folder, kind, **settings):
-    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
-    config = None if kind in ("float32", "bfloat16") else bitsandbytes_config(kind, dtype)
-    return load_causal_lm(folder, device=CPU, dtype=dtype, quantization_config=config, **settings)
-
-
-def policy(base, n=0, fused=True, tile=None, reentrant=False):
-    torch.manual_seed(7)
-    model = adapted(base)
-    if n:
-        stream_weights(model, n, CPU)
-    if tile:
-        tile_mlps(model, tile)
-    checkpoint_activations(model, {"use_reentrant": reentrant})
-    if fused:
-        fuse_lora(model, nf4_kernel=False)
-    return model
-
-
-def assert_same_bits(ours, theirs):
-    (a, grads), (b, others) = ours, theirs
-    assert torch.equal(a.logps, b.logps)
-    assert grads.keys() == others.keys() and len(grads) == 70
-    for name, grad in others.items():
-        assert torch.equal(grads[name], grad), name
-        assert grad.abs().sum() > 0
+    return saved_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -98,6 +66,7 @@ def test_log_probs_and_gradients_are_bit_for_bit_those_of_resident_weights(saved
     "settings",
     [
         {"fused": False}, {"tile": 8}, {"tile": 8, "fused": False}, {"reentrant": True}, {"offload": True},
+        {"around": True}, {"around": True, "reentrant": True}, {"around": True, "fused": False},
         {"shared": True}, {"shared": True, "tile": 8, "offload": True},
     ],
     ids=lambda settings: "-".join(settings),
@@ -156,6 +125,27 @@ def test_the_reference_is_the_adapter_switched_off_or_a_second_one(saved):
         assert torch.equal(found[0], found[1])
 
 
+def test_dora_and_pissa_read_the_base_as_well(saved, tmp_path):
+    for more in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        passes = []
+        for count in (0, 4):
+            torch.manual_seed(0)
+            base = loaded(saved, "float32", weight_offload=count or "off")
+            model = attach_lora(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], **more))
+            if count:
+                stream_weights(model, count, CPU)
+            checkpoint_activations(model)
+            if "init_lora_weights" in more:
+                if not count:  # the start of another machine, in whose place the base gives up another part
+                    for name, start in model.changed_base.initial.items():
+                        start.mul_(-1 if "layers.2" in name else 1)
+                    model.save_pretrained(tmp_path)
+                restore_adapter(model, str(tmp_path), "default")
+            passes.append(training_pass(model))
+        assert torch.equal(passes[1][0].logps, passes[0][0].logps)
+        assert all(torch.equal(passes[1][1][name], grad) for name, grad in passes[0][1].items())
+
+
 def test_trained_copies_of_norms_stay_and_are_trained(saved):
     passes = []
     for count in (0, 4):
@@ -195,89 +185,6 @@ def _dense(weight):
     return weight.rows(torch.arange(weight.shape[0]), out)
 
 
-def test_a_layer_is_copied_once_a_pass_and_backwards_on_the_way_back(saved, monkeypatch):
-    monkeypatch.undo()  # without poison, slots keep what they hold
-    model = policy(loaded(saved, "float32"), 5)
-    model.train()
-    copied, fetch = [], window.Window._fetch
-
-    def spy(self, i):
-        before = self._held[i % 2]
-        fetch(self, i)
-        copied.extend([i] if before != i else [])
-
-    monkeypatch.setattr(window.Window, "_fetch", spy)
-    loss = model(input_ids=micro_batch()[0]).logits.square().mean()
-    assert copied == [2, 3, 4]  # the first two have been there since the start
-    loss.backward()
-    assert copied == [2, 3, 4, 2, 1, 0]  # the last two still were
-    copied.clear()
-    with torch.no_grad():
-        for _ in range(2):
-            model(input_ids=micro_batch()[0])
-    # Behind the last layers, those come that the next pass begins with.
-    assert copied == [2, 3, 4, 1, 0] * 2
-
-
-@pytest.mark.parametrize("where", ["forward", "backward", "scoring"])
-def test_a_copy_that_fails_is_an_error_and_the_next_pass_is_right(saved, where, monkeypatch):
-    """Each copy of a pass in turn; whatever is copied instead would be another layer's weights."""
-    monkeypatch.undo()
-    expected = training_pass(policy(loaded(saved, "nf4")))
-    model = policy(loaded(saved, "nf4", weight_offload=5), 5)
-    training_pass(model)
-    copies, fetch = Failing(monkeypatch), 0
-    while True:
-        fetch += 1
-        copies.arm(fetch, only_back=where == "backward")
-        try:
-            if where == "scoring":
-                with torch.no_grad():
-                    model(input_ids=micro_batch()[0])
-            else:
-                training_pass(model)
-        except torch.OutOfMemoryError:
-            pass
-        failed = copies.failed
-        copies.disarm()
-        assert_same_bits(training_pass(model), expected)
-        if not failed:
-            break
-    assert fetch > 3
-
-
-class Failing:
-    """Has the n-th copy into a slot from now on raise, half done."""
-
-    def __init__(self, monkeypatch):
-        self.left, self.failed, self.only_back = None, False, False
-        fetch = window.Window._fetch
-
-        def failing(inner, i):
-            if inner._held[i % 2] != i and self.left is not None:
-                in_backward = torch._C._current_graph_task_id() != -1
-                self.left -= in_backward or not self.only_back
-                if self.left == 0:
-                    self.left, self.failed, copy = None, True, torch.Tensor.copy_
-
-                    def broken(to, source, *args, **kwargs):
-                        copy(to[: len(to) // 2], source[: len(to) // 2])
-                        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-                    with pytest.MonkeyPatch.context() as patch:
-                        patch.setattr(torch.Tensor, "copy_", broken)
-                        return fetch(inner, i)
-            return fetch(inner, i)
-
-        monkeypatch.setattr(window.Window, "_fetch", failing)
-
-    def arm(self, n, only_back):
-        self.left, self.failed, self.only_back = n, False, only_back
-
-    def disarm(self):
-        self.left = None
-
-
 @pytest.mark.parametrize("kind", ["none", "nf4"])
 def test_the_ledger_sees_the_rest_and_two_slots_and_the_host_apart(kind):
     """On meta, where memory is planned: loading too, of which no moment holds more than that and a linear layer."""
@@ -300,6 +207,11 @@ def test_the_ledger_sees_the_rest_and_two_slots_and_the_host_apart(kind):
             assert len(stream.layers) == count and stream.locked and len(stream.parts) == len(stream.sizes) == count
             assert host[count] == {"weights": stream.bytes}
             assert held[count]["streamed weights"] == 2 * max(stream.sizes)
+            slots = {slot.untyped_storage()._cdata for slot in stream._window.slots}
+            for weight in (p for i in stream.layers for p in model.model.layers[i].parameters()):
+                state = getattr(weight, "quant_state", None)
+                for part in [weight] + ([state.absmax, state.offset, state.state2.absmax] if state else []):
+                    assert part.untyped_storage()._cdata in slots
             gone = sum(map(sum, stream.parts))
             assert held[count]["base weights"] == held[0]["base weights"] - gone
             # One linear layer at a time is on the device in 16 bits, and packed.

@@ -99,3 +99,5 @@ def test_fewer_completions_a_prompt_take_fewer_rows_in_the_same_cache():
     assert rows_within(16, 8, 1, 64, 100, 30) < 8
     assert rows_within(16, 8, 1, 2, 100, 30) == 16  # there are but two prompts
     assert rows_within(16, 8, 1, 64, 1, 300) == 15
+    # As many states as 16 rows and 4 prompts have: 10 rows of a prompt each.
+    assert rows_within(16, 8, 1, 64, 1, 300, states=True) == 10

@@ -8,8 +8,10 @@ from models import build, with_lora
 
 from lowvram_grpo.policy import window
 from lowvram_grpo.policy.weight_stream import stream_of, stream_weights
+from lowvram_grpo.rollout.decode import Decoder, DecodeSettings
 from lowvram_grpo.rollout.engine import RolloutEngine
 from lowvram_grpo.rollout.sampler import Sampling
+from lowvram_grpo.rollout.schedule import Scheduler
 
 PROMPTS = [[5, 6, 7, 8, 9, 4, 3, 11, 12], [10], [11, 12, 13], [7] * 12, [9, 8]]
 DRAWN = Sampling(max_new_tokens=7, eos_ids=(1,), pad_id=0)
@@ -107,3 +109,15 @@ def test_a_step_settles_where_it_may_be_a_graph(monkeypatch):
     expected = RolloutEngine(model_of(0), DRAWN).generate(PROMPTS, 2, seed=1).completion_ids
     assert RolloutEngine(model, DRAWN).generate(PROMPTS, 2, seed=1).completion_ids == expected
     assert len(seen) >= 2 * 7 and all(held == [0, 1] for held in seen)
+
+
+def test_memory_that_is_not_locked_makes_no_graphs():
+    for locked in (True, False):
+        model = model_of(3)
+        stream_of(model).locked = locked
+        settings = DecodeSettings(graphs=True)
+        decoder = Decoder(
+            model.get_base_model(), DRAWN, Scheduler([1], 2, 2), [[5]], 2, seed=0, device=torch.device("cpu"),
+            settings=settings,
+        )  # fmt: skip
+        assert decoder.captures == locked

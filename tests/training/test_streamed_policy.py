@@ -7,11 +7,11 @@ import torch
 from conftest import Quiet, digit_share, make_model, make_tokenizer
 from peft import LoraConfig
 
-from lowvram_grpo import GRPOTrainer
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.policy import window
 from lowvram_grpo.policy.load import bitsandbytes_config
 from lowvram_grpo.policy.weight_stream import stream_of
+from lowvram_grpo.training.trainer import GRPOTrainer
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5}
 
