@@ -28,7 +28,7 @@ _EPS = tl.constexpr(1e-6) if HAS_TRITON else 1e-6
 
 @jit
 def load_part(ptr, token, length, stride, first, width, BLOCK: tl.constexpr):
-    """Entries first .. first + BLOCK of rows of queries or keys, (tokens, BLOCK), as they are stored; zeros elsewhere."""
+    """Entries first .. first + BLOCK of rows of queries or keys, (tokens, BLOCK), as stored; zeros elsewhere."""
     d = first + tl.arange(0, BLOCK)
     mask = (token < length)[:, None] & (d < width)[None, :]
     return tl.load(ptr + token[:, None] * stride + d[None, :], mask=mask, other=0.0)

@@ -236,7 +236,7 @@ def _step_kernel(
 
 
 def compile_cases(cc: int) -> list[CompileCase]:
-    """Filters of 3 and 4 taps with their usual activations, both ways, and the step; channels or tokens side by side."""
+    """Filters of 3 and 4 taps with their usual activations, both ways, and the step; channels or tokens adjacent."""
     cases = []
     ways = product(("fp16", "fp32") if cc < 80 else ("bf16", "fp16", "fp32"), ((3, False), (4, True)), (False, True))
     for x, (taps, silu), back in ways:

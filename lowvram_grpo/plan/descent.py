@@ -42,10 +42,10 @@ class Descender:
 
     Args:
         predict: the planner's.
-        experts: bytes in 4 bits of those that can wait in host memory; 0 where the model has none.
+        experts: whether the model has some that can wait in host memory.
     """
 
-    def __init__(self, predict: Callable[[Recipe], Prediction], experts: int = 0):
+    def __init__(self, predict: Callable[[Recipe], Prediction], experts: Callable[[], bool] = lambda: False):
         self.predict, self.experts = predict, experts
         self._refused: dict[tuple[str, Any], bool] = {}
 
@@ -96,7 +96,7 @@ class Descender:
     def _possible(self, recipe: Recipe, rung: Rung) -> bool:
         """Whether the model has what the rung changes: MLPs that can be tiled, a head that NF4 can block, experts."""
         if rung.key == "expert_offload":
-            return self.experts > 0 and recipe.quantization == "nf4"
+            return recipe.quantization == "nf4" and self.experts()
         if rung.key not in ("mlp_tile", "head_dtype"):
             return True
         kind = (rung.key, None if rung.key == "mlp_tile" else rung.value)

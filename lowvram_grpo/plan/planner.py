@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lowvram_grpo.memory.cards import typical
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lowvram_grpo.plan.prediction import Prediction
     from lowvram_grpo.plan.reward_models import Judge
     from lowvram_grpo.plan.streaming import Layers, Streaming
+    from lowvram_grpo.policy.experts import ExpertLayer
     from lowvram_grpo.recipe.config import GRPOConfig
     from lowvram_grpo.recipe.resolve import Recipe
 
@@ -134,10 +136,16 @@ class Planner:
         self.longest_prompt, self.card = longest_prompt, card
         self._known: dict[str, Prediction] = {}
         self._judges: dict[tuple[str, int], Judge] = {}
+        self._descender = Descender(self.predict, lambda: bool(self.experts))
+
+    @cached_property
+    def experts(self) -> list[ExpertLayer]:
+        """Layers of the model whose experts can wait in host memory."""
+        if self.config is None:  # predictions come from elsewhere
+            return []
         from lowvram_grpo.policy.experts import expert_layers
 
-        self.experts = expert_layers(self.config)
-        self._descender = Descender(self.predict, experts=sum(e.experts * e.bytes for e in self.experts))
+        return expert_layers(self.config)
 
     def predict(self, recipe: Recipe, *, exact: bool = False) -> Prediction:
         """Peaks of the longest step of `recipe`.
@@ -233,6 +241,8 @@ class Planner:
 
     def _placed(self, plan: Plan) -> Plan:
         """With a number in the place of an automatic expert_offload."""
+        if setting(plan.recipe, "expert_offload") != AUTO:
+            return plan
         from lowvram_grpo.plan.experts import with_places
 
         recipe, found = with_places(plan.recipe, plan.prediction, self.experts, plan.budget)
@@ -248,7 +258,7 @@ class Planner:
         lowered = Lowered(first, found, ())
         streams = may_stream(recipe)
         at_once = streams and (by_a_person(recipe, "weight_offload") or hopeless(first, found, budget))
-        at_once &= not self.experts  # which wait by themselves, one by one
+        at_once = at_once and not self.experts  # which wait by themselves, one by one
         if found.peak > budget and not at_once:
             lowered = self._descender.descend(first, budget)
         if lowered.prediction.peak <= budget or not streams:

@@ -82,10 +82,10 @@ class Layers(NamedTuple):
         else:
             worth = "products take longer than the bus, so streaming costs nothing"
         return (
-            f"weight_offload: {self.streamed} of {self.of} layers wait in host memory, {self.bytes / _GIB:.2f} GiB over "
-            f"the bus in each pass ({self.seconds:.2f} s at {_speed(self.card)}). Modelled, not measured: {self.rows} "
-            f"completions at once are sampled at {self.tokens:.0f} tokens a second; {worth}. A step takes about "
-            f"{self.step:.0f} s, {self.resident:.0f} s on a card that held all layers."
+            f"weight_offload: {self.streamed} of {self.of} layers wait in host memory, {self.bytes / _GIB:.2f} GiB "
+            f"over the bus in each pass ({self.seconds:.2f} s at {_speed(self.card)}). Modelled, not measured: "
+            f"{self.rows} completions at once are sampled at {self.tokens:.0f} tokens a second; {worth}. A step takes "
+            f"about {self.step:.0f} s, {self.resident:.0f} s on a card that held all layers."
         )
 
     def as_json(self) -> dict[str, Any]:

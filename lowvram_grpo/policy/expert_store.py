@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_grpo.errors import UserError
-from lowvram_grpo.memory.host import host_buffer
+from lowvram_grpo.memory.host import host_buffer, locked_size
 from lowvram_grpo.memory.ledger import counted_as, held_on_host
 from lowvram_grpo.policy.expert_records import Layout
 
@@ -170,8 +170,8 @@ class StoredExperts:
 
 def _together(size: int, experts: int) -> int:
     """Neighbouring experts that share a piece of host memory."""
-    waste = lambda n: (1 << (n * size - 1).bit_length()) / (n * size)
-    return min(range(1, min(_TOGETHER, experts) + 1), key=waste)
+    taken = lambda n: experts // n * locked_size(n * size) + locked_size(experts % n * size)
+    return min(range(1, min(_TOGETHER, experts) + 1), key=taken)
 
 
 def _piece(size: int, device: torch.device) -> Tensor:

@@ -103,7 +103,7 @@ def test_a_30b_of_experts_fits_small_cards(card, waiting):
     assert plan.recipe.training["expert_offload"] in waiting
     assert plan.prediction.peak > 0.88 * plan.budget
     assert plan.fetching.host == pytest.approx(29.0e9 * 0.516, rel=0.01)
-    assert plan.prediction.host["weights"] == pytest.approx(plan.fetching.host, rel=0.05)  # locked in powers of two
+    assert plan.prediction.host["weights"] == pytest.approx(plan.fetching.host, rel=0.08)  # locked in powers of two
     assert f"{plan.fetching.waiting} of 128 experts a layer wait" in plan.fetching.words
     assert "not measured" in plan.fetching.words and plan.as_json()["experts"]["waiting"] in waiting
 

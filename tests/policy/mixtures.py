@@ -48,7 +48,11 @@ CPU = torch.device("cpu")
 def mixture(family, seed=0, **overrides):
     kind, settings = MIXTURES[family]
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(kind(**{**SIZES, **settings, **overrides})).eval()
+    model = AutoModelForCausalLM.from_config(kind(**{**SIZES, **settings, **overrides}))
+    for name, parameter in model.named_parameters():
+        if "bias" in name:  # they start as zeros, which a mix-up would not show in
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
 
 
 def loaded(folder, quantization="nf4", **given):

@@ -76,6 +76,8 @@ def test_what_is_there_is_not_fetched_and_the_longest_unused_makes_room():
     assert visit(5) == 1  # in the place of 0, the first of those that were used together
     assert visit(1, 2, 5) == 0
     assert visit(0) == 1
+    visit = store_of(places=3)
+    assert [visit(expert) for expert in (0, 1, 2, 0, 5, 0, 1)] == [1, 1, 1, 0, 1, 0, 1]
 
 
 def test_no_expert_makes_room_for_another_of_the_same_pass():

@@ -16,6 +16,7 @@ from lowvram_grpo.policy.adapter import load_adapter
 from lowvram_grpo.policy.build import attach_lora
 from lowvram_grpo.policy.checkpoint import can_stream, checkpoint_source
 from lowvram_grpo.policy.checkpointing import checkpoint_activations
+from lowvram_grpo.policy.experts import router_loss_of
 from lowvram_grpo.policy.merged_experts import merge
 from lowvram_grpo.policy.quantized_experts import names, quantized_experts
 from lowvram_grpo.policy.stream import materialize, skeleton
@@ -95,16 +96,18 @@ def test_an_experts_bits_are_those_of_a_linear_layer_in_4_bits(tmp_path, family)
                         assert torch.equal(a.flatten(), b.flatten())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "qwen3_moe"])
-def test_what_from_pretrained_merges_is_streamed_to_the_same(tmp_path, family):
+@pytest.mark.parametrize("family", MIXTURES)
+def test_what_from_pretrained_merges_is_streamed_to_the_same(tmp_path, family, monkeypatch):
     """Stored one by one (qwen3_moe, and mixtral under other names), or in one tensor of another name (granitemoe)."""
     folder, dense = saved(tmp_path, family)
-    again = loaded(folder, "none")
+    with monkeypatch.context() as patched:
+        patched.setattr("lowvram_grpo.policy.load.load_whole", None)
+        again, quantized = loaded(folder, "none"), loaded(folder)
     assert dense.state_dict().keys() == again.state_dict().keys()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in dense.state_dict().items())
     # What only from_pretrained can load is brought to 4 bits afterwards.
     whole = loaded(folder, init_kwargs={"use_safetensors": True})
-    for (_, a), (_, b) in zip(quantized_experts(loaded(folder)), quantized_experts(whole), strict=True):
+    for (_, a), (_, b) in zip(quantized_experts(quantized), quantized_experts(whole), strict=True):
         assert torch.equal(a.home.records, b.home.records)
 
 
@@ -187,3 +190,29 @@ def test_16_bit_weights_compute_in_their_dtype(tmp_path):
     half = module(hidden.bfloat16(), index, torch.full((7, 2), 0.5, dtype=torch.bfloat16))
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), out, atol=0.05, rtol=0.05)
+
+
+def test_named_shared_experts_are_meant_by_their_names(tmp_path):
+    """peft would take gate_proj of Qwen3-Next for the experts', which are no parameters here."""
+    folder, _ = saved(tmp_path, "qwen3_next")
+    model = adapted(loaded(folder), ["q_proj", "gate_proj", "up_proj", "down_proj"])
+    trained = {n.partition(".lora_")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert sum("shared_expert." in name for name in trained) == 6
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_adapter(loaded(folder), str(tmp_path / "adapter"))
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_the_routers_loss_and_its_gradient_with_experts_in_4_bits(tmp_path):
+    folder, _ = saved(tmp_path, "qwen3_moe")
+    base, found = loaded(folder), []
+    for causal_lm in (eager_twin(folder, base), base):
+        model = adapted(causal_lm)
+        router = router_loss_of(causal_lm, 0.1)
+        with router.watched() as passes:
+            causal_lm.model(input_ids=IDS, use_cache=False)
+        loss = router.loss(passes[-1], torch.ones_like(IDS))
+        found.append((loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    assert max(gradient.abs().max() for gradient in found[1][1:]) > 1e-4

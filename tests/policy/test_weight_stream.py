@@ -13,6 +13,7 @@ from torch import nn
 from lowvram_grpo.errors import UserError
 from lowvram_grpo.memory.ledger import Ledger
 from lowvram_grpo.policy import window
+from lowvram_grpo.policy.adapter import restore_adapter
 from lowvram_grpo.policy.build import attach_lora
 from lowvram_grpo.policy.checkpointing import checkpoint_activations
 from lowvram_grpo.policy.embeddings import QuantizedTable
@@ -122,6 +123,27 @@ def test_the_reference_is_the_adapter_switched_off_or_a_second_one(saved):
             with reference.active() as other, torch.no_grad():
                 found.append(other(input_ids=micro_batch()[0]).logits)
         assert torch.equal(found[0], found[1])
+
+
+def test_dora_and_pissa_read_the_base_as_well(saved, tmp_path):
+    for more in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        passes = []
+        for count in (0, 4):
+            torch.manual_seed(0)
+            base = loaded(saved, "float32", weight_offload=count or "off")
+            model = attach_lora(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], **more))
+            if count:
+                stream_weights(model, count, CPU)
+            checkpoint_activations(model)
+            if "init_lora_weights" in more:
+                if not count:  # the start of another machine, in whose place the base gives up another part
+                    for name, start in model.changed_base.initial.items():
+                        start.mul_(-1 if "layers.2" in name else 1)
+                    model.save_pretrained(tmp_path)
+                restore_adapter(model, str(tmp_path), "default")
+            passes.append(training_pass(model))
+        assert torch.equal(passes[1][0].logps, passes[0][0].logps)
+        assert all(torch.equal(passes[1][1][name], grad) for name, grad in passes[0][1].items())
 
 
 def test_trained_copies_of_norms_stay_and_are_trained(saved):
