@@ -9,5 +9,5 @@ from tests.masked_cuda.record import ROOT
 
 pytestmark = [skip_unless_possible(), pytest.mark.full]
 GPU = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/gpu/test_*.py"))
-INSIDE = functions([*GPU, "tests/masked_cuda/check_rollouts.py"])
+INSIDE = functions([*GPU, "tests/masked_cuda/check_rollouts.py", "tests/masked_cuda/check_hybrids.py"])
 there, test_on_the_mask, test_every_launch_is_a_case_of_the_compile_gate, _ = masked("9.0", INSIDE)

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from passes import COMPLETIONS, GROUPS, PROMPTS, assert_same, micro_batch, training_pass
 
 from lowvram_grpo.memory.ledger import Ledger
@@ -17,6 +18,7 @@ from lowvram_grpo.policy.recurrent import attending_layers, recurrent_layers
 from lowvram_grpo.policy.shared_prefix import shared_groups, why_not
 from lowvram_grpo.policy.training_ops import fewer_launches
 from lowvram_grpo.policy.wrapper import unwrap
+from lowvram_grpo.rollout import support
 from tests.rollout.hybrids import FEW, HYBRIDS, build_hybrid, with_adapter
 
 LENGTHS = {"prompt_lengths": PROMPTS, "completion_lengths": COMPLETIONS}
@@ -125,3 +127,29 @@ def test_what_cannot_go_on_from_a_state_takes_the_plain_path(monkeypatch):
 def test_a_state_that_is_dropped_is_noticed(monkeypatch):
     monkeypatch.setattr(recurrent.States, "expanded", lambda self, rows: recurrent.States())
     assert "give others behind a shared prompt" in why_not(build_hybrid("Lfm2"))
+
+
+@pytest.mark.parametrize(
+    "kind,settings,reason",
+    [
+        (
+            "Zamba2",
+            {
+                "layers_block_type": ["linear_attention", "hybrid"], "hybrid_layer_ids": [1], "n_mamba_heads": 4,
+                "mamba_headdim": 16, "mamba_d_state": 8, "mamba_ngroups": 1, "num_mem_blocks": 1,
+            },
+            "do not say which they are",
+        ),
+        ("MiniMax", {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}, "kind linear_attention"),
+        ("Jamba", {"attn_layer_period": 2, "mamba_dt_rank": 4}, "0 of its 1 layers with a state go by a given layout"),
+    ],
+)  # fmt: skip
+def test_layers_that_keep_their_states_elsewhere_are_refused_in_words(kind, settings, reason):
+    sizes = {
+        "vocab_size": 41, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "pad_token_id": 0,
+        "num_key_value_heads": 4, "num_hidden_layers": 2,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **settings})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for asked in (why_not, support.why_not):
+        assert reason in asked(model)
