@@ -24,12 +24,12 @@ from lowvram_grpo.kernels.recurrent.delta_kernels import (
 )
 from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, jit, tl
 
-CHUNK_WARPS = 4
+CHUNK_WARPS = 8
 ROW_TOKENS, ROW_WARPS = 16, 4  # of a program that goes from unit rows to rows
 _constant = tl.constexpr if HAS_TRITON else int
 _CHUNK = _constant(CHUNK)
 _SLICE = _constant(SLICE)
-_PART = _constant(32)  # of the width of rows
+_PART = _constant(16)  # of the width of rows, at a time
 _WIDEST = _constant(WIDEST)
 _ROW_TOKENS = _constant(ROW_TOKENS)
 _EPS = tl.constexpr(1e-6) if HAS_TRITON else 1e-6
@@ -62,8 +62,8 @@ def back_scan_kernel(
     dstate1 = dstate0
     if TWO:
         dstate1 = load_slice(dstate_ptr, _SLICE, width, column, v_width)
-    for step in range(0, chunks):
-        chunk = chunks - 1 - step
+    chunk = chunks - 1
+    while chunk >= 0:  # Triton 3.6 interprets no range of a runtime length
         at = row * chunks + chunk
         store_slice(dstates_ptr + at * width * v_width, dstate0, 0, width, column, v_width)
         if TWO:
@@ -73,7 +73,6 @@ def back_scan_kernel(
         g = load_numbers(g_ptr, token, length, g_token)
         beta = load_numbers(beta_ptr, token, length, beta_token)
         G, whole = sums_until(g, _CHUNK), tl.sum(g, 0)
-        q_norm = tl.load(norms_ptr + at * 2 * _CHUNK + i)
         k_norm = tl.load(norms_ptr + at * 2 * _CHUNK + _CHUNK + i)
         du = rows_by(k_ptr, token, length, k_token, 0, width, dstate0, PRECISION)
         if TWO:
@@ -83,31 +82,36 @@ def back_scan_kernel(
         dout = dout.to(tl.float32)
         du += tl.dot(tl.load(attention_ptr + at * _CHUNK * _CHUNK + square), dout, input_precision=PRECISION)
         dright = tl.dot(tl.load(inverse_ptr + at * _CHUNK * _CHUNK + square), du, input_precision=PRECISION)
-        tl.store(dright_ptr + (at * _CHUNK + i[:, None]) * v_width + column[None, :], dright, mask=inside)
-        by_key, by_out = -beta * tl.exp(G) * k_norm, scale * tl.exp(G) * q_norm
+        place = dright_ptr + at * _CHUNK * v_width
+        tl.store(place + i[:, None] * v_width + column[None, :], dright, mask=inside)
+        factor = -beta * tl.exp(G) * k_norm
         dstate0 *= tl.exp(whole)
-        dstate0 += rows_into(k_ptr, token, length, k_token, 0, width, by_key, dright, PRECISION)
-        dstate0 += rows_into(q_ptr, token, length, q_token, 0, width, by_out, dout, PRECISION)
+        dstate0 += rows_into(k_ptr, token, length, k_token, 0, width, factor, dright, PRECISION)
         if TWO:
             dstate1 *= tl.exp(whole)
-            dstate1 += rows_into(k_ptr, token, length, k_token, _SLICE, width, by_key, dright, PRECISION)
-            dstate1 += rows_into(q_ptr, token, length, q_token, _SLICE, width, by_out, dout, PRECISION)
+            dstate1 += rows_into(k_ptr, token, length, k_token, _SLICE, width, factor, dright, PRECISION)
+        # Read again: kept from above, it would take registers that are not there.
+        dout = tl.load(dout_ptr + token[:, None] * dout_token + column[None, :], mask=inside, other=0.0)
+        dout = dout.to(tl.float32)
+        factor = scale * tl.exp(G) * tl.load(norms_ptr + at * 2 * _CHUNK + i)
+        dstate0 += rows_into(q_ptr, token, length, q_token, 0, width, factor, dout, PRECISION)
+        if TWO:
+            dstate1 += rows_into(q_ptr, token, length, q_token, _SLICE, width, factor, dout, PRECISION)
+        chunk -= 1
     store_slice(dstate_ptr, dstate0, 0, width, column, v_width)
     if TWO:
         store_slice(dstate_ptr, dstate1, _SLICE, width, column, v_width)
 
 
 @jit
-def back_chunk_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, attention_ptr, norms_ptr, states_ptr, dstates_ptr, solved_ptr, dright_ptr,
-    dout_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, dbeta_ptr, length, chunks, heads, group, width, v_width, scale,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
-    beta_batch, beta_token, beta_head, dout_batch, dout_token, dout_head, dv_batch, dv_token, dv_head,
-    dg_batch, dg_token, dg_head, dbeta_batch, dbeta_token, dbeta_head,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+def back_pairs_kernel(
+    k_ptr, v_ptr, g_ptr, beta_ptr, inverse_ptr, attention_ptr, norms_ptr, solved_ptr, dright_ptr, dout_ptr, dv_ptr,
+    sums_ptr, length, chunks, heads, group, width, v_width, scale,
+    k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head, beta_batch, beta_token, beta_head,
+    dout_batch, dout_token, dout_head, dv_batch, dv_token, dv_head, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients to what a chunk reads; those to q and k are to unit rows, a value head each, (B, tokens, Hv, Dk)
-    float32. Program: a chunk, a value head."""
+    """What goes back through P and A: gradients to q_i.k_j in the place of P, to k_i.k_j in that of (I + A)^-1, those
+    to v, and what G and beta get of it, (B Hv, chunks, 2, 32). Program: a chunk, a value head."""
     chunk = tl.program_id(0)
     row = tl.program_id(1)
     b = (row // heads).to(tl.int64)
@@ -115,11 +119,8 @@ def back_chunk_kernel(
     i = tl.arange(0, _CHUNK)
     token = chunk * _CHUNK + i
     at = row.to(tl.int64) * chunks + chunk
-    states_ptr += at * width * v_width
-    dstates_ptr += at * width * v_width
     solved_ptr += at * _CHUNK * v_width
     dright_ptr += at * _CHUNK * v_width
-    q_ptr += b * q_batch + h // group * q_head
     k_ptr += b * k_batch + h // group * k_head
     v_ptr += b * v_batch + h * v_head
     dout_ptr += b * dout_batch + h * dout_head
@@ -128,7 +129,8 @@ def back_chunk_kernel(
     dp = tl.zeros((_CHUNK, _CHUNK), tl.float32)
     da = tl.zeros((_CHUNK, _CHUNK), tl.float32)
     dbeta = tl.zeros((_CHUNK,), tl.float32)
-    for first in range(0, v_width, COLUMNS):
+    first = 0
+    while first < v_width:
         column = first + tl.arange(0, COLUMNS)
         inside = (token < length)[:, None] & (column < v_width)[None, :]
         part = i[:, None] * v_width + column[None, :]
@@ -141,28 +143,75 @@ def back_chunk_kernel(
         da -= tl.dot(dright, u, input_precision=PRECISION)
         dout = tl.load(dout_ptr + token[:, None] * dout_token + column[None, :], mask=inside, other=0.0)
         dp += tl.dot(dout.to(tl.float32), u, input_precision=PRECISION)
+        first += COLUMNS
+    keys = tl.zeros((_CHUNK, _CHUNK), tl.float32)
+    first = 0
+    while first < width:
+        k = load_part(k_ptr, token, length, k_token, first, width, _PART)
+        keys += tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        first += _PART
+    k_norm = tl.load(norms_ptr + at * 2 * _CHUNK + _CHUNK + i)
+    G = sums_until(load_numbers(g_ptr + b * g_batch + h * g_head, token, length, g_token), _CHUNK)
+    between = decays(G, G, i[:, None] >= i[None, :])
+    square = at * _CHUNK * _CHUNK + i[:, None] * _CHUNK + i[None, :]
+    pairs = dp * tl.load(attention_ptr + square)
+    tl.store(attention_ptr + square, dp * between * scale)
+    da = tl.where(i[:, None] > i[None, :], da * between, 0.0)
+    tl.store(inverse_ptr + square, da * beta[:, None])
+    keys *= da * k_norm[:, None] * k_norm[None, :]
+    pairs += keys * beta[:, None]
+    tl.store(sums_ptr + at * 2 * _CHUNK + i, tl.sum(pairs, 1) - tl.sum(pairs, 0))
+    tl.store(sums_ptr + at * 2 * _CHUNK + _CHUNK + i, dbeta + tl.sum(keys, 1))
+
+
+@jit
+def back_chunk_kernel(
+    q_ptr, k_ptr, g_ptr, beta_ptr, inverse_ptr, attention_ptr, norms_ptr, states_ptr, dstates_ptr, solved_ptr,
+    dright_ptr, dout_ptr, sums_ptr, dq_ptr, dk_ptr, dg_ptr, dbeta_ptr, length, chunks, heads, group, width, v_width,
+    scale, q_batch, q_token, q_head, k_batch, k_token, k_head, g_batch, g_token, g_head,
+    beta_batch, beta_token, beta_head, dout_batch, dout_token, dout_head, dg_batch, dg_token, dg_head,
+    dbeta_batch, dbeta_token, dbeta_head, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What goes back through states, and all of it together: gradients to unit rows of q and k, a value head each, (B,
+    tokens, Hv, Dk) float32, and those to g and beta. Program: a chunk, a value head."""
+    chunk = tl.program_id(0)
+    row = tl.program_id(1)
+    b = (row // heads).to(tl.int64)
+    h = (row % heads).to(tl.int64)
+    i = tl.arange(0, _CHUNK)
+    token = chunk * _CHUNK + i
+    at = row.to(tl.int64) * chunks + chunk
+    states_ptr += at * width * v_width
+    dstates_ptr += at * width * v_width
+    solved_ptr += at * _CHUNK * v_width
+    dright_ptr += at * _CHUNK * v_width
+    inverse_ptr += at * _CHUNK * _CHUNK
+    attention_ptr += at * _CHUNK * _CHUNK
+    q_ptr += b * q_batch + h // group * q_head
+    k_ptr += b * k_batch + h // group * k_head
+    dout_ptr += b * dout_batch + h * dout_head
+    dq_ptr += (b * length * heads + h) * width
+    dk_ptr += (b * length * heads + h) * width
     G = load_numbers(g_ptr + b * g_batch + h * g_head, token, length, g_token)
     whole = tl.sum(G, 0)
     G = sums_until(G, _CHUNK)
-    between = decays(G, G, i[:, None] >= i[None, :])
-    pairs = dp * tl.load(attention_ptr + at * _CHUNK * _CHUNK + i[:, None] * _CHUNK + i[None, :])
-    dp *= between * scale
-    unscaled = tl.where(i[:, None] > i[None, :], da * between, 0.0)
-    both = unscaled * beta[:, None]
-    both += tl.trans(both)
-    keys = tl.zeros((_CHUNK, _CHUNK), tl.float32)
+    beta = load_numbers(beta_ptr + b * beta_batch + h * beta_head, token, length, beta_token)
     q_norm = tl.load(norms_ptr + at * 2 * _CHUNK + i)
     k_norm = tl.load(norms_ptr + at * 2 * _CHUNK + _CHUNK + i)
     out_decay = tl.zeros((_CHUNK,), tl.float32)
     key_decay = tl.zeros((_CHUNK,), tl.float32)
     end_decay = tl.zeros((_CHUNK,), tl.float32)
     across = tl.zeros((COLUMNS,), tl.float32)
-    for begin in range(0, width, _PART):
+    square = i[:, None] * _CHUNK + i[None, :]
+    flipped = i[:, None] + i[None, :] * _CHUNK
+    begin = 0
+    while begin < width:
         d = begin + tl.arange(0, _PART)
         by_out = tl.zeros((_CHUNK, _PART), tl.float32)
         by_key = tl.zeros((_CHUNK, _PART), tl.float32)
         by_end = tl.zeros((_CHUNK, _PART), tl.float32)
-        for first in range(0, v_width, COLUMNS):
+        first = 0
+        while first < v_width:
             column = first + tl.arange(0, COLUMNS)
             inside = (token < length)[:, None] & (column < v_width)[None, :]
             part = i[:, None] * v_width + column[None, :]
@@ -177,29 +226,32 @@ def back_chunk_kernel(
             across += tl.sum(state * dstate, 1)
             u = tl.load(solved_ptr + part, mask=inside, other=0.0)
             by_end += tl.dot(u, dstate, input_precision=PRECISION)
+            first += COLUMNS
         by_out *= (tl.exp(G) * scale)[:, None]
         by_key *= tl.exp(G)[:, None]
         by_end *= tl.exp(whole - G)[:, None]
-        q = load_part(q_ptr, token, length, q_token, begin, width, _PART).to(tl.float32) * q_norm[:, None]
-        out_decay += tl.sum(by_out * q, 1)
-        k = load_part(k_ptr, token, length, k_token, begin, width, _PART).to(tl.float32) * k_norm[:, None]
+        k = load_part(k_ptr, token, length, k_token, begin, width, _PART) * k_norm[:, None]
         key_decay += tl.sum(by_key * k, 1)
         end_decay += tl.sum(by_end * k, 1)
-        keys += tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        rows = ((b * length + token)[:, None] * heads + h) * width + d[None, :]
+        q = load_part(q_ptr, token, length, q_token, begin, width, _PART) * q_norm[:, None]
+        out_decay += tl.sum(by_out * q, 1)
+        by_end -= beta[:, None] * by_key
+        by_out += tl.dot(tl.load(attention_ptr + square), k, input_precision=PRECISION)
+        by_end += tl.dot(tl.load(attention_ptr + flipped), q, input_precision=PRECISION)
+        both = tl.load(inverse_ptr + square) + tl.load(inverse_ptr + flipped)
+        by_end += tl.dot(both, k, input_precision=PRECISION)
+        rows = token[:, None] * (heads * width) + d[None, :]
         there = (token < length)[:, None] & (d < width)[None, :]
-        tl.store(dq_ptr + rows, by_out + tl.dot(dp, k, input_precision=PRECISION), mask=there)
-        dk = by_end - beta[:, None] * by_key + tl.dot(tl.trans(dp), q, input_precision=PRECISION)
-        tl.store(dk_ptr + rows, dk + tl.dot(both, k, input_precision=PRECISION), mask=there)
-    keys *= unscaled
-    dbeta += tl.sum(keys, 1) - key_decay
-    pairs += keys * beta[:, None]
-    dG = out_decay - beta * key_decay - end_decay + tl.sum(pairs, 1) - tl.sum(pairs, 0)
+        tl.store(dq_ptr + rows, by_out, mask=there)
+        tl.store(dk_ptr + rows, by_end, mask=there)
+        begin += _PART
+    dG = tl.load(sums_ptr + at * 2 * _CHUNK + i) + out_decay - beta * key_decay - end_decay
     last = tl.exp(whole) * tl.sum(across, 0) + tl.sum(end_decay, 0)
     # G is a sum of all g before: a sum of all that come after, on the way back.
     dg = tl.sum(tl.where(i[:, None] >= i[None, :], dG[:, None], 0.0), 0) + last
     dg_ptr += b * dg_batch + h * dg_head
     tl.store(dg_ptr + token * dg_token, dg.to(dg_ptr.dtype.element_ty), mask=token < length)
+    dbeta = tl.load(sums_ptr + at * 2 * _CHUNK + _CHUNK + i) - key_decay
     dbeta_ptr += b * dbeta_batch + h * dbeta_head
     tl.store(dbeta_ptr + token * dbeta_token, dbeta.to(dbeta_ptr.dtype.element_ty), mask=token < length)
 
@@ -218,10 +270,12 @@ def back_rows_kernel(
     there = (token < length)[:, None] & (d < width)[None, :]
     total = tl.zeros((_ROW_TOKENS, _WIDEST), tl.float32)
     place = ((b * length + token)[:, None] * heads + h * group) * width + d[None, :]
-    for j in range(0, group):
+    j = 0
+    while j < group:
         total += tl.load(dunit_ptr + place + j * width, mask=there, other=0.0)
+        j += 1
     if NORMALIZE:
-        x = load_part(x_ptr + b * x_batch + h * x_head, token, length, x_token, 0, width, _WIDEST).to(tl.float32)
+        x = load_part(x_ptr + b * x_batch + h * x_head, token, length, x_token, 0, width, _WIDEST)
         r = tl.rsqrt(tl.sum(x * x, 1) + _EPS)[:, None]
         x *= r
         total = r * (total - x * tl.sum(total * x, 1)[:, None])
@@ -243,11 +297,16 @@ def compile_cases(cc: int) -> list[CompileCase]:
         cases.append(compile_case(name, back_scan_kernel, types, constants, SCAN_WARPS))
         if not two:  # the same for all widths
             continue
-        types = types_of(
-            x, ("q", "k", "v", "g", "beta", "dout", "dv", "dg", "dbeta"),
-            ("attention", "norms", "states", "dstates", "solved", "dright", "dq", "dk"), sizes,
-        )  # fmt: skip
         constants = {"COLUMNS": COLUMNS, "PRECISION": PRECISION}
+        types = types_of(
+            x, ("k", "v", "g", "beta", "dout", "dv"),
+            ("inverse", "attention", "norms", "solved", "dright", "sums"), sizes,
+        )  # fmt: skip
+        cases.append(compile_case(f"delta back pairs {x}", back_pairs_kernel, types, constants, CHUNK_WARPS))
+        types = types_of(
+            x, ("q", "k", "g", "beta", "dout", "dg", "dbeta"),
+            ("inverse", "attention", "norms", "states", "dstates", "solved", "dright", "sums", "dq", "dk"), sizes,
+        )  # fmt: skip
         cases.append(compile_case(f"delta back chunk {x}", back_chunk_kernel, types, constants, CHUNK_WARPS))
         types = types_of(x, ("x", "dx"), ("dunit",), ("length", "heads", "group", "width"))
         cases.append(compile_case(f"delta back rows {x}", back_rows_kernel, types, {"NORMALIZE": True}, ROW_WARPS))

@@ -13,10 +13,10 @@ from lowvram_grpo.kernels.runtime import HAS_TRITON, CompileCase, compile_case, 
 CHUNK = 32
 SLICE = 64  # rows of a state, a product
 WIDEST = 2 * SLICE  # key
-COLUMNS = 32  # of a state, a program
+COLUMNS = 16  # of a state, a program
 LEAST_CARD = 80  # compute capability
 PRECISION = "tf32"  # of products: of what had 16 bits, its 11 lose less than rounding the results will
-SYSTEM_WARPS, SCAN_WARPS = 2, 4
+SYSTEM_WARPS, SCAN_WARPS = 4, 8
 STRIDES = ("batch", "token", "head")
 _constant = tl.constexpr if HAS_TRITON else int
 _CHUNK = _constant(CHUNK)
@@ -28,10 +28,10 @@ _EPS = tl.constexpr(1e-6) if HAS_TRITON else 1e-6
 
 @jit
 def load_part(ptr, token, length, stride, first, width, BLOCK: tl.constexpr):
-    """Entries first .. first + BLOCK of rows of queries or keys, (tokens, BLOCK), as stored; zeros elsewhere."""
+    """Entries first .. first + BLOCK of rows of queries or keys, (tokens, BLOCK) float32; zeros elsewhere."""
     d = first + tl.arange(0, BLOCK)
     mask = (token < length)[:, None] & (d < width)[None, :]
-    return tl.load(ptr + token[:, None] * stride + d[None, :], mask=mask, other=0.0)
+    return tl.load(ptr + token[:, None] * stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @jit
@@ -59,14 +59,14 @@ def store_slice(ptr, x, first, width, column, v_width):
 @jit
 def rows_by(ptr, token, length, stride, first, width, state, PRECISION: tl.constexpr):
     """A slice of rows times a slice of a state: (tokens, columns)."""
-    rows = load_part(ptr, token, length, stride, first, width, _SLICE).to(tl.float32)
+    rows = load_part(ptr, token, length, stride, first, width, _SLICE)
     return tl.dot(rows, state, input_precision=PRECISION)
 
 
 @jit
 def rows_into(ptr, token, length, stride, first, width, factor, values, PRECISION: tl.constexpr):
     """What values (tokens, columns) add to a slice of a state, at rows times `factor` (tokens,)."""
-    rows = load_part(ptr, token, length, stride, first, width, _SLICE).to(tl.float32)
+    rows = load_part(ptr, token, length, stride, first, width, _SLICE)
     return tl.dot(tl.trans(rows), factor[:, None] * values, input_precision=PRECISION)
 
 
@@ -106,7 +106,6 @@ def _norms(squares, NORMALIZE: tl.constexpr):
 
 @jit
 def _squares(x):
-    x = x.to(tl.float32)
     return tl.sum(x * x, 1)
 
 
@@ -117,8 +116,8 @@ def systems_kernel(
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(I + A)^-1 and P of a chunk, (B Hv, chunks, 32, 32), and what makes unit rows of its queries and keys, (B Hv,
-    chunks, 2, 32), float32. Products are of rows as they are stored: exact in 16 bits. Program: a chunk, a value head.
-    """
+    chunks, 2, 32), float32. Products are of rows as they are stored, whose 16 bits TF32 takes as they are. Program: a
+    chunk, a value head."""
     chunk = tl.program_id(0)
     row = tl.program_id(1)
     b = (row // heads).to(tl.int64)
@@ -140,7 +139,8 @@ def systems_kernel(
     k1_squares = tl.zeros((_HALF,), tl.float32)
     q0_squares = tl.zeros((_HALF,), tl.float32)
     q1_squares = tl.zeros((_HALF,), tl.float32)
-    for first in range(0, width, _PART):
+    first = 0
+    while first < width:  # Triton 3.6 interprets no range of a runtime length
         k0 = load_part(k_ptr, t0, length, k_token, first, width, _PART)
         k1 = load_part(k_ptr, t1, length, k_token, first, width, _PART)
         a00 += tl.dot(k0, tl.trans(k0), input_precision=PRECISION)
@@ -155,6 +155,7 @@ def systems_kernel(
         k1_squares += _squares(k1)
         q0_squares += _squares(q0)
         q1_squares += _squares(q1)
+        first += _PART
     k0_norm, k1_norm = _norms(k0_squares, NORMALIZE), _norms(k1_squares, NORMALIZE)
     q0_norm, q1_norm = _norms(q0_squares, NORMALIZE), _norms(q1_squares, NORMALIZE)
     at = row.to(tl.int64) * chunks + chunk
@@ -220,7 +221,8 @@ def scan_kernel(
     state1 = state0
     if TWO:
         state1 = load_slice(state_ptr + row * width * v_width, _SLICE, width, column, v_width)
-    for chunk in range(0, chunks):
+    chunk = 0
+    while chunk < chunks:
         at = row * chunks + chunk
         if KEEP:
             store_slice(states_ptr + at * width * v_width, state0, 0, width, column, v_width)
@@ -239,7 +241,8 @@ def scan_kernel(
         right = beta[:, None] * (v - (tl.exp(G) * k_norm)[:, None] * known)
         u = tl.dot(tl.load(inverse_ptr + at * _CHUNK * _CHUNK + square), right, input_precision=PRECISION)
         if KEEP:
-            tl.store(solved_ptr + (at * _CHUNK + i[:, None]) * v_width + column[None, :], u, mask=inside)
+            place = solved_ptr + at * _CHUNK * v_width
+            tl.store(place + i[:, None] * v_width + column[None, :], u, mask=inside)
         if READ:
             out = rows_by(q_ptr, token, length, q_token, 0, width, state0, PRECISION)
             if TWO:
@@ -254,6 +257,7 @@ def scan_kernel(
         if TWO:
             state1 *= tl.exp(whole)
             state1 += rows_into(k_ptr, token, length, k_token, _SLICE, width, end, u, PRECISION)
+        chunk += 1
     if READ:
         store_slice(end_ptr + row * width * v_width, state0, 0, width, column, v_width)
         if TWO:

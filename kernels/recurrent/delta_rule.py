@@ -91,9 +91,8 @@ class _DeltaRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> tuple:
-        saved = ctx.saved_tensors  # once: a checkpoint recomputes them for whoever asks, and only the first time
-        *given, initial = saved[:6]
-        given, starts = Inputs(*given), [*saved[6:]]
+        q, k, v, g, beta, initial, *starts = ctx.saved_tensors  # once: activation checkpointing unpacks no second time
+        given = Inputs(q, k, v, g, beta)
         grads = Inputs(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given))
         # A copy: the kernels write over it.
         d_state = _state(given, None) if d_state is None else d_state.contiguous().clone()

@@ -21,7 +21,7 @@ _EPS = tl.constexpr(1e-6) if HAS_TRITON else 1e-6
 
 
 def uses_triton(*tensors: Tensor) -> bool:
-    """Whether the kernel runs on q, k, v, g, beta and the state: all on CUDA, dtypes and heads that it knows."""
+    """Whether the kernel runs on q, k, v, g, beta and state: all on CUDA, in dtypes and of widths that it knows."""
     plain = HAS_TRITON and all(x.is_cuda and x.dtype in _PLAIN for x in tensors)
     return plain and 0 < tensors[1].shape[-1] <= WIDEST
 

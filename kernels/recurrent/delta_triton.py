@@ -1,4 +1,4 @@
-"""A segment of the gated delta rule by the kernels: two launches forward, six back."""
+"""A segment of the gated delta rule by the kernels: two launches forward, seven back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lowvram_grpo.kernels.recurrent.delta_back_kernels import (
     ROW_TOKENS,
     ROW_WARPS,
     back_chunk_kernel,
+    back_pairs_kernel,
     back_rows_kernel,
     back_scan_kernel,
 )
@@ -133,12 +134,17 @@ def segment_backward(
             q, k, g, beta, inverse, attention, norms, d_out, d_state, d_states, d_right, **s.sizes,
             **_strides(q=q, k=k, g=g, beta=beta, dout=d_out), **s.scanning,
         )  # fmt: skip
+        sums = s.buffer(2, CHUNK)
+        back_pairs_kernel[s.by_chunk](
+            k, v, g, beta, inverse, attention, norms, solved, d_right, d_out, grads.v, sums, **s.sizes,
+            **_strides(k=k, v=v, g=g, beta=beta, dout=d_out, dv=grads.v), **s.columns, num_warps=CHUNK_WARPS,
+        )  # fmt: skip
         d_units = s.units_buffers()
         back_chunk_kernel[s.by_chunk](
-            q, k, v, g, beta, attention, norms, states, d_states, solved, d_right, d_out,
-            *d_units, grads.v, grads.g, grads.beta, **s.sizes,
-            **_strides(q=q, k=k, v=v, g=g, beta=beta, dout=d_out, dv=grads.v, dg=grads.g, dbeta=grads.beta),
-            **s.columns, num_warps=CHUNK_WARPS,
+            q, k, g, beta, inverse, attention, norms, states, d_states, solved, d_right, d_out, sums,
+            *d_units, grads.g, grads.beta, **s.sizes,
+            **_strides(q=q, k=k, g=g, beta=beta, dout=d_out, dg=grads.g, dbeta=grads.beta), **s.columns,
+            num_warps=CHUNK_WARPS,
         )  # fmt: skip
         for x, d_unit, grad in zip((q, k), d_units, grads):
             back_rows_kernel[(-(-s.length // ROW_TOKENS), s.key_heads, s.batch)](
@@ -154,4 +160,4 @@ def allocate(given: Inputs, normalize: bool, back: bool) -> None:
     kept = list(s.systems_buffers())
     if back:
         kept += [s.buffer(n, s.v_width) for n in (s.width, s.width, CHUNK, CHUNK)]
-        kept.append(s.units_buffers())
+        kept += [s.buffer(2, CHUNK), s.units_buffers()]
