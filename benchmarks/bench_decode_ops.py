@@ -10,6 +10,8 @@ Operations, in the shapes of Qwen2.5 and for R rows of one token:
     rope       q and k of a layer
     sample     a token a row from (R, V) logits, and its log-prob: temperature 1, ids without a token ruled out
     int8_head  (R, V) logits of (R, H) hidden states by a head in 8 bits
+    delta_step a token a row of a gated delta rule, its state updated, in the shapes of a Qwen3.5 of that size
+    conv_step  a token a row of the short convolution before it
 
 Providers: `fused`, `eager` (transformers' code; of `int8_head` the product by tiles, through a workspace of 64 MiB),
 and for norms `torch`, which is torch.nn.functional.rms_norm. A graph
@@ -38,6 +40,7 @@ from lowvram_grpo.kernels.decode.logits import linear_logits
 from lowvram_grpo.kernels.head import Head
 from lowvram_grpo.kernels.layer import ops as layer_ops
 from lowvram_grpo.kernels.quantized import BLOCK, Int8Weight
+from lowvram_grpo.kernels.recurrent import delta_step, short_conv
 from lowvram_grpo.kernels.runtime import HAS_TRITON
 from timing import timed
 from torch import Tensor
@@ -48,11 +51,11 @@ from lowvram_grpo.rollout import sampler
 from lowvram_grpo.rollout.noise import stream_key
 
 CALLS = 50
-OPS = ("rms_norm", "head_norm", "swiglu", "rope", "sample", "int8_head")
+OPS = ("rms_norm", "head_norm", "swiglu", "rope", "sample", "int8_head", "delta_step", "conv_step")
 PROVIDERS = {"rms_norm": ("eager", "torch", "fused"), "head_norm": ("eager", "torch", "fused")}
 KINDS = {
     "rms_norm": ("rms_norm", "head_norm"), "swiglu": ("swiglu",), "rope": ("rope",), "sample": ("sample",),
-    "int8_head": ("int8_head",),
+    "int8_head": ("int8_head",), "delta_step": ("delta_step",), "short_conv": ("conv_step",),
 }  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 EPS = 1e-6
@@ -68,13 +71,14 @@ class Shape(NamedTuple):
     head_dim: int
     vocab: int
     known: int
+    rule: tuple[int, int, int]  # key heads, value heads and their width, of a gated delta rule
 
 
 SHAPES = {
-    "qwen2.5-0.5b": Shape(896, 4864, 14, 2, 64, 151_936, 151_665),
-    "qwen2.5-1.5b": Shape(1536, 8960, 12, 2, 128, 151_936, 151_665),
-    "qwen2.5-7b": Shape(3584, 18_944, 28, 4, 128, 152_064, 151_665),
-    "dry": Shape(48, 72, 4, 2, 12, 300, 290),
+    "qwen2.5-0.5b": Shape(896, 4864, 14, 2, 64, 151_936, 151_665, (16, 16, 128)),
+    "qwen2.5-1.5b": Shape(1536, 8960, 12, 2, 128, 151_936, 151_665, (16, 16, 128)),
+    "qwen2.5-7b": Shape(3584, 18_944, 28, 4, 128, 152_064, 151_665, (16, 32, 128)),
+    "dry": Shape(48, 72, 4, 2, 12, 300, 290, (1, 2, 12)),
 }
 
 
@@ -94,6 +98,14 @@ def inputs_of(op: str, at: Shape, rows: int, dtype: torch.dtype, device: torch.d
         codes = torch.randint(-127, 128, (at.vocab, at.hidden), generator=g, device=device, dtype=torch.int8)
         scales = torch.rand(at.vocab, -(-at.hidden // BLOCK), generator=g, device=device).add_(0.5).div_(2000).half()
         return draw(rows, at.hidden), codes, scales
+    if op in ("delta_step", "conv_step"):
+        keys, values, width = at.rule
+        if op == "conv_step":
+            channels = (2 * keys + values) * width
+            return draw(rows, channels), draw(rows, channels, 4), draw(channels, 4)
+        q, k, v = (draw(rows, n, width) for n in (keys, keys, values))
+        gates = draw(rows, values, kind=torch.float32)
+        return q, k, v, -gates.abs(), gates.sigmoid().to(dtype), draw(rows, values, width, width, kind=torch.float32)
     keys = torch.tensor([stream_key(0, 0, i) for i in range(rows)], device=device)
     return 4 * draw(rows, at.vocab, kind=torch.float32), keys, torch.zeros_like(keys)
 
@@ -116,6 +128,11 @@ def call_of(op: str, provider: str, at: Shape, rows: int, device: torch.device) 
         return lambda x, weight: norm(x, weight, EPS)
     if op == "swiglu":
         return layer_ops.swiglu_triton if fused else layer_ops.swiglu_ref
+    if op == "delta_step":
+        return delta_step.gated_delta_step_triton if fused else delta_step.gated_delta_step_ref
+    if op == "conv_step":
+        step = short_conv.causal_conv_step_triton if fused else short_conv.causal_conv_step_ref
+        return lambda x, state, weight: step(x, state, weight, None, "silu")
     turn = layer_ops.rope_triton if fused else layer_ops.rope_ref
     return turn
 
@@ -128,8 +145,9 @@ def wrong(op: str, call: Callable, eager: Callable, inputs: tuple[Tensor, ...]) 
         same = int(alike.sum()) >= len(tokens) - 1 and (logps - right)[alike].abs().max() < 1e-4
         return None if same else "draws other tokens, or says other log-probs"
     flat = lambda found: (found if isinstance(found, Tensor) else torch.cat(found, 1)).float()
-    found, plain = flat(call(*inputs)), flat(eager(*inputs))
-    exact = flat(eager(*(x.float() if x.is_floating_point() else x for x in inputs)))
+    fresh = lambda: (x.clone() for x in inputs)  # states are updated in their place
+    found, plain = flat(call(*fresh())), flat(eager(*fresh()))
+    exact = flat(eager(*(x.float() if x.is_floating_point() else x for x in fresh())))
     error, allowed = ((x - exact).abs().max().item() for x in (found, plain))
     # The interpreter truncates where a GPU rounds.
     slack = 2.0**-6 * exact.abs().max().item() if inputs[0].device.type == "cpu" else 1e-6

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 ACTIVATIONS = (None, "silu", "swish")
 LONGEST = 8  # filter: its taps are unrolled
-_TOKENS, _CHANNELS = 8, 64  # of a program
+_TOKENS, _CHANNELS, _WARPS = 8, 64, 8  # of a program: two sums a thread, whose taps take registers
 _STEP_CHANNELS = 256
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -97,6 +97,10 @@ def causal_conv_back_triton(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor 
     return _launch(dy, x, weight, bias, act, back=True)
 
 
+def _dense(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
 def _launch(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, back: bool) -> Tensor:
     out = torch.empty_like(x)
     batch, channels, length = x.shape
@@ -106,8 +110,8 @@ def _launch(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: str
     if out.numel():
         with device_guard(x):
             _conv_kernel[grid](
-                dy, x, weight.contiguous(), bias, out, channels, length, **strides, TAPS=weight.shape[1],
-                SILU=act is not None, BACK=back, TOKENS=_TOKENS, CHANNELS=_CHANNELS, num_warps=4,
+                dy, x, weight.contiguous(), _dense(bias), out, channels, length, **strides, TAPS=weight.shape[1],
+                SILU=act is not None, BACK=back, TOKENS=_TOKENS, CHANNELS=_CHANNELS, num_warps=_WARPS,
             )  # fmt: skip
     return out
 
@@ -200,7 +204,7 @@ def causal_conv_step_triton(
     if out.numel():
         with device_guard(x):
             _step_kernel[(-(-channels // _STEP_CHANNELS), rows)](
-                x, state, weight.contiguous(), bias, out, channels, *x.stride(), *state.stride(),
+                x, state, weight.contiguous(), _dense(bias), out, channels, *x.stride(), *state.stride(),
                 TAPS=weight.shape[1], KEPT=state.shape[2], SILU=act is not None, CHANNELS=_STEP_CHANNELS, num_warps=4,
             )  # fmt: skip
     return out
@@ -248,7 +252,7 @@ def compile_cases(cc: int) -> list[CompileCase]:
         for dense in ("channel", "token"):  # Triton compiles anew for a stride of 1
             some = constants | {f"{name}_{dense}": 1 for name in ("dy", "x", "out")}
             name = f"short conv {'back ' if back else ''}{x} {taps} taps, {dense}s dense"
-            cases.append(compile_case(name, _conv_kernel, types, some))
+            cases.append(compile_case(name, _conv_kernel, types, some, _WARPS))
         if not back:
             types = {f"{name}_ptr": f"*{x}:16" for name in ("x", "state", "weight", "out")}
             types |= {"bias_ptr": f"*{x}:16" if silu else None, "channels": "i32"}

@@ -105,7 +105,7 @@ def theirs(name):
 def test_a_convolution_and_its_gradient(length, taps, act, bias, dtype, dense, way):
     x, weight = randn(2, length, 70, dtype=dtype).mT, randn(70, taps, dtype=dtype, seed=1)
     x = x if dense == "channels" else x.contiguous()
-    bias, dy = randn(70, dtype=dtype, seed=2) if bias else None, randn(2, 70, length, dtype=dtype, seed=3)
+    bias, dy = randn(70, 2, dtype=dtype, seed=2)[:, 0] if bias else None, randn(2, 70, length, dtype=dtype, seed=3)
     found = _with_gradient(lambda x: causal_conv(x, weight, bias, act), x, dy)
     conv = lambda x: theirs("causal_conv1d_fn")(
         x, weight.double(), None if bias is None else bias.double(), activation=act
