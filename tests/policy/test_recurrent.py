@@ -141,7 +141,11 @@ def test_a_state_that_is_dropped_is_noticed(monkeypatch):
             "do not say which they are",
         ),
         ("MiniMax", {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}, "kind linear_attention"),
-        ("Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4}, "0 of its 1 layers with a state go by a given layout"),
+        (
+            "Jamba",
+            {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+            "0 of its 1 layers with a state go by a given layout",
+        ),
     ],
 )  # fmt: skip
 def test_layers_that_keep_their_states_elsewhere_are_refused_in_words(kind, settings, reason):
