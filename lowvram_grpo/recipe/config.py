@@ -223,7 +223,7 @@ class GRPOConfig(TrainingArguments):
     )
     fused_ops: str = _help(
         "(ours) Kernels for norms, rotary positions, MLP gates, recurrences, int8 heads and drawing, in rollouts and "
-        "training, where LoRA and 4-bit weights take fewer launches too: on, off (as transformers and peft do), or auto, "
+        "training, where LoRA and 4-bit weights take fewer launches: on, off (as transformers and peft do) or auto, "
         "which takes those that must be faster by count and pass a trial on this card.",
         "auto",
     )
