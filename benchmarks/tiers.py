@@ -41,7 +41,10 @@ def _memory(name: str, *args: str, share: float, beside: str = "") -> Job:
 
 
 def measure(wide: bool) -> list[Job]:
-    models = {"0.5B": "Qwen2.5-0.5B", "1.5B": "Qwen2.5-1.5B", "7B": "Qwen2.5-7B", "8B": "Qwen3-8B"}
+    models = {
+        "0.5B": "Qwen2.5-0.5B", "1.5B": "Qwen2.5-1.5B", "7B": "Qwen2.5-7B", "8B": "Qwen3-8B",
+        "streamed": "Qwen3-14B", "hybrid": "Qwen3.5-4B",
+    }  # fmt: skip
     beside = ["--beside"] if wide else []
     under_8gb = [
         _memory(short, "--models", model, "--presets", "8gb", "--providers", "ours", *beside, share=16, beside="memory")
