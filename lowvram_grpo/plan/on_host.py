@@ -230,7 +230,7 @@ def _powers(now: int, most: int) -> list[int]:
 
 def _all_streamed(found: Prediction, like: Prediction) -> Prediction:
     """A guess at `found`, whose layers are on the card, with all of them streamed, as those of `like` are."""
-    window = like.parts["optimizer"].get("streamed weights", 0)
+    window = like.parts.get("optimizer", {}).get("streamed weights", 0)
     less = sum(size for size, _ in like.layers) - window
 
     def moved(parts: dict[str, int]) -> dict[str, int]:
@@ -256,8 +256,11 @@ def hopeless(recipe: Recipe, found: Prediction, budget: int) -> bool:
     """Whether no rung can bring `found` into `budget` bytes: what none of them makes smaller is more than that."""
     if any(r.key in (*_BASE, "optimizer_offload") and r.value != "nf4" for r in ladder_on_paper(recipe)):
         return False
-    kept = lambda parts: sum(parts.get(name, 0) for name in WEIGHTS if name != "head") + parts.get("CUDA context", 0)
-    return all(r.key != "quantization" for r in ladder_on_paper(recipe)) and kept(found.parts["optimizer"]) > budget
+    if any(r.key == "quantization" for r in ladder_on_paper(recipe)):
+        return False
+    parts = found.parts.get("optimizer", {})
+    kept = sum(parts.get(name, 0) for name in WEIGHTS if name != "head") + parts.get("CUDA context", 0)
+    return kept > budget
 
 
 def may_stream(recipe: Recipe) -> bool:
