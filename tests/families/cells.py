@@ -23,6 +23,7 @@ from lowvram_grpo.plan.counting import Blueprint
 from lowvram_grpo.plan.prediction import CannotPredict, predict
 from lowvram_grpo.policy import shared_prefix
 from lowvram_grpo.policy.build import attach_lora
+from lowvram_grpo.policy.delta_rule import give_recurrences
 from lowvram_grpo.policy.embeddings import place_embeddings
 from lowvram_grpo.policy.load import bitsandbytes_config, keep_differentiable, load_causal_lm
 from lowvram_grpo.policy.lora_targets import linear_layers
@@ -258,6 +259,7 @@ def plan(family: Family) -> str:
     with tempfile.TemporaryDirectory() as folder:
         tiny(family, vocab_size=512).save_pretrained(f"{folder}/model")
         args = settings(Path(folder), **PLANNED)
+        give_recurrences(tiny(family), args.fused_ops)  # what is compared once a process is no part of a run
         real = measured(f"{folder}/model", args, make_tokenizer(), prompts, "none", LORA)
         streamed = _loads(f"{folder}/model", "none")
     try:
