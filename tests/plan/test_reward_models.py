@@ -115,7 +115,8 @@ def test_the_cheapest_place_that_fits_is_taken(judge, budget, rungs):
 
 
 def test_what_a_person_has_set_stays(judge):
-    plan = Told(None).plan(recipe(judge, reward_model_device="cuda"), 1600 * MIB, advise=False)
+    config, _ = resolve_config("Qwen2.5-0.5B")
+    plan = Told(config).plan(recipe(judge, reward_model_device="cuda"), 1600 * MIB, advise=False)
     assert setting(plan.recipe, "reward_model_device") == "cuda"
     assert not any("reward_model" in str(rung) for rung in plan.rungs)
 

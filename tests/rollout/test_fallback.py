@@ -41,10 +41,11 @@ def unfit(name):
         return FalconForCausalLM(
             FalconConfig(vocab_size=97, alibi=True, bos_token_id=2, eos_token_id=1, **small)
         ).eval()
-    return build("Lfm2", layer_types=["conv", "full_attention"])
+    dense = {"expert_layer_period": 3, "expert_layer_offset": 2}
+    return build("Jamba", attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4, **dense)
 
 
-@pytest.mark.parametrize("name,says", [("alibi", "because FalconForCausalLM"), ("conv", "layers of the kind conv")])
+@pytest.mark.parametrize("name,says", [("alibi", "because FalconForCausalLM"), ("states", "0 of its 1 layers")])
 def test_an_architecture_that_does_not_fit_is_sampled_by_generate(name, says, recwarn):
     model = unfit(name)
     engine = RolloutEngine(model, sampling(temperature=0), 4)
@@ -61,7 +62,7 @@ def test_an_architecture_that_does_not_fit_is_sampled_by_generate(name, says, re
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_its_rehearsal_fills_the_cache_that_generate_would(device, monkeypatch):
-    model = unfit("conv").to(device)
+    model = unfit("states").to(device)
     seen = []
     forward = type(model).forward
 
