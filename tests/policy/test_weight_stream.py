@@ -3,8 +3,6 @@ pass, whatever they are in."""
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from passes import adapted, micro_batch, tiny, training_pass
@@ -33,9 +31,6 @@ COUNTS = (1, 2, 3, 5)
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """A slot that nobody is in holds nothing but NaNs (or codes without sense): what is used too late shows."""
-    # Else another test's trained model may go between a forward pass here and its recomputation, and with it the
-    # rotary function that all models of a class compute by while one of them is trained.
-    gc.collect()
     leave = window.Window.leave
 
     def left(self, i, **settings):
