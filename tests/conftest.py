@@ -67,6 +67,20 @@ def pytest_unconfigure():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True)
+def no_garbage(request):
+    """While a model is trained, all of its class compute rotary positions by our function (policy/rotary.py). Tests of
+    the policy recompute passes of models that are not trained themselves: should another test's model be collected
+    between, the recomputation would go another way."""
+    if request.path.parent.name != "policy":
+        yield
+        return
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
 def make_tokenizer(chat: bool = False):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
